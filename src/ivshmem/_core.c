@@ -4230,107 +4230,107 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_A_vector_of_this_endpoint_was_ru __pyx_string_tab[9]
 #define __pyx_kp_u_None __pyx_string_tab[10]
 #define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[11]
-#define __pyx_kp_u_UIO_device __pyx_string_tab[12]
-#define __pyx_kp_u_a __pyx_string_tab[13]
+#define __pyx_kp_u_a __pyx_string_tab[12]
+#define __pyx_kp_u_a_UIO_device __pyx_string_tab[13]
 #define __pyx_kp_u_a_device_does_not_know_which_pee __pyx_string_tab[14]
 #define __pyx_kp_u_add_note __pyx_string_tab[15]
-#define __pyx_kp_u_disable __pyx_string_tab[16]
-#define __pyx_kp_u_enable __pyx_string_tab[17]
-#define __pyx_kp_u_gc __pyx_string_tab[18]
-#define __pyx_kp_u_isenabled __pyx_string_tab[19]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[20]
-#define __pyx_kp_u_ivshmem__core_pyx __pyx_string_tab[21]
-#define __pyx_kp_u_no_vector_to_wait_for __pyx_string_tab[22]
-#define __pyx_kp_u_peer_2 __pyx_string_tab[23]
-#define __pyx_kp_u_the_endpoint_is_closed __pyx_string_tab[24]
-#define __pyx_kp_u_the_endpoint_was_closed_while_wa __pyx_string_tab[25]
-#define __pyx_kp_u_this_endpoint __pyx_string_tab[26]
-#define __pyx_kp_u_vector_2 __pyx_string_tab[27]
-#define __pyx_kp_u_what_came_for_vector __pyx_string_tab[28]
-#define __pyx_kp_u_what_was_opened_as_a_vector_is_n __pyx_string_tab[29]
-#define __pyx_n_u_ClosedError __pyx_string_tab[30]
-#define __pyx_n_u_Doorbells __pyx_string_tab[31]
-#define __pyx_n_u_Doorbells___reduce __pyx_string_tab[32]
-#define __pyx_n_u_Doorbells__add_bell __pyx_string_tab[33]
-#define __pyx_n_u_Doorbells__add_vector __pyx_string_tab[34]
-#define __pyx_n_u_Doorbells__bells __pyx_string_tab[35]
-#define __pyx_n_u_Doorbells__check_can_wait __pyx_string_tab[36]
-#define __pyx_n_u_Doorbells__close_bells __pyx_string_tab[37]
-#define __pyx_n_u_Doorbells__descriptor __pyx_string_tab[38]
-#define __pyx_n_u_Doorbells__doorbell_nowait __pyx_string_tab[39]
-#define __pyx_n_u_Doorbells__drop_peer __pyx_string_tab[40]
-#define __pyx_n_u_Doorbells__listen_alone __pyx_string_tab[41]
-#define __pyx_n_u_Doorbells__listen_uio __pyx_string_tab[42]
-#define __pyx_n_u_Doorbells__look_for __pyx_string_tab[43]
-#define __pyx_n_u_Doorbells__read_news __pyx_string_tab[44]
-#define __pyx_n_u_Doorbells__ring_by __pyx_string_tab[45]
-#define __pyx_n_u_Doorbells__ring_self __pyx_string_tab[46]
-#define __pyx_n_u_Doorbells__set_queued __pyx_string_tab[47]
-#define __pyx_n_u_Doorbells__unwatch_news __pyx_string_tab[48]
-#define __pyx_n_u_Doorbells__wait_event __pyx_string_tab[49]
-#define __pyx_n_u_Doorbells__watch_news __pyx_string_tab[50]
-#define __pyx_n_u_Doorbells_close __pyx_string_tab[51]
-#define __pyx_n_u_Doorbells_doorbell __pyx_string_tab[52]
-#define __pyx_n_u_Doorbells_echo __pyx_string_tab[53]
-#define __pyx_n_u_Doorbells_fileno __pyx_string_tab[54]
-#define __pyx_n_u_Doorbells_ring_all __pyx_string_tab[55]
-#define __pyx_n_u_Doorbells_ring_all_nowait __pyx_string_tab[56]
-#define __pyx_n_u_Interrupt __pyx_string_tab[57]
-#define __pyx_n_u_NoSuchVector __pyx_string_tab[58]
-#define __pyx_n_u_ProtocolError __pyx_string_tab[59]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[60]
-#define __pyx_n_u_annotate __pyx_string_tab[61]
-#define __pyx_n_u_doc __pyx_string_tab[62]
-#define __pyx_n_u_enter __pyx_string_tab[63]
-#define __pyx_n_u_exit __pyx_string_tab[64]
-#define __pyx_n_u_func __pyx_string_tab[65]
-#define __pyx_n_u_iter __pyx_string_tab[66]
-#define __pyx_n_u_main __pyx_string_tab[67]
-#define __pyx_n_u_module __pyx_string_tab[68]
-#define __pyx_n_u_name __pyx_string_tab[69]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[70]
-#define __pyx_n_u_qualname __pyx_string_tab[71]
-#define __pyx_n_u_reduce __pyx_string_tab[72]
-#define __pyx_n_u_set_name __pyx_string_tab[73]
-#define __pyx_n_u_test __pyx_string_tab[74]
-#define __pyx_n_u_add_bell __pyx_string_tab[75]
-#define __pyx_n_u_add_vector __pyx_string_tab[76]
-#define __pyx_n_u_bells __pyx_string_tab[77]
-#define __pyx_n_u_check_can_wait __pyx_string_tab[78]
-#define __pyx_n_u_close_bells __pyx_string_tab[79]
-#define __pyx_n_u_descriptor __pyx_string_tab[80]
-#define __pyx_n_u_doorbell_nowait __pyx_string_tab[81]
-#define __pyx_n_u_drop_peer __pyx_string_tab[82]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[83]
-#define __pyx_n_u_listen_alone __pyx_string_tab[84]
-#define __pyx_n_u_listen_uio __pyx_string_tab[85]
-#define __pyx_n_u_look_for __pyx_string_tab[86]
-#define __pyx_n_u_read_news __pyx_string_tab[87]
-#define __pyx_n_u_ring_by __pyx_string_tab[88]
-#define __pyx_n_u_ring_self __pyx_string_tab[89]
-#define __pyx_n_u_set_queued __pyx_string_tab[90]
-#define __pyx_n_u_unwatch_news __pyx_string_tab[91]
-#define __pyx_n_u_wait_event __pyx_string_tab[92]
-#define __pyx_n_u_watch_news __pyx_string_tab[93]
-#define __pyx_n_u_add __pyx_string_tab[94]
-#define __pyx_n_u_answer __pyx_string_tab[95]
-#define __pyx_n_u_any __pyx_string_tab[96]
-#define __pyx_n_u_anything __pyx_string_tab[97]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[98]
-#define __pyx_n_u_auto __pyx_string_tab[99]
-#define __pyx_n_u_bell __pyx_string_tab[100]
-#define __pyx_n_u_bells_2 __pyx_string_tab[101]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[102]
-#define __pyx_n_u_close __pyx_string_tab[103]
-#define __pyx_n_u_closed __pyx_string_tab[104]
-#define __pyx_n_u_collections __pyx_string_tab[105]
-#define __pyx_n_u_contextlib __pyx_string_tab[106]
-#define __pyx_n_u_done __pyx_string_tab[107]
-#define __pyx_n_u_doorbell __pyx_string_tab[108]
-#define __pyx_n_u_echo __pyx_string_tab[109]
-#define __pyx_n_u_entered __pyx_string_tab[110]
-#define __pyx_n_u_errors __pyx_string_tab[111]
-#define __pyx_n_u_eventfd __pyx_string_tab[112]
+#define __pyx_kp_u_an_eventfd __pyx_string_tab[16]
+#define __pyx_kp_u_disable __pyx_string_tab[17]
+#define __pyx_kp_u_enable __pyx_string_tab[18]
+#define __pyx_kp_u_gc __pyx_string_tab[19]
+#define __pyx_kp_u_isenabled __pyx_string_tab[20]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[21]
+#define __pyx_kp_u_ivshmem__core_pyx __pyx_string_tab[22]
+#define __pyx_kp_u_no_vector_to_wait_for __pyx_string_tab[23]
+#define __pyx_kp_u_peer_2 __pyx_string_tab[24]
+#define __pyx_kp_u_the_descriptor_of_this_vector_is __pyx_string_tab[25]
+#define __pyx_kp_u_the_endpoint_is_closed __pyx_string_tab[26]
+#define __pyx_kp_u_the_endpoint_was_closed_while_wa __pyx_string_tab[27]
+#define __pyx_kp_u_this_endpoint __pyx_string_tab[28]
+#define __pyx_kp_u_vector_2 __pyx_string_tab[29]
+#define __pyx_kp_u_what_came_for_vector __pyx_string_tab[30]
+#define __pyx_n_u_ClosedError __pyx_string_tab[31]
+#define __pyx_n_u_Doorbells __pyx_string_tab[32]
+#define __pyx_n_u_Doorbells___reduce __pyx_string_tab[33]
+#define __pyx_n_u_Doorbells__add_bell __pyx_string_tab[34]
+#define __pyx_n_u_Doorbells__add_vector __pyx_string_tab[35]
+#define __pyx_n_u_Doorbells__bells __pyx_string_tab[36]
+#define __pyx_n_u_Doorbells__check_can_wait __pyx_string_tab[37]
+#define __pyx_n_u_Doorbells__close_bells __pyx_string_tab[38]
+#define __pyx_n_u_Doorbells__descriptor __pyx_string_tab[39]
+#define __pyx_n_u_Doorbells__doorbell_nowait __pyx_string_tab[40]
+#define __pyx_n_u_Doorbells__drop_peer __pyx_string_tab[41]
+#define __pyx_n_u_Doorbells__listen_alone __pyx_string_tab[42]
+#define __pyx_n_u_Doorbells__listen_uio __pyx_string_tab[43]
+#define __pyx_n_u_Doorbells__look_for __pyx_string_tab[44]
+#define __pyx_n_u_Doorbells__read_news __pyx_string_tab[45]
+#define __pyx_n_u_Doorbells__ring_by __pyx_string_tab[46]
+#define __pyx_n_u_Doorbells__ring_self __pyx_string_tab[47]
+#define __pyx_n_u_Doorbells__set_queued __pyx_string_tab[48]
+#define __pyx_n_u_Doorbells__unwatch_news __pyx_string_tab[49]
+#define __pyx_n_u_Doorbells__wait_event __pyx_string_tab[50]
+#define __pyx_n_u_Doorbells__watch_news __pyx_string_tab[51]
+#define __pyx_n_u_Doorbells_close __pyx_string_tab[52]
+#define __pyx_n_u_Doorbells_doorbell __pyx_string_tab[53]
+#define __pyx_n_u_Doorbells_echo __pyx_string_tab[54]
+#define __pyx_n_u_Doorbells_fileno __pyx_string_tab[55]
+#define __pyx_n_u_Doorbells_ring_all __pyx_string_tab[56]
+#define __pyx_n_u_Doorbells_ring_all_nowait __pyx_string_tab[57]
+#define __pyx_n_u_Interrupt __pyx_string_tab[58]
+#define __pyx_n_u_NoSuchVector __pyx_string_tab[59]
+#define __pyx_n_u_ProtocolError __pyx_string_tab[60]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[61]
+#define __pyx_n_u_annotate __pyx_string_tab[62]
+#define __pyx_n_u_doc __pyx_string_tab[63]
+#define __pyx_n_u_enter __pyx_string_tab[64]
+#define __pyx_n_u_exit __pyx_string_tab[65]
+#define __pyx_n_u_func __pyx_string_tab[66]
+#define __pyx_n_u_iter __pyx_string_tab[67]
+#define __pyx_n_u_main __pyx_string_tab[68]
+#define __pyx_n_u_module __pyx_string_tab[69]
+#define __pyx_n_u_name __pyx_string_tab[70]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[71]
+#define __pyx_n_u_qualname __pyx_string_tab[72]
+#define __pyx_n_u_reduce __pyx_string_tab[73]
+#define __pyx_n_u_set_name __pyx_string_tab[74]
+#define __pyx_n_u_test __pyx_string_tab[75]
+#define __pyx_n_u_add_bell __pyx_string_tab[76]
+#define __pyx_n_u_add_vector __pyx_string_tab[77]
+#define __pyx_n_u_bells __pyx_string_tab[78]
+#define __pyx_n_u_check_can_wait __pyx_string_tab[79]
+#define __pyx_n_u_close_bells __pyx_string_tab[80]
+#define __pyx_n_u_descriptor __pyx_string_tab[81]
+#define __pyx_n_u_doorbell_nowait __pyx_string_tab[82]
+#define __pyx_n_u_drop_peer __pyx_string_tab[83]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[84]
+#define __pyx_n_u_listen_alone __pyx_string_tab[85]
+#define __pyx_n_u_listen_uio __pyx_string_tab[86]
+#define __pyx_n_u_look_for __pyx_string_tab[87]
+#define __pyx_n_u_read_news __pyx_string_tab[88]
+#define __pyx_n_u_ring_by __pyx_string_tab[89]
+#define __pyx_n_u_ring_self __pyx_string_tab[90]
+#define __pyx_n_u_set_queued __pyx_string_tab[91]
+#define __pyx_n_u_unwatch_news __pyx_string_tab[92]
+#define __pyx_n_u_wait_event __pyx_string_tab[93]
+#define __pyx_n_u_watch_news __pyx_string_tab[94]
+#define __pyx_n_u_add __pyx_string_tab[95]
+#define __pyx_n_u_answer __pyx_string_tab[96]
+#define __pyx_n_u_any __pyx_string_tab[97]
+#define __pyx_n_u_anything __pyx_string_tab[98]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[99]
+#define __pyx_n_u_auto __pyx_string_tab[100]
+#define __pyx_n_u_bell __pyx_string_tab[101]
+#define __pyx_n_u_bells_2 __pyx_string_tab[102]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[103]
+#define __pyx_n_u_close __pyx_string_tab[104]
+#define __pyx_n_u_closed __pyx_string_tab[105]
+#define __pyx_n_u_collections __pyx_string_tab[106]
+#define __pyx_n_u_contextlib __pyx_string_tab[107]
+#define __pyx_n_u_done __pyx_string_tab[108]
+#define __pyx_n_u_doorbell __pyx_string_tab[109]
+#define __pyx_n_u_echo __pyx_string_tab[110]
+#define __pyx_n_u_entered __pyx_string_tab[111]
+#define __pyx_n_u_errors __pyx_string_tab[112]
 #define __pyx_n_u_eventfds __pyx_string_tab[113]
 #define __pyx_n_u_fd __pyx_string_tab[114]
 #define __pyx_n_u_fileno __pyx_string_tab[115]
@@ -15363,7 +15363,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
  *         ):
  *             self._read_news()             # <<<<<<<<<<<<<<
  *         elif code == -EINVAL:
- *             what = "UIO device" if self.uio else "eventfd"
+ *             what = "a UIO device" if self.uio else "an eventfd"
 */
     __pyx_t_4 = ((PyObject *)__pyx_v_self);
     __Pyx_INCREF(__pyx_t_4);
@@ -15391,8 +15391,8 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
  *         ):
  *             self._read_news()
  *         elif code == -EINVAL:             # <<<<<<<<<<<<<<
- *             what = "UIO device" if self.uio else "eventfd"
- *             raise OSError(EINVAL, f"what was opened as a vector is no {what}")
+ *             what = "a UIO device" if self.uio else "an eventfd"
+ *             raise OSError(EINVAL, f"the descriptor of this vector is not {what}")
 */
   __pyx_t_1 = (__pyx_v_code == (-EINVAL));
 
@@ -15402,24 +15402,24 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
     /* "ivshmem/_core.pyx":701
  *             self._read_news()
  *         elif code == -EINVAL:
- *             what = "UIO device" if self.uio else "eventfd"             # <<<<<<<<<<<<<<
- *             raise OSError(EINVAL, f"what was opened as a vector is no {what}")
+ *             what = "a UIO device" if self.uio else "an eventfd"             # <<<<<<<<<<<<<<
+ *             raise OSError(EINVAL, f"the descriptor of this vector is not {what}")
  *         elif code < 0 and code != -EINTR:
 */
     if (__pyx_v_self->uio) {
-      __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_UIO_device);
-      __pyx_t_2 = __pyx_mstate_global->__pyx_kp_u_UIO_device;
+      __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_a_UIO_device);
+      __pyx_t_2 = __pyx_mstate_global->__pyx_kp_u_a_UIO_device;
     } else {
-      __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_eventfd);
-      __pyx_t_2 = __pyx_mstate_global->__pyx_n_u_eventfd;
+      __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_an_eventfd);
+      __pyx_t_2 = __pyx_mstate_global->__pyx_kp_u_an_eventfd;
     }
     __pyx_v_what = ((PyObject*)__pyx_t_2);
     __pyx_t_2 = 0;
 
     /* "ivshmem/_core.pyx":702
  *         elif code == -EINVAL:
- *             what = "UIO device" if self.uio else "eventfd"
- *             raise OSError(EINVAL, f"what was opened as a vector is no {what}")             # <<<<<<<<<<<<<<
+ *             what = "a UIO device" if self.uio else "an eventfd"
+ *             raise OSError(EINVAL, f"the descriptor of this vector is not {what}")             # <<<<<<<<<<<<<<
  *         elif code < 0 and code != -EINTR:
  *             fail_with(<int>-code)
 */
@@ -15428,7 +15428,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_what); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 702, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_what_was_opened_as_a_vector_is_n, __pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 702, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_the_descriptor_of_this_vector_is, __pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 702, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_5 = 1;
@@ -15449,14 +15449,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
  *         ):
  *             self._read_news()
  *         elif code == -EINVAL:             # <<<<<<<<<<<<<<
- *             what = "UIO device" if self.uio else "eventfd"
- *             raise OSError(EINVAL, f"what was opened as a vector is no {what}")
+ *             what = "a UIO device" if self.uio else "an eventfd"
+ *             raise OSError(EINVAL, f"the descriptor of this vector is not {what}")
 */
   }
 
   /* "ivshmem/_core.pyx":703
- *             what = "UIO device" if self.uio else "eventfd"
- *             raise OSError(EINVAL, f"what was opened as a vector is no {what}")
+ *             what = "a UIO device" if self.uio else "an eventfd"
+ *             raise OSError(EINVAL, f"the descriptor of this vector is not {what}")
  *         elif code < 0 and code != -EINTR:             # <<<<<<<<<<<<<<
  *             fail_with(<int>-code)
  *         PyErr_CheckSignals()
@@ -15481,7 +15481,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
 
 
     /* "ivshmem/_core.pyx":704
- *             raise OSError(EINVAL, f"what was opened as a vector is no {what}")
+ *             raise OSError(EINVAL, f"the descriptor of this vector is not {what}")
  *         elif code < 0 and code != -EINTR:
  *             fail_with(<int>-code)             # <<<<<<<<<<<<<<
  *         PyErr_CheckSignals()
@@ -15491,8 +15491,8 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
 
 
     /* "ivshmem/_core.pyx":703
- *             what = "UIO device" if self.uio else "eventfd"
- *             raise OSError(EINVAL, f"what was opened as a vector is no {what}")
+ *             what = "a UIO device" if self.uio else "an eventfd"
+ *             raise OSError(EINVAL, f"the descriptor of this vector is not {what}")
  *         elif code < 0 and code != -EINTR:             # <<<<<<<<<<<<<<
  *             fail_with(<int>-code)
  *         PyErr_CheckSignals()
@@ -24757,31 +24757,31 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{94},{38},{18},{4},{8},{1},{8},{20},{1},{78},{4},{179},{10},{2},{64},{8},{7},{6},{2},{9},{14},{17},{21},{5},{22},{37},{13},{7},{21},{34},{11},{9},{20},{19},{21},{16},{25},{22},{21},{26},{20},{23},{21},{19},{20},{18},{20},{21},{23},{21},{21},{15},{18},{14},{16},{18},{25},{9},{12},{13},{20},{12},{7},{9},{8},{8},{8},{8},{10},{8},{14},{12},{10},{12},{8},{9},{11},{6},{15},{12},{11},{16},{10},{13},{13},{11},{9},{10},{8},{10},{11},{13},{11},{11},{3},{6},{3},{8},{18},{4},{4},{5},{18},{5},{6},{11},{10},{4},{8},{4},{7},{6},{7},{8},{2},{6},{6},{3},{5},{7},{13},{5},{4},{6},{10},{11},{6},{3},{5},{3},{4},{5},{3},{6},{9},{5},{6},{4},{8},{15},{5},{6},{4},{10},{6},{9},{8},{4},{7},{5},{8},{4},{7},{6},{6},{6},{7},{5},{4}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{94},{38},{18},{4},{8},{1},{8},{20},{1},{78},{4},{179},{2},{12},{64},{8},{10},{7},{6},{2},{9},{14},{17},{21},{5},{37},{22},{37},{13},{7},{21},{11},{9},{20},{19},{21},{16},{25},{22},{21},{26},{20},{23},{21},{19},{20},{18},{20},{21},{23},{21},{21},{15},{18},{14},{16},{18},{25},{9},{12},{13},{20},{12},{7},{9},{8},{8},{8},{8},{10},{8},{14},{12},{10},{12},{8},{9},{11},{6},{15},{12},{11},{16},{10},{13},{13},{11},{9},{10},{8},{10},{11},{13},{11},{11},{3},{6},{3},{8},{18},{4},{4},{5},{18},{5},{6},{11},{10},{4},{8},{4},{7},{6},{8},{2},{6},{6},{3},{5},{7},{13},{5},{4},{6},{10},{11},{6},{3},{5},{3},{4},{5},{3},{6},{9},{5},{6},{4},{8},{15},{5},{6},{4},{10},{6},{9},{8},{4},{7},{5},{8},{4},{7},{6},{6},{6},{7},{5},{4}};
     const struct { const unsigned int length: 9; } bytes_length_index[] = {{370},{31},{28},{2},{7},{22},{47},{61},{15},{32},{95},{46},{35},{73},{25},{11},{22},{124},{75},{83},{95},{28},{37},{175},{263},{53},{268}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2210 bytes) */
-static const char cstring[] = "x\332\245UMs\333F\022%\035\305\221\262\224CZ\037v\344\365\006\214?\345x\265E[%yU\345\332bY\226-\357\256lF\262\223\034l\004\004\206$,\020C\002\003R\334\215\267r\344\021\3079\316\021G\034y\364O\340\221G\375\004\375\204t\317\000\024$\373\266.\231\230\351\231\351\351~\357u\217f\032\256K\231V\047\232I;6\2614\352i\035\333<t\210\265\005&\327%&\323\214\246a\273\367q\211v\210\253\261\026\321,\322\263M\222\256\364[\304\203\tx\202\201f\373\232K\210\005\316Z\206\257\265),\261\226\241\316=|\240\325m\346k\264!\247}\352Yr?\304\000;H\217\270\254a\341\252\326\203\233\251\347\257U\222\321\026\034\200\235\304\265:\324v\231\364\375\217j\262\250\374e\227\373\260\354\005nS\373\325\263\335\246\377\253\306\3546\3615\337v!l[\255;\206\217\003\233A\250\r\352\255\355Q\227\354Q&\303e\332\223\001kQ\027\243\263\210c\327\211g0\342\0144\237y\266\311 M\231\323\253\247\257\376\272\376h\035\202\2674\217\274\207`\340\216\240n\202k\237\3104\353\201\3550\033\262\037t\210\277\246\3556\264\001\r$@\032\243Z\007\366e\017\000(\256\346\023&\321\271#\3111\230M]\035\216C\036w4\313\366\340\022\273G\360\364\216\341\370d\355\365\356\313\204\017C3Rf,J\024\254\207.\355\003A\266\331\322:\204x\000\321\221\355\263-\3155\332D\336\242\254\340\r\2012,K\207S\304\262}\243\356\020\342\342o\323\264}5\262\354\236\337j\223\366\032\361< \047\231\375M7\201\344\265\316\340\310\245)!\340\017\221E\\\361\002y\323\224\034\300\324t\250O\2543V\244D\2311^\207H\007\020\323\031b\023\367}d\310\304\024\340\002-kD/(S\360\002##]\223\"\323\236H\367O1\370mJ\275:q\034\177:X\323u\217X\201It=cCDpx\316\244\334f\214\347}\231-b\036\352P_:\246\221]\300\030>\331n\021\337\364\354\316Y\237V2\004J\3169\261<\332\321\021\330\214\315\001^\211\253\033\016\310\370Ss`\323\254\221\322C\275q\3462\217\030\300=\351g\243BI\350\365\301y\213O\234F\306\006z\325\273\001\t\210\2251\006n\337`f\353\274G\314C\227u~\306\370\351N\t\323\3514\205\342\324B\314V&\243\006\010\306\315\314e\234Fv\177jI\300\334u\241\210\275\240\303\366\350~`\266\336H>_y\224Q\223:R!\272\376jp\004\377""\267\241\336\365=r\304~$\r]Oj\022D\242\003?&~\010\272\222\203#H\016\3765\002W.\330\211\275\r]R~\251\0258\362$V\037~\241f\364\036\303\322\302Y70\234t%\225\242.\341M\255\214\370xC*\312\214\024\225\242\316\311.+\266\214\304\316\013\353TN\272\355c1\323\000\n\217\234QTFGS\365\234j&U\312\251>2\2528\243\205\214\0022\274C\036\206\353\367\241\311\272\003\370\203\222\207^\344\017\\\323\246k\323x|#`\024\303\226\371\230\016\206\010\3002\3170I\3350\017e\262\252\203\000\207\016\366I\352\372\360\2121 \017Z\270\005i\244\231\243z$o\360P\311^\226\274=\311\307oXJQM\230B\007$\014\270l\247\r/\355\202\262\3579v\333fm\303\"\212]d\312bA\007G.\306C]\313w\2036< \324\261 \021\370\366]\304Z6\336\016\355(\220<\322D\200=\037<\032\003\017\274\365\010\202\231\312\366\234|\345\253\006\270\200sD\033\300\266H\303\010\034\346\333M\027\236\005\371\353\200;h\342\370r\370\360\3433\332\351\020\013>\036\361\203N\007~}f\034\022|\032!\260\300\303d{\206\023\020_i*y\203\345\353\201O5v\351\273\257\006/\353\370\320i\367Vs\322\000?\253\271\351\360\276&\347\247Sx0\003\330M:@\211\342]\273\0477\311\237\215u=\335\235lTEA\353\357\365\315\004g}\3035\360\311\323+\225S\r\373\372~\232c\342O\272A\177\237\304\250\214r\313\377q\311\335\036\265\255\325\034\"\346\346\260\360\260*\354\206\356Q\332\3165\014\333\321\3736k\345\240\202\022\021\345T\316\222\202\351\001E_\316\202\312\221\002\246\r\351\021\244\024\270,\347\267\014P\244>\245O\002\203\367&9*\270T\261\201\212?\2330R\rn\177\257\376^\235\314^\032\032\352c\207\335I\241\030\346\303\305\260\026\022^\001k\345\301\311\327\271\271\371\341?ai\2660|\021\032\223\331?\r\327\207\375\260\311k\270\371bh\3612_\347\277E\260\375X\256}\340U^\343\226(O\n\363\223\331\271I\341\233awR\\\014\237\361MQ\026\225\343\342\212<\321\027VT\216*\307\322\211\201\207\013\303\235\260\034>\202\265.N\257\363\003\261,XT\211 \272o\206Ga\217\357\213\257\243\325\270\022C\334\047\027ss\205\317\335V\014/qcR\270\312\363\274\304o\342\260\030\316\363\3321\204\321\013\367\371\027\350\036\303y\312\257\210\274(\341pO""\224\217\341\363\234W\247\321\240\373\371\341nx\300\227!Rc\"O\377\304\267E~RZ\341\267\305E\260\311\200o\363\274\332\375\227i\270;q\031Q\332\010\257\360\374\244P\n\227C\310\347dV\305\213\310\275\0267!\371\325\370a,\035\263p=<\342LlD\013\321\223\210\305\025\214i\207\337\021%\330\047\257\371\0278R\360\203#I\310\277y\t-/y\005?{\274\014\013\005\025r\r\206\227p\270\035~\tDJ\007\317\302Jj\005\2141\272\277\207U\231\234\217\310\025\307E\r2\223A/\204\325Ia\001B\032\210\013\242|\316\326G\244E\345\234\3657\261.\376\027\327\360\"\210\213\227\025]]>\303w\304\355(\037\225\324\335\337\213o\201\361\365\010\244\264\302o\361\256\220I\201\264\370\354X\253\3042\241\355p\006\002\253}Ve\217\304#T\331I1\013\266\024]\022\013j\014b+\205K\241\241\004+\235\213\257D7\232\215\347F\245\021\2046?<\010K\210A*7tyu\212\314\234bd\223\337\200\253\213W\371\227\370Y\002\250PL\357\243\013\321\235x!\256\236\232\232\342 *E7#3\226R\332\305\200\021\223\036JN\212i<s\235\277\213*\047Zn\256\010\236\037\203\352\026\305\317Q-j\306\265\361\314\367\240=\025\212\274[\001\237\007\244nD\247\016n\212\275\030\266\255\300}-a\210~\004\244\376\231\047\365\366_T\212:\371AT\005`\267\030n\363\213\240|U\016\263 \236\342\002\334{A\334\213\236\306K \272\305k\252\0261\327\377`\035L\212\337\312r\270,\266\242\327\361\255\230\215\326GG\037\273IUL\026!J\261\031\335\213\237\216\226F\306q\342\264t\215o\211\327\321\255(\210wF\222t\037\000\255\214g~\210\036\217\346?\276\033\357\277\033\277\323O\356\347\346n\t(\341\353\374\255\004\357\305\010\"\273\206DA\nh\256\251Z\336\014o\000\361\205%\305\376\243\360!Hw\212\307\262\350\036\343d|\345.\010j\0314T\200\203\374\020\260_\215\037\304\373\243\231\321\356\307\232\342\2562Y\372\216\017Pw\223\305\025\276\212r\2754l\201$\030\227\3036(\251\"\301I\201*\002w\337A\005>\216\363\310y\236\257\200\242?\304\317G\325\321\301GX[\016\353\010\"\214\256\200\240p\024\226\260\241\034\205>\250\035\215\010\364W\270\006u\tC(\274\361\314f\334U]\014e\277\241\364\375\002\224\374\203\330\217\362\252X\026\371\033(\373""\305\350\255\302\257;\236\331\032\225\225\300\177\226\0321T#J\032\300sPy\266\r\047\324K\225\000r\343\245;\240\364\213\240\216\302\345\360V\350\361\005\376B4\243\203\3702\264\032{\304>\312\316\362\202\033\274\047d]\315A\0005\025\357[q\027Tl\250\311/\260\205\201\024\222\2657\262g&+\207\321\225\370\013\360W\037\345\221\221\r\270d[\314\001\017\267\241\302\026FU\325\274\312\237\334\224\340\362\023\177\016b\230\336\022\244\2237H\212x\026m\306eh\200\210\305\037V)UN";
-    PyObject *data = __Pyx_DecompressString(cstring, 2210, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2208 bytes) */
+static const char cstring[] = "x\332\245U\317s\023G\026\226\210C\354\254L$\374\003b\226\315(`\214\t\353-\201\313f]Em\2510\006\263\273\006\305\206$\007\230\214fZ\322\340\321\2644\323#Y\273a+G\035\347\330\307>\316q\216:\362\047\350\250\243\377\004\377\ty\257{$\215\r\267\245\214\246\373u\367\353\367\276\357{\2575\323p]\312\264*\321L\332\262\211\245QOk\331\346\261C\254\0350\271.1\231f\324\r\333\275\217K\264E\\\2155\210f\221\216m\222\361J\267A<\230\200\047\030h\266\257\271\204X\340\254a\370Z\223\302\022k\030\352\334\303\007Z\325f\276Fkr\332\245\236%\367C\014\260\203t\210\313j\026\256j\035\270\231z\376F)\031\355\300\001\330I\\\253Em\227I\337\377(\047\213\312_z\271\013\313^\340\326\265_=\333\255\373\277j\314n\022_\363m\027\302\266\325\272c\3708\260\031\204Z\243\336\306\001u\311\001e2\\\246=\351\261\006u1:\2138v\225x\006#NO\363\231g\233\014\322\2249\275z\372\352\257\233\2176!xK\363\310{\010\006\356\010\252&\270\366\211L\263\032\330\016\263!\373^\213\370\033\332~M\353\321@\002\2441\252\265`_\372\000\200\342j>a\022\2355I\216\301l\352\352p\034\362X\323,\333\203K\354\016\301\323{\206\343\223\rC3\264\327\373/\023N\21417\026%\n\330c\227v\201\"\333lh-B<\000\351\304\366\331\216\346\032M\"\357QV\360\207P\031\226\245\303)2\245\303\262}\243\352\020\342\342o\335\264}5\262\354\216\337h\222\346\006\361< *\231\375M7\201\360\215V\357\304\245cr\3003\242\214\030\343U\211\200|\323\263[i\356\222\335\211\034p\323\204M\260\231\016\365\211u\316\212\034*3\246\347\020y\013\244pN\t\211\327.Rjb\306\020\305\370\252\047\362\360S\214\177\227R\257J\034\307\237\0146t\335#V`\022]O\331\020\036\034^0)\207)\343E_f\203\230\307:\224\233\216A\246\0270\206O\266O\341I\033\223!\360s\301\211\345\321\226\216\330\246l\016\220L\\\335p@\325\237\232\003\233\246\215\224\036\353\265s\227y\304\000!\220n:*\324\207^\355]\264\370\304\251\245l _\275\035\220\200X)c\340v\rf6.z\304<t\251\263s\306OwJ\230\246\3231\024S\0131\033\251\214j \00775\227q\032\351\375cK\002\346\276\0135\355\005-v@\017\003\263\361F\362\371\312\243\214\232\324\221\n\321\365W\275\023\370""\277\013\345\257\037\220\023\366#\251\351zR\242 \022\035\3701\361C\320\225\034\234@r\360\257\026\270r\301N\354Mh\232\362K\255\300\221\047\261\024\361\013e\243w\030V\027\316\332\201\341\214W\306R\324%\274c+#>\3360\026eJ\212JQ\027d\227\026[Jb\027\2055\225\223n\373X\3174\200\262\"\347\024\225\322\321D=S\315\214\2252\325GJ\025\347\264\220R@\212w\310\303p\375.\364\\\267\007\177P\320\320\230\374\236k\332tc\022\217o\004\214b\3302\037\323\301\020\001X\346\031&\251\032\346\261LV\365\007\340\320\301\266I]\037\0365\006\344AG\267 \215q\346\250\036\311\033\274[\262\235%\275\317\257YJJu\230B\367#\014Hl\216\233\335\270\003\312\236\347\330M\2335\r\213(Z\221\"\213\005-\034\271\030\010u-\337\r\232\360\220P\307\202\014\340\333u\021d\331~[\264\245\320\361H\035\221\365|\360h\364<\360\326!\210\342X\257\027t+_7\000\004\234#\314\200\262EjF\3400\337\256\273\360<\310_\007\334A\003\307\027\304\207\037\237\321V\213X\360\361\210\037\264Z\360\3533\343\230\340\023\t\201\005\036&\3331\234\200\370JL\311[,\337\020|\262\261\371\336}\325{Y\305\007O\273\267\236\221\006\370Y\317L\206\36759\237N\341\341\014`7i\001\027\212p\355\236\334$\177\2666\365\361\356d\243\252\006Z}\257o\0478\353[\256\201O\237^*M\305\353\353\207\343\034\023\177\322\r\372\373$Fe\224[\376\217K\356v\250m\255g\02017\203\025\207\345`\327t\217\322f\246f\330\216\336\265Y#\003\245\223\210(\243r\226\024L\016(\3722\026\224\214T.\255I\217 \245\300e\031\277a\200\024\365\t}\022\030\2747\311Q\301\245\252\014\344\373\331\204\221jp\373{\371\367\362h\366J\337P\037;l\217r\3710\033.\206\225\220\360\022XK\017\316\276\316\314\315\367\377\tK\263\271\376\213\320\030\315\376\251\277\331\357\206u^\301\315\227C\213\027\371&\377-\202\355\247r\355\003/\363\n\267Dq\224\233\037\315\316\215r\337\364\333\243\374b\370\214o\213\242(\235\346W\344\211\256\260\242bT:\225N\014<\234\353\357\205\305\360\021\254\265qz\223\037\211e\301\242R\004\321}\323?\t;\374P|\035\255\307\245\030\342>\273\234\231\313}\356\266|x\205\033\243\334u\236\345\005~\033\207\371p\236WN!\214Nx\310""\277@\367\030\316S~MdE\001\207\007\242x\n\237\347\274<\211\006\335\317\367\367\303#\276\014\221\032#y\372\047\276+\262\243\302\n\277#.\203M\006|\207g\325\356\277L\302\335\213\213\210\322Vx\215gG\271B\270\034B>g\263*^D\356\265\270\r\311\257\307\017c\351\230\205\233\341\tgb+Z\210\236D,.aL{|M\024`\237\274\346_\340H\301\017\216$!\377\346\005\264\274\344%\374\034\360\",\344T\310\025\030^\301\341n\370%\020)\035<\013Kc+`\214\321\375=,\313\344|D.?\314k\220\231\014z!,\217r\013\020RO\\\022\305\013\266.\"-J\027\254\277\211M\361\277\270\202\027A\\\274\250\350j\363\031\276\047\356D\331\250\240\356\376^|\013\214oF \245\025\276\312\333B&\005\322\342\263C\255\024\313\204v\303\031\010\254\362Y\225=\022\217Peg\3714\330RtI,\2501\210\255\020.\205\206\022\254t.\276\022\355h6\236\033\024\006\020\332|\377(, \006c\271\241\313\353\023d\346\024#\333\374\026\\\235\277\316\277\304\317\022@\205bz\037]\212\326\342\205\270<5\325\305QT\210nGf,\245\264\217\001#&\035\224\234\024\323p\346&\177\027\225\316\264\314\\\036<?\006\325-\212\237\243JT\217+\303\231\357A{*\024y\267\002>\013H\335\212\246\016n\213\203\030\266\255\300}\ra\210n\004\244\376\231\047\365\366_T\212:\371A\224\005`\267\030\356\362\313\240|U\016\263 \236\374\002\334{I\334\213\236\306K \272\305\033\252\0261\327\377`\035\214\362\337\312r\270*v\242\327\361j\314\006\233\203\223\217\355\244*F\213\020\245\330\216\356\305O\007K\003\3434qZ\270\301w\304\353h5\n\342\275\201$\335\007@K\303\231\037\242\307\203\371\217\357\206\207\357\206\357\364\263\373\231\271U\001%|\223\277\225\340\275\030@d7\220(H\001\315\025U\313\333\341- >\267\244\330\177\024>\004\351N\360X\026\355S\234\014\257\335\005A-\203\206rp\220\037\003\366\353\361\203\370p03\330\377XQ\334\225FK\337\361\036\352n\264\270\302\327Q\256W\372\r\220\004\343r\330\004%\225$8c\240\362\300\335wP\201\217\343,r\236\345+\240\350\017\361\363Ayp\364\021\326\226\303*\202\010\243k (\034\205\005l(\047\241\017jG#\002\375\025\256A]\302\020\no8\263\035\267U\027C\331o)}\277\000%\377 \016\243\254*\226E\376\006""\312~1z\253\360k\017gv\006E%\360\237\245F\014\325\210\222\006\360\034T\236n\303\t\365R%\200\334pi\r\224~\031\324\221\273\032\256\206\036_\340/D=:\212\257B\253\261\007\354\243\354,/\270\301;B\326\325\034\004PQ\361\276\025wA\305\206\232\374\002[\030H!Y{#{f\262r\034]\213\277\000\177\325A\026\031\331\202Kv\305\034\360p\007*laPV\315\253\370\311M\t.?\361\347 \206\311-\301x\362\006I\021\317\242\355\270\010\r\020\261\370\003q\342Xp";
+    PyObject *data = __Pyx_DecompressString(cstring, 2208, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2992 bytes) */
-static const char cstring[] = "\377 cannot \377be copie\377d or pic\337kled:\020\000nn\377ect agai\373n,\027\001open \377the devi{ce\022\005wher\n\000\374G\000\006\000 is ne\373edJ\000has m\335o\030\000tha2\00332\377 bits of\036B\002word+\002\201\000\037\000\277eventf\202\000f\367  vw\000ors.\3451\003\004:u\000W\000end\277point X\001?\321A \004J\003\023\twx\000ru\377ng `ring\377s` times\357 sin\264\000it n\034\001las\005\001it\365\000\377for.None\357Note\337\000at \277Cython\312\001d\377eliberat\377ely stri\357cter!\001n P\377EP-484 a?nd rej\253 a\000\267ubcX\000se\342\002b\337uilti\263 yp\377es. If y\373ou\234\" to p\363as$\n\331 n se\365t\340\"\047\230Batio\337n_typ\305\000\047 \267dir\220@iv\242\000o\377 False.U\273IO\211Da a\222Ed\371o\353\000\327Aknow \377which pe\377ers exis\277t: nam\345\001ex\017\004\211\000\245!add_\216`\377edisable{en\002\001gcis\004\003\377divshmem\317.err\232@\007\004/_\375c\342@.pyxno\014\211E\331\000wa\345 \325 s\001\260b\374\263F\237`closed`\307a\311F\257A\021\003\254\001le\241@\035i\267 gth\355H\221c\316\000\022\237@c\277\001\266@ \t\t\365A\243\204\001\227ed \373`a\231e\221\204\001o\353 Cq\002E\271\001Doo\277rbells\000\006.\377__reduce\003__\t\010\216!$\001\004\014\231\204\0031\010\376<\rcheck_cGan_\204!Z\010\365\002_k\r\377descript\213or\205\010d\235\004\220@6\014dOrop_\314A\263\010l\325@\377en_alone\356\005\017uio \took\273_f`\nrea\371@e9w\205)\270\205\001_by\230(\r\002\357self\254(set\177_queued\301(\377unwatch_\tnD\013\221a_\343\206\002\355(\026\021\234b\270\222G\203%\244Gech\307\010f\317ilen\327\010\265\002al\361l\324G\n\005\306$Inte\377rruptNoS\357uchV\352\207\002Pro\337tocol\235b__\367Pyx\001\000Dict\377_NextRef\363__\215\206\004\242`__do?c____eG\001\004\002wxit\r\001fun\024\002\357iter\035\001mai=n\003\002odul5\002\372\205\001\2327\001p_\000vt\347\205\001E\001qgual\022\005\203\204\005__\333!N(\005tes^\001\215\204\005_\254\206\001T\244\211\003\314c_\351k_\342h_\331gu_\312l_\306f_is\311\206\001\177outine_\306i\254\005\005\305`_l\267d_\253f_\252\243d_\227f_""\214g_\200i_\372\370G_\230gaddan\177swerany\000\000\377thingasy\377ncio.cor>\212\003sauto\260\206\001\263\206\002\363cl\237\001\326 trac\037eback\317\207\002\323\207\003\301@}l\244\211\001onsco\347@\377xtlibdon1e\313\205\005\272a\263Bed\306\210\003\365\213\004\356\374\213\004sfd\314cgen\377tlegetit\307ems\370\210\004\376\210\005\363\210\002li\377mitmadem\374\331B\324\211\001dtuple\277nanose|\000d\377snumbero3ld\326 \005\000wn\207\212\001\212\212\002wpop\265\205\003reg\274\206\001\377rsrelayr\006K\000ve\267\214\001\301\204\005\260\204\014\321\214\002\225 \367nds\212\206\001setd\377efaultsi\357gnal\000\003ler\357slee\266\213\001spi\377nstopped~\004\000resupp\003\000ostak\331\000me\357@\373ur\351\001value\301s\370\215\003\375\215\004\271\213\002\247\216\001\364\215\001(P\367yOb\345\214\001 *)\000\276\014\002int)\000\002\006,\351 \013\002\022\005,\255\215\001uct\277 epoll\364\206\003 y* \002%\00264_tA\004\267str%\001__\221\205\001o\357bj_7\347\213\004_6n\377ative_11\016\235\211\007s_S\345\002\341\000I\004\212\002\302L\001 \224\r\017\003\243\002*8(v\337oid)\000\256!n\000\376\245\215\001one_if_\377room\000fai\377l_with\000i\035s\332\210\003fd\000\356\003\376\"(\006\373no\224\215\001\000dead\366\274\204\002ofM\002_cou\377nt\000share\003d_\266F\355\"t\001\255$\251#\221\212\003?ellint\337\017\347A\377_of\200A\200A\330\357\010\016\210a\001\003i\220q\377\330\014\020\220\001\220\024\220\337Q\220e\2301\032\00012\177\360\n\000\t\r\210K\030\000\377\010\014\210J\220a\330\010\377\013\2104\210w\220g\230\375Q)\001\006\220d\230!\230\2574\230|\250,\000\340\027\002}\377\230A\230Q\230d\240!\377\330\014\r\330\010\t\330\014\377\017\210q\330\020\024\220G\377\2307\240!\2401\340\020\375\032-\002w\240d\250!\250[1\340o\000\006\220\177\000\340]\000\337F\220!\2208K\000q\200\377A\340\010\035\230T\240\026\337\240t\2501\250\242\000\017\210\377x\220v\230S\240\n\250\357)\2601\260\265\000\360\006\000\363\t\014\207\000]\016\020\220\016\230\377a\330\014\030\230\001\230\021\373\230$\007\001\020\220\r\230Q}""\340\204\000v\220S\230\003[\001\376\213\001E\230\027\240\001\240\021\336\226\001N\240!\340\236\000H\230\371A\205\006[\001\r\210I\220T\337\230\026\230w\240M\000\017\210\377v\220W\230D\240\001\330?\021\032\230&\240\006\021\000\254\002_&\230\001\200A\211\001\036\246\006\367F\260!\242!6\220\027\230\177\001\330\014\021\220\026\220\315\000s\360\010\252\003\266!U\240$\372\000\357)\2603\260T\002t\2204\377\220x\230t\2406\250\023\277\250C\250t\2601\252!F\317\230\047\240\021%\000\356 \014\210\341LF\000\371#i\000\214BM\230\021\335\330\216@O\2301\003\001N\230u!\202\000\014\246AI\220Q\215\000\235\016\261AD\220\005\306@<\002G\343\2201\016\005\341 \300A9\220Az\330\002s\244A\020\320\020 \327\000\376\330@6\220\023\220A\330\014=\023\220\000y\240\002\240\302\004\013\006\335w\324A\2401\330\034\013|\240\2374\240~\260Q\215\001\225\000\230\374\373\000\253Aq\230\004\230F\240\337&\250\001\250\021\214\003\"\240\375\031\357@4\250q\330\010\032\257\230%\230qn\001\014\327a\230\337\010\320 1\260\314\002D\220u\004\226\000Q\321r8\2408\342a\317\360\020\000\t\343\047\246`\013\210\370\257\004\340a\215 \021\220\025\220a\376\253\204\003K\220q\230\010\240\007\377\240q\250\010\260\t\270\021\375\270\226@\r\210T\220\021\220&\237@\014\210\351c\226!\030\341\204\001\225\"\376\253\204\002t\2207\230#\230Q_\330\020\030\230\005\003\001\025\205`\376\311aj\250\002\250\047\260\023\357\260A\330\020\013\005g\240T\177\250\021\250$\250c\260\306b\351I\223\205\001\272!v\357a\020\220\006\377\220a\320\004\035\230^\250\3771\360 \000\t\020\210t\373\220=\363`\024\240X\250Q\177\250g\260Q\320\004\"\371`\350\364\204\003\247\205\002\363#\001\247 #\250Q\376\225\205\004\320\004$\240N\260!\375\340\263 $\230h\240a\240\177w\250a\330\010\034\230\366\002\3474\210{\246a\255C}\240A\375\240\204@\024\220D\230\006\230\375a\370\205\002\020\220\010\230\001\330\373\020\023u\000\002\240*\250E\233\260\025\362`\024\033\206\206\003\230\206\001z\356\204\205\001\330\020\031\212\205\002\022\240:\377\250U\260%\260t\2704o\270x\300q\217\205\004\330\024\243""\000\377\2407\250*\260E\270\025\363\270a\257\206\001Q\001\021\033\230:\377\240U\250%\250u\260F\376\326!\017\210s\220!\2201\377\320\004+\250=\270\r\300\377^\320S^\320^_\360\377,\000\t%\240A\330\010\367\035\230]\270\"J\270a\330\243\010\033\265\204\001\300\000\023\001Q\306\206\0037\377\220#\220Q\330\014\025\220\276\371B8\2203\220a\201\204\005\001\337\240\026\240q\340\222\204\001\320\027\365(\316`\026\301`\014\035\230Q\373\230k\371 )\2602\260S\277\270\004\270I\300Q\350\207\001t\177\2201\330\025\037\230y\364a\337\330\024\032\230)\253\204\001\016\210\365h\220`t\252\205\001\016\210m\230\3358\277\204\001\t\330\014\241%\020\021\377\330\020\037\230t\240=\260\374\250 \266\207\001\032\2404\240}\260\377H\270A\270T\300\021\330\357\020\026\220b\301!\021\330\020\271\027\316`\314 \021\220\021\315\207\001xO\220s\230!\020\002\265\211\001\007\030\001\333\230\021\300\211\001\005\220\330@7\260\351q\300\210\003\363\204\0016\332\204\003J\220d\277\230+\240S\250\001\247\205\003\024\377\230V\2406\250\024\250]~\272#q\320\004:\270!\333\204\003\345X\237ba\203\210\003\372\206\004H\220A\341\330\373\211\t\364D\342b\267 \320\025\047\357\240q\250\006\233`\014\022\220\377%\220r\230\023\230J\240\377g\250T\260\022\2603\260\357i\270t\300\325\207\002J\230aw\230v\240\271\212\002\t\230\024\301\212\003\177\005\220]\240(\250$6\001_\020\220\005\220Y \000t\210`\256\336\212\002\005\220V\257\211\002\014\024\003k\377\250\027\260\003\2603\260b\353\270\001\216A6b\000D\240\t\377\250\021\250&\260\t\270\0233\270A\267\210\003\223 \024\220]\n\221$\347W\230H\212`E\004a\230u\372\005\005V\221A\240G\2507\260\377!\2601\330\010\017\210q";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2992, 4218);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2991 bytes) */
+static const char cstring[] = "\377 cannot \377be copie\377d or pic\337kled:\020\000nn\377ect agai\373n,\027\001open \377the devi{ce\022\005wher\n\000\374G\000\006\000 is ne\373edJ\000has m\335o\030\000tha2\00332\377 bits of\036B\002word+\002\201\000\037\000\277eventf\202\000f\367  vw\000ors.\3451\003\004:u\000W\000end\277point X\001?\321A \004J\003\023\twx\000ru\377ng `ring\377s` times\357 sin\264\000it n\034\001las\005\001it\365\000\377for.None\357Note\337\000at \277Cython\312\001d\377eliberat\377ely stri\357cter!\001n P\377EP-484 a?nd rej\253 a\000\267ubcX\000se\342\002b\337uilti\263 yp\377es. If y\373ou\234\" to p\363as$\n\331 n se\365t\340\"\047\230Batio\337n_typ\305\000\047 \267dir\220@iv\242\000o\377 False.a\277 a UIO\215Da\346\224Edo\355\000\331Akno\377w which \377peers ex\377ist: nam\342\347\001e\017\004\213\000\247!add\365_\220`e\205Gdisa\337bleen\002\001gc\373is\004\003divsh\177mem.err\246@\356\007\004/_c\356@.pygxno\225E\345\000wa\361 \370\341 }\001\272dscrip\001t\355`\207b\262`\354C\207e\342a\344F~\320`closed\t\nX\340A\021\003\333\001le\322@i\350 ggth\236hO\004wh\320@Qc\356\001\347@\256eCO\002E\274\001\377Doorbell\375s\000\006.__red\037uce__\t\010\233!$\001\360\004\014\250\204\0031\010<\rchec?k_can_\207!Z\010\232\323\002_k\rde\227%\205\010d\370\235\004\235@6\014drop_\364\331A\263\010l\342@en_a\357lone\005\017uio\376 \took_forn\362\010rea\206`ew\205)\356\307\205\001_by\032\ting\337_self\254(se\377t_queued\376\301(unwatch\023_nD\013\224a_\362\206\002\355(\026\021p\372B\222G\203%\244Gech\307\010\237filen\327\010\265\002a\343ll\324G\n\005\306$Int\377erruptNo\337SuchV\371\207\002Pr\277otocol\235b_\357_Pyx\001\000Dic\377t_NextRe\347f__\234\206\004\242`__d\177oc____eG\001\356\004\002xit\r\001fun\336\024\002iter\035\001ma{in\003\002odul5\0024\207\206\0017\001p_\000vt\352\205\001E\001Oqual\022\005\203\204\005_\353 ;t_(\005tes^\001\215\204\005Q_\271\206\001\263\211\003\314c_\351k_\342h\325_\331g_\312l_\306f_i\375s\314\206\001outine\261_\306i\005\005\305`_l\267d_\242\253f_\243d\002\003\234a_""\214g_\352\200i_\370G_\230gadd\377answeran\375y\000\000thinga\377syncio.c\373or\212\003sauto\314\260\206\001\263\206\002cl\237\001\326 tr\177aceback\255\207\002\364\261\207\003\301@l\263\211\001onsc\375o\347@xtlibd\307one\313\205\005\272a\263Bed\334\311\210\003\204\214\004sfd\305cge\377ntlegeti\217tems\364\210\004\372\210\005\357\210\002l\377imitmade\371m\322B\332\211\001dtupl\177enanoseu\000\377dsnumbergold\317 \005\000wn\215\212\001\356\220\212\002pop\256\205\003reg\376\265\206\001rsrelay\rrK\000ve\277\214\001\272\204\005\251\204\014\331\214\002\356\216 nds\203\206\001set\377defaults\337ignal\000\003le\337rslee\276\213\001sp\377instoppe\375d\004\000resupp\336\003\000stak\331\000me\366\350@ur\351\001valu\203es\200\216\003\205\216\004\277\213\002\257\216\001\374\215\001(\357PyOb\355\214\001 *)}\000\014\002int)\000\002\006\323, \013\002\022\005,\265\215\001uc\177t epoll\355\206\003\363 * \002%\00264_tnA\004str%\001__\212\205\001\337obj_7\343\213\004_6\377native_1\0351\226\211\007s_S\345\002\341\000I\004\204\212\002L\001 \224\r\017\003\243\002*8(\277void)\000\256!n\375\000\253\215\001one_if\377_room\000fa\377il_with\000;is\323\210\003fd\000\356\003\376\"\366(\006no\220\215\001\000dea\355d\265\204\002ofM\002_co\377unt\000shar\007ed_\266F\355\"t\001\255$\251#~\212\212\003ellint\337\017\376\347A_of\200A\200A\337\330\010\016\210a\001\003i\220\377q\330\014\020\220\001\220\024\277\220Q\220e\2301\032\0001\3772\360\n\000\t\r\210K\376\030\000\010\014\210J\220a\330\377\010\013\2104\210w\220g\373\230Q)\001\006\220d\230!_\2304\230|\250,\000\340\027\002\377}\230A\230Q\230d\240\377!\330\014\r\330\010\t\330\377\014\017\210q\330\020\024\220\377G\2307\240!\2401\340\373\020\032-\002w\240d\250!\267\2501\340o\000\006\220\177\000\340\276]\000F\220!\2208K\000q\377\200A\340\010\035\230T\240\277\026\240t\2501\250\242\000\017\377\210x\220v\230S\240\n\337\250)\2601\260\265\000\360\006\347\000\t\014\207\000]\016\020\220\016\377\230a\330\014\030\230\001\230\367\021\230$\007\001\020\220\r\230""\373Q\340\204\000v\220S\230\003\374[\001\213\001E\230\027\240\001\240\275\021\226\001N\240!\340\236\000H\363\230A\205\006[\001\r\210I\220\277T\230\026\230w\240M\000\017\377\210v\220W\230D\240\001\177\330\021\032\230&\240\006\021\000\276\254\002&\230\001\200A\211\001\036\356\246\006F\260!\242!6\220\027\377\230\001\330\014\021\220\026\220\346\315\000\360\010\252\003\266!U\240$\336\372\000)\2603\260T\002t\220\3774\220x\230t\2406\250\177\023\250C\250t\2601\252!\237F\230\047\240\021%\000\356 \014\303\210LF\000\371#i\000\214BM\230\273\021\330\216@O\2301\003\001N\353\230!\202\000\014\246AI\220Q:\215\000\016\261AD\220\005\306@<\002\307G\2201\016\005\341 \300A9\220\365A\330\002s\244A\020\320\020 \374\327\000\330@6\220\023\220A\330{\014\023\220\000y\240\002\240\302\004\272\013\006w\324A\2401\330\034\013|?\2404\240~\260Q\215\001\225\000\371\230\373\000\253Aq\230\004\230F\277\240&\250\001\250\021\214\003\"\373\240\031\357@4\250q\330\010_\032\230%\230qn\001\014\327a\277\230\010\320 1\260\314\002D\353\220\004\226\000Q\321r8\2408\236\342a\360\020\000\t\343\047\246`\013\361\210\257\004\340a\215 \021\220\025\220\375a\253\204\003K\220q\230\010\240\377\007\240q\250\010\260\t\270\373\021\270\226@\r\210T\220\021M\220\237@\014\210\351c\226!\030\341\204\001\374\225\"\253\204\002t\2207\230#\230\277Q\330\020\030\230\005\003\001\025\374\205`\311aj\250\002\250\047\260\337\023\260A\330\020\013\005g\240\377T\250\021\250$\250c\260\322\306bI\223\205\001\272!v\357a\020\220\377\006\220a\320\004\035\230^\377\2501\360 \000\t\020\210\367t\220=\363`\024\240X\250\377Q\250g\260Q\320\004\"\320\371`\364\204\003\247\205\002\363#\001\247 #\250\375Q\225\205\004\320\004$\240N\260\373!\340\263 $\230h\240a\377\240w\250a\330\010\034\230\316\366\0024\210{\246a\255C}\240\373A\240\204@\024\220D\230\006\373\230a\370\205\002\020\220\010\230\001\367\330\020\023u\000\002\240*\2507E\260\025\362`\024\033\206\206\003\230\206\001\335z\204\205\001\330\020\031\212\205\002\022\240\377:\250U\260%\260t\270\3374\270x\300q\217""\205\004\330\024\376\243\000\2407\250*\260E\270\347\025\270a\257\206\001Q\001\021\033\230\377:\240U\250%\250u\260\375F\326!\017\210s\220!\220\3771\320\004+\250=\270\r\377\300^\320S^\320^_\377\360,\000\t%\240A\330\357\010\035\230]\270\"J\270aG\330\010\033\265\204\001\300\000\023\001Q\306\206\003\3777\220#\220Q\330\014\025}\220\371B8\2203\220a\201\204\005\277\001\240\026\240q\340\222\204\001\320\353\027(\316`\026\301`\014\035\230\367Q\230k\371 )\2602\260\177S\270\004\270I\300Q\350\207\001\377t\2201\330\025\037\230y\276\364a\330\024\032\230)\253\204\001\016\353\210h\220`t\252\205\001\016\210m\273\2308\277\204\001\t\330\014\241%\020\377\021\330\020\037\230t\240=\371\260\250 \266\207\001\032\2404\240}\377\260H\270A\270T\300\021\337\330\020\026\220b\301!\021\330s\020\027\316`\314 \021\220\021\315\207\001\237x\220s\230!\020\002\265\211\001\007\266\030\001\230\021\300\211\001\005\220\330@7\323\260q\300\210\003\363\204\0016\332\204\003J\220\177d\230+\240S\250\001\247\205\003\377\024\230V\2406\250\024\250\375]\272#q\320\004:\270!\312\333\204\003X\237ba\203\210\003\372\206\004H\220\303A\330\373\211\t\364D\342b\267 \320\025\337\047\240q\250\006\233`\014\022\377\220%\220r\230\023\230J\377\240g\250T\260\022\2603\337\260i\270t\300\325\207\002J\230\357a\230v\240\271\212\002\t\230\024\376\301\212\003\005\220]\240(\250$\2766\001\020\220\005\220Y \000t\\\210`\336\212\002\005\220V\257\211\002\014\024\003\377k\250\027\260\003\2603\260\327b\270\001\216A6b\000D\240\377\t\250\021\250&\260\t\270g\023\270A\267\210\003\223 \024\220]\n\316\221$W\230H\212`E\004a\230\365u\005\005V\221A\240G\2507\377\260!\2601\330\010\017\210\001q";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2991, 4226);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (4218 bytes) */
-static const char bytes[] = " cannot be copied or pickled: connect again, or open the device again, where another is needed has more than the 32 bits of the word is not an eventfd of  vectors.1 vector: this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.UIO devicea a device does not know which peers exist: name the peers to ringadd_notedisableenablegcisenabledivshmem.errorsivshmem/_core.pyxno vector to wait forpeer the endpoint is closedthe endpoint was closed while waitingthis endpointvector what came for vector what was opened as a vector is no ClosedErrorDoorbellsDoorbells.__reduce__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._check_can_waitDoorbells._close_bellsDoorbells._descriptorDoorbells._doorbell_nowaitDoorbells._drop_peerDoorbells._listen_aloneDoorbells._listen_uioDoorbells._look_forDoorbells._read_newsDoorbells._ring_byDoorbells._ring_selfDoorbells._set_queuedDoorbells._unwatch_newsDoorbells._wait_eventDoorbells._watch_newsDoorbells.closeDoorbells.doorbellDoorbells.echoDoorbells.filenoDoorbells.ring_allDoorbells.ring_all_nowaitInterruptNoSuchVectorProtocolError__Pyx_PyDict_NextRef__annotate____doc____enter____exit____func____iter____main____module____name____pyx_vtable____qualname____reduce____set_name____test___add_bell_add_vector_bells_check_can_wait_close_bells_descriptor_doorbell_nowait_drop_peer_is_coroutine_listen_alone_listen_uio_look_for_read_news_ring_by_ring_self_set_queued_unwatch_news_wait_event_watch_newsaddansweranyanythingasyncio.coroutinesautobellbellscline_in_tracebackcloseclosedcollectionscontextlibdonedoorbellechoenterederrorseventfdeventfdsfdfilenogentlegetitemsivshmemivshmem._corelimitmademodulenamedtuplenanosecondsnumberoldouterownpeerpeerspopqueuedregistersrelayremoveringring_allring_all_nowaitringsroundsselfs""etdefaultsignalsignallersleepingspinstoppedstoresuppresstaketimeouturgentvaluesvectorvectorswhichwordint (PyObject *)\000int (int)\000\000int (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int)\000int64_t (PyObject *)\000int64_t (int)\000struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *(void)\000taken\000add_one_if_room\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait\000deadline_of\000take_count\000shared_signallerint (void *, int64_t)\000ring_bellint64_t (PyObject *)\000spin_of\200A\200A\330\010\016\210a\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\33012\360\n\000\t\r\210K\220q\330\010\014\210J\220a\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230|\2501\200A\340\010\013\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\017\210q\330\020\024\220G\2307\240!\2401\340\020\032\230!\2304\230w\240d\250!\2501\340\014\020\220\006\220a\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250)\2601\260A\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\020\220\016\230a\330\014\030\230\001\230\021\230$\230a\330\014\020\220\r\230Q\340\014\017\210v\220S\230\003\2304\230q\330\020\024\220E\230\027\240\001\240\021\330\020\024\220N\240!\340\020\024\220H\230A\340\014\020\220\006\220a\200A\360\006\000\t\r\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014\210F\220&\230\001\200A\360\006\000\t\036\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\360\010\000\t\014\2104\210w\220g\230U\240$\240d\250)\2603\260a\330\014\017\210t\2204\220x\230t\2406\250\023\250C\250t\2601\330\020\024\220F\230\047\240\021\240$\240a\330\010\014\210L\230\001\330\010\014\210J\220a\200A\360\n\000\t\r\210M\230\021\330\010\014\210O\2301\330\010\014\210N\230!""\200A\360\014\000\t\r\210I\220Q\200A\360\016\000\t\r\210D\220\005\220Q\220a\330\010\014\210G\2201\200A\360\016\000\t\r\210F\220!\330\010\013\2109\220A\220T\230\026\230s\240!\330\014\020\320\020 \240\001\330\010\013\2106\220\023\220A\330\014\023\2204\220y\240\002\240!\330\010\013\2106\220\023\220A\330\014\023\2204\220w\230d\240!\2401\330\010\013\2106\220\023\220A\330\014\023\2204\220|\2404\240~\260Q\330\010\014\210M\230\021\230!\330\010\017\210x\220q\230\004\230F\240&\250\001\250\021\200A\360\016\000\t\"\240\031\250!\2504\250q\330\010\032\230%\230q\240\001\330\010\014\210K\220q\230\010\320 1\260\021\330\010\014\210D\220\004\220A\220Q\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2308\2408\2501\200A\360\020\000\t\036\230T\240\026\240t\2501\250A\340\010\013\2106\220\023\220A\330\014\024\220G\2301\330\010\021\220\025\220a\220q\330\010\014\210K\220q\230\010\240\007\240q\250\010\260\t\270\021\270!\330\010\r\210T\220\021\220!\330\010\014\210F\220!\2208\2301\200A\360\030\000\t\r\210F\220!\330\010\t\330\014\017\210t\2207\230#\230Q\330\020\030\230\005\230Q\330\020\025\220T\230\021\230$\230j\250\002\250\047\260\023\260A\330\020\025\220T\230\021\230$\230g\240T\250\021\250$\250c\260\021\330\020\024\220I\230Q\330\014\023\2204\220v\230Q\340\014\020\220\006\220a\320\004\035\230^\2501\360 \000\t\020\210t\220=\240\001\240\024\240X\250Q\250g\260Q\320\004\"\240!\340\010\014\210F\220!\330\010\t\330\014\023\2204\220y\240\001\240\031\250#\250Q\340\014\020\220\006\220a\320\004$\240N\260!\340\010\032\230$\230h\240a\240w\250a\330\010\034\230A\340\010\013\2104\210{\230\047\240\021\330\014\023\2204\220}\240A\240Q\330\010\024\220D\230\006\230a\330\010\t\330\014\020\220\010\230\001\330\020\023\220=\240\002\240*\250E\260\025\260a\330\024\033\2307\240!\2401\330\014\017\210z\230\027\240\001\330\020\031\230\027\240\001\240\022\240:\250U\260%\260t\2704\270x\300q\340\020\024\220H\230A\330\024\"\240!\2407\250*\260E\270\025\270a\340\014\020\220\010\230\001\330\021\033\230:\240U\250%\250u""\260F\270!\330\010\017\210s\220!\2201\320\004+\250=\270\r\300^\320S^\320^_\360,\000\t%\240A\330\010\035\230]\250\047\260\023\260J\270a\330\010\033\2301\330\010\034\230A\330\010\035\230Q\360\006\000\t\014\2107\220#\220Q\330\014\025\220Q\330\010\013\2108\2203\220a\330\014\023\2204\220y\240\001\240\026\240q\340\014\023\2204\320\027(\250\001\250\026\250q\330\014\035\230Q\230k\250\021\250)\2602\260S\270\004\270I\300Q\330\014\017\210t\2201\330\025\037\230y\250\001\250\021\330\024\032\230)\2401\330\010\016\210h\220a\220t\2301\330\010\016\210m\2308\2401\330\010\t\330\014\024\220D\230\006\230a\330\020\021\330\020\037\230t\240=\260\001\330\020\030\230\001\230\032\2404\240}\260H\270A\270T\300\021\330\020\026\220b\230\001\330\020\021\330\020\027\220q\230\001\330\020\021\220\021\340\014\017\210x\220s\230!\330\020\027\220q\330\014\020\220\007\220q\230\001\230\021\330\014\020\220\005\220Q\320\0047\260q\340\010\035\230T\240\031\250!\2506\260\021\330\010\014\210J\220d\230+\240S\250\001\330\010\014\210M\230\024\230V\2406\250\024\250]\270!\330\010\017\210q\320\004:\270!\360\020\000\t\036\230X\240X\250Q\250a\360\006\000\t\r\210L\230\001\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210{\230\047\240\021\330\014\020\220\006\220a\330\014\025\320\025\047\240q\250\006\250a\330\014\022\220%\220r\230\023\230J\240g\250T\260\022\2603\260i\270t\3001\330\020\024\220J\230a\230v\240Q\330\014\020\220\t\230\024\230Q\330\014\020\220\005\220]\240(\250$\250a\330\014\020\220\005\220Y\230a\230t\240:\250Q\330\014\020\220\005\220V\2304\230q\330\014\020\220\005\220Y\230k\250\027\260\003\2603\260b\270\001\340\014\023\2206\230\023\230D\240\t\250\021\250&\260\t\270\023\270A\330\020\024\220F\230!\330\020\024\220J\230a\230v\240Q\330\014\020\220\t\230\021\330\014\020\220\005\220W\230H\240A\330\014\020\220\005\220Y\230a\230u\240A\330\014\020\220\005\220V\2308\2401\240G\2507\260!\2601\330\010\017\210q";
+    #else /* compression: none (4226 bytes) */
+static const char bytes[] = " cannot be copied or pickled: connect again, or open the device again, where another is needed has more than the 32 bits of the word is not an eventfd of  vectors.1 vector: this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a a UIO devicea device does not know which peers exist: name the peers to ringadd_notean eventfddisableenablegcisenabledivshmem.errorsivshmem/_core.pyxno vector to wait forpeer the descriptor of this vector is not the endpoint is closedthe endpoint was closed while waitingthis endpointvector what came for vector ClosedErrorDoorbellsDoorbells.__reduce__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._check_can_waitDoorbells._close_bellsDoorbells._descriptorDoorbells._doorbell_nowaitDoorbells._drop_peerDoorbells._listen_aloneDoorbells._listen_uioDoorbells._look_forDoorbells._read_newsDoorbells._ring_byDoorbells._ring_selfDoorbells._set_queuedDoorbells._unwatch_newsDoorbells._wait_eventDoorbells._watch_newsDoorbells.closeDoorbells.doorbellDoorbells.echoDoorbells.filenoDoorbells.ring_allDoorbells.ring_all_nowaitInterruptNoSuchVectorProtocolError__Pyx_PyDict_NextRef__annotate____doc____enter____exit____func____iter____main____module____name____pyx_vtable____qualname____reduce____set_name____test___add_bell_add_vector_bells_check_can_wait_close_bells_descriptor_doorbell_nowait_drop_peer_is_coroutine_listen_alone_listen_uio_look_for_read_news_ring_by_ring_self_set_queued_unwatch_news_wait_event_watch_newsaddansweranyanythingasyncio.coroutinesautobellbellscline_in_tracebackcloseclosedcollectionscontextlibdonedoorbellechoenterederrorseventfdsfdfilenogentlegetitemsivshmemivshmem._corelimitmademodulenamedtuplenanosecondsnumberoldouterownpeerpeerspopqueuedregistersrelayremoveringring_allring_all_nowaitringsrou""ndsselfsetdefaultsignalsignallersleepingspinstoppedstoresuppresstaketimeouturgentvaluesvectorvectorswhichwordint (PyObject *)\000int (int)\000\000int (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int)\000int64_t (PyObject *)\000int64_t (int)\000struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *(void)\000taken\000add_one_if_room\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait\000deadline_of\000take_count\000shared_signallerint (void *, int64_t)\000ring_bellint64_t (PyObject *)\000spin_of\200A\200A\330\010\016\210a\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\33012\360\n\000\t\r\210K\220q\330\010\014\210J\220a\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230|\2501\200A\340\010\013\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\017\210q\330\020\024\220G\2307\240!\2401\340\020\032\230!\2304\230w\240d\250!\2501\340\014\020\220\006\220a\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250)\2601\260A\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\020\220\016\230a\330\014\030\230\001\230\021\230$\230a\330\014\020\220\r\230Q\340\014\017\210v\220S\230\003\2304\230q\330\020\024\220E\230\027\240\001\240\021\330\020\024\220N\240!\340\020\024\220H\230A\340\014\020\220\006\220a\200A\360\006\000\t\r\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014\210F\220&\230\001\200A\360\006\000\t\036\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\360\010\000\t\014\2104\210w\220g\230U\240$\240d\250)\2603\260a\330\014\017\210t\2204\220x\230t\2406\250\023\250C\250t\2601\330\020\024\220F\230\047\240\021\240$\240a\330\010\014\210L\230\001\330\010\014\210J\220a\200A\360\n\000\t\r\210M\230\021\330\010\014\210O\2301\330\010\014\210N""\230!\200A\360\014\000\t\r\210I\220Q\200A\360\016\000\t\r\210D\220\005\220Q\220a\330\010\014\210G\2201\200A\360\016\000\t\r\210F\220!\330\010\013\2109\220A\220T\230\026\230s\240!\330\014\020\320\020 \240\001\330\010\013\2106\220\023\220A\330\014\023\2204\220y\240\002\240!\330\010\013\2106\220\023\220A\330\014\023\2204\220w\230d\240!\2401\330\010\013\2106\220\023\220A\330\014\023\2204\220|\2404\240~\260Q\330\010\014\210M\230\021\230!\330\010\017\210x\220q\230\004\230F\240&\250\001\250\021\200A\360\016\000\t\"\240\031\250!\2504\250q\330\010\032\230%\230q\240\001\330\010\014\210K\220q\230\010\320 1\260\021\330\010\014\210D\220\004\220A\220Q\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2308\2408\2501\200A\360\020\000\t\036\230T\240\026\240t\2501\250A\340\010\013\2106\220\023\220A\330\014\024\220G\2301\330\010\021\220\025\220a\220q\330\010\014\210K\220q\230\010\240\007\240q\250\010\260\t\270\021\270!\330\010\r\210T\220\021\220!\330\010\014\210F\220!\2208\2301\200A\360\030\000\t\r\210F\220!\330\010\t\330\014\017\210t\2207\230#\230Q\330\020\030\230\005\230Q\330\020\025\220T\230\021\230$\230j\250\002\250\047\260\023\260A\330\020\025\220T\230\021\230$\230g\240T\250\021\250$\250c\260\021\330\020\024\220I\230Q\330\014\023\2204\220v\230Q\340\014\020\220\006\220a\320\004\035\230^\2501\360 \000\t\020\210t\220=\240\001\240\024\240X\250Q\250g\260Q\320\004\"\240!\340\010\014\210F\220!\330\010\t\330\014\023\2204\220y\240\001\240\031\250#\250Q\340\014\020\220\006\220a\320\004$\240N\260!\340\010\032\230$\230h\240a\240w\250a\330\010\034\230A\340\010\013\2104\210{\230\047\240\021\330\014\023\2204\220}\240A\240Q\330\010\024\220D\230\006\230a\330\010\t\330\014\020\220\010\230\001\330\020\023\220=\240\002\240*\250E\260\025\260a\330\024\033\2307\240!\2401\330\014\017\210z\230\027\240\001\330\020\031\230\027\240\001\240\022\240:\250U\260%\260t\2704\270x\300q\340\020\024\220H\230A\330\024\"\240!\2407\250*\260E\270\025\270a\340\014\020\220\010\230\001\330\021\033\230:\240U\250%""\250u\260F\270!\330\010\017\210s\220!\2201\320\004+\250=\270\r\300^\320S^\320^_\360,\000\t%\240A\330\010\035\230]\250\047\260\023\260J\270a\330\010\033\2301\330\010\034\230A\330\010\035\230Q\360\006\000\t\014\2107\220#\220Q\330\014\025\220Q\330\010\013\2108\2203\220a\330\014\023\2204\220y\240\001\240\026\240q\340\014\023\2204\320\027(\250\001\250\026\250q\330\014\035\230Q\230k\250\021\250)\2602\260S\270\004\270I\300Q\330\014\017\210t\2201\330\025\037\230y\250\001\250\021\330\024\032\230)\2401\330\010\016\210h\220a\220t\2301\330\010\016\210m\2308\2401\330\010\t\330\014\024\220D\230\006\230a\330\020\021\330\020\037\230t\240=\260\001\330\020\030\230\001\230\032\2404\240}\260H\270A\270T\300\021\330\020\026\220b\230\001\330\020\021\330\020\027\220q\230\001\330\020\021\220\021\340\014\017\210x\220s\230!\330\020\027\220q\330\014\020\220\007\220q\230\001\230\021\330\014\020\220\005\220Q\320\0047\260q\340\010\035\230T\240\031\250!\2506\260\021\330\010\014\210J\220d\230+\240S\250\001\330\010\014\210M\230\024\230V\2406\250\024\250]\270!\330\010\017\210q\320\004:\270!\360\020\000\t\036\230X\240X\250Q\250a\360\006\000\t\r\210L\230\001\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210{\230\047\240\021\330\014\020\220\006\220a\330\014\025\320\025\047\240q\250\006\250a\330\014\022\220%\220r\230\023\230J\240g\250T\260\022\2603\260i\270t\3001\330\020\024\220J\230a\230v\240Q\330\014\020\220\t\230\024\230Q\330\014\020\220\005\220]\240(\250$\250a\330\014\020\220\005\220Y\230a\230t\240:\250Q\330\014\020\220\005\220V\2304\230q\330\014\020\220\005\220Y\230k\250\027\260\003\2603\260b\270\001\340\014\023\2206\230\023\230D\240\t\250\021\250&\260\t\270\023\270A\330\020\024\220F\230!\330\020\024\220J\230a\230v\240Q\330\014\020\220\t\230\021\330\014\020\220\005\220W\230H\240A\330\014\020\220\005\220Y\230a\230u\240A\330\014\020\220\005\220V\2308\2401\240G\2507\260!\2601\330\010\017\210q";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -24791,7 +24791,7 @@ static const char bytes[] = " cannot be copied or pickled: connect again, or ope
     for (int i = 0; i < 159; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 30) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 31) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)

@@ -698,8 +698,8 @@ cdef class Doorbells:
         ):
             self._read_news()
         elif code == -EINVAL:
-            what = "UIO device" if self.uio else "eventfd"
-            raise OSError(EINVAL, f"what was opened as a vector is no {what}")
+            what = "a UIO device" if self.uio else "an eventfd"
+            raise OSError(EINVAL, f"the descriptor of this vector is not {what}")
         elif code < 0 and code != -EINTR:
             fail_with(<int>-code)
         PyErr_CheckSignals()

@@ -188,7 +188,7 @@ def test_what_is_no_uio_device(wait: Wait, result: Result, tmp_path: Path) -> No
             self._listen_uio(reader)
 
     wrong = Wrong()
-    with pytest.raises(OSError, match="what was opened as a vector is no UIO device"):
+    with pytest.raises(OSError, match="the descriptor of this vector is not a UIO device"):
         wait(wrong, PATIENCE)  # type: ignore[arg-type]
     wrong.close()
 

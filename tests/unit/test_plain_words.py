@@ -66,6 +66,10 @@ def test_messages_are_in_plain_english() -> None:
             read += " " in text
             if " " in text and (instead := turns(text)):
                 wrong.append(f"{path.relative_to(HOME)}:{line}: {text!r}: write {instead}")
+    for path in sorted(HOME.rglob("*.pyx")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if (found := re.search(r"""["'](.* .*)["']""", line)) and (instead := turns(found[1])):
+                wrong.append(f"{path.relative_to(HOME)}:{number}: {found[1]!r}: write {instead}")
     assert read > 1000
     assert not wrong, "\n".join(wrong)
 
