@@ -67,9 +67,12 @@ def test_messages_are_in_plain_english() -> None:
             if " " in text and (instead := turns(text)):
                 wrong.append(f"{path.relative_to(HOME)}:{line}: {text!r}: write {instead}")
     for path in sorted(HOME.rglob("*.pyx")):
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            if (found := re.search(r"""["'](.* .*)["']""", line)) and (instead := turns(found[1])):
-                wrong.append(f"{path.relative_to(HOME)}:{number}: {found[1]!r}: write {instead}")
+        for line, code in enumerate(path.read_text().splitlines(), 1):
+            wrong += [
+                f"{path.relative_to(HOME)}:{line}: {text!r}: write {instead}"
+                for text in re.findall(r"""["'](.* .*)["']""", code)
+                if (instead := turns(text))
+            ]
     assert read > 1000
     assert not wrong, "\n".join(wrong)
 
