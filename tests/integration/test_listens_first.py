@@ -112,16 +112,17 @@ def test_an_import_that_fails_leaves_no_socket(tmp_path: Path) -> None:
 
 _AT_LISTEN = """
 import sys
-from ivshmem.system import late_logging, listener
+from ivshmem.system import late_logging
+from ivshmem.system.listener import Listener
 from ivshmem.server import log_events
-listen = listener.Listener.listen
+listen = Listener.listen
 def warn(listener):
-    listener.Listener.listen = listen
+    Listener.listen = listen
     listen(listener)
     assert "logging" not in sys.modules
     late_logging.log_of("ivshmem.serve").warning("early", extra=log_events.fields("limit"))
     assert "logging" in sys.modules
-listener.Listener.listen = warn
+Listener.listen = warn
 from ivshmem.cli.main import main
 sys.exit(main(["serve", "-q", "-l", "64K", "-S", *sys.argv[1:]]))
 """
