@@ -12,11 +12,16 @@ import inspect
 from typing import Any
 
 import pytest
-from model import messages_cases, queue, role, value
+from model import creation, messages_cases, queue, role, value
 from model.explorer import explore, holds
 from model.role import named_points
 
-KINDS: dict[str, Any] = {"messages": messages_cases, "queue": queue, "value": value}
+KINDS: dict[str, Any] = {
+    "messages": messages_cases,
+    "queue": queue,
+    "value": value,
+    "creation": creation,
+}
 BY_DAY = [(kind, name) for kind, module in KINDS.items() for name in module.BY_DAY]
 BY_NIGHT = [(kind, name) for kind, module in KINDS.items() for name in module.BY_NIGHT]
 POINTS = [(kind, point) for kind, module in KINDS.items() for point in module.POINTS]
