@@ -177,7 +177,7 @@ class Producer(Role):
         """Wake one reader that sleeps, of those that this writer has not rung yet."""
         yield from self.full_fence("announce fence")
         for r in range(self.queue.readers):
-            if (yield from self.wakes(f"r{r}")) and not everybody:
+            if (yield from self.wakes_living(f"r{r}")) and not everybody:
                 return
 
 
@@ -279,7 +279,7 @@ class Consumer(Role):
 
     def wake_another(self) -> Steps:
         for r in range(self.queue.readers):
-            if f"r{r}" != self.name and (yield from self.wakes(f"r{r}")):
+            if f"r{r}" != self.name and (yield from self.wakes_living(f"r{r}")):
                 return
 
     def let_begin(self) -> Steps:
@@ -367,12 +367,12 @@ BY_DAY: dict[str, Queue] = {
     "get": Queue(messages=1),
     "fail": Queue(ways=("fail", "second"), messages=1, closes=False),
     "time limit": Queue(ways=("limit", "one"), messages=1, closes=False, spurious=_R0),
-    "hold": Queue(ways=("hold", "one"), messages=3, closes=False),
     "a reader dies": Queue(messages=1, mortal=_R0),
     "a reader that acknowledges dies": Queue(ways=("take", "take"), messages=1, mortal=_R0),
     "a writer dies": Queue(messages=2, readers=1, ways=("get",), mortal=frozenset({"w0"})),
 }
 BY_NIGHT: dict[str, Queue] = {
+    "hold": Queue(ways=("hold", "one"), messages=3, closes=False),
     "get twice": Queue(),
     "take twice": Queue(ways=("take", "take")),
     "silent": Queue(ways=("take", "take"), messages=1, silent=_R0),

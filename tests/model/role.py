@@ -91,6 +91,12 @@ class Role:
             return True
         return False
 
+    def wakes_living(self, name: str) -> Steps:
+        """Ring a process that sleeps. Whether it will come: if it dies later, that rings all."""
+        if not (yield from self.wakes(name)):
+            return False
+        return not self.has("a ring to the dead does not count") or (yield from self.works(name))
+
     def works(self, name: str) -> Steps:
         """Whether a place is at work: neither silent nor gone."""
         how = yield Load(looks(name))

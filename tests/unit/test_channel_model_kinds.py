@@ -12,7 +12,7 @@ import inspect
 from typing import Any
 
 import pytest
-from model import creation, messages_cases, queue, role, value
+from model import calls, creation, messages_cases, queue, role, value
 from model.explorer import explore, holds
 from model.role import named_points
 
@@ -20,6 +20,7 @@ KINDS: dict[str, Any] = {
     "messages": messages_cases,
     "queue": queue,
     "value": value,
+    "calls": calls,
     "creation": creation,
 }
 BY_DAY = [(kind, name) for kind, module in KINDS.items() for name in module.BY_DAY]
