@@ -29,7 +29,7 @@ try:
 except ImportError:
     modules = extensions(".c")
 else:
-    modules = cythonize(extensions(".pyx"))
+    modules = cythonize(extensions(".pyx"), build_dir="build/cython")  # the committed files stay
 
 setup(
     ext_modules=modules,
