@@ -118,7 +118,7 @@ class Words:
         self._words: list[Any] = []
 
     def number(self, word: Any) -> int:
-        number = self._numbers.setdefault(word, len(self._words))
+        number = self._numbers.setdefault((type(word), word), len(self._words))
         if number == len(self._words):
             self._words.append(word)
         return number

@@ -262,10 +262,10 @@ BY_DAY: dict[str, Calls] = {
     "one call": Calls(calls=2),
     "two servers": Calls(servers=2, calls=1),
     "time limit": Calls(calls=2, limit=True, spurious=frozenset({"c0"})),
-    "a server dies": Calls(servers=2, calls=1, mortal=_S0),
     "the caller dies": Calls(calls=2, mortal=frozenset({"c0"})),
 }
 BY_NIGHT: dict[str, Calls] = {
+    "a server dies": Calls(servers=2, calls=1, mortal=_S0),
     "one each": Calls(callers=2, servers=2, one=True),
     "a server dies later": Calls(servers=2, slots=2, calls=2, mortal=_S0),
     "time limit and death": Calls(calls=2, limit=True, spurious=frozenset({"c0"}), mortal=_S0),

@@ -367,11 +367,11 @@ BY_DAY: dict[str, Queue] = {
     "get": Queue(messages=1),
     "fail": Queue(ways=("fail", "second"), messages=1, closes=False),
     "time limit": Queue(ways=("limit", "one"), messages=1, closes=False, spurious=_R0),
-    "a reader dies": Queue(messages=1, mortal=_R0),
     "a reader that acknowledges dies": Queue(ways=("take", "take"), messages=1, mortal=_R0),
     "a writer dies": Queue(messages=2, readers=1, ways=("get",), mortal=frozenset({"w0"})),
 }
 BY_NIGHT: dict[str, Queue] = {
+    "a reader dies": Queue(messages=1, mortal=_R0),
     "hold": Queue(ways=("hold", "one"), messages=3, closes=False),
     "get twice": Queue(),
     "take twice": Queue(ways=("take", "take")),

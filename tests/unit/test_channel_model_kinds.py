@@ -12,16 +12,18 @@ import inspect
 from typing import Any
 
 import pytest
-from model import calls, creation, messages_cases, queue, role, value
+from model import calls, creation, messages_cases, places, queue, role, streams, value
 from model.explorer import explore, holds
 from model.role import named_points
 
 KINDS: dict[str, Any] = {
+    "places": places,
+    "creation": creation,
     "messages": messages_cases,
     "queue": queue,
     "value": value,
     "calls": calls,
-    "creation": creation,
+    "streams": streams,
 }
 BY_DAY = [(kind, name) for kind, module in KINDS.items() for name in module.BY_DAY]
 BY_NIGHT = [(kind, name) for kind, module in KINDS.items() for name in module.BY_NIGHT]
