@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import commands
 from support.children import NOBODY, needs_root, python
 from support.leaks import open_fds
 from support.peer import FakeServer, RawPeer, send_raw, until_closed
@@ -446,6 +447,24 @@ class TestCodes:
             with pytest.raises(control.ControlError) as error:
                 made.begin().ask("evict", id=0)
             assert error.value.code == "region-needed"
+
+    @pytest.mark.usefixtures("commands")
+    def test_a_socket_names_its_region(self, directory: Path) -> None:
+        paths = {name: str(directory / name) for name in "ab"}
+        with Controlled(f"{paths['a']}.control", paths) as made:
+            made.begin()
+            with ivshmem.connect(paths["a"], timeout=PATIENCE) as client:
+                done = commands.run("release", str(client.id), "-S", paths["a"])
+                assert (done.returncode, done.stderr) == (0, "")
+            done = commands.run("hold", "7", "-S", paths["a"])
+            assert "region a: peer 7 is not connected" in done.stderr
+            done = commands.run("evict", "0", "--control", f"{paths['a']}.control")
+            assert "--region NAME) has to be one of a, b" in done.stderr
+
+    def test_a_control_socket_is_not_the_servers(self, unstarted: Controlled) -> None:
+        made = unstarted.begin()
+        with pytest.raises(TimeoutError, match="this looks like a control socket"):
+            ivshmem.connect(made.path, timeout=0.05)
 
     def test_all_are_documented(self) -> None:
         source = Path(service_control.__file__).read_text()

@@ -26,6 +26,7 @@ LINES = {
     "publish": ("publish me", "published me"),
     "quit": ("quit", ""),
     "read": ("read 0 u32", "0x0 (0)"),
+    "ring": ("ring 0 1", "rang 1 doorbell"),
     "wait": ("int 0 1; wait 1 5", "rang 1 doorbell"),
     "watch": ("watch 0", ""),
     "write": ("write 8 u8 1", "wrote 1 byte at 0x8"),

@@ -17,6 +17,7 @@ from support import commands
 from support.stopping import users_environment
 
 import ivshmem
+from ivshmem import control
 from ivshmem.cli.main import SUBCOMMANDS
 
 IVSHMEM = [sys.executable, "-m", "ivshmem"]
@@ -42,6 +43,29 @@ def test_the_bare_command_prints_help() -> None:
     assert len({each.stdout for each in helps}) == 1
     for name in SUBCOMMANDS:
         assert re.search(rf"^    {name} ", helps[0].stdout, re.MULTILINE), name
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["serve"], ["connect"], ["status"], ["top"], ["reload"], ["qemu"], ["doctor"]),
+        *(["evict", "1"], ["hold", "1"], ["release", "1"], ["save", "image"], ["load", "image"]),
+        *(["bench"], ["guest", "serve"]),
+    ],
+    ids=" ".join,
+)
+def test_a_socket_needs_a_path(words: list[str]) -> None:
+    options = ["-S"] if words[0] in {"guest", "qemu"} else ["-S", "--socket"]
+    options += ["--control"] if words[0] in {"serve", "status"} else []
+    for option in options:
+        done = run(*words, option, "")
+        assert (done.returncode, done.stdout) == (2, ""), option
+        assert "a socket needs a path" in done.stderr
+
+
+def test_no_server_has_no_path() -> None:
+    with pytest.raises(OSError, match="a socket needs a path"):
+        control.default_path("")
 
 
 def test_help_of_a_subcommand() -> None:

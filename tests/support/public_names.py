@@ -1,7 +1,8 @@
 """The list of all public names with their signatures, as the package that is installed has them.
 
-`PYTHONPATH=tests python -m support.public_names --write` writes it to tests/unit/public_names.txt,
-which is checked in: so a review sees each change of the interface. Knows: what inspect tells.
+`PYTHONPATH=tests .venv/bin/python -m support.public_names --write` writes it to
+tests/unit/public_names.txt, which is checked in: so a review sees each change of the interface.
+Knows: what inspect tells.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MODULES = (
     "ivshmem.testing",
 )
 LIST = Path(__file__).parents[1] / "unit/public_names.txt"
-REMEDY = "PYTHONPATH=tests python -m support.public_names --write"
+REMEDY = "PYTHONPATH=tests .venv/bin/python -m support.public_names --write"
 # Signatures of classes that users cannot make, or whose constructor says nothing by itself.
 _NO_CONSTRUCTOR = ("(?)", "(*args, **kwargs)", "(*_: object, **__: object) -> None")
 _HEAD = f"""\

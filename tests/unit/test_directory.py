@@ -252,7 +252,7 @@ class TestNames:
 
     def test_nobody_of_that_name(self, region: Region) -> None:
         with Directory.create(region) as table:
-            with pytest.raises(ivshmem.NoSuchName, match=r"'x' .*\(there: nobody\)"):
+            with pytest.raises(ivshmem.NoSuchName, match=r"'x' .*\(it has none\)"):
                 table.lookup("x")
             with table.publish("a", id=1), table.publish("b", id=1):
                 with pytest.raises(LookupError, match=r"\(there: a, b\)"):

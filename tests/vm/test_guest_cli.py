@@ -31,7 +31,7 @@ PROGRAM = """
     assert found["vectors"] == info["vectors"] == 4 and info["id"] == 1
     assert info["access"] == info["memory"] == "vfio" and info["bus_master"]
     assert "open it by vfio" in run("info", "--access", "sysfs")
-    assert run("dump", "0", "5", "--raw") == "hello"
+    assert run("hexdump", "0", "5", "--raw") == "hello"
     assert run("dump").startswith("00000000  68 65 6c 6c 6f")
     assert "it ends at 0x100000" in run("dump", "2M", "--raw", status=1)
     assert run("ring", NAME, "2") == run("ring", "0") == "rang 1 doorbell\\n"

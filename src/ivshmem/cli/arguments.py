@@ -34,6 +34,7 @@ def add_region(parser: argparse.ArgumentParser) -> None:
         "-S",
         "--socket",
         metavar="PATH",
+        type=socket_path,
         help=f"the socket to listen on (default: {default_paths.OF_ROOT} for root, for others"
         f" {default_paths.NAME} in XDG_RUNTIME_DIR)",
     )
@@ -133,7 +134,7 @@ def _add_access(parser: argparse.ArgumentParser) -> None:
     access.add_argument("--owner", metavar="USER", help="user who is to own the socket")
     access.add_argument("--group", metavar="GROUP", help="group that is to own the socket")
     for option, text in (
-        ("--allow", "admit only these clients: uid:USER, gid:GROUP, process:PROGRAM or root"),
+        ("--allow", "admit only these clients: uid:USER, gid:GROUP, process:PROGRAM, root or all"),
         ("--deny", "refuse these clients, even if another rule allows them"),
         ("--readonly-for", "give these clients read-only memory"),
     ):
@@ -216,6 +217,13 @@ def is_name(directory: str | None) -> bool:
 
 
 # -- values ---------------------------------------------------------------------------------------
+
+
+def socket_path(text: str) -> str:
+    """A socket's path from the command line."""
+    if not text:
+        raise argparse.ArgumentTypeError("a socket needs a path")
+    return text
 
 
 def vectors(text: str) -> int:

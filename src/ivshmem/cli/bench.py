@@ -24,7 +24,7 @@ from ..peer.endpoint import Endpoint
 from ..protocol.limits import MAX_VECTORS
 from ..text import counted
 from . import signals, tables, terminal
-from .arguments import server_of
+from .arguments import server_of, socket_path
 from .progress import ProgressBar
 from .shell import Shell
 
@@ -75,6 +75,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "-S",
         "--socket",
         metavar="PATH",
+        type=socket_path,
         help="socket of the server (default: the running server; in a guest: its device instead)",
     )
     where.add_argument(

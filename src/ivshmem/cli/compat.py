@@ -14,7 +14,7 @@ from .. import __version__
 from ..peer import default_paths
 from ..service.limits import DEFAULT_SIZE
 from . import daemon
-from .arguments import DEFAULT_PID_FILE, add_accept_owner, is_name, vectors
+from .arguments import DEFAULT_PID_FILE, add_accept_owner, is_name, socket_path, vectors
 from .run import Parser, guarded, parsed, ran_short
 
 TYPE_CHECKING = False
@@ -55,6 +55,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "-S",
         metavar="SOCKET",
+        type=socket_path,
         default=default_paths.OF_THE_EXAMPLE,
         dest="socket",
         help="the socket to listen on (default: %(default)s)",

@@ -11,7 +11,7 @@ from ..peer import connecting
 from ..peer.client import connect
 from ..system.time_limits import deadline_of
 from ..text import counted
-from .arguments import OF_THE_SERVER, seconds, server_of, vectors
+from .arguments import OF_THE_SERVER, seconds, server_of, socket_path, vectors
 from .shell import ClientShell
 
 _TIMEOUT = 10.0  # seconds for a server that is there
@@ -23,10 +23,14 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         description="Connect to a server as a host peer. On a terminal it reads commands"
         " interactively (`help` lists them); otherwise from -c or from stdin, one a"
         " line, and it ends with exit status 1 at the first command that fails.",
-        epilog='Example: ivshmem connect -c "int 0 0" -c "wait any 5" -c "hexdump 0 64"',
+        epilog='Example: ivshmem connect -c "ring 0 0" -c "wait any 5" -c "hexdump 0 64"',
     )
     parser.add_argument(
-        "-S", "--socket", metavar="PATH", help=f"socket of the server ({OF_THE_SERVER})"
+        "-S",
+        "--socket",
+        metavar="PATH",
+        type=socket_path,
+        help=f"socket of the server ({OF_THE_SERVER})",
     )
     parser.add_argument(
         "-c",

@@ -14,7 +14,14 @@ from ..peer import connecting
 from ..service import control_client
 from ..system import sockets
 from ..system.accounts import user_name
-from .arguments import OF_THE_SERVER, server_of
+from .arguments import OF_THE_SERVER, server_of, socket_path
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeVar
+
+    _T = TypeVar("_T")
 
 SECONDS = 10.0  # for an answer
 
@@ -25,10 +32,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "-S",
         "--socket",
         metavar="PATH",
+        type=socket_path,
         help=f"socket of the server; its control socket is PATH.control ({OF_THE_SERVER})",
     )
     place.add_argument(
-        "--control", metavar="PATH", help="the control socket, if it is not PATH.control"
+        "--control",
+        metavar="PATH",
+        type=socket_path,
+        help="the control socket, if it is not PATH.control",
     )
 
 
@@ -43,6 +54,25 @@ def connect(options: argparse.Namespace, timeout: float = SECONDS) -> control_cl
     except (FileNotFoundError, ConnectionRefusedError):
         error = _without_control(server)
     raise error
+
+
+def in_region(
+    client: control_client.ControlClient,
+    options: argparse.Namespace,
+    ask: Callable[[str | None], _T],
+) -> _T:
+    """Ask for something in the region that --region names, or else the one whose socket -S is."""
+    try:
+        return ask(options.region)
+    except ControlError as error:
+        if error.code != "region-needed" or options.socket is None:
+            raise
+        path = os.path.realpath(options.socket)
+        regions = client.ask({"do": "status", "peers": False})["regions"]
+        names = [each["name"] for each in regions if os.path.realpath(each["socket"]) == path]
+        if len(names) != 1:
+            raise
+    return ask(names[0])
 
 
 def says_who(client: control_client.ControlClient) -> str:

@@ -21,7 +21,9 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "id", metavar="ID", type=peer_id, help="the peer's id, as in `ivshmem status`"
     )
     parser.add_argument(
-        "--region", metavar="NAME", help="the peer's region, if the server has several"
+        "--region",
+        metavar="NAME",
+        help="the peer's region, if the server has several (default: that of -S)",
     )
     control_connection.add_options(parser)
     parser.set_defaults(run=run)
@@ -41,7 +43,11 @@ def peer_id(text: str) -> int:
 def run(options: argparse.Namespace) -> int:
     """Ask for it."""
     with control_connection.connect(options) as client:
-        done = client.ask({"do": "evict", "id": options.id, "region": options.region})
+        done = control_connection.in_region(
+            client,
+            options,
+            lambda region: client.ask({"do": "evict", "id": options.id, "region": region}),
+        )
     whose = control_connection.says_who(client)
     print(plain(f"peer {options.id} of region {done['region']} was evicted{whose}"))
     return 0

@@ -23,6 +23,7 @@ from ..protocol.limits import MAX_ID
 from ..system.listener import Listener
 from ..text import counted
 from . import daemon, pid_file, signals, terminal
+from .arguments import socket_path
 from .log_writer import LogWriter, tell_peer
 from .run import guarded
 from .shell import Shell
@@ -41,7 +42,12 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, run, text in _COMMANDS:
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command = commands.add_parser(
+            name,
+            aliases=_ALIASES.get(name, ()),
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+        )
         command.set_defaults(run=run)
         _ARGUMENTS[name](command)
         if name != "serve":
@@ -85,7 +91,7 @@ def _add_wait(parser: argparse.ArgumentParser) -> None:
     _add_device(parser)
 
 
-def _add_dump(parser: argparse.ArgumentParser) -> None:
+def _add_hexdump(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("start", metavar="OFFSET", nargs="?", default="0", help="(default: 0)")
     parser.add_argument("length", metavar="LENGTH", nargs="?", help="(default: 256)")
     parser.add_argument("--raw", action="store_true", help="write the raw bytes to stdout")
@@ -105,6 +111,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         "-S",
         "--socket",
         metavar="PATH",
+        type=socket_path,
         help="socket to listen on, for clients as on the host (default: as for `ivshmem serve`)",
     )
     parser.add_argument(
@@ -128,10 +135,13 @@ _ARGUMENTS = {
     "ring": _add_ring,
     "wait": _add_wait,
     "names": _add_device,
-    "dump": _add_dump,
+    "hexdump": _add_hexdump,
     "measure": _add_measure,
     "serve": _add_serve,
 }
+
+
+_ALIASES = {"hexdump": ("dump",)}
 
 
 def _ids(text: str) -> list[int]:
@@ -215,7 +225,7 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _ring(options: argparse.Namespace) -> int:
-    return _run(options, "int", options.peer, options.vector)
+    return _run(options, "ring", options.peer, options.vector)
 
 
 def _wait(options: argparse.Namespace) -> int:
@@ -233,7 +243,7 @@ def _run(options: argparse.Namespace, command: str, *words: str | None) -> int:
     return 0
 
 
-def _dump(options: argparse.Namespace) -> int:
+def _hexdump(options: argparse.Namespace) -> int:
     if not options.raw:
         return _run(options, "hexdump", options.start, options.length)
     with _opened(options) as device:
@@ -341,7 +351,7 @@ _COMMANDS = (
     ("ring", _ring, "interrupt a vector of a peer"),
     ("wait", _wait, "wait for an interrupt; exit status 1 after the time limit"),
     ("names", _names, "list the names that peers have published in the region's directory"),
-    ("dump", _dump, "print bytes of the memory, as `hexdump -C`"),
+    ("hexdump", _hexdump, "print bytes of the memory, as `hexdump -C`"),
     (
         "measure",
         _measure,

@@ -25,7 +25,9 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "id", metavar="ID", type=peer_id, help="the peer's id, as in `ivshmem status`"
     )
     parser.add_argument(
-        "--region", metavar="NAME", help="the peer's region, if the server has several"
+        "--region",
+        metavar="NAME",
+        help="the peer's region, if the server has several (default: that of -S)",
     )
     parser.add_argument(
         "--seconds",
@@ -54,6 +56,10 @@ def seconds(text: str) -> float:
 def run(options: argparse.Namespace) -> int:
     """Ask for it, and wait until the peer has read all."""
     with control_connection.connect(options) as client:
-        client.hold(options.id, linger=options.seconds, region=options.region)
+        control_connection.in_region(
+            client,
+            options,
+            lambda region: client.hold(options.id, linger=options.seconds, region=region),
+        )
     print(f"messages to peer {options.id} are held back for {counted(options.seconds, 'second')}")
     return 0

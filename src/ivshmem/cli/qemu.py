@@ -14,7 +14,7 @@ from ..peer import inquiry
 from ..qemu import cmdline, old_device
 from ..service.limits import DEFAULT_SIZE
 from ..text import plain
-from .arguments import OF_THE_SERVER, server_of, vectors
+from .arguments import OF_THE_SERVER, server_of, socket_path, vectors
 
 _SECONDS = 10.0  # for a server to answer
 
@@ -34,6 +34,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "-S",
         "--socket",
         metavar="PATH",
+        type=socket_path,
         help=f"socket of the server, for ivshmem-doorbell ({OF_THE_SERVER})",
     )
     source.add_argument(

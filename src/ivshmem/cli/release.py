@@ -18,7 +18,9 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "id", metavar="ID", type=peer_id, help="the peer's id, as in `ivshmem status`"
     )
     parser.add_argument(
-        "--region", metavar="NAME", help="the peer's region, if the server has several"
+        "--region",
+        metavar="NAME",
+        help="the peer's region, if the server has several (default: that of -S)",
     )
     control_connection.add_options(parser)
     parser.set_defaults(run=run)
@@ -27,7 +29,9 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def run(options: argparse.Namespace) -> int:
     """Ask for it."""
     with control_connection.connect(options) as client:
-        held = client.release(options.id, region=options.region)
+        held = control_connection.in_region(
+            client, options, lambda region: client.release(options.id, region=region)
+        )
     if held:
         print(f"messages to peer {options.id} are sent again")
     else:

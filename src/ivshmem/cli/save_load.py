@@ -17,7 +17,7 @@ from ..memory.sizes import format_size
 from ..peer.client import connect
 from ..text import plain
 from . import signals
-from .arguments import OF_THE_SERVER, add_accept_owner, seconds, server_of
+from .arguments import OF_THE_SERVER, add_accept_owner, seconds, server_of, socket_path
 from .progress import ProgressBar
 
 
@@ -62,6 +62,7 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
         "-S",
         "--socket",
         metavar="PATH",
+        type=socket_path,
         help=f"socket of the region's server ({OF_THE_SERVER})",
     )
     place.add_argument("-M", "--name", help="the region's POSIX name, without a server")

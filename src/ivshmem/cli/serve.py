@@ -17,7 +17,7 @@ from functools import partial
 from ..lasting import supervisor
 from ..service import limits
 from . import daemon
-from .arguments import add_region
+from .arguments import add_region, socket_path
 from .run import guarded, write_errors_as
 
 
@@ -71,6 +71,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     place.add_argument(
         "--control",
         metavar="PATH",
+        type=socket_path,
         help="control socket, for `ivshmem status`, `top`, `evict` and `reload` (default: the"
         " first region's socket with .control appended)",
     )

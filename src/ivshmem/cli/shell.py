@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from .._core import Interrupt
-from ..errors import ClosedError, CommandError, IvshmemError, NoDirectory
+from ..errors import ClosedError, CommandError, IvshmemError, NoDirectory, RegionError
 from ..memory.sizes import format_size, parse_size
 from ..peer.client import Client
 from ..peer.directory import Directory
@@ -26,6 +26,11 @@ from .run import suggestion
 _S = TypeVar("_S", bound="Shell")  # typing.Self comes with Python 3.11
 
 _INTEGERS = {"u8": "<B", "u16": "<H", "u32": "<I", "u64": "<Q"}
+_EXPECTED = {
+    **{f"u{bits}": f"0 to {(1 << bits) - 1}" for bits in (8, 16, 32, 64)},
+    "hex": "two hexadecimal digits for each byte, for example 00ff",
+    "text": "characters that UTF-8 can hold",
+}
 _ROW = 16  # bytes in a row of a hex dump
 
 
@@ -93,7 +98,7 @@ class Shell(cmd.Cmd):
         return self.run_line(line)
 
     def emptyline(self) -> bool:
-        return False  # and not the last command once more, which may have been `int all`
+        return False  # and not the last command once more, which may have been `ring all`
 
     def default(self, line: str) -> None:
         word = line.split()[0]
@@ -101,6 +106,12 @@ class Shell(cmd.Cmd):
             word = "an end of file"
         known = (name.removeprefix("do_") for name in self.get_names() if name.startswith("do_"))
         raise CommandError(f"no command {word!r}{suggestion(word, known) or ': help lists them'}")
+
+    def do_help(self, arg: str) -> None:
+        """help [COMMAND]: the commands, or what one does."""
+        if arg and not hasattr(self, f"do_{arg}"):
+            self.default(arg)
+        super().do_help(arg)
 
     def _print(self, text: str, **values: Any) -> None:
         print(json_module.dumps(values) if self.json else text, flush=True)
@@ -201,11 +212,11 @@ class Shell(cmd.Cmd):
 
     # -- interrupts -------------------------------------------------------------------------------
 
-    def do_int(self, rest: str) -> None:
-        """int PEER VECTOR: ring one vector of a peer (id or name).  int PEER all: all of them."""
-        words = _words(rest, 2, "int PEER VECTOR, or int PEER all", least=1)
+    def do_ring(self, rest: str) -> None:
+        """ring PEER VECTOR: ring one vector of a peer (id or name).  ring PEER all: all of them."""
+        words = _words(rest, 2, "ring PEER VECTOR, or ring PEER all", least=1)
         if len(words) == 1:
-            raise CommandError("no vector given: int PEER VECTOR, or int PEER all")
+            raise CommandError("no vector given: ring PEER VECTOR, or ring PEER all")
         peer, vectors = self.peer(words[0])
         if words[1] != "all":
             vector = _number(words[1], "vector")
@@ -244,7 +255,13 @@ class Shell(cmd.Cmd):
             (value,) = form.unpack(self._bytes(words[0], form.size))
             self._print(f"{value:#x} ({value})", value=value)
         else:
-            data = self._bytes(words[0], parse_size(kind))
+            try:
+                length = parse_size(kind)
+            except RegionError:
+                raise CommandError(
+                    f"not a type or a length: {kind!r} (give u8, u16, u32, u64 or a size)"
+                ) from None
+            data = self._bytes(words[0], length)
             self._print(data.hex(" "), hex=data.hex())
 
     def do_write(self, rest: str) -> None:
@@ -260,10 +277,10 @@ class Shell(cmd.Cmd):
                 data = value.encode()
             else:
                 raise CommandError(f"not a type: {kind!r} (usage: {usage})")
-        except (struct.error, ValueError) as error:
-            if isinstance(error, CommandError):
-                raise
-            raise CommandError(f"not a {kind} value: {value!r}: {error}") from None
+        except CommandError:
+            raise
+        except (struct.error, ValueError):
+            raise CommandError(f"not a {kind} value: {value!r} ({_EXPECTED[kind]})") from None
         start = self._range(address, len(data))
         if self.endpoint.region.readonly:
             raise CommandError("the memory is mapped read-only")
@@ -287,7 +304,12 @@ class Shell(cmd.Cmd):
         """info: what the region is made of."""
         _words(rest, 0, "info")
         values = self.endpoint.region.info()._asdict()
-        self._print("\n".join(plain(f"{key} {value}") for key, value in values.items()), **values)
+        shown = {None: "-", True: "yes", False: "no"}
+        lines = [
+            f"{key} {shown[value] if value is None or isinstance(value, bool) else value}"
+            for key, value in values.items()
+        ]
+        self._print("\n".join(map(plain, lines)), **values)
 
     def _range(self, address: str, length: int) -> int:
         start = parse_size(address)
@@ -306,8 +328,8 @@ class Shell(cmd.Cmd):
     # -- leaving ----------------------------------------------------------------------------------
 
     def do_quit(self, rest: str) -> bool:
-        """quit: leave the server."""
-        _words(rest, 0, "quit")
+        """quit: leave the server.  exit: the same."""
+        _words(rest, 0, "quit, or exit")
         return True
 
     do_exit = do_quit
@@ -335,13 +357,18 @@ class ClientShell(Shell):
             self._show_event(event)
         return super()._ask()
 
-    def do_int(self, rest: str) -> None:
-        """int PEER VECTOR|all: ring one vector or all of a peer (id or name).  int all: of all."""
+    def do_ring(self, rest: str) -> None:
+        """ring PEER VECTOR|all: ring one vector or all of a peer (id or name).  ring all: of all.
+
+        `int` is the same, as in QEMU's example client.
+        """
         if rest.split() == ["all"]:
             peers = self.client.peers
             self._ring((p, vector) for p in peers for vector in range(self.vectors_of(p)))
         else:
-            super().do_int(rest)
+            super().do_ring(rest)
+
+    do_int = do_ring
 
     def do_dump(self, rest: str) -> None:
         """dump: this client's id and vectors, the region, and the peers."""

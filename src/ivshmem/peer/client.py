@@ -212,7 +212,7 @@ class Client(Endpoint):
             if deadline is not None and time.monotonic() >= deadline:
                 raise TimeoutError(
                     f"{self.path}: set-up was not complete in time (still waiting for the"
-                    f" {_MISSING[state]}): is this an ivshmem server, and does it run?"
+                    f" {_MISSING[state]}): {_suspicion(self.path)}"
                 )
             # The first look usually finds nothing: the server has not accepted yet.
             limit = pause if state is SessionState.SETUP else SETTLE
@@ -414,6 +414,14 @@ _MISSING = {
     SessionState.MEMORY: "memory",
     SessionState.SETUP: "vectors",
 }
+
+
+def _suspicion(path: str) -> str:
+    """Return what may be wrong with a server that does not speak."""
+    server = path.removesuffix(".control")
+    if server != path:
+        return f"this looks like a control socket; the server's own socket would be {server}"
+    return "is this an ivshmem server, and does it run?"
 
 
 def _close_all(fds: Iterable[Fd]) -> None:

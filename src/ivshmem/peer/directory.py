@@ -241,7 +241,7 @@ class Directory(Uncopied):
         for entry in entries:
             if entry.name == name:
                 return entry  # those that were seen at work come first
-        raise NoSuchName(f"no entry {name!r} in the directory (there: {_names(entries)})")
+        raise NoSuchName(f"no entry {name!r} in the directory ({_names(entries)})")
 
     def wait_for(self, name: str, timeout: float | None = None) -> Entry:
         """Return the entry of that name, as soon as it stands in the table.
@@ -706,7 +706,7 @@ def _told(error: Exception) -> str:
 def _names(entries: list[Entry]) -> str:
     names = _unique(entry.name for entry in entries)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return (", ".join(names[:_SHOWN]) or "nobody") + more
+    return f"there: {', '.join(names[:_SHOWN])}{more}" if names else "it has none"
 
 
 def _unique(names: Iterator[str]) -> list[str]:

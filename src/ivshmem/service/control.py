@@ -374,7 +374,8 @@ class Control(Uncopied):
         known = ", ".join(regions) or "none"
         if name is None:
             raise ControlError(
-                f'there is not just one region: "region" has to be one of {known}', "region-needed"
+                f'which region is meant? "region" (--region NAME) has to be one of {known}',
+                "region-needed",
             )
         reason = f"no region {_shown(name)} is served here: there are {known}"
         raise ControlError(reason, "no-such-region")

@@ -41,8 +41,15 @@ _MOST_REPLY = 1 << 26  # bytes that a client takes: a status of 10,000 peers has
 
 
 def default_path(server: str | os.PathLike[str]) -> str:
-    """Return the default path of a server's control socket."""
-    return os.path.abspath(os.fsdecode(server)) + SUFFIX
+    """Return the default path of a server's control socket.
+
+    Raises:
+        OSError: EINVAL, the server's path is empty.
+    """
+    path = os.fsdecode(server)
+    if not path:
+        raise OSError(errno.EINVAL, "a socket needs a path", path)
+    return os.path.abspath(path) + SUFFIX
 
 
 def as_line(message: Mapping[str, Any]) -> bytes:
@@ -174,7 +181,7 @@ class ControlClient(Uncopied):
             whose = user_name(self.server.uid)
             raise ControlError(
                 f"{self.path}: {whose} answers here, not your server: give the path of yours by -S"
-                f" or --control, or ask as {whose} or as root"
+                f" or --control, or ask as {whose}{'' if self.server.uid == 0 else ' or as root'}"
             )
 
     def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:

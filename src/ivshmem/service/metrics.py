@@ -292,9 +292,9 @@ def parse_address(text: str) -> tuple[str, int]:
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     elif ":" in host:
-        raise ValueError(f"{text}: an IPv6 address stands in brackets, as in [::1]:9100")
+        raise ValueError(f"{text}: an IPv6 address stands in brackets, as in [::1]:9400")
     if not (digits.isascii() and digits.isdigit() and int(digits) <= 65535):
-        raise ValueError(f"{text} is not an address: give [HOST:]PORT, for example 127.0.0.1:9100")
+        raise ValueError(f"{text} is not an address: give [HOST:]PORT, for example 127.0.0.1:9400")
     return host or DEFAULT_HOST, int(digits)
 
 

@@ -20,7 +20,8 @@ class Uncopied:
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         name = type(self).__qualname__
+        what = f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
         raise TypeError(
-            f"a {name} cannot be copied or pickled, because it owns descriptors: hand on the object"
-            " itself, or make another in the other process"
+            f"{what} cannot be copied or pickled, because it owns descriptors: hand on the"
+            " object itself, or make another in the other process"
         )
