@@ -56,6 +56,9 @@ from .text import plain
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import TypeVar
+
+    _E = TypeVar("_E", bound=BaseException)
 
 
 def reason_of(error: OSError) -> str:
@@ -66,6 +69,18 @@ def reason_of(error: OSError) -> str:
 
 class IvshmemError(Exception):
     """The root: catches whatever this package raises of its own."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # By default, pickle calls the class with `args`, which has the message and nothing else.
+        args = super().__reduce__()[1]  # of an OSError also the path
+        return _remake, (type(self), args, vars(self))
+
+
+def _remake(kind: type[_E], args: tuple[object, ...], attributes: dict[str, object]) -> _E:
+    """Make an exception as it was, without its constructor."""
+    error = kind.__new__(kind, *args)
+    vars(error).update(attributes)
+    return error
 
 
 class ProtocolError(IvshmemError):
