@@ -133,6 +133,19 @@ def test_it_lasts_as_long_as_its_asker_and_the_time_after(served: Served) -> Non
         until(lambda: not held(served))
 
 
+def test_one_without_a_limit_outlives_its_asker(served: Served) -> None:
+    path = control.default_path(served.server().path)
+    with joined(served) as peer:
+        with control.ControlClient(path, PATIENCE) as client:
+            client.hold(peer.id, linger=None)
+        with control.ControlClient(path, PATIENCE) as client:
+            client.hold(peer.id, linger=0.001)
+        with joined(served):
+            assert silent(peer, served)
+        assert held(served) == {peer.id: None}
+        assert served.server().release(peer.id)
+
+
 def test_an_asker_that_is_killed_is_gone(served: Served) -> None:
     path = control.default_path(served.server().path)
     program = (
@@ -177,7 +190,7 @@ def test_releasing_what_is_not_held(served: Served, asker: control.ControlClient
         assert asker.release(peer.id) is False
 
 
-@pytest.mark.parametrize("linger", [0, -1, True, "60", None, 1e7, [1]])
+@pytest.mark.parametrize("linger", [0, -1, True, "60", 1e7, [1]])
 def test_a_time_that_is_not_allowed(
     served: Served, asker: control.ControlClient, linger: object
 ) -> None:

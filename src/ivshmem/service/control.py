@@ -23,7 +23,8 @@ other connections are answered; another reload and a takeover are refused.
 
 evict, hold-leaves, hold, release and status may name a region; a server of one region needs no name
 for it. hold-leaves is Server.hold_leaves. hold is Server.hold: the peer is sent no news until
-release, or until "linger" seconds (usually 60) after the connection has ended that asked for it.
+release, or until "linger" seconds (usually 60) after the connection has ended that asked for it
+(null: it does not end by that).
 "read" says whether the peer has read all that it was sent: ask again until it has. "held" says
 whether there was something to release.
 
@@ -302,15 +303,16 @@ class Control(Uncopied):
     def _hold(self, caller: Caller, message: Mapping[str, Any]) -> Mapping[str, Any]:
         peer, linger = _id(message), message.get("linger", LINGER)
         number = isinstance(linger, int | float) and not isinstance(linger, bool)
-        if not number or not 0 < linger <= LONGEST_LINGER:
+        if linger is not None and not (number and 0 < linger <= LONGEST_LINGER):
             raise ControlError(
                 f'"linger" is {_shown(linger)}: allowed are more than 0 and at most'
-                f" {LONGEST_LINGER:g} seconds",
+                f" {LONGEST_LINGER:g} seconds, or null for no limit",
                 "bad-field",
             )
         name, served = self._named(message)
         with self._known(name):
-            read = served.server.hold(peer, linger=float(linger), asker=caller)
+            seconds = None if linger is None else float(linger)
+            read = served.server.hold(peer, linger=seconds, asker=caller)
         caller.at_end = functools.partial(self._asker_is_gone, caller)
         asked = self._askers.setdefault(caller, set())
         if (name, peer) not in asked:  # it does not ask again whether all was read

@@ -12,16 +12,18 @@ import contextlib
 import errno
 import json
 import os
+import socket
+import threading
 import time
 from collections.abc import Collection, Mapping
 
-from ..errors import ControlError, Misshapen
+from ..errors import ClosedError, ControlError, Misshapen
 from ..peer import connecting, inquiry
 from ..protocol.limits import MAX_ID, MAX_VECTORS
 from ..server.limits import LINGER
 from ..system import credentials, json_shapes
 from ..system.accounts import user_name
-from ..system.time_limits import deadline_of
+from ..system.time_limits import deadline_of, seconds_of
 from ..system.uncopied import Uncopied
 from ..text import counted, plain
 
@@ -37,6 +39,8 @@ SUFFIX = ".control"
 
 _LOOK = 0.01  # seconds between two questions whether a peer has read all
 MOST_PID, MOST_UID = (1 << 31) - 1, (1 << 32) - 1
+_MOST_REQUEST = 1 << 16  # bytes that a server takes, with the newline
+_LONGEST = 2e6  # seconds: a socket takes no longer limit, and more is for ever
 _MOST_REPLY = 1 << 26  # bytes that a client takes: a status of 10,000 peers has a tenth
 
 
@@ -143,21 +147,29 @@ def _check(message: Mapping[str, Any], reply: Mapping[str, Any]) -> None:
 class ControlClient(Uncopied):
     """A connection to a control socket; a context manager.
 
+    Several threads may use one: each request waits until the one before it has its reply. When the
+    connection has ended, or a reply did not come in time, a new ControlClient is needed.
+
     Args:
         timeout: seconds to wait at most for connecting, for each reply, and for a `hold`; None: for
-            ever. A server that is stopped or hangs does not answer: give a limit if your program
-            must not wait for it.
+            ever; 0 or less: no longer than it takes to look once. A server that is stopped or hangs
+            does not answer: give a limit if your program must not wait for it.
         users: uids whose servers may be asked. None: root's and this process's; root may ask a
             server of any user.
 
     Attributes:
         server: the credentials of the server's process, from the kernel.
+        path: of the control socket.
 
     Raises:
         ControlError: another user answers at this path.
         TimeoutError: the server did not accept the connection in time.
         OSError: as of connect(2).
     """
+
+    # What __repr__ finds where __init__ did not come to its end.
+    path = "?"
+    _closed = True
 
     def __init__(
         self,
@@ -167,17 +179,23 @@ class ControlClient(Uncopied):
         users: Collection[int] | None = None,
     ) -> None:
         self.path = os.fsdecode(path)
-        self._timeout = timeout
+        self._timeout = None if timeout is None else seconds_of(timeout)
+        self._pid = os.getpid()
+        # For one request and its reply. A signal handler may ask while its own thread does.
+        self._lock = threading.RLock()
+        heard = None if users is None else frozenset(users)
         # From this address a server would take us for somebody with a question, not for a peer, if
         # this should be its other socket.
         address = inquiry.ASK + os.urandom(8).hex().encode()
         self._socket = connecting.connect(path, timeout, address=address)
         self._rest = b""
         self.server = credentials.credentials(self._socket)
+        self._closed = False
         mine = os.geteuid()
-        heard = {0, mine} if users is None else users
-        if self.server.uid not in heard and not (users is None and mine == 0):
-            self._socket.close()
+        if heard is None:
+            heard = frozenset({0, mine, self.server.uid} if mine == 0 else {0, mine})
+        if self.server.uid not in heard:
+            self.close()
             whose = user_name(self.server.uid)
             raise ControlError(
                 f"{self.path}: {whose} answers here, not your server: give the path of yours by -S"
@@ -188,19 +206,31 @@ class ControlClient(Uncopied):
         """Return the reply to a request, without "ok".
 
         Raises:
-            ControlError: the server refused it, for a reason that `code` names; or this is not a
-                control socket, or the reply makes no sense (`code` is "").
+            ControlError: the server refused it, for a reason that `code` names, or it has more than
+                65,536 bytes ("bad-request") and was not sent; or this is not a control socket, or
+                the reply makes no sense (`code` is "").
             TimeoutError: no reply within the time limit. The connection is of no use any more.
-            ConnectionError: the server has closed the connection.
+            ConnectionError: the server has closed the connection: make a new ControlClient.
+            ClosedError: this is closed, or another thread closed it during the call.
         """
-        deadline = deadline_of(self._timeout)
+        line = as_line(message)
+        if len(line) > _MOST_REQUEST:
+            # The server would say the same, and close the connection.
+            reason = f"a request has at most {_MOST_REQUEST} bytes, this one {len(line)}: send less"
+            raise ControlError(reason, "bad-request")
         try:
-            self._send(as_line(message), deadline)
-            reply = self._receive(deadline)
+            with self._lock:
+                self._check()
+                deadline = deadline_of(self._timeout)
+                self._send(line, deadline)
+                reply = self._receive(deadline)
         except TimeoutError:
-            seconds = counted(self._timeout or 0, "second")
+            seconds = counted(max(self._timeout or 0, 0), "second")
             reason = f"no reply within {seconds}: is the server stopped?"
             raise TimeoutError(errno.ETIMEDOUT, reason, self.path) from None
+        except OSError:
+            self._check()  # why it failed
+            raise
         if reply.pop("ok"):
             try:
                 _check(message, reply)
@@ -212,11 +242,11 @@ class ControlClient(Uncopied):
         text = plain(reply.get("error", "it could not be done"))
         raise ControlError(text, plain(reply.get("code", ""), LONGEST_CODE))
 
-    def hold(self, peer: int, *, linger: float = LINGER, region: str | None = None) -> None:
+    def hold(self, peer: int, *, linger: float | None = LINGER, region: str | None = None) -> None:
         """Let the server hold back messages to a peer, and wait until the peer has read the rest.
 
         The hold ends by `release`, when the peer disconnects, and `linger` seconds after this
-        connection has ended. Server.hold says why that is needed.
+        connection has ended (None: it does not end by that). Server.hold says why that is needed.
 
         Raises:
             ControlError: there is no such peer; or the server is of a version that cannot do it.
@@ -228,9 +258,9 @@ class ControlClient(Uncopied):
         while not self.ask(message)["read"]:
             if _is_over(deadline):
                 reason = (
-                    f"peer {peer} has not read all that it was sent within {self._timeout or 0:g}"
-                    " seconds: is it stopped? (It is sent nothing more until `ivshmem release"
-                    f" {peer}`)"
+                    f"peer {peer} has not read all that it was sent within"
+                    f" {max(self._timeout or 0, 0):g} seconds: is it stopped? (It is sent nothing"
+                    f" more until `ivshmem release {peer}`)"
                 )
                 raise TimeoutError(errno.ETIMEDOUT, reason, self.path)
             time.sleep(_LOOK)
@@ -267,7 +297,7 @@ class ControlClient(Uncopied):
             if not data:
                 if size or self._rest:
                     raise self._stranger()
-                reason = "the server closed the connection: ask again"
+                reason = "the server closed the connection: make a new ControlClient, and ask again"
                 raise ConnectionResetError(errno.ECONNRESET, reason, self.path)
         line, _, self._rest = b"".join(chunks).partition(b"\n")
         with contextlib.suppress(Misshapen):
@@ -283,14 +313,31 @@ class ControlClient(Uncopied):
         )
 
     def close(self) -> None:
-        """Close the connection; may be called twice."""
-        self._socket.close()
+        """Close the connection; may be called twice, and by any thread."""
+        if self._closed:
+            return
+        self._closed = True
+        if os.getpid() != self._pid:
+            self._socket.close()  # without the lock, which a thread of the parent may have had
+            return
+        with contextlib.suppress(OSError):  # the server has ended it
+            self._socket.shutdown(socket.SHUT_RDWR)  # so that another thread's call ends
+        with self._lock:
+            self._socket.close()
+
+    def _check(self) -> None:
+        if self._closed:
+            raise ClosedError("the connection to the control socket is closed")
 
     def __enter__(self) -> ControlClient:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"pid {self.server.pid}"
+        return f"<ivshmem.control.ControlClient at {self.path}, {state}>"
 
 
 def _is_over(deadline: float | None) -> bool:
@@ -299,7 +346,8 @@ def _is_over(deadline: float | None) -> bool:
 
 def _left(deadline: float | None) -> float | None:
     """Seconds for a socket until the deadline; 0 would make the socket non-blocking."""
-    return None if deadline is None else max(deadline - time.monotonic(), 0.001)
+    left = 0 if deadline is None else max(deadline - time.monotonic(), 0.001)
+    return left if 0 < left < _LONGEST else None
 
 
 def request(
