@@ -173,6 +173,8 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
             DeviceGone: the device was unplugged.
             RuntimeError: the endpoint belongs to another event loop.
         """
+        if timeout is not None:
+            timeout = seconds_of(timeout)
         if self._loop is not get_running_loop():
             self._bind()
         try:
@@ -189,7 +191,7 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
             if found:
                 queue.streak += 1
                 return found
-        if timeout is not None and not (timeout := seconds_of(timeout)):
+        if timeout == 0:
             return await self._look_after_others(queue, vectors)
         queue.streak = 0
         if not queue.watched:
@@ -243,7 +245,7 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
             if not queue.waiters and queue.streak < STREAK and (rings := queue.take(vector)):
                 queue.streak += 1
                 return Interrupt(vector, rings)
-        if timeout is not None and not (timeout := seconds_of(timeout)):
+        if timeout == 0:
             for vector, queue in queues.items():
                 if rings := await self._look_after_others(queue, vector):
                     return Interrupt(vector, rings)

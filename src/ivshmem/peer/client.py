@@ -53,7 +53,8 @@ def connect(
     """Connect to the server at `path`, and wait until the set-up is complete.
 
     Args:
-        timeout: seconds for all of it; None: wait for ever.
+        timeout: seconds for all of it; None: wait for ever. 0 or less: find out whether a server
+            listens, and raise TimeoutError if one does, because its set-up takes a moment.
         vectors: how many vectors the server gives each peer, if the program knows it; the set-up is
             then complete when all have come. It is needed only to be sure with a server that is not
             this package's, for its first client: there a tenth of a second of silence ends the
@@ -187,6 +188,9 @@ class Client(Endpoint):
         poll.register(self._socket, select.POLLIN)
         pause = _FIRST_LOOK
         quiet_since = time.monotonic()
+        if deadline is not None and quiet_since >= deadline:
+            # Whether a quick server was in time would be luck, so no limit of 0 ever succeeds.
+            raise self._too_late()
         while True:
             # Asked first: what the server sent before is in the socket then.
             told_all = self._server_sent_all()
@@ -210,10 +214,7 @@ class Client(Endpoint):
                     f" {_MISSING[state]}: is this an ivshmem server? (it may have refused you)"
                 )
             if deadline is not None and time.monotonic() >= deadline:
-                raise TimeoutError(
-                    f"{self.path}: set-up was not complete in time (still waiting for the"
-                    f" {_MISSING[state]}): {_suspicion(self.path)}"
-                )
+                raise self._too_late()
             # The first look usually finds nothing: the server has not accepted yet.
             limit = pause if state is SessionState.SETUP else SETTLE
             if deadline is not None:
@@ -224,6 +225,12 @@ class Client(Endpoint):
         self._ring_self(self.id)
         if self.connected:
             self._watch_news(self._socket.fileno())
+
+    def _too_late(self) -> TimeoutError:
+        return TimeoutError(
+            f"{self.path}: set-up was not complete in time (still waiting for the"
+            f" {_MISSING[self._session.state]}): {_suspicion(self.path)}"
+        )
 
     def _server_sent_all(self) -> bool:
         """Whether the server shut down its receiving side; this package's marks the end so.

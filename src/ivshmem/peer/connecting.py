@@ -119,13 +119,12 @@ class Awaited:
 
 def nobody_came(path: str, timeout: float) -> TimeoutError:
     """What to raise when no server came for `timeout` seconds."""
-    reason = (
-        f"no server came in {counted(timeout, 'second')}: start it (ivshmem serve), or wait longer"
-    )
+    seconds = counted(max(timeout, 0), "second")
+    reason = f"no server came in {seconds}: start it (ivshmem serve), or wait longer"
     return TimeoutError(errno.ETIMEDOUT, reason, path)
 
 
 def accepts_nobody(path: str, timeout: float) -> TimeoutError:
     """What to raise when a server's backlog was full for `timeout` seconds."""
-    reason = f"the server accepts nobody: no answer in {counted(timeout, 'second')}"
+    reason = f"the server accepts nobody: no answer in {counted(max(timeout, 0), 'second')}"
     return TimeoutError(errno.ETIMEDOUT, reason, path)

@@ -18,6 +18,7 @@ import contextlib
 import operator
 import os
 import threading
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from ..protocol.limits import MAX_VECTORS
 from ..system import late_logging
 from ..system.listener import Listener
 from ..system.loop import woken_by_signals
+from ..system.time_limits import seconds_of
 from ..system.uncopied import Uncopied
 from ..system.work_lock import WorkLock
 from ..text import counted
@@ -202,8 +204,9 @@ class Server(Uncopied):
     def step(self, timeout: float | None = None) -> None:
         """Wait at most `timeout` seconds (None: no limit) and do what there is to do.
 
-        From any thread; a second thread waits until the step of the first one has ended. Not from a
-        callback of a step, nor from a signal handler that interrupts a call of this server.
+        From any thread; a second thread waits until the step of the first one has ended, for
+        `timeout` seconds at most; beside `start()` or `serve_forever()` it does nothing else. Not
+        from a callback of a step, nor from a signal handler that interrupts a call of this server.
 
         Raises:
             ClosedError: the server is closed.
@@ -211,6 +214,11 @@ class Server(Uncopied):
         """
         self._check()
         self._check_frame()
+        if timeout is not None:
+            deadline = time.monotonic() + seconds_of(timeout)
+            if not self._turns.await_others(deadline):
+                return
+            timeout = max(deadline - time.monotonic(), 0)
         self._step(timeout)
 
     def _step(self, timeout: float | None) -> None:

@@ -15,7 +15,7 @@ import stat
 import struct
 import time
 
-from .time_limits import deadline_of
+from .time_limits import deadline_of, seconds_of
 
 MAX_PATH = 107  # sockaddr_un.sun_path less its final zero, unix(7)
 
@@ -77,16 +77,17 @@ def connect(
     """A stream socket connected to `path`, from `address` if one is given.
 
     Raises:
-        BlockingIOError: the listener's backlog was full for `timeout` seconds (0: now).
+        BlockingIOError: the listener's backlog was full for `timeout` seconds (0 or less: now).
         OSError: as of connect(2), with the path.
     """
     text = check_path(path)
-    deadline = deadline_of(None if timeout is None else min(timeout, _LONGEST))
+    seconds = None if timeout is None else min(seconds_of(timeout), _LONGEST)
+    deadline = deadline_of(seconds)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if address is not None:
             sock.bind(address)
-        sock.setblocking(timeout != 0)
+        sock.setblocking(seconds is None or seconds > 0)
         while True:
             if deadline is not None:
                 # Only SO_SNDTIMEO limits the wait for a full backlog: a non-blocking connect fails

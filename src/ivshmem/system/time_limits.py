@@ -15,9 +15,13 @@ def seconds_of(timeout: float) -> float:
         ValueError: it is not a number. No time is later than that, so nothing would ever end.
         TypeError: it is text, which float() would take, or no number at all.
     """
+    refused = f"timeout: seconds are a number, not {timeout!r}"
     if isinstance(timeout, str | bytes):
-        raise TypeError(f"timeout: seconds are a number, not {timeout!r}")
-    seconds = float(timeout)
+        raise TypeError(refused)
+    try:
+        seconds = float(timeout)
+    except TypeError:
+        raise TypeError(refused) from None
     if seconds != seconds:
         raise ValueError("timeout is not a number")
     return seconds

@@ -22,6 +22,7 @@ who has it would be two steps, with room for a signal handler in between.)
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 _log = late_logging.log_of("ivshmem.server")
 
+_LOOKS = (0.0002, 0.01)  # seconds between two looks whether another thread steps
 _PATIENCE = 0.2  # seconds until a command is not left to a thread that is kept from it
 
 
@@ -100,6 +102,21 @@ class WorkLock:
             with self.work:
                 while self._commands:
                     self._commands.popleft().run()
+
+    def await_others(self, deadline: float) -> bool:
+        """Wait until no other thread steps; False: one still does at `deadline`.
+
+        Between this and taking `step` another thread may begin. A lock that is taken with a time
+        limit would not have that gap, but no `with` can take it so: see above.
+        """
+        pause, longest = _LOOKS
+        while self._others_step():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            time.sleep(min(pause, left))
+            pause = min(pause * 2, longest)
+        return True
 
     def _others_step(self) -> bool:
         return self.under_way.locked() or self.runner not in (0, threading.get_ident())
