@@ -8,12 +8,12 @@ takes them from anybody. What `ControlClient.ask` returns has the documented fie
 
 from __future__ import annotations
 
+import _thread  # the commands that ask need not load all of threading
 import contextlib
 import errno
 import json
 import os
 import socket
-import threading
 import time
 from collections.abc import Collection, Mapping
 
@@ -182,7 +182,7 @@ class ControlClient(Uncopied):
         self._timeout = None if timeout is None else seconds_of(timeout)
         self._pid = os.getpid()
         # For one request and its reply. A signal handler may ask while its own thread does.
-        self._lock = threading.RLock()
+        self._lock = _thread.RLock()
         heard = None if users is None else frozenset(users)
         # From this address a server would take us for somebody with a question, not for a peer, if
         # this should be its other socket.
