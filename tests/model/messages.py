@@ -402,7 +402,7 @@ class Reader(Role):
             raise Fault(f"the head of writer {w} announced {n} before its stamp")
         if stamp.value != n and self.has("stamp is looked at"):
             return False
-        if stamp.epoch != self.epochs[w] and self.epoch_counts and self.has("stamp's epoch"):
+        if stamp.epoch != self.epochs[w] and self.epoch_counts:
             return False
         if not self.channel.tolerant and not self.right(w, n, payload):
             raise Fault(f"reader {self.r} got {payload} instead of {n} of writer {w}")

@@ -162,7 +162,12 @@ BY_NIGHT: dict[str, Setting] = {
         Channel(1, 1, 2), 2, (OVERWRITE,), closes=True, successor=2, silent=_R0
     ),
     "a removed writer lives": Setting(
-        Channel(1, 1, 2, parts=0, tolerant=True), 2, (OVERWRITE,), successor=2, removed=_W0
+        Channel(1, 1, 2, parts=0, tolerant=True),
+        1,
+        (OVERWRITE,),
+        closes=True,
+        successor=1,
+        removed=_W0,
     ),
     "a removed reader lives": Setting(Channel(1, 1, 2, parts=1, tolerant=True), 3, removed=_R0),
     "wakes by itself": Setting(_ONE, 4, spurious=_R0 | _W0),
@@ -185,7 +190,6 @@ POINTS = {
     "reader sleep fence": "leave",
     "stamp before entry": "overwrite",
     "stamp is looked at": "overwrite",
-    "stamp's epoch": "a removed writer lives",
     "stamps are taken from readers": "silent while the next owner comes",
     "stamps before cells": "silent while the next owner comes",
     "tail before stores": "leave",
