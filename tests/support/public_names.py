@@ -2,16 +2,19 @@
 
 `PYTHONPATH=tests .venv/bin/python -m support.public_names --write` writes it to
 tests/unit/public_names.txt, which is checked in: so a review sees each change of the interface.
-Knows: what inspect tells.
+Knows: what inspect tells,
+and which attributes the code that makes an object sets.
 """
 
 from __future__ import annotations
 
+import ast
 import builtins
 import importlib
 import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Generic
@@ -43,6 +46,8 @@ def listing() -> str:
         lines.append(f"[{name}]")
         for public in sorted(module.__all__, key=str.lower):
             lines += _described(public, getattr(module, public))
+        if name == "ivshmem.testing":
+            lines += _fixtures()
         lines.append("")
     return "\n".join(lines)
 
@@ -51,14 +56,16 @@ def _described(name: str, thing: object) -> Iterator[str]:
     if isinstance(thing, type):
         bases = ", ".join(base.__name__ for base in thing.__bases__ if _is_public(base))
         yield f"class {name}({bases})" if bases else f"class {name}"
-        if issubclass(thing, BaseException):
-            return
         signature = _signature(thing)
-        if signature not in _NO_CONSTRUCTOR:
+        plain = issubclass(thing, BaseException) and not _has_own(thing, "__init__")
+        if signature not in _NO_CONSTRUCTOR and not plain:
             yield f"    {name}{signature}"
         for attribute, annotation in sorted(_annotations(thing).items()):
             yield f"    .{attribute}: {annotation}"
-        for attribute in sorted(_members(thing)):
+        members = _members(thing)
+        for attribute in sorted(_set_when_made(thing) - members - {*_annotations(thing)}):
+            yield f"    .{attribute}  (set when made)"
+        for attribute in sorted(members):
             yield f"    .{attribute}{_member(inspect.getattr_static(thing, attribute))}"
     elif inspect.isroutine(thing):
         kind = "async def" if inspect.iscoroutinefunction(thing) else "def"
@@ -81,13 +88,54 @@ def _members(kind: type) -> set[str]:
     """Return the public attributes that the class, or a base from this package, defines."""
     return {
         name
-        for base in kind.__mro__
-        if base.__module__.partition(".")[0] == "ivshmem"
+        for base in _own_classes(kind)
         for name, value in vars(base).items()
         if not name.startswith("_")
         and name not in getattr(kind, "_fields", ())
         and not (name in _annotations(kind) and not callable(value))
     }
+
+
+def _own_classes(kind: type) -> list[type]:
+    return [each for each in kind.__mro__ if each.__module__.partition(".")[0] == "ivshmem"]
+
+
+def _has_own(kind: type, name: str) -> bool:
+    return any(name in vars(each) for each in _own_classes(kind))
+
+
+# What makes an object, or does for an existing one what a constructor would.
+_MAKERS = ("__init__", "_begin", "_over", "_set_up", "_map")
+
+
+def _set_when_made(kind: type) -> set[str]:
+    """Return the public attributes that the code which makes an object stores in it."""
+    found = set()
+    for base in _own_classes(kind):
+        for maker in _MAKERS:
+            made = vars(base).get(maker)
+            made = getattr(made, "__func__", made)
+            if not inspect.isfunction(made) or not made.__code__.co_filename.endswith(".py"):
+                continue  # that of Cython or of a dataclass
+            tree = ast.parse(textwrap.dedent(inspect.getsource(made)))
+            found |= {
+                node.attr
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Attribute)
+                and isinstance(node.ctx, ast.Store)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "self"
+                and not node.attr.startswith("_")
+            }
+    return found
+
+
+def _fixtures() -> Iterator[str]:
+    """Yield the fixtures of ivshmem.testing, as a test names them."""
+    module = importlib.import_module("ivshmem.testing.fixtures")
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.FunctionDef) and node.decorator_list and node.returns:
+            yield f"fixture {node.name} -> {ast.unparse(node.returns)}"
 
 
 def _annotations(kind: type) -> dict[str, str]:

@@ -26,6 +26,22 @@ def test_the_list_is_current() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "    .ring  (set when made)",  # AsyncEndpoint's
+        "    .code  (set when made)",
+        "    MigrationUnfinished(message: str, step: str, vm: str, path: str) -> None",
+        "    .reasons  (set when made)",
+        "    .region  (set when made)",
+        "    .vector_range  (set when made)",
+        "fixture ivshmem_device -> Iterator[FakeDevice]",
+    ],
+)
+def test_what_only_an_object_has_is_listed(line: str) -> None:
+    assert f"{line}\n" in public_names.listing()
+
+
 def test_types_in_public_signatures_are_public() -> None:
     assert public_names.strangers(public_names.listing()) == set()
 
