@@ -82,6 +82,6 @@ class ConfigTarget(Textual):
             if not text.startswith("/etc/fuzz.toml: ") or not text.isprintable():
                 raise Finding(f"what it says is not one line: {text!r}") from error
             return
-        again = ServiceConfig.from_json(json.loads(json.dumps(config.to_json())))
+        again = ServiceConfig._from_json(json.loads(json.dumps(config._to_json())))
         if again != config:
             raise Finding(f"{config} became {again} by way of JSON")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import configparser
 import contextlib
 import functools
+import inspect
 import io
 import os
 import re
@@ -344,6 +345,56 @@ def test_every_public_name_is_in_the_reference() -> None:
     for module in ("ivshmem", *(f"ivshmem.{name}" for name in PUBLIC)):
         for name in __import__(module, fromlist=["__all__"]).__all__:
             assert f"{module}.{name}" in text or hasattr(errors, name), f"{module}.{name}"
+
+
+# Parts of a class that the page of a class that it extends describes.
+BASES = {
+    "Client": "Endpoint",
+    "GuestDevice": "Endpoint",
+    "Broker": "Server",
+    "AtomicU32": "Atomic",
+    "AtomicU64": "Atomic",
+}
+
+
+def members_in_the_reference(name: str, module: str, text: str) -> set[str]:
+    """What the reference says that a class has; "*" if it describes all."""
+    found = set()
+    block = re.search(
+        rf"^\.\. auto(?:class|exception):: {module}\.{name}\b.*\n((?: +.*\n|\n)*)", text, re.M
+    )
+    if block:
+        if members := re.search(r"^ +:members:(.*)", block[1], re.M):
+            found |= {*re.findall(r"\w+", members[1])} or {"*"}
+        found |= {*re.findall(r":: (?:[\w.]+\.)?(\w+)", block[1])}
+    kind = getattr(__import__(module, fromlist=[name]), name)
+    doc = inspect.getdoc(kind) or ""
+    for attributes in re.findall(r"^(?:Attributes|Args):\n((?: +.*\n?|\n)*)", doc, re.M):
+        for names in re.findall(r"^    ([a-z_0-9, ]+):", attributes, re.M):
+            found |= {*re.findall(r"\w+", names)}
+    found |= {*re.findall(r"`(\w+)`", doc)}
+    found |= {*getattr(kind, "__match_args__", ()), *getattr(kind, "_fields", ())}
+    return found
+
+
+def test_every_public_member_is_in_the_reference() -> None:
+    text = "\n".join(page.read_text() for page in (HOME / "docs/reference").glob("*.md"))
+    listing = (HOME / "tests/unit/public_names.txt").read_text()
+    modules = re.findall(r"^\[(.*)\]\n((?:.+\n)+)", listing, re.M)
+    homes = {
+        name: module
+        for module, names in modules
+        for name in re.findall(r"^class (\w+)", names, re.M)
+    }
+    missing = []
+    for _, names in modules:
+        for name, members in re.findall(r"^class (\w+).*\n((?:    .*\n)*)", names, re.M):
+            described = members_in_the_reference(name, homes[name], text)
+            if base := BASES.get(name):
+                described |= members_in_the_reference(base, homes[base], text)
+            each = re.findall(r"^    \.(\w+)", members, re.M)
+            missing += [f"{name}.{one}" for one in each if not described & {one, "*"}]
+    assert not missing
 
 
 def test_the_names_in_the_changelog_exist() -> None:

@@ -105,7 +105,7 @@ def _has_own(kind: type, name: str) -> bool:
 
 
 # What makes an object, or does for an existing one what a constructor would.
-_MAKERS = ("__init__", "_begin", "_over", "_set_up", "_map")
+_MAKERS = ("__init__", "_begin", "_over", "_set_up", "_plug_in")
 
 
 def _set_when_made(kind: type) -> set[str]:

@@ -223,12 +223,12 @@ configs = st.builds(
 
 def written(config: ServiceConfig) -> str:
     """A configuration as a person would write it."""
-    values = {k: v for k, v in config.to_json().items() if k != "regions" and v is not None}
+    values = {k: v for k, v in config._to_json().items() if k != "regions" and v is not None}
     lines = [
         "[service]",
         *(f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in values.items()),
     ]
-    for name, region in config.to_json()["regions"].items():
+    for name, region in config._to_json()["regions"].items():
         lines.append(f"[region.{name}]")
         for key, value in region.items():
             if key == "mode" and value is not None:
@@ -246,17 +246,17 @@ def test_from_a_file(file: Path, config: ServiceConfig) -> None:
 
 @given(configs)
 def test_by_json(config: ServiceConfig) -> None:
-    there = json.loads(json.dumps(config.to_json()))
-    assert ServiceConfig.from_json(there) == config
+    there = json.loads(json.dumps(config._to_json()))
+    assert ServiceConfig._from_json(there) == config
     for name, region in config.regions.items():
         assert from_json(there["regions"][name]) == region
 
 
 def test_json_of_another_version(file: Path) -> None:
-    there = ServiceConfig({"a": RegionConfig("/a")}).to_json()
+    there = ServiceConfig({"a": RegionConfig("/a")})._to_json()
     there["new"] = there["regions"]["a"]["newer"] = 1
     del there["log_format"], there["regions"]["a"]["keep"]
-    assert ServiceConfig.from_json(there) == ServiceConfig({"a": RegionConfig("/a")})
+    assert ServiceConfig._from_json(there) == ServiceConfig({"a": RegionConfig("/a")})
 
 
 def test_what_can_change_is_there() -> None:

@@ -161,7 +161,7 @@ def test_a_vm_is_master_of_one_memory_and_not_of_another() -> None:
 
 def test_a_plan_survives_being_written() -> None:
     plan = Case("doorbell", 2).plan()
-    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    assert Plan._from_json(json.loads(json.dumps(plan._to_json()))) == plan
 
 
 def spoil_masters(case: Case) -> None:
@@ -353,7 +353,7 @@ def test_who_stays_behind_is_evicted() -> None:
     assert plan.steps[2].peer == strangers[0]
     (note,) = plan.notes
     assert "peer 8" in note
-    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    assert Plan._from_json(json.loads(json.dumps(plan._to_json()))) == plan
 
 
 def test_a_plain_device_shares_a_servers_memory() -> None:

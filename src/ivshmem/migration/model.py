@@ -274,13 +274,13 @@ class Plan:
         """The VM of that name."""
         return next(vm for vm in self.vms if vm.name == name)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the plan as a dict for `from_json`."""
+    def _to_json(self) -> dict[str, Any]:
+        """Return the plan as a dict for `_from_json`."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        """Return the plan that `to_json` wrote.
+    def _from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """Return the plan that `_to_json` wrote.
 
         Raises:
             KeyError, TypeError, ValueError: it is not a plan.

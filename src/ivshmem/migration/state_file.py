@@ -60,7 +60,7 @@ class StateFile(Uncopied):
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             place = safe_files.find(path)
         with place, new_files.NewFile(place, os.O_RDWR | os.O_APPEND) as draft:
-            _append(draft.file[0], {"version": _VERSION, "plan": plan.to_json()})
+            _append(draft.file[0], {"version": _VERSION, "plan": plan._to_json()})
             try:
                 draft.publish(keep_lock=True)
             except FileExistsError:
@@ -108,7 +108,7 @@ class StateFile(Uncopied):
             first, *lines = [json.loads(line) for line in whole.split(b"\n")]
             if first["version"] != _VERSION:
                 raise ValueError(f"version {first['version']}")
-            state = cls(path, file, Plan.from_json(first["plan"]))
+            state = cls(path, file, Plan._from_json(first["plan"]))
             for line in lines:
                 ((word, index),) = line.items()
                 state._take(word, index)

@@ -257,7 +257,7 @@ class Server(Uncopied):
             self._turns.attend()  # what was left to this thread
 
     def _check_frame(self) -> None:
-        if self.in_step:
+        if self._in_step:
             raise RuntimeError(
                 "a callback or signal handler cannot begin a step while it interrupts another call"
                 " of the same server"
@@ -324,7 +324,7 @@ class Server(Uncopied):
         return not self._closed and (started or self._turns.runner != 0)
 
     @property
-    def in_step(self) -> bool:
+    def _in_step(self) -> bool:
         """Whether this is called by a callback of a step, or interrupts a step or a change."""
         return self._turns.in_step or self._turns.in_work
 
@@ -520,7 +520,7 @@ class Server(Uncopied):
         if not self._closed:
             self._closing = True
             self.stop()
-            if self.in_step:
+            if self._in_step:
                 self._close_wanted = True
                 return
             try:

@@ -109,14 +109,14 @@ class ServiceConfig(NamedTuple):
         """Return a ConfigError with this text, and the file in front."""
         return ConfigError(text if self.source is None else f"{self.source}: {text}")
 
-    def to_json(self) -> dict[str, Any]:
+    def _to_json(self) -> dict[str, Any]:
         """Return all settings as a dict that JSON can hold."""
         regions = {name: region._asdict() for name, region in self.regions.items()}
         return {**self._asdict(), "regions": regions}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> ServiceConfig:
-        """Return the configuration that `to_json` gave, also in an older or a newer version.
+    def _from_json(cls, values: Mapping[str, Any]) -> ServiceConfig:
+        """Return the configuration that `_to_json` gave, also in an older or a newer version.
 
         Settings that this version does not know are dropped.
         """

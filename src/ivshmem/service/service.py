@@ -245,7 +245,7 @@ class Service(Loop):
         del self.regions[served.name]
         self._note(records.GoneRecord(served.number))
         Section(self._journal, served.number).drop()
-        if served.server.in_step:
+        if served.server._in_step:
             served.ended = True
         else:
             self._close_region(served)
@@ -398,7 +398,7 @@ class Service(Loop):
 
     def _common(self) -> dict[str, Any]:
         """The settings of the configuration that are not of a region."""
-        return {key: value for key, value in self.config.to_json().items() if key != "regions"}
+        return {key: value for key, value in self.config._to_json().items() if key != "regions"}
 
     @property
     def descriptors(self) -> list[int]:

@@ -189,7 +189,7 @@ def _check_meaning(
     where: str, service: Mapping[str, Any], regions: Iterable[RegionPast], named: list[int]
 ) -> None:
     """Check what types do not show: do on a new roster what a successor would do."""
-    ServiceConfig.from_json({"regions": {}, **service})
+    ServiceConfig._from_json({"regions": {}, **service})
     names = set()
     for place, past in enumerate(regions):
         which, name = f"{where}.regions[{place}]", past.record.name
@@ -301,7 +301,7 @@ class History(NamedTuple):
     @property
     def config(self) -> ServiceConfig:
         """The configuration without the regions."""
-        return ServiceConfig.from_json({"regions": {}, **self.service})
+        return ServiceConfig._from_json({"regions": {}, **self.service})
 
 
 def read(journal: Journal) -> History:

@@ -44,6 +44,7 @@ class Listener(Uncopied):
 
     Attributes:
         path: absolute. An abstract address begins with "@"; "": the socket has no address.
+        socket: the listening socket; the Listener closes it.
         unlinks: whether `close` removes the path.
 
     Raises:
