@@ -64,7 +64,7 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
     "owner": (f'{A}owner = "no-such"', "no user 'no-such' on this system"),
     "uid": (f"{A}owner = {1 << 32}", "uid 4294967296: allowed are 0 to"),
     "group": (f'{A}group = "no-such"', "no group 'no-such' on this system"),
-    "true group": (f"{A}group = true", "group = true: expected a text"),
+    "true group": (f"{A}group = true", "group = true: expected a name or a number"),
     "rule": (f'{A}allow = ["guid:5"]', "the rule 'guid:5' cannot be read: allowed are uid:USER"),
     "rules": (f'{A}deny = "all"', 'deny = "all": expected a list of texts, such as ["uid:1000"]'),
     "long rule": (f'{A}deny = ["{"x" * 9999}"]', "the rule 'xxx"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -9,8 +10,10 @@ import jsonschema  # type: ignore[import-untyped, unused-ignore]
 import pytest
 from support.config_files import WRONG, A
 
+import ivshmem
 from ivshmem.cli.main import main
 from ivshmem.config import ConfigError, parse
+from ivshmem.memory.sizes import parse_size
 from ivshmem.service.config import RegionConfig
 from ivshmem.service.config_file import read_toml
 from ivshmem.service.config_schema import schema
@@ -130,6 +133,32 @@ def test_no_value_that_loads_is_refused(key: str) -> None:
         assert VALIDATOR.is_valid(found), value
     assert loaded
     assert refused
+
+
+@pytest.mark.parametrize("key", ["size", "hugepages"])
+def test_a_text_is_a_size_for_both(key: str) -> None:
+    sizes = [" 0x1000 ", "4096", ".5G", "1.G", "64 KiB", "2mb", "1e", "3B"]
+    others = ["text", "127.0.0.1:9400", "0o660", "1..5G", "4X", "4Kb i", "-1", "", "0x", "4 K M"]
+    for text in sizes + others:
+        found = {"region": {"a": {"socket": "/s", key: text}}}
+        assert VALIDATOR.is_valid(found) == (text in sizes), text
+        with contextlib.nullcontext() if text in sizes else pytest.raises(ivshmem.RegionError):
+            parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    {
+        "owner": "a name or a number",
+        "accept_owner": "a list of users",
+        "hugepages": "true, false, or a size",
+        "service.metrics": r"\[HOST:\]PORT",
+    }.items(),
+)
+def test_a_number_with_a_fraction(key: str, expected: str) -> None:
+    service, _, name = key.rpartition(".")
+    with pytest.raises(ValueError, match=f"expected {expected}"):
+        (SERVICE if service else REGION)[name].check(1.0)
 
 
 def test_it_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -308,6 +308,24 @@ SAME_NAME: dict[str, str] = {
 }
 
 
+def named_types(tree: ast.AST) -> list[str]:
+    """Classes, and aliases of types, which are assigned and have capital and small letters."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            found.append(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+            found += [name for name in names if re.fullmatch(r"_?[A-Z]+[a-z]\w*", name)]
+    return list(dict.fromkeys(found))
+
+
+def test_types_are_found() -> None:
+    tree = ast.parse("class A:\n    _Bc: TypeAlias = int\nDe = Callable[[int], str]\nF = G = 1\n")
+    assert named_types(tree) == ["A", "De", "_Bc"]
+
+
 def test_a_class_name_means_one_thing() -> None:
     """A private class's name counts without its underscore."""
     homes: dict[str, list[str]] = {}
@@ -315,8 +333,7 @@ def test_a_class_name_means_one_thing() -> None:
         if path.suffix == ".pyx":
             names = re.findall(r"^(?:cdef )?class (\w+)", path.read_text(), re.MULTILINE)
         else:
-            tree = ast.walk(ast.parse(path.read_text()))
-            names = [node.name for node in tree if isinstance(node, ast.ClassDef)]
+            names = named_types(ast.parse(path.read_text()))
         for name in names:
             homes.setdefault(name.lstrip("_"), []).append(str(path.relative_to(HOME)))
     assert len(homes) > 100

@@ -30,7 +30,7 @@ _PLACES = 8  # for pairs in the server's memory, of each pinning
 _TITLES: dict[Pinning, str] = {"two": "round trip, two cores", "same": "round trip, one core"}
 
 # Called with what share (0 to 1) of all is done, and what is measured now; it may raise.
-Tell = Callable[[float, str], object]
+TellProgress = Callable[[float, str], object]
 
 
 class _Part(NamedTuple):
@@ -44,7 +44,7 @@ class _Part(NamedTuple):
     run: Callable[[float], Measuring]
 
 
-def run(seconds: float, tell: Tell) -> list[ResultGroup]:
+def run(seconds: float, tell: TellProgress) -> list[ResultGroup]:
     """Measure everything in about so many seconds.
 
     Raises:

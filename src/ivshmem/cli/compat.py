@@ -103,7 +103,7 @@ def _run(options: argparse.Namespace) -> int:
     return daemon.in_background(run, silent=not options.verbose)
 
 
-def _serve(options: argparse.Namespace, ready: daemon.Ready) -> int:
+def _serve(options: argparse.Namespace, ready: daemon.TellReady) -> int:
     # Here and in `_region`: --help and wrong usage need nothing of what serves.
     from ..service.config import ServiceConfig
     from .serve_process import ServePlan, serve

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
     # What `in_background` hands over, to be called when all is set up.
-    Ready: TypeAlias = Callable[[], None]
+    TellReady: TypeAlias = Callable[[], None]
 
 
 def raise_fd_limit() -> None:
@@ -28,7 +28,7 @@ def raise_fd_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def in_background(run: Callable[[Ready], int], *, silent: bool) -> int:
+def in_background(run: Callable[[TellReady], int], *, silent: bool) -> int:
     """Run `run(ready)` in a daemon; return in this process when it calls `ready()` or ends.
 
     What the daemon prints to stderr before it is ready is seen, its status returned. Afterwards it

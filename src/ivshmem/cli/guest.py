@@ -292,7 +292,7 @@ def _serve(options: argparse.Namespace) -> int:
     return work(lambda: None)
 
 
-def _run_broker(options: argparse.Namespace, ready: daemon.Ready) -> int:
+def _run_broker(options: argparse.Namespace, ready: daemon.TellReady) -> int:
     """Share the device until a signal says to end, and give it back."""
     with (
         signals.held(for_good=True),

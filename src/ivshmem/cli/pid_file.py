@@ -51,7 +51,7 @@ def held(path: str | None, patience: float = 0.0) -> Iterator[None]:
         yield
 
 
-def _held(place: safe_files.Place, line: bytes, give_up: float) -> descriptors.FdArray:
+def _held(place: safe_files.SafePlace, line: bytes, give_up: float) -> descriptors.FdArray:
     """The file at a place, with the line in it, and locked; made if it is not there."""
     while True:
         try:
@@ -89,7 +89,7 @@ def _held(place: safe_files.Place, line: bytes, give_up: float) -> descriptors.F
         file.close()  # removed by its last holder between our open and our lock
 
 
-def _made(place: safe_files.Place, line: bytes) -> descriptors.FdArray:
+def _made(place: safe_files.SafePlace, line: bytes) -> descriptors.FdArray:
     """A new file, which is locked before others can open it."""
     with new_files.NewFile(place, os.O_RDWR, 0o644) as draft:
         _write(place, draft.file, line)
@@ -97,7 +97,7 @@ def _made(place: safe_files.Place, line: bytes) -> descriptors.FdArray:
         return draft.file
 
 
-def _write(place: safe_files.Place, file: descriptors.FdArray, line: bytes) -> None:
+def _write(place: safe_files.SafePlace, file: descriptors.FdArray, line: bytes) -> None:
     try:
         os.write(file[0], line)
     except OSError as error:
@@ -133,7 +133,7 @@ def _is_strange(pid: str) -> bool:
     return not {0, os.geteuid()} & {int(user) for user in users}
 
 
-def _removed(place: safe_files.Place, file: descriptors.FdArray) -> None:
+def _removed(place: safe_files.SafePlace, file: descriptors.FdArray) -> None:
     with contextlib.suppress(OSError):
         place.remove(file[0])
 

@@ -128,7 +128,7 @@ def run(options: argparse.Namespace) -> int:
     return _serve(options, lambda: None)
 
 
-def _serve(options: argparse.Namespace, ready: daemon.Ready) -> int:
+def _serve(options: argparse.Namespace, ready: daemon.TellReady) -> int:
     if options.supervise and not options.check:
         from .supervise import supervise  # here: few servers have a supervisor
 

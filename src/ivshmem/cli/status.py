@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def text(status: status_text.Status, whose: str = "") -> str:
+def text(status: status_text.StatusReply, whose: str = "") -> str:
     """A status as a person reads it; `whose`: what stands behind the line about the server."""
     server = status["server"]
     columns = shutil.get_terminal_size().columns - 2 if sys.stdout.isatty() else None

@@ -19,7 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, TypeAlias
 
-    Status: TypeAlias = Mapping[str, Any]
+    StatusReply: TypeAlias = Mapping[str, Any]
 
 HEAD = ("ID", "PID", "UID", "PROCESS", "GUEST OR NAMES", "FOR", "VECTORS", "STATE", "INTERRUPTS")
 _RIGHT = {0, 1, 2, 6}  # columns of numbers
@@ -49,7 +49,7 @@ class Guests:
     def __init__(self) -> None:
         self._known: dict[tuple[int, float], str] = {}
 
-    def name(self, status: Status) -> None:
+    def name(self, status: StatusReply) -> None:
         """Give each peer of a status a "guest", "" if it is none that is to be seen from here."""
         before, self._known = self._known, {}
         visible = status["server"]["pid_namespace"] == processes.pid_namespace() != 0
@@ -62,7 +62,7 @@ class Guests:
                 peer["guest"] = self._known[key] = name
 
 
-def server_line(server: Status) -> str:
+def server_line(server: StatusReply) -> str:
     """The process: who it is, and what it takes."""
     fds = server["fds"]
     limit = "any number of" if fds["limit"] is None else fds["limit"]
@@ -73,7 +73,7 @@ def server_line(server: Status) -> str:
     )
 
 
-def region_line(region: Status) -> str:
+def region_line(region: StatusReply) -> str:
     """What is served, and where."""
     where = " ".join(filter(None, (region["source"], region["memory"])))
     vectors = counted(region["vectors"], "vector")
@@ -83,7 +83,7 @@ def region_line(region: Status) -> str:
     )
 
 
-def counts_line(region: Status) -> str:
+def counts_line(region: StatusReply) -> str:
     """How many there are, and what there was since the start."""
     counts = region["counts"]
     since = ", ".join(counted(counts.get(f"{what}s", 0), what) for what in _COUNTED)
@@ -91,11 +91,11 @@ def counts_line(region: Status) -> str:
     return f"{number_of_peers(region)}; since the start {since}"
 
 
-def number_of_peers(region: Status) -> str:
+def number_of_peers(region: StatusReply) -> str:
     return counted(len(region["peers"]), "peer")
 
 
-def peer_row(peer: Status, now: float) -> list[str]:
+def peer_row(peer: StatusReply, now: float) -> list[str]:
     """A peer as a row under HEAD."""
     return [
         str(peer["id"]),
@@ -130,14 +130,14 @@ def duration(seconds: float) -> str:
     return f"{days} d {hours:02} h"
 
 
-def _called(peer: Status) -> str:
+def _called(peer: StatusReply) -> str:
     names = peer["names"][:_MOST_NAMES]
     more = [".."] if len(peer["names"]) > _MOST_NAMES else []
     guest = [peer["guest"]] if peer.get("guest") else []
     return plain(", ".join(guest + names + more), _MOST_CALLED) or "-"
 
 
-def _state(peer: Status, now: float) -> str:
+def _state(peer: StatusReply, now: float) -> str:
     parts = []
     if peer["stalled_since"] is not None:
         clock = time.strftime("%H:%M:%S", time.localtime(peer["stalled_since"]))

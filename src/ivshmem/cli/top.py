@@ -69,7 +69,7 @@ class StatusPoller:
         self._options = options
         self._client: control_client.ControlClient | None = None
         self._guests = status_text.Guests()
-        self._before: status_text.Status | None = None
+        self._before: status_text.StatusReply | None = None
         self._lines: list[str] = []
 
     def first(self) -> list[str]:
@@ -101,7 +101,9 @@ class StatusPoller:
 
 
 def lines_of(
-    status: status_text.Status, before: status_text.Status | None, columns: int | None = None
+    status: status_text.StatusReply,
+    before: status_text.StatusReply | None,
+    columns: int | None = None,
 ) -> Iterator[str]:
     """What a screen of so many columns shows of a status, if this was the one before."""
     server = status["server"]
@@ -127,21 +129,23 @@ def lines_of(
             yield from (f"  {line}" for line in status_text.table(rows, columns and columns - 2))
 
 
-def _share(server: status_text.Status, before: status_text.Status | None, seconds: float) -> str:
+def _share(
+    server: status_text.StatusReply, before: status_text.StatusReply | None, seconds: float
+) -> str:
     if before is None or seconds <= 0:
         return ""
     return f", {(server['cpu'] - before['server']['cpu']) / seconds:.1%} CPU now"
 
 
 def _rate(
-    now: status_text.Status, before: status_text.Status | None, name: str, seconds: float
+    now: status_text.StatusReply, before: status_text.StatusReply | None, name: str, seconds: float
 ) -> str:
     if before is None or seconds <= 0:
         return "-"
     return f"{(now.get(name, 0) - before.get(name, 0)) / seconds:.1f}"
 
 
-def _attention(peer: status_text.Status) -> tuple[object, ...]:
+def _attention(peer: status_text.StatusReply) -> tuple[object, ...]:
     """The stalled first, then those with most to be told or to take, then by id."""
     stalled = peer["stalled_since"]
     return (

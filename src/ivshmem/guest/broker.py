@@ -1,4 +1,4 @@
-"""One device for several processes of a guest, which connect to it as to the host's server.
+"""Internal: one device for several processes of a guest, which connect to it as to a server.
 
 Knows: what passes between the device and clients. Does not know: the ways to open a device (any
 endpoint works), or how clients are served; Server does.

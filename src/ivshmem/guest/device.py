@@ -1,4 +1,4 @@
-"""A guest's device as an endpoint, in each of the ways that lead to one.
+"""Internal: a guest's device as an endpoint, in each of the ways that lead to one.
 
 Knows: BAR0 and BAR2 of the ivshmem device (QEMU, docs/specs/ivshmem-spec.rst), and which way has
 which parts. Does not know: sysfs, vfio and UIO in detail; the other peers, which no device tells.

@@ -1,4 +1,4 @@
-"""How fast a guest's shared memory is by each way of mapping it.
+"""Internal: how fast a guest's shared memory is by each way of mapping it.
 
 Knows: clocks and copies. Does not know: why a way is slow. On most hosts all ways are equal. On
 some hosts the processor applies the guest's memory type, and uncached reads are 10 to 100 times

@@ -1,4 +1,4 @@
-"""Which device of a guest is opened, and in which way, if the user does not say.
+"""Internal: which device of a guest is opened, and in which way, if the user does not say.
 
 Knows: the order of the ways, and what is missing where none has interrupts.
 Does not know: how a device is opened (device.py).

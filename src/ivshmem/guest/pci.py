@@ -1,4 +1,4 @@
-"""The ivshmem devices of this machine, their configuration space and drivers, through sysfs.
+"""Internal: this machine's ivshmem devices, their configuration space and drivers, through sysfs.
 
 Knows: where Linux keeps PCI devices, how a driver is changed. Does not know: what registers mean.
 

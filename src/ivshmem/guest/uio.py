@@ -1,4 +1,4 @@
-"""UIO: the registers, memory and one interrupt of a device whose kernel driver serves them.
+"""Internal: UIO: registers, memory and one interrupt of a device whose kernel driver serves them.
 
 Knows: /dev/uioN and its maps (Linux, Documentation/driver-api/uio-howto.rst).
 Does not know: what the maps lead to.

@@ -1,4 +1,4 @@
-"""vfio: a PCI device's registers, memory and interrupts for a program (linux/vfio.h).
+"""Internal: vfio: a PCI device's registers, memory and interrupts for a program (linux/vfio.h).
 
 Knows: the ioctls and their structures, with an IOMMU and without. Does not know: ivshmem.
 

@@ -240,7 +240,9 @@ class Region(Uncopied, mapping.Mapping):
             raise
 
     @classmethod
-    def _nameless(cls, place: safe_files.Place, mode: int, parts: _Parts, prealloc: bool) -> Region:
+    def _nameless(
+        cls, place: safe_files.SafePlace, mode: int, parts: _Parts, prealloc: bool
+    ) -> Region:
         """Make a region in a file inside a directory; the file never has a name."""
         try:
             with new_files.NewFile(place, mode=mode) as draft:
@@ -250,7 +252,9 @@ class Region(Uncopied, mapping.Mapping):
         return cls._furnish(draft.file, *parts, None, prealloc)
 
     @classmethod
-    def _adopt(cls, place: safe_files.Place, parts: _Parts, target: str, prealloc: bool) -> Region:
+    def _adopt(
+        cls, place: safe_files.SafePlace, parts: _Parts, target: str, prealloc: bool
+    ) -> Region:
         """Make a region in an empty file that exists; it keeps its owner and its mode."""
         file = place.open(os.O_RDWR)
         spare = descriptors.FdArray.copy(file[0])  # for when the region has closed its own
@@ -270,7 +274,7 @@ class Region(Uncopied, mapping.Mapping):
     @classmethod
     def _publish(
         cls,
-        place: safe_files.Place,
+        place: safe_files.SafePlace,
         mode: int,
         parts: _Parts,
         target: str,
@@ -295,7 +299,7 @@ class Region(Uncopied, mapping.Mapping):
                 raise _exists(target) from None
             raise
 
-    def _reopen(self, place: safe_files.Place) -> None:
+    def _reopen(self, place: safe_files.SafePlace) -> None:
         """Replace the descriptor by one that shows the name in /proc/PID/fd of all that get it.
 
         The descriptor of a file that was opened without a name never shows one.
@@ -763,7 +767,7 @@ def _exists(target: str, what: str | None = None) -> FileExistsError:
     return FileExistsError(errno.EEXIST, what or usual, target)
 
 
-def _opened(place: safe_files.Place, readonly: bool) -> descriptors.FdArray:
+def _opened(place: safe_files.SafePlace, readonly: bool) -> descriptors.FdArray:
     """Open what exists; an error says what would allow it."""
     try:
         return place.open(os.O_RDONLY if readonly else os.O_RDWR)

@@ -1,4 +1,4 @@
-"""The VMs of a migration in a TOML file.
+"""Internal: the VMs of a migration in a TOML file.
 
 Knows: the file's form. Does not know: what a migration is.
 

@@ -1,4 +1,4 @@
-"""Unplugs an ivshmem device from a running QEMU, and plugs one in.
+"""Internal: unplugs an ivshmem device from a running QEMU, and plugs one in.
 
 Knows: QEMU's commands, events and habits. Does not know: why it is done.
 

@@ -1,4 +1,4 @@
-"""Which ivshmem devices running QEMUs have, and which of these share a memory.
+"""Internal: which ivshmem devices running QEMUs have, and which of these share a memory.
 
 Knows: where QEMU's object tree has what, servers' control sockets, files' identities.
 Does not know: what is done with it.

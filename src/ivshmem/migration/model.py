@@ -1,4 +1,4 @@
-"""What the other modules of a migration say to each other: VMs, devices, servers, plans, errors.
+"""Internal: what a migration's modules say to each other: VMs, devices, servers, plans, errors.
 
 Knows: words. Does not know: QEMU, files, how anything is found or done.
 """

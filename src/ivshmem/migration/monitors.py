@@ -1,4 +1,4 @@
-"""Connections to all QEMUs of a migration.
+"""Internal: connections to all QEMUs of a migration.
 
 Knows: which monitor is whose. Does not know: what they are told.
 """

@@ -1,4 +1,4 @@
-"""From what was found to the steps of a migration, or to the reasons why it would not work.
+"""Internal: from what was found to the steps of a migration, or to the reasons why it cannot work.
 
 Knows: what QEMU can migrate, what it does not notice, what crashes it; in which order.
 Does not know: I/O: everything is in what is given.

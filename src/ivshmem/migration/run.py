@@ -1,4 +1,4 @@
-"""Carries out a plan: forward, or, if that fails, back.
+"""Internal: carries out a plan: forward, or, if that fails, back.
 
 Knows: the order, which module does a step and undoes it, what is written down when, where the way
 back ends. Does not know: what QEMU and servers are told for a step.

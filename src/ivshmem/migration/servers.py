@@ -1,4 +1,4 @@
-"""What a migration asks servers to do: to hold messages back from a QEMU, to evict a peer.
+"""Internal: what a migration asks of servers: to hold messages back from a QEMU, to evict a peer.
 
 Knows: the control socket's requests for it, which peers of a server are the QEMU of a step.
 Does not know: how a device is unplugged, in which order the steps come.

@@ -1,4 +1,4 @@
-"""How far a migration is, in a file that outlives who makes it.
+"""Internal: how far a migration is, in a file that outlives who makes it.
 
 Knows: the file's form, that two processes must not work at once. Does not know: what steps do.
 

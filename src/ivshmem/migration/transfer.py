@@ -1,4 +1,4 @@
-"""Migrating one VM, with the memory of its master device.
+"""Internal: migrating one VM, with the memory of its master device.
 
 Knows: QEMU's migration, its states and habits. Does not know: groups, what comes before and after.
 

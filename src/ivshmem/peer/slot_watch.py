@@ -32,7 +32,7 @@ class Slot(NamedTuple):
 
 
 @dataclass
-class _Watch:
+class _OwnerWatch:
     """When a slot last showed a sign of life, by this process's clock: peers share no clock."""
 
     owner: int
@@ -56,7 +56,7 @@ class WatchedSlots:
         self.start = start_of(region.size, slots)
         self._beat = beat
         self._lease = lease
-        self._watch: list[_Watch | None] = [None] * slots
+        self._watch: list[_OwnerWatch | None] = [None] * slots
         self._looked = 0.0  # when that was last done
 
     def look(
@@ -89,7 +89,7 @@ class WatchedSlots:
             return Slot(number, 0, None, None)
         watch = self._watch[number]
         if watch is None or watch.owner != owner:
-            watch = self._watch[number] = _Watch(owner, beat, now)
+            watch = self._watch[number] = _OwnerWatch(owner, beat, now)
         elif watch.beat != beat:
             watch.beat, watch.since, watch.moved = beat, now, True
         entry = parse(raw)

@@ -21,8 +21,8 @@ one):
     starved       reason, region: sending has to wait for memory or descriptors; likewise
     evicted       peer, region, by_uid, by_pid: somebody asked for that over the control socket
     held          on, region, by_uid, by_pid: QEMU is told of no leaves from now on, or is again
-    holding       peer, region, linger, by_uid, by_pid: a peer is sent no news from now on
-    released      peer, region, by_uid, by_pid, or reason ("expired"): it is sent news again
+    holding       peer, region, linger, by_uid, by_pid: a peer is sent no messages from now on
+    released      peer, region, by_uid, by_pid, or reason ("expired"): it is sent messages again
     reloaded      changes, by_uid, by_pid (if over the control socket): the configuration was read
                   again
     unreloaded    reason, by_uid, by_pid: it was wrong, and all stays as it was

@@ -104,8 +104,10 @@ def _number(lowest: int, highest: int) -> Callable[[object], int]:
 def _hugepages(value: object) -> bool | str:
     if isinstance(value, bool):
         return value
+    if not isinstance(value, str):
+        raise ValueError('expected true, false, or a size, such as "2M"')
     huge_page_size(_text(value))
-    return _text(value)
+    return value
 
 
 def _existing(value: object) -> str:
@@ -131,7 +133,9 @@ def _mode(value: object) -> int:
 
 def _account(find: Callable[[int | str], int]) -> Callable[[object], int | str]:
     def check(value: object) -> int | str:
-        account = value if isinstance(value, int) and not isinstance(value, bool) else _text(value)
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise ValueError("expected a name or a number")
+        account = value if isinstance(value, int) else _text(value)
         find(account)  # it exists
         return account
 
@@ -158,11 +162,11 @@ def _rules(value: object) -> tuple[str, ...]:
 
 
 def _address(value: object) -> str:
-    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(value)
-    match = re.fullmatch(_ADDRESS, text)
+    number = isinstance(value, int) and not isinstance(value, bool)
+    match = re.fullmatch(_ADDRESS, str(value)) if number or isinstance(value, str) else None
     if match is None or int(match[1]) > 65535:
         raise ValueError('expected [HOST:]PORT, such as "127.0.0.1:9400" or "[::1]:9400"')
-    return text
+    return match[0]
 
 
 # -- the settings ---------------------------------------------------------------------------------
@@ -188,7 +192,10 @@ _ANY_TEXT = {"type": "string", "minLength": 1}
 _IS_PATH = _string("/.*")
 _IS_SOCKET = _string("/.*", maxLength=MAX_PATH)
 _IS_FLAG = {"type": "boolean"}
-_IS_SIZE = _either(_integer(PAGE, LARGEST, multipleOf=PAGE), _string(r"\s*[0-9.].*"))
+_IS_TEXT_OF_SIZE = _string(
+    r"\s*(0[xX][0-9a-fA-F]+|[0-9]+(\.[0-9]*)?|\.[0-9]+)\s*([bBkKmMgGtTpPeE]([iI]?[bB])?)?\s*"
+)
+_IS_SIZE = _either(_integer(PAGE, LARGEST, multipleOf=PAGE), _IS_TEXT_OF_SIZE)
 _IS_ACCOUNT = _either(_integer(0, _MOST_ID), _ANY_TEXT)
 _IS_RULES = _list(_string("(all|root|(uid|gid|process):.+)"))
 _IS_LIMIT = _integer(1, _MOST)
@@ -207,7 +214,9 @@ REGION: dict[str, Setting] = {
     "file": Setting(_path, _IS_PATH, "file that is the memory"),
     "directory": Setting(_path, _IS_PATH, "directory in which to make a file without a name"),
     "hugepages": Setting(
-        _hugepages, _either(_IS_FLAG, _ANY_TEXT), 'huge pages: true, or their size, such as "2M"'
+        _hugepages,
+        _either(_IS_FLAG, _IS_TEXT_OF_SIZE),
+        'huge pages: true, or their size, such as "2M"',
     ),
     "prealloc": Setting(_flag, _IS_FLAG, "take all pages of the memory at the start"),
     "existing": Setting(

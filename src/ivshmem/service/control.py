@@ -22,7 +22,7 @@ A reload can take minutes, if memory is to be there from the start (prealloc). U
 other connections are answered; another reload and a takeover are refused.
 
 evict, hold-leaves, hold, release and status may name a region; a server of one region needs no name
-for it. hold-leaves is Server.hold_leaves. hold is Server.hold: the peer is sent no news until
+for it. hold-leaves is Server.hold_leaves. hold is Server.hold: the peer is sent no messages until
 release, or until "linger" seconds (usually 60) after the connection has ended that asked for it
 (null: it does not end by that).
 "read" says whether the peer has read all that it was sent: ask again until it has. "held" says
@@ -58,7 +58,7 @@ known one changes its meaning. Times are seconds since the epoch, sizes are byte
              readonly, set_up (it was sent its whole set-up), pending (messages still to be sent to
              it), stalled_since (null; or when it last read, if its socket is full), leaves_told
              (how often it was told that somebody left), leaves_held (how often not), held (it is
-             sent no news for now), held_until (null; or when that ends by itself), interrupts
+             sent no messages for now), held_until (null; or when that ends by itself), interrupts
              (rings it has not taken, for each vector, looked at without taking them)
 
 Both sides ask the kernel who the other is, by SO_PEERCRED: the server hears root and its own user;

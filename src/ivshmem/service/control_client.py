@@ -242,7 +242,9 @@ class ControlClient(Uncopied):
         text = plain(reply.get("error", "it could not be done"))
         raise ControlError(text, plain(reply.get("code", ""), LONGEST_CODE))
 
-    def hold(self, peer: int, *, linger: float | None = LINGER, region: str | None = None) -> None:
+    def hold(
+        self, peer_id: int, *, linger: float | None = LINGER, region: str | None = None
+    ) -> None:
         """Let the server hold back messages to a peer, and wait until the peer has read the rest.
 
         The hold ends by `release`, when the peer disconnects, and `linger` seconds after this
@@ -254,24 +256,24 @@ class ControlClient(Uncopied):
             ConnectionError: the server has closed the connection.
         """
         deadline = deadline_of(self._timeout)
-        message = {"do": "hold", "id": peer, "linger": linger, "region": region}
+        message = {"do": "hold", "id": peer_id, "linger": linger, "region": region}
         while not self.ask(message)["read"]:
             if _is_over(deadline):
                 reason = (
-                    f"peer {peer} has not read all that it was sent within"
+                    f"peer {peer_id} has not read all that it was sent within"
                     f" {max(self._timeout or 0, 0):g} seconds: is it stopped? (It is sent nothing"
-                    f" more until `ivshmem release {peer}`)"
+                    f" more until `ivshmem release {peer_id}`)"
                 )
                 raise TimeoutError(errno.ETIMEDOUT, reason, self.path)
             time.sleep(_LOOK)
 
-    def release(self, peer: int, *, region: str | None = None) -> bool:
+    def release(self, peer_id: int, *, region: str | None = None) -> bool:
         """Let the server send a peer messages again; return whether the peer was held.
 
         Raises:
             ControlError: there is no such peer; or the server is of a version that cannot do it.
         """
-        reply = self.ask({"do": "release", "id": peer, "region": region})
+        reply = self.ask({"do": "release", "id": peer_id, "region": region})
         return bool(reply["held"])
 
     def _send(self, data: bytes, deadline: float | None) -> None:

@@ -58,15 +58,15 @@ class NewFile(Uncopied):
 
     def __init__(
         self,
-        where: str | os.PathLike[str] | safe_files.Place,
+        where: str | os.PathLike[str] | safe_files.SafePlace,
         flags: int = os.O_RDWR,
         mode: int = 0o600,
     ) -> None:
         self.published = False
         self.replaced = False
         self.file = descriptors.FdArray()
-        self._given = isinstance(where, safe_files.Place)
-        self.place = where if isinstance(where, safe_files.Place) else safe_files.find(where)
+        self._given = isinstance(where, safe_files.SafePlace)
+        self.place = where if isinstance(where, safe_files.SafePlace) else safe_files.find(where)
         if self.place.inherited:
             reason = "it is a descriptor of this process, which cannot be replaced: name a file"
             raise FileExistsError(errno.EEXIST, reason, self.place.path)

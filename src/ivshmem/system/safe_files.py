@@ -89,7 +89,7 @@ def closed_on_error(file: descriptors.FdArray) -> Iterator[descriptors.FdArray]:
 # -- places ---------------------------------------------------------------------------------------
 
 
-class Place(Uncopied):
+class SafePlace(Uncopied):
     """A name in an open directory, to which a path led when `find` walked it. A context manager.
 
     Attributes:
@@ -244,7 +244,7 @@ class Place(Uncopied):
         """Close the directory. May be called twice."""
         self._directory.close()
 
-    def __enter__(self) -> Place:
+    def __enter__(self) -> SafePlace:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -253,7 +253,7 @@ class Place(Uncopied):
 
 def find(
     path: str | os.PathLike[str], *, accept: Users | None = NOBODY, links: bool = True
-) -> Place:
+) -> SafePlace:
     """Walk a path to the directory of its last name. That name need not exist.
 
     A symbolic link is followed only if root, this process's user or an accepted user made it. So a
@@ -315,7 +315,7 @@ class _Trusted:
         )
 
 
-def _walk(path: str, trusted: _Trusted, links: bool) -> Place:
+def _walk(path: str, trusted: _Trusted, links: bool) -> SafePlace:
     if not path:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     here = _directory("/" if path.startswith("/") else ".", None)
@@ -332,7 +332,7 @@ def _walk(path: str, trusted: _Trusted, links: bool) -> Place:
         except FileNotFoundError:
             if todo:
                 raise
-            return Place(path, here, name, trusted, shared=shared, by_link=by_link)
+            return SafePlace(path, here, name, trusted, shared=shared, by_link=by_link)
         found = os.fstat(child[0])
         if stat.S_ISLNK(found.st_mode):
             followed += 1
@@ -348,7 +348,7 @@ def _walk(path: str, trusted: _Trusted, links: bool) -> Place:
             trusted.check_link(found, shared)
             if name.isdigit() and found.st_dev == os.stat("/proc").st_dev:
                 # A link of /proc/PID/fd: its text need not be a path, so the kernel follows it.
-                return Place(path, here, name, trusted, shared=shared, inherited=True)
+                return SafePlace(path, here, name, trusted, shared=shared, inherited=True)
             text = os.readlink("", dir_fd=child[0])
             if text.startswith("/"):
                 here = _directory("/", None)
@@ -356,8 +356,8 @@ def _walk(path: str, trusted: _Trusted, links: bool) -> Place:
         elif todo:
             here = _directory(name, here[0])
         else:
-            return Place(path, here, name, trusted, shared=shared, by_link=by_link)
-    return Place(path, here, ".", trusted, shared=True)  # "/", "." or a link to one of them
+            return SafePlace(path, here, name, trusted, shared=shared, by_link=by_link)
+    return SafePlace(path, here, ".", trusted, shared=True)  # "/", "." or a link to one of them
 
 
 def _parts(path: str) -> list[str]:
@@ -397,7 +397,7 @@ def reading(path: str | os.PathLike[str], *, accept: Users | None = NOBODY) -> I
     In a directory that only trusted users can write, the file may belong to any user.
 
     Raises:
-        OSError: as `find` and `Place.open`.
+        OSError: as `find` and `SafePlace.open`.
     """
     with find(path, accept=accept) as place:
         file = place.open(os.O_RDONLY, strict=False)
