@@ -77,6 +77,8 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
     _closing = False
 
     def __init__(self, endpoint: _E) -> None:
+        if not isinstance(endpoint, Endpoint):
+            raise TypeError(f"expected a Client or a GuestDevice, not {endpoint!r}")
         # A store to a device's register never waits.
         self.ring = endpoint.ring if isinstance(endpoint, GuestDevice) else endpoint.ring_nowait
         self.endpoint = endpoint
@@ -509,7 +511,7 @@ async def close_async(directory: Directory) -> None:
     (`close` waits for a sign of life that the directory's thread is writing just then, for a second
     at most.) If this is cancelled, the thread continues by itself.
     """
-    await close_in_thread(directory)
+    await close_in_thread(_checked(directory))
 
 
 async def wait_for_async(directory: Directory, name: str, timeout: float | None = None) -> Entry:
@@ -517,7 +519,7 @@ async def wait_for_async(directory: Directory, name: str, timeout: float | None 
 
     It raises what that raises. (`directory.lookup` never waits, and needs no twin.)
     """
-    return await _go_through(directory._wait_for(name, timeout))
+    return await _go_through(_checked(directory)._wait_for(name, timeout))
 
 
 async def publish_async(
@@ -533,7 +535,14 @@ async def publish_async(
 
     It raises what that raises. If it is cancelled, nothing is published.
     """
-    return await _go_through(directory._publish(name, role, vector_range, id, timeout))
+    steps = _checked(directory)._publish(name, role, vector_range, id, timeout)
+    return await _go_through(steps)
+
+
+def _checked(directory: Directory) -> Directory:
+    if isinstance(directory, Directory):
+        return directory
+    raise TypeError(f"expected a Directory, as Directory.open returns it, not {directory!r}")
 
 
 async def _go_through(steps: Generator[float, None, _T]) -> _T:

@@ -192,6 +192,7 @@ class Region(Uncopied, mapping.Mapping):
                 with the numbers and what fixes it), or as of open(2). Nothing is left behind.
         """
         size = parse_size(size)
+        new_files.check_mode(mode)
         if sum(place is not None for place in (name, path, directory)) > 1:
             raise RegionError("name, path and directory exclude each other")
         if name is None and path is None and directory is None:
@@ -386,6 +387,7 @@ class Region(Uncopied, mapping.Mapping):
             RegionError, OSError: as of `attach` and `create`.
         """
         users = tuple(accept_owner)
+        new_files.check_mode(mode)
         for last in (False, False, True):
             with contextlib.suppress(FileNotFoundError):
                 return cls.attach(
@@ -750,6 +752,8 @@ def posix_path(name: str) -> str:
     Raises:
         RegionError: it is not such a name.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"a POSIX shared memory name is text, not {name!r}")
     bare = name.removeprefix("/")
     if not bare or "/" in bare or "\0" in bare or bare in (".", "..") or len(bare) > 255:
         raise RegionError(

@@ -117,7 +117,12 @@ class Directory(Uncopied):
         return self
 
     def _begin(self, place: Endpoint | Region, slots: int, beat: float, lease: float) -> None:
-        if not 0 < 2 * beat < lease:
+        for what, seconds in (("beat", beat), ("lease", lease)):
+            if not isinstance(seconds, int | float):
+                raise TypeError(f"{what}: seconds are a number, not {seconds!r}")
+        if not beat > 0:
+            raise ValueError(f"a beat every {beat:g} s: more than 0 seconds are allowed")
+        if not 2 * beat < lease:
             raise ValueError(f"a lease of {lease:g} s is too short for a beat every {beat:g} s")
         self._region, self._endpoint = _found_in(place)
         self.slots = slots
@@ -348,6 +353,8 @@ class Directory(Uncopied):
             raise ValueError(f"id {peer}: allowed are 0 to {MAX_ID}")
         if vector_range is None:
             vector_range = range(offered)
+        elif not isinstance(vector_range, range):
+            raise TypeError(f"vector_range: expected a range, not {vector_range!r}")
         elif offered and vector_range.stop > offered:
             raise ValueError(f"{vector_range}: the endpoint has {counted(offered, 'vector')}")
         publication = Publication._draft(
@@ -690,7 +697,13 @@ def _forgotten(directory: weakref.ReferenceType[Directory]) -> None:
 
 
 def _found_in(place: Endpoint | Region) -> tuple[Region, Endpoint | None]:
-    return (place.region, place) if isinstance(place, Endpoint) else (place, None)
+    if isinstance(place, Endpoint):
+        return place.region, place
+    if hasattr(place, "atomic_u64"):  # a Region, or what stands for one
+        return place, None
+    inner = isinstance(getattr(place, "endpoint", None), Endpoint)
+    hint = ": pass its `endpoint`" if inner else ""
+    raise TypeError(f"a directory is opened on an endpoint or a region, not on {place!r}{hint}")
 
 
 def _taken(name: str, slot: Slot) -> NameTaken:

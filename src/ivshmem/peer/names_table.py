@@ -97,6 +97,8 @@ def _is_plain(text: str) -> bool:
 
 
 def check_text(what: str, text: str, least: int, most: int) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"{what}: expected text, not {text!r}")
     if not _is_plain(text):
         raise ValueError(f"{what} {text!r}: printable characters only, no space at either end")
     if not least <= len(text.encode()) <= most:

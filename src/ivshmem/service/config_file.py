@@ -76,7 +76,10 @@ def parse(data: bytes, source: str) -> ServiceConfig:
 
     Raises:
         ConfigError: as `load`.
+        TypeError: `data` is text: encode it.
     """
+    if not isinstance(data, bytes | bytearray):
+        raise TypeError(f"expected the bytes of a configuration, not {type(data).__name__}")
     tables = read_toml(data, source)
     errors: list[str] = []
     config = _read(tables, errors, source)

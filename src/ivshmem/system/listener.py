@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from ..native import descriptors
 from . import locks
 from .accounts import group_id, user_id
+from .new_files import check_mode
 from .sockets import check_path, is_live
 from .uncopied import Uncopied
 
@@ -64,8 +65,8 @@ class Listener(Uncopied):
     ) -> None:
         self.path = os.path.abspath(check_path(path))
         check_path(self.path)
-        if mode is not None and not 0 <= mode <= 0o777:
-            raise ValueError(f"mode {mode:#o}: 0 to 0o777 are allowed, for example 0o660")
+        if mode is not None:
+            check_mode(mode)
         uid = -1 if owner is None else user_id(owner)
         gid = -1 if group is None else group_id(group)
         self.unlinks = True
@@ -146,6 +147,8 @@ class Listener(Uncopied):
         Raises:
             ValueError, OSError: as of making one.
         """
+        if mode is not None:
+            check_mode(mode)
         uid = -1 if owner is None else user_id(owner)
         gid = -1 if group is None else group_id(group)
         file = descriptors.FdArray()

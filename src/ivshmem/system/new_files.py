@@ -33,6 +33,19 @@ _DRAFTS = 3  # names that the drafts of a path try before they take one by chanc
 _UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EISDIR})
 
 
+def check_mode(mode: int) -> None:
+    """Raise if these are not the permissions of a file, 0 to 0o777.
+
+    Raises:
+        ValueError: a number that is not allowed.
+        TypeError: no number; for instance text, as a command line has it.
+    """
+    if not isinstance(mode, int):
+        raise TypeError(f"mode: expected a number, for example 0o660, not {mode!r}")
+    if not 0 <= mode <= 0o777:
+        raise ValueError(f"mode {mode:#o}: 0 to 0o777 are allowed, for example 0o660")
+
+
 class NewFile(Uncopied):
     """A new, empty file that gets its name when it is whole. A context manager.
 

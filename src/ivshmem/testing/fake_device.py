@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import operator
 import os
 import shutil
 import tempfile
@@ -18,7 +19,7 @@ from typing import SupportsIndex
 from ..guest.device import DOORBELL, IVPOSITION
 from ..guest.pci import COMMAND, COMMAND_MEMORY, MEMORY, REGISTERS
 from ..memory.sizes import check_size, parse_size
-from ..protocol.limits import MAX_ID
+from ..protocol.limits import MAX_ID, MAX_VECTORS
 from ..system.uncopied import Uncopied
 from .fake_pci import FakePci
 from .fake_vfio import CONFIG, MSIX, REQUEST, SPACING, FakeVfio
@@ -134,8 +135,12 @@ def fake_device(
 
     Raises:
         RegionError: a size that no device can have.
+        ValueError: a number of vectors, or an id, that no device can have.
     """
     size = parse_size(size)
+    vectors = operator.index(vectors)
+    if not 0 <= vectors <= MAX_VECTORS:
+        raise ValueError(f"{vectors} vectors: allowed are 0 to {MAX_VECTORS}")
     check_size(size, mmap.PAGESIZE)
     if size > 1 << SPACING:
         raise ValueError(f"a fake device has at most {1 << SPACING} bytes, not {size}")

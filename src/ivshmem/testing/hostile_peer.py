@@ -65,8 +65,14 @@ class HostilePeer(Uncopied):
             self.size = os.fstat(self.memory).st_size
             while len(self.doorbells.get(self.id, ())) < vectors:
                 self._take()
-        except BaseException:
+        except BaseException as error:
+            there = len(self.doorbells.get(self.id, ()))
             self.close()
+            if isinstance(error, TimeoutError) and self.id >= 0:
+                raise TimeoutError(
+                    f"the server gave {there} of {vectors} vectors in {timeout:g} seconds: ask for"
+                    " as many as its peers have"
+                ) from None
             raise
 
     def _receive(self) -> tuple[int, list[int]]:
