@@ -120,6 +120,7 @@ class Server(Uncopied):
 
     # What __del__, __repr__ and close() find where __init__ did not come to its end.
     _closed = True
+    _released = True  # an interrupted close has set _closed alone
     _pid = 0
     _thread = 0
     path = "?"
@@ -190,6 +191,7 @@ class Server(Uncopied):
         if isinstance(path, Listener):
             self._resources.callback(listener.close)
         self._closed = False
+        self._released = False
 
     # -- running ----------------------------------------------------------------------------------
 
@@ -517,7 +519,7 @@ class Server(Uncopied):
         if os.getpid() != self._pid:
             self._close()  # without the locks, which a thread of the parent may have held
             return
-        if not self._closed:
+        if not self._released:
             self._closing = True
             self.stop()
             if self._in_step:
@@ -531,12 +533,14 @@ class Server(Uncopied):
         self._await_thread()
 
     def _close(self, *, abandoned: bool = False) -> None:
-        if self._closed:
+        if self._released:
             return
         self._closed = True
         atexit.unregister(self._forgotten)
+        # Each of these may be done again: the next close finishes one that a signal handler ended.
         self._engine.close(forked=abandoned or os.getpid() != self._pid)
         self._resources.close()
+        self._released = True
 
     def _await_thread(self) -> None:
         """Wait until the thread serves no more.
