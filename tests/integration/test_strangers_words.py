@@ -32,6 +32,7 @@ from ivshmem.cli.screen import Screen
 from ivshmem.config import RegionConfig, ServiceConfig, parse
 from ivshmem.doctor.check import CheckStep, failed, run
 from ivshmem.doctor.open_files import FoundProcess
+from ivshmem.peer import connecting
 from ivshmem.peer.names_table import Entry
 from ivshmem.qemu import cmdline
 from ivshmem.qemu.guest_name import guest_name
@@ -176,9 +177,8 @@ class Ways:
 
     def a_control_socket_s_refusal(self) -> str:
         ours, theirs = socket.socketpair()
-        client = object.__new__(control.ControlClient)
-        client.path, client._timeout, client._socket, client._rest = "/s", 5.0, ours, b""
-        with ours, theirs:
+        self._patch.setattr(connecting, "connect", lambda *_, **__: ours)
+        with theirs, control.ControlClient("/s", 5.0) as client:
             theirs.sendall(json.dumps({"ok": False, "error": HOSTILE}).encode() + b"\n")
             with pytest.raises(control.ControlError) as caught:
                 client.ask({"do": "status"})

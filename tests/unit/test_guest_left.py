@@ -19,7 +19,7 @@ from ivshmem.cli.main import main
 from ivshmem.doctor.guest import DeviceSteps
 from ivshmem.errors import VfioUnusable
 from ivshmem.guest import pci, uio, vfio
-from ivshmem.guest.opening import best_way
+from ivshmem.guest.choice import best_way
 from ivshmem.testing.fake_pci import FakePci
 from ivshmem.testing.fake_vfio import FakeVfio
 

@@ -21,7 +21,7 @@ from support.waiting import Background, until
 
 from ivshmem import NoSuchDevice
 from ivshmem.guest import pci
-from ivshmem.guest.opening import choose
+from ivshmem.guest.choice import choose
 from ivshmem.guest.pci import Device
 from ivshmem.testing.fake_pci import MIB, MSIX, FakePci, config_space
 

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 MODULES = (
     "cli/pid_file",
     "guest/device",
-    "guest/opening",
+    "guest/choice",
     "memory/image",
     "migration/state_file",
     "memory/region",

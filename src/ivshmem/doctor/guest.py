@@ -22,8 +22,8 @@ from pathlib import Path
 
 from ..errors import IvshmemError
 from ..guest import pci, uio, vfio
+from ..guest.choice import best_way, open_device
 from ..guest.device import Access, GuestDevice
-from ..guest.opening import best_way, open_device
 from ..memory.sizes import format_size
 from ..peer import default_paths
 from ..qemu import cmdline

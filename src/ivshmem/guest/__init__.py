@@ -10,9 +10,9 @@
 """
 
 from .broker import Broker
+from .choice import open_device
 from .device import Access, GuestDevice, Memory
 from .measure import Speed, measure
-from .opening import open_device
 from .pci import Device, devices
 
 open = open_device  # noqa: A001 - `guest.open()` reads as it should

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..errors import IvshmemError
+from .choice import best_way, choose, open_device
 from .device import Access, Memory
-from .opening import best_way, choose, open_device
 
 MEMORIES: tuple[Memory, ...] = ("vfio", "uio", "resource2", "resource2_wc")
 
