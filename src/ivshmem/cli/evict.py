@@ -17,6 +17,13 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         " use them. A guest's QEMU gets no more messages and does not reconnect; a"
         " QEMU that was still starting busy-loops.",
     )
+    add_peer(parser)
+    control_connection.add_options(parser)
+    parser.set_defaults(run=run)
+
+
+def add_peer(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which peer is meant."""
     parser.add_argument(
         "id", metavar="ID", type=peer_id, help="the peer's id, as in `ivshmem status`"
     )
@@ -25,8 +32,6 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         metavar="NAME",
         help="the peer's region, if the server has several (default: that of -S)",
     )
-    control_connection.add_options(parser)
-    parser.set_defaults(run=run)
 
 
 def peer_id(text: str) -> int:

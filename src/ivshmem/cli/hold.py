@@ -7,7 +7,7 @@ import argparse
 from ..server.limits import LINGER, LONGEST_LINGER
 from ..text import counted
 from . import control_connection
-from .evict import peer_id
+from .evict import add_peer
 
 
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -21,14 +21,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         " (chardev-remove), or after --seconds. Then the server sends the peer what has"
         " changed.",
     )
-    parser.add_argument(
-        "id", metavar="ID", type=peer_id, help="the peer's id, as in `ivshmem status`"
-    )
-    parser.add_argument(
-        "--region",
-        metavar="NAME",
-        help="the peer's region, if the server has several (default: that of -S)",
-    )
+    add_peer(parser)
     parser.add_argument(
         "--seconds",
         type=seconds,

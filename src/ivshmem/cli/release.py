@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from . import control_connection
-from .evict import peer_id
+from .evict import add_peer
 
 
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -14,14 +14,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         description="End `ivshmem hold`: the server sends the peer what has changed since, and"
         " all later messages.",
     )
-    parser.add_argument(
-        "id", metavar="ID", type=peer_id, help="the peer's id, as in `ivshmem status`"
-    )
-    parser.add_argument(
-        "--region",
-        metavar="NAME",
-        help="the peer's region, if the server has several (default: that of -S)",
-    )
+    add_peer(parser)
     control_connection.add_options(parser)
     parser.set_defaults(run=run)
 
