@@ -140,7 +140,7 @@ def refused(path: str, bad: Any) -> None:
             assert client.wait(0, 0) == 1
 
 
-@pytest.mark.parametrize("bad", NO_LIMITS, ids=repr)
+@pytest.mark.parametrize("bad", NO_LIMITS, ids=lambda bad: type(bad).__name__)
 def test_what_is_no_limit_is_refused_before_anything_is_taken(tmp_path: Path, bad: Any) -> None:
     path = str(tmp_path / "s")
     with ivshmem.Server(path, "64K", 2, names=True).start():
