@@ -130,6 +130,7 @@ SERVICE = """
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(1000)  # two minutes on two idle processors, six on busy ones
 def test_units(guest: MakeGuest) -> None:
     if shutil.which("/lib/systemd/systemd") is None:
         reason = "needs systemd: apt-get install systemd"
@@ -137,5 +138,5 @@ def test_units(guest: MakeGuest) -> None:
             pytest.fail(reason, pytrace=False)
         pytest.skip(reason)
     inside = guest(BEGIN + TEMPLATE + SERVICE, argv=[str(UNITS)], memory="512M")
-    inside.expect("DONE", timeout=300)
+    inside.expect("DONE", timeout=900)
     assert inside.wait() == 0
