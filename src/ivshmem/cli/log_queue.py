@@ -86,7 +86,7 @@ class _LineQueue(Uncopied, QueueHandler):
         return self.format(record)
 
 
-class _LineWriter(QueueListener):
+class _LineWriter(Uncopied, QueueListener):
     """Takes lines from the queue in a daemon thread, for which the exit waits a second at most."""
 
     def stop(self) -> None:
