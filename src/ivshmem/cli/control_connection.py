@@ -1,6 +1,7 @@
 """Finding a server's control socket, for the subcommands that ask something of it.
 
-Knows: what can be wrong there, and how to say it. Does not know: what is asked.
+Knows: what can be wrong there, how to say it, and the options that say which peer is meant.
+Does not know: what is asked of that peer.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 
 from ..errors import ControlError
 from ..peer import connecting
+from ..protocol.limits import MAX_ID
 from ..service import control_client
 from ..system import sockets
 from ..system.accounts import user_name
@@ -54,6 +56,29 @@ def connect(options: argparse.Namespace, timeout: float = SECONDS) -> control_cl
     except (FileNotFoundError, ConnectionRefusedError):
         error = _without_control(server)
     raise error
+
+
+def add_peer(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which peer is meant."""
+    parser.add_argument(
+        "id", metavar="ID", type=peer_id, help="the peer's id, as in `ivshmem status`"
+    )
+    parser.add_argument(
+        "--region",
+        metavar="NAME",
+        help="the peer's region, if the server has several (default: that of -S)",
+    )
+
+
+def peer_id(text: str) -> int:
+    """A peer's id from the command line."""
+    try:
+        number = int(text, 0)
+    except ValueError:
+        number = -1
+    if not 0 <= number <= MAX_ID:
+        raise argparse.ArgumentTypeError(f"not a peer's id: {text} (allowed are 0 to {MAX_ID})")
+    return number
 
 
 def in_region(

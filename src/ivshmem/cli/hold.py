@@ -7,7 +7,6 @@ import argparse
 from ..server.limits import LINGER, LONGEST_LINGER
 from ..text import counted
 from . import control_connection
-from .evict import add_peer
 
 
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -21,7 +20,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         " (chardev-remove), or after --seconds. Then the server sends the peer what has"
         " changed.",
     )
-    add_peer(parser)
+    control_connection.add_peer(parser)
     parser.add_argument(
         "--seconds",
         type=seconds,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from . import control_connection
-from .evict import add_peer
 
 
 def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -14,7 +13,7 @@ def add_to(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         description="End `ivshmem hold`: the server sends the peer what has changed since, and"
         " all later messages.",
     )
-    add_peer(parser)
+    control_connection.add_peer(parser)
     control_connection.add_options(parser)
     parser.set_defaults(run=run)
 
