@@ -1,6 +1,6 @@
 # `make serve` tries it, `make test` proves it. Both need a C compiler and Python's headers and venv
-# (Debian: apt-get install gcc python3-dev python3-venv); the tests that boot guests need more, and say
-# in one line what.
+# (Debian: apt-get install gcc python3-dev python3-venv); some tests need more, such as g++ or QEMU, and
+# say in one line what.
 
 PYTHON ?= python3
 # The tests run in a user's environment: PYTHONUNBUFFERED, for one, hides what hangs without it.

@@ -16,6 +16,7 @@ Public are the names in `__all__` of this module and of these, and nothing else:
 
     ivshmem.aio          the same endpoints for asyncio
     ivshmem.guest        the device inside a virtual machine
+    ivshmem.channel      channels between peers, and their header for C
     ivshmem.testing      a server, a hostile peer and a fake device, for tests of your own
     ivshmem.migration    moves virtual machines that share memory to another host
     ivshmem.config       reads the configuration file of a service

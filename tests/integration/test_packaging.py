@@ -21,8 +21,9 @@ def test_the_files_of_the_wheel() -> None:
     files = [file for file in DISTRIBUTION.files or [] if file.parts[0] == "ivshmem"]
     names = {str(file) for file in files if "__pycache__" not in file.parts}
     endings = {name.rpartition(".")[2] for name in names}
-    assert endings == {"py", "pyi", "pxd", "typed", "so"}
+    assert endings == {"py", "pyi", "pxd", "typed", "so", "h"}
     assert {"ivshmem/__init__.py", "ivshmem/_core.pyi", "ivshmem/py.typed"} <= names
+    assert {"ivshmem/channel/ivshmem_channel.h", "ivshmem/channel/ivshmem_channel/area.h"} <= names
     assert {"ivshmem/cli/serve.py", "ivshmem/qemu/cmdline.py", "ivshmem/_core.pxd"} <= names
 
 

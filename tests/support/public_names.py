@@ -22,6 +22,7 @@ from typing import Generic
 MODULES = (
     "ivshmem",
     "ivshmem.aio",
+    "ivshmem.channel",
     "ivshmem.config",
     "ivshmem.control",
     "ivshmem.guest",

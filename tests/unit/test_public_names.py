@@ -15,7 +15,7 @@ import ivshmem
 from ivshmem import guest
 
 HOME = Path(__file__).parents[2] / "src/ivshmem"
-PUBLIC_ROOMS = {"guest", "migration", "testing"}
+PUBLIC_ROOMS = {"channel", "guest", "migration", "testing"}
 
 
 def test_the_list_is_current() -> None:

@@ -1,0 +1,377 @@
+/* Bytes: connections, with half-close and back pressure.
+ */
+#ifndef IVSHMEM_CHANNEL_BYTES_H
+#define IVSHMEM_CHANNEL_BYTES_H
+
+#include "slots.h"
+
+/* A connection has two ends, the caller (0) and the acceptor (1), and three lines of words:
+ *
+ *      0  the caller's owner word    8  the acceptor's owner word   (compare-exchange)
+ *     64  the caller's own words   128  the acceptor's own words:
+ *           0  head     bytes that it has sent; IVSHMEM_FIN: it sends no more
+ *           8  tail     bytes that it has received; IVSHMEM_FIN: it receives no more
+ *          16  sleeper
+ *
+ * Both begin at 0 with each connection. A connection can be used again when both its owner words
+ * are free. A caller that closed before anybody accepted it is IVSHMEM_SLOT_CLOSING: it can still
+ * be accepted and read.
+ *
+ * All words of a connection have the epoch of its caller's owner word, the acceptor's owner word
+ * too: by that a caller knows that it was accepted. An acceptor that finds another caller after its
+ * compare-exchange takes it back, and a caller that finds an acceptor of a former one does; neither
+ * has touched more then.
+ */
+#define IVSHMEM_FIN 1u
+
+struct ivshmem_listener {
+    struct ivshmem_channel *channel;
+    struct ivshmem_member *member;
+    unsigned slot, epoch;
+    unsigned turn;
+    struct ivshmem_sleep sleep;
+};
+
+/* One end of a connection. */
+struct ivshmem_stream {
+    struct ivshmem_channel *channel;
+    struct ivshmem_member *member;
+    unsigned connection, end;
+    unsigned epoch; /* of the connection */
+    uint64_t sent, received;
+    unsigned sends_no_more, receives_no_more;
+    struct ivshmem_sleep sleep;
+    uint64_t rung;
+    struct ivshmem_rung rung_listeners;
+};
+
+static inline uint64_t ivshmem_end_at(const struct ivshmem_channel *channel, unsigned connection,
+                                      unsigned end)
+{
+    return channel->layout.heads + (uint64_t)IVSHMEM_CONNECTION_BYTES * connection +
+           IVSHMEM_CACHE_LINE * (1u + end);
+}
+
+/* The bytes that an end sends: an offset in the region. */
+static inline uint64_t ivshmem_stream_buffer(const struct ivshmem_stream *stream, unsigned end)
+{
+    const struct ivshmem_channel *channel = stream->channel;
+    return channel->at + channel->layout.cells +
+           channel->layout.cell_bytes * (2u * (uint64_t)stream->connection + end);
+}
+
+static inline void ivshmem_stream_store(const struct ivshmem_stream *stream)
+{
+    const struct ivshmem_channel *channel = stream->channel;
+    uint64_t at = channel->at + ivshmem_end_at(channel, stream->connection, stream->end);
+    ivshmem_load_barrier(&channel->area.memory); /* what was received was read before */
+    ivshmem_announce(&channel->area.memory, at,
+                     ivshmem_word(stream->sent, stream->sends_no_more, stream->epoch));
+    ivshmem_announce(&channel->area.memory, at + 8u,
+                     ivshmem_word(stream->received, stream->receives_no_more, stream->epoch));
+}
+
+static inline void ivshmem_stream_wake(struct ivshmem_stream *stream)
+{
+    const struct ivshmem_channel *channel = stream->channel;
+    unsigned other = 1u - stream->end;
+    ivshmem_full_fence(&channel->area.memory);
+    ivshmem_wake_one(stream->member, channel,
+                     ivshmem_end_owner_at(channel, stream->connection, other),
+                     ivshmem_end_at(channel, stream->connection, other) + 16u, &stream->rung);
+}
+
+static inline void ivshmem_stream_begin(struct ivshmem_stream *stream)
+{
+    const struct ivshmem_channel *channel = stream->channel;
+    stream->sent = stream->received = 0;
+    stream->sends_no_more = stream->receives_no_more = 0;
+    stream->sleep.at = ivshmem_end_at(channel, stream->connection, stream->end) + 16u;
+    stream->sleep.epoch = stream->epoch;
+    stream->sleep.count = ivshmem_value(ivshmem_get(channel, stream->sleep.at));
+    stream->rung = 0;
+    for (unsigned i = 0; i < IVSHMEM_MOST_READERS; i++)
+        stream->rung_listeners.words[i] = 0;
+}
+
+/* Whether a connection can be used. If its caller was killed before an acceptor came, the bytes
+ * that it had sent are dropped. */
+static inline int ivshmem_connection_is_free(const struct ivshmem_channel *channel,
+                                             unsigned connection)
+{
+    const struct ivshmem_memory *memory = &channel->area.memory;
+    uint64_t at = ivshmem_end_owner_at(channel, connection, 0);
+    uint64_t caller = ivshmem_get(channel, at), acceptor = ivshmem_get(channel, at + 8u);
+    int has_acceptor = ivshmem_flags(acceptor) != IVSHMEM_SLOT_FREE;
+    if (has_acceptor && !ivshmem_is_gone(&channel->area, ivshmem_place_of(acceptor)))
+        return 0;
+    if (ivshmem_flags(caller) == IVSHMEM_SLOT_OPEN
+            ? !ivshmem_is_gone(&channel->area, ivshmem_place_of(caller))
+            : ivshmem_flags(caller) == IVSHMEM_SLOT_CLOSING && !has_acceptor)
+        return 0;
+    /* The caller's word first: while it is not free, a listener may accept. */
+    if (ivshmem_flags(caller) != IVSHMEM_SLOT_FREE &&
+        !ivshmem_exchange(memory, channel->at + at, caller,
+                          ivshmem_word(0, IVSHMEM_SLOT_FREE, ivshmem_epoch(caller))))
+        return 0;
+    return !has_acceptor ||
+           ivshmem_exchange(memory, channel->at + at + 8u, acceptor,
+                            ivshmem_word(0, IVSHMEM_SLOT_FREE, ivshmem_epoch(acceptor)));
+}
+
+/* Listen: the caller has set channel and member. */
+static inline int ivshmem_listen(struct ivshmem_listener *listener)
+{
+    if (listener->channel->area.memory.readonly)
+        return IVSHMEM_READ_ONLY;
+    listener->turn = 0;
+    return ivshmem_reader_slot(listener->channel, listener->member, &listener->slot,
+                               &listener->epoch, &listener->sleep);
+}
+
+static inline void ivshmem_listener_close(struct ivshmem_listener *listener)
+{
+    const struct ivshmem_channel *channel = listener->channel;
+    ivshmem_exchange(&channel->area.memory,
+                     channel->at + channel->layout.reader_owners + 8u * listener->slot,
+                     ivshmem_place_word(listener->member->place, IVSHMEM_SLOT_OPEN,
+                                        listener->epoch),
+                     ivshmem_word(0, IVSHMEM_SLOT_FREE, listener->epoch));
+}
+
+/* Whether a listener is at work. */
+static inline int ivshmem_is_listened_to(const struct ivshmem_member *member,
+                                         const struct ivshmem_channel *channel)
+{
+    for (unsigned i = 0; i < channel->record.geometry.readers; i++) {
+        uint64_t owner = ivshmem_get(channel, channel->layout.reader_owners + 8u * i);
+        if (ivshmem_is_owned(channel, owner) && !ivshmem_is_silent(member, ivshmem_place_of(owner)))
+            return 1;
+    }
+    return 0;
+}
+
+/* Connect: the caller has set channel and member. What it sends waits until a listener accepts.
+ *
+ * IVSHMEM_NOT_FOUND: no process listens. IVSHMEM_TAKEN: all connections are in use.
+ */
+static inline int ivshmem_stream_connect(struct ivshmem_stream *stream)
+{
+    const struct ivshmem_channel *channel = stream->channel;
+    if (channel->area.memory.readonly)
+        return IVSHMEM_READ_ONLY;
+    if (!ivshmem_is_listened_to(stream->member, channel))
+        return IVSHMEM_NOT_FOUND;
+    stream->end = 0;
+    for (unsigned i = 0; i < channel->record.geometry.writers; i++) {
+        uint64_t at = ivshmem_end_owner_at(channel, i, 0), owner, acceptor, now;
+        if (!ivshmem_connection_is_free(channel, i))
+            continue;
+        owner = ivshmem_get(channel, at);
+        acceptor = ivshmem_get(channel, at + 8u);
+        if (ivshmem_flags(owner) != IVSHMEM_SLOT_FREE ||
+            ivshmem_flags(acceptor) != IVSHMEM_SLOT_FREE)
+            continue;
+        stream->connection = i;
+        stream->epoch = (ivshmem_epoch(owner) + 1) & IVSHMEM_EPOCH_MASK;
+        if (!ivshmem_exchange(&channel->area.memory, channel->at + at, owner,
+                              ivshmem_place_word(stream->member->place, IVSHMEM_SLOT_OPEN,
+                                                 stream->epoch)))
+            continue;
+        if (!ivshmem_is_there(channel))
+            return IVSHMEM_CLOSED;
+        now = ivshmem_get(channel, at + 8u);
+        if (now != acceptor && ivshmem_epoch(now) != stream->epoch) {
+            ivshmem_exchange(&channel->area.memory, channel->at + at,
+                             ivshmem_place_word(stream->member->place, IVSHMEM_SLOT_OPEN,
+                                                stream->epoch),
+                             ivshmem_word(0, IVSHMEM_SLOT_FREE, stream->epoch));
+            continue;
+        }
+        ivshmem_stream_begin(stream);
+        ivshmem_stream_store(stream);
+        ivshmem_wake_readers(stream->member, channel, 1, &stream->rung_listeners);
+        return 0;
+    }
+    return IVSHMEM_TAKEN;
+}
+
+/* Accept the next caller. IVSHMEM_AGAIN: there is none. */
+static inline int ivshmem_accept(struct ivshmem_listener *listener, struct ivshmem_stream *stream)
+{
+    struct ivshmem_channel *channel = listener->channel;
+    unsigned connections = channel->record.geometry.writers;
+    stream->channel = channel;
+    stream->member = listener->member;
+    stream->end = 1;
+    for (unsigned i = 0; i < connections; i++) {
+        unsigned connection = listener->turn;
+        uint64_t at = ivshmem_end_owner_at(channel, connection, 1), mine;
+        uint64_t acceptor = ivshmem_get(channel, at);
+        uint64_t caller = ivshmem_get(channel, at - 8u);
+        listener->turn = connection + 1 < connections ? connection + 1 : 0;
+        if (ivshmem_flags(caller) == IVSHMEM_SLOT_FREE ||
+            ivshmem_flags(acceptor) != IVSHMEM_SLOT_FREE ||
+            ivshmem_epoch(acceptor) == ivshmem_epoch(caller) ||
+            ivshmem_epoch(ivshmem_get(channel, ivshmem_end_at(channel, connection, 0))) !=
+                ivshmem_epoch(caller))
+            continue; /* free, or accepted before, or its words are not stored yet */
+        stream->connection = connection;
+        stream->epoch = ivshmem_epoch(caller);
+        mine = ivshmem_place_word(listener->member->place, IVSHMEM_SLOT_OPEN, stream->epoch);
+        if (!ivshmem_exchange(&channel->area.memory, channel->at + at, acceptor, mine))
+            continue;
+        if (ivshmem_epoch(ivshmem_get(channel, at - 8u)) != stream->epoch) {
+            ivshmem_exchange(&channel->area.memory, channel->at + at, mine,
+                             ivshmem_word(0, IVSHMEM_SLOT_FREE, stream->epoch));
+            continue;
+        }
+        ivshmem_stream_begin(stream);
+        ivshmem_stream_store(stream);
+        ivshmem_stream_wake(stream);
+        return 0;
+    }
+    return IVSHMEM_AGAIN;
+}
+
+/* What the other end says of itself. */
+struct ivshmem_other_end {
+    int closed; /* it has closed, or is gone */
+    uint64_t sent, received;
+    int sends_no_more, receives_no_more;
+};
+
+static inline int ivshmem_stream_look(struct ivshmem_stream *stream,
+                                      struct ivshmem_other_end *other)
+{
+    struct ivshmem_channel *channel = stream->channel;
+    uint64_t buffer = channel->layout.cell_bytes;
+    unsigned end = 1u - stream->end;
+    uint64_t at = ivshmem_end_at(channel, stream->connection, end), head, tail;
+    uint64_t owner = ivshmem_get(channel, ivshmem_end_owner_at(channel, stream->connection, end));
+    /* An acceptor's word of another epoch: no listener has accepted yet. */
+    other->closed = ivshmem_epoch(owner) == stream->epoch &&
+                    (ivshmem_flags(owner) == IVSHMEM_SLOT_FREE ||
+                     ivshmem_is_gone(&channel->area, ivshmem_place_of(owner)));
+    /* Whether it is gone comes first: what it sent before that is found. */
+    ivshmem_load_barrier(&channel->area.memory);
+    head = ivshmem_get(channel, at);
+    tail = ivshmem_get(channel, at + 8u);
+    other->sent = other->received = 0;
+    other->sends_no_more = other->receives_no_more = 0;
+    if (ivshmem_epoch(head) == stream->epoch) {
+        other->sent = ivshmem_value(head);
+        other->sends_no_more = (ivshmem_flags(head) & IVSHMEM_FIN) != 0;
+    }
+    if (ivshmem_epoch(tail) == stream->epoch) {
+        other->received = ivshmem_value(tail);
+        other->receives_no_more = (ivshmem_flags(tail) & IVSHMEM_FIN) != 0;
+    }
+    if (ivshmem_ahead(other->sent, stream->received) > buffer)
+        return ivshmem_corrupt(channel, "head", at, head, stream->connection);
+    if (ivshmem_ahead(stream->sent, other->received) > buffer)
+        return ivshmem_corrupt(channel, "tail", at + 8u, tail, stream->connection);
+    return 0;
+}
+
+/* Send as much as there is room for; how many bytes. IVSHMEM_AGAIN: there is no room.
+ * IVSHMEM_CLOSED: the other end receives no more. */
+static inline int64_t ivshmem_send(struct ivshmem_stream *stream, const void *data, uint64_t size)
+{
+    struct ivshmem_channel *channel = stream->channel;
+    struct ivshmem_other_end other;
+    uint64_t buffer = channel->layout.cell_bytes, at, first;
+    unsigned char *memory = channel->area.memory.start + ivshmem_stream_buffer(stream, stream->end);
+    int code = ivshmem_stream_look(stream, &other);
+    if (code != 0)
+        return code;
+    if (stream->sends_no_more || other.closed || other.receives_no_more)
+        return IVSHMEM_CLOSED;
+    if (size > buffer - ivshmem_ahead(stream->sent, other.received))
+        size = buffer - ivshmem_ahead(stream->sent, other.received);
+    if (size == 0)
+        return IVSHMEM_AGAIN;
+    at = stream->sent & (buffer - 1);
+    first = size < buffer - at ? size : buffer - at;
+    IVSHMEM_COPY(memory + at, data, first);
+    IVSHMEM_COPY(memory, (const unsigned char *)data + first, size - first);
+    stream->sent = (stream->sent + size) & IVSHMEM_VALUE_MASK;
+    ivshmem_stream_store(stream);
+    ivshmem_stream_wake(stream);
+    return (int64_t)size;
+}
+
+/* Receive what there is, at most `room` bytes; how many. 0: the other end sends no more.
+ * IVSHMEM_AGAIN: nothing yet. IVSHMEM_CLOSED: the other end ended without saying so. */
+static inline int64_t ivshmem_receive(struct ivshmem_stream *stream, void *data, uint64_t room)
+{
+    struct ivshmem_channel *channel = stream->channel;
+    struct ivshmem_other_end other;
+    uint64_t buffer = channel->layout.cell_bytes, at, first, size;
+    const unsigned char *memory =
+        channel->area.memory.start + ivshmem_stream_buffer(stream, 1u - stream->end);
+    int code = ivshmem_stream_look(stream, &other);
+    if (code != 0)
+        return code;
+    size = ivshmem_ahead(other.sent, stream->received);
+    if (stream->receives_no_more)
+        return 0;
+    if (size == 0)
+        return other.sends_no_more ? 0 : other.closed ? IVSHMEM_CLOSED : IVSHMEM_AGAIN;
+    size = size < room ? size : room;
+    at = stream->received & (buffer - 1);
+    first = size < buffer - at ? size : buffer - at;
+    IVSHMEM_COPY(data, memory + at, first);
+    IVSHMEM_COPY((unsigned char *)data + first, memory, size - first);
+    stream->received = (stream->received + size) & IVSHMEM_VALUE_MASK;
+    ivshmem_stream_store(stream);
+    ivshmem_stream_wake(stream);
+    return (int64_t)size;
+}
+
+/* Send no more (half-close), receive no more, or both. */
+static inline void ivshmem_stream_shutdown(struct ivshmem_stream *stream, int sending,
+                                           int receiving)
+{
+    stream->sends_no_more |= sending ? IVSHMEM_FIN : 0u;
+    stream->receives_no_more |= receiving ? IVSHMEM_FIN : 0u;
+    ivshmem_stream_store(stream);
+    ivshmem_stream_wake(stream);
+}
+
+/* Before an end that can neither send nor receive sleeps. The caller looks again afterwards, and
+ * calls ivshmem_sleep_end. */
+static inline void ivshmem_stream_sleep(struct ivshmem_stream *stream)
+{
+    ivshmem_sleep_begin(stream->channel, &stream->sleep);
+}
+
+/* Close. What was sent can still be received, also by a listener that accepts later. */
+static inline void ivshmem_stream_close(struct ivshmem_stream *stream)
+{
+    const struct ivshmem_channel *channel = stream->channel;
+    const struct ivshmem_memory *memory = &channel->area.memory;
+    uint64_t at = ivshmem_end_owner_at(channel, stream->connection, stream->end);
+    uint64_t peer_at = ivshmem_end_owner_at(channel, stream->connection, 1u - stream->end);
+    struct ivshmem_place place = stream->member->place;
+    uint64_t mine = ivshmem_place_word(place, IVSHMEM_SLOT_OPEN, stream->epoch);
+    uint64_t free = ivshmem_word(0, IVSHMEM_SLOT_FREE, stream->epoch), closing, peer;
+    ivshmem_stream_shutdown(stream, 1, 1);
+    if (stream->end == 1) {
+        /* A caller that closed first left its end for the acceptor to free. */
+        peer = ivshmem_get(channel, peer_at);
+        if (ivshmem_flags(peer) == IVSHMEM_SLOT_CLOSING && ivshmem_epoch(peer) == stream->epoch)
+            ivshmem_exchange(memory, channel->at + peer_at, peer, free);
+        ivshmem_exchange(memory, channel->at + at, mine, free);
+        ivshmem_stream_wake(stream);
+        return;
+    }
+    closing = ivshmem_place_word(place, IVSHMEM_SLOT_CLOSING, stream->epoch);
+    if (!ivshmem_exchange(memory, channel->at + at, mine, closing))
+        return;
+    if (ivshmem_epoch(ivshmem_get(channel, peer_at)) == stream->epoch) /* it was accepted */
+        ivshmem_exchange(memory, channel->at + at, closing, free);
+    ivshmem_stream_wake(stream);
+}
+
+#endif

@@ -1,0 +1,318 @@
+/* The reader of messages.
+ *
+ * Knows: what comes next from each writer, and what was lost. Does not know: what payloads mean.
+ *
+ * Invariants: what was copied counts only after its stamp was found unchanged; a tail is stored only
+ * after what stands before it was read.
+ */
+#ifndef IVSHMEM_CHANNEL_READER_H
+#define IVSHMEM_CHANNEL_READER_H
+
+#include "writer.h"
+
+/* What a reader knows of one writer. */
+struct ivshmem_source {
+    uint64_t next;  /* the position that is read next */
+    uint64_t tail;  /* as it was stored last */
+    uint64_t lost;
+    uint64_t held;  /* the oldest position that is being looked at, or `next` */
+    unsigned epoch; /* of the writer's slot */
+};
+
+/* One reader of a channel. One that has no slot (`slot` is IVSHMEM_NO_SLOT), since its memory is
+ * mapped for reading only, is neither counted nor waited for, and overwritten. */
+struct ivshmem_reader {
+    struct ivshmem_channel *channel;
+    struct ivshmem_member *member;
+    unsigned slot, epoch;
+    enum ivshmem_overflow overflow;
+    unsigned turn;  /* the writer that is looked at first */
+    uint32_t batch; /* messages after which the tail is stored */
+    struct ivshmem_source sources[IVSHMEM_MOST_WRITERS];
+    struct ivshmem_sleep sleep;
+    struct ivshmem_rung rung;
+};
+
+#define IVSHMEM_NO_SLOT (~0u)
+
+/* Where a reader finds a writer's head, and the entry at a position: in a backlog of its own, if it
+ * discards. */
+static inline uint64_t ivshmem_source_head_at(const struct ivshmem_reader *reader, unsigned writer)
+{
+    return reader->overflow == IVSHMEM_DISCARD
+               ? ivshmem_backlog_at(reader->channel, writer, reader->slot)
+               : reader->channel->layout.heads + (uint64_t)IVSHMEM_CACHE_LINE * writer;
+}
+
+static inline uint64_t ivshmem_source_entry_at(const struct ivshmem_reader *reader,
+                                               unsigned writer, uint64_t position)
+{
+    return reader->overflow == IVSHMEM_DISCARD
+               ? ivshmem_backlog_entry_at(reader->channel,
+                                          ivshmem_backlog_at(reader->channel, writer, reader->slot),
+                                          position)
+               : ivshmem_entry_at(reader->channel, writer, position);
+}
+
+/* Store how far a reader is. If the channel lets readers block, a writer that sleeps is rung. */
+static inline void ivshmem_reader_tail(struct ivshmem_reader *reader, unsigned writer)
+{
+    struct ivshmem_channel *channel = reader->channel;
+    struct ivshmem_source *source = &reader->sources[writer];
+    if (reader->slot == IVSHMEM_NO_SLOT || source->tail == source->held)
+        return;
+    source->tail = source->held;
+    ivshmem_load_barrier(&channel->area.memory); /* what was read was read before it is given up */
+    ivshmem_announce(&channel->area.memory,
+                     channel->at + ivshmem_row_at(channel, reader->slot, writer),
+                     ivshmem_word(source->tail, 0, reader->epoch));
+    if (reader->overflow != IVSHMEM_BLOCK)
+        return;
+    ivshmem_wake_writers(reader->member, channel, &reader->rung);
+}
+
+/* Make writers count with this reader, from its tails on; also after it was overtaken.
+ *
+ * A writer that has not yet noticed publishes at most the position that its head names now, over
+ * what stands `slots` before it: what is newer than that stays.
+ */
+static inline int ivshmem_reader_join(struct ivshmem_reader *reader)
+{
+    struct ivshmem_channel *channel = reader->channel;
+    const struct ivshmem_memory *memory = &channel->area.memory;
+    uint64_t slots = channel->record.geometry.slots;
+    for (unsigned tries = 0;; tries++) {
+        uint64_t joins = ivshmem_get(channel, IVSHMEM_JOINS);
+        if (ivshmem_exchange(memory, channel->at + IVSHMEM_JOINS, joins, joins + 1))
+            break;
+        if (tries == 10000)
+            return ivshmem_corrupt(channel, "joins", IVSHMEM_JOINS, joins, reader->slot);
+    }
+    ivshmem_full_fence(memory);
+    for (unsigned i = 0; i < channel->record.geometry.writers; i++) {
+        struct ivshmem_source *source = &reader->sources[i];
+        uint64_t head = ivshmem_value(ivshmem_get(channel, ivshmem_source_head_at(reader, i)));
+        uint64_t ahead = ivshmem_ahead(head, source->next);
+        if (ahead >= slots && !ivshmem_is_behind(head, source->next)) {
+            source->next = (head - slots + 1) & IVSHMEM_VALUE_MASK;
+            source->held = source->next;
+            ivshmem_reader_tail(reader, i);
+        }
+    }
+    return 0;
+}
+
+/* Take a reader's slot; the caller has set channel, member and, unless it is a queue or calls,
+ * overflow.
+ *
+ * The reader begins with the last `history` messages of each writer, as far as they are there; not
+ * one that discards.
+ */
+static inline int ivshmem_reader_open(struct ivshmem_reader *reader, uint32_t history)
+{
+    struct ivshmem_channel *channel = reader->channel;
+    const struct ivshmem_memory *memory = &channel->area.memory;
+    const struct ivshmem_geometry *g = &channel->record.geometry;
+    uint64_t row;
+    unsigned slot = 0;
+    reader->turn = 0;
+    reader->batch = g->slots / 4 > 0 ? g->slots / 4 : 1;
+    for (unsigned i = 0; i < IVSHMEM_MOST_READERS; i++)
+        reader->rung.words[i] = 0;
+    if (memory->readonly) {
+        reader->slot = IVSHMEM_NO_SLOT;
+        reader->overflow = IVSHMEM_OVERWRITE;
+    } else {
+        int code;
+        if (!ivshmem_has_claims(channel) && !(g->overflow & (unsigned)reader->overflow))
+            return IVSHMEM_BAD;
+        code = ivshmem_reader_slot(channel, reader->member, &reader->slot, &reader->epoch,
+                                   &reader->sleep);
+        if (code != 0)
+            return code;
+        slot = reader->slot;
+    }
+    if (ivshmem_has_claims(channel))
+        history = g->slots; /* all that no reader has taken */
+    else if (reader->overflow == IVSHMEM_DISCARD)
+        history = 0; /* its backlog begins now */
+    else if (history >= g->slots)
+        history = g->slots - 1;
+    for (unsigned i = 0; i < g->writers; i++) {
+        struct ivshmem_source *source = &reader->sources[i];
+        uint64_t head = ivshmem_get(channel, ivshmem_source_head_at(reader, i));
+        source->epoch = ivshmem_epoch(head);
+        source->next = (ivshmem_value(head) - history) & IVSHMEM_VALUE_MASK;
+        if (ivshmem_value(head) < history) /* fewer messages were ever written */
+            source->next = 0;
+        source->held = source->next;
+        source->tail = source->next;
+        source->lost = 0;
+        if (reader->slot != IVSHMEM_NO_SLOT)
+            ivshmem_store(memory, channel->at + ivshmem_row_at(channel, slot, i),
+                          ivshmem_word(source->next, 0, reader->epoch));
+    }
+    if (reader->slot == IVSHMEM_NO_SLOT)
+        return 0;
+    row = channel->layout.rows + channel->layout.row_bytes * slot;
+    ivshmem_announce(memory, channel->at + row,
+                     ivshmem_word((uint64_t)reader->overflow, 0, reader->epoch));
+    return ivshmem_has_claims(channel) ? 0 : ivshmem_reader_join(reader);
+}
+
+/* Look at one writer's next message. */
+static inline int ivshmem_look_at(struct ivshmem_reader *reader, unsigned writer,
+                                  struct ivshmem_message *message)
+{
+    struct ivshmem_channel *channel = reader->channel;
+    struct ivshmem_source *source = &reader->sources[writer];
+    uint64_t slots = channel->record.geometry.slots, skipped = 0;
+    /* Each round but the last passes over what was overwritten. A writer that overtakes all of
+     * them leaves nothing that can be read. */
+    for (unsigned tries = 0; tries < 16; tries++) {
+        uint64_t head_at = ivshmem_source_head_at(reader, writer);
+        uint64_t head = ivshmem_get(channel, head_at), ahead;
+        int code;
+        if (ivshmem_epoch(head) != source->epoch) {
+            uint64_t owner = ivshmem_get(channel, channel->layout.writer_owners + 8u * writer);
+            if (ivshmem_epoch(owner) != ivshmem_epoch(head))
+                break; /* not stored yet, or a former owner's late store */
+            source->epoch = ivshmem_epoch(head);
+        }
+        ahead = ivshmem_ahead(ivshmem_value(head), source->next);
+        if (ahead == 0)
+            break;
+        if (ahead > IVSHMEM_VALUE_MASK / 2)
+            return ivshmem_corrupt(channel, "head", head_at, head, writer);
+        if (ahead > slots) { /* the more rounds, the nearer to the newest */
+            uint64_t keep = slots >> tries / 2 > 0 ? slots >> tries / 2 : 1;
+            skipped += ahead - keep;
+            source->next = (ivshmem_value(head) - keep) & IVSHMEM_VALUE_MASK;
+        }
+        code = ivshmem_entry_read(channel, ivshmem_source_entry_at(reader, writer, source->next),
+                                  writer, source->next, source->epoch, message);
+        source->next = (source->next + 1) & IVSHMEM_VALUE_MASK;
+        if (code != IVSHMEM_OVERTAKEN) {
+            source->lost += skipped;
+            message->lost = skipped;
+            return code;
+        }
+        skipped++;
+    }
+    source->lost += skipped;
+    return IVSHMEM_AGAIN;
+}
+
+/* Take the next message of any writer, in turn. Its memory stays the reader's until
+ * ivshmem_release, as far as its way to overflow says so. */
+static inline int ivshmem_take(struct ivshmem_reader *reader, struct ivshmem_message *message)
+{
+    unsigned writers = reader->channel->record.geometry.writers;
+    for (unsigned i = 0; i < writers; i++) {
+        unsigned writer = reader->turn;
+        int code = ivshmem_look_at(reader, writer, message);
+        reader->turn = writer + 1 < writers ? writer + 1 : 0;
+        if (code != IVSHMEM_AGAIN) {
+            if (code == 0 && message->lost != 0 && reader->overflow == IVSHMEM_BLOCK)
+                ivshmem_reader_join(reader);
+            return code;
+        }
+    }
+    return IVSHMEM_AGAIN;
+}
+
+/* Say that nothing before `held` of a writer is looked at any more. */
+static inline void ivshmem_release(struct ivshmem_reader *reader, unsigned writer, uint64_t held)
+{
+    struct ivshmem_source *source = &reader->sources[writer];
+    source->held = held;
+    if (ivshmem_ahead(held, source->tail) >= reader->batch)
+        ivshmem_reader_tail(reader, writer);
+}
+
+/* Copy the next message out; `length` is what it has, also if that is more than `room`. */
+static inline int ivshmem_read(struct ivshmem_reader *reader, struct ivshmem_message *message,
+                               void *data, uint32_t room)
+{
+    for (unsigned tries = 0; tries < 8; tries++) {
+        int code = ivshmem_take(reader, message);
+        if (code != 0)
+            return code;
+        if (message->length > room)
+            return IVSHMEM_TOO_LONG;
+        ivshmem_copy_payload(data, reader->channel->area.memory.start + message->offset,
+                             message->length);
+        code = ivshmem_check(reader->channel, message);
+        ivshmem_release(reader, message->writer, reader->sources[message->writer].next);
+        if (code == 0)
+            return 0;
+        reader->sources[message->writer].lost++;
+    }
+    return IVSHMEM_AGAIN;
+}
+
+/* Before a reader that found nothing sleeps; 0: there is something now, so that it need not. */
+static inline int ivshmem_reader_sleep(struct ivshmem_reader *reader)
+{
+    struct ivshmem_channel *channel = reader->channel;
+    unsigned writers = channel->record.geometry.writers;
+    for (unsigned i = 0; i < writers; i++) {
+        ivshmem_reader_tail(reader, i);
+        if (reader->slot != IVSHMEM_NO_SLOT &&
+            reader->sources[i].held ==
+                ivshmem_value(ivshmem_get(channel, ivshmem_source_head_at(reader, i))))
+            ivshmem_writer_reap(reader->member, channel, i); /* perhaps the last that read it */
+    }
+    if (reader->slot == IVSHMEM_NO_SLOT)
+        return IVSHMEM_AGAIN;
+    ivshmem_sleep_begin(channel, &reader->sleep);
+    for (unsigned i = 0; i < writers; i++)
+        if (ivshmem_value(ivshmem_get(channel, ivshmem_source_head_at(reader, i))) !=
+            reader->sources[i].next) {
+            ivshmem_sleep_end(channel, &reader->sleep);
+            return 0;
+        }
+    return IVSHMEM_AGAIN;
+}
+
+/* Once a beat: store again what a late store of a former owner may have spoiled. */
+static inline void ivshmem_reader_beat(struct ivshmem_reader *reader)
+{
+    const struct ivshmem_channel *channel = reader->channel;
+    const struct ivshmem_memory *memory = &channel->area.memory;
+    uint64_t at = channel->at + channel->layout.rows + channel->layout.row_bytes * reader->slot;
+    uint64_t word = ivshmem_word((uint64_t)reader->overflow, 0, reader->epoch);
+    int spoiled;
+    if (reader->slot == IVSHMEM_NO_SLOT || ivshmem_has_claims(channel))
+        return;
+    spoiled = ivshmem_load(memory, at) != word;
+    if (spoiled)
+        ivshmem_store(memory, at, word);
+    for (unsigned i = 0; i < channel->record.geometry.writers; i++) {
+        at = channel->at + ivshmem_row_at(channel, reader->slot, i);
+        word = ivshmem_word(reader->sources[i].tail, 0, reader->epoch);
+        if (ivshmem_load(memory, at) == word)
+            continue;
+        ivshmem_announce(memory, at, word);
+        spoiled = 1;
+    }
+    if (spoiled)
+        ivshmem_wake_writers(reader->member, channel, &reader->rung);
+}
+
+/* Give the slot back. */
+static inline void ivshmem_reader_close(struct ivshmem_reader *reader)
+{
+    const struct ivshmem_channel *channel = reader->channel;
+    const struct ivshmem_memory *memory = &channel->area.memory;
+    if (reader->slot == IVSHMEM_NO_SLOT)
+        return;
+    ivshmem_exchange(memory, channel->at + channel->layout.reader_owners + 8u * reader->slot,
+                     ivshmem_place_word(reader->member->place, IVSHMEM_SLOT_OPEN, reader->epoch),
+                     ivshmem_word(0, IVSHMEM_SLOT_FREE, reader->epoch));
+    ivshmem_wake_writers(reader->member, channel, &reader->rung);
+    for (unsigned i = 0; i < channel->record.geometry.writers; i++)
+        ivshmem_writer_reap(reader->member, channel, i);
+}
+
+#endif

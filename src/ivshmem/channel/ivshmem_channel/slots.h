@@ -1,0 +1,225 @@
+/* Slots: who has which role in a channel; sleeping and waking.
+ *
+ * Knows: owner words, sleeper words. Does not know: messages.
+ *
+ * Invariants: a ring is sent only to a slot that says that it sleeps, and once for each sleep. It is
+ * never relied upon: a sleeper looks again at each beat.
+ */
+#ifndef IVSHMEM_CHANNEL_SLOTS_H
+#define IVSHMEM_CHANNEL_SLOTS_H
+
+#include "records.h"
+
+/* The owner word of a slot: place (32 bits) | enum ivshmem_slot | the slot's epoch. */
+enum ivshmem_slot {
+    IVSHMEM_SLOT_FREE = 0,
+    IVSHMEM_SLOT_OPEN = 1,
+    IVSHMEM_SLOT_CLOSING = 2 /* a writer that writes no more; what it wrote is still read */
+};
+
+static inline uint64_t ivshmem_get(const struct ivshmem_channel *channel, uint64_t offset)
+{
+    return ivshmem_load(&channel->area.memory, channel->at + offset);
+}
+
+/* Whether a slot's owner is there, at work or silent. */
+static inline int ivshmem_is_owned(const struct ivshmem_channel *channel, uint64_t owner)
+{
+    return ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN &&
+           !ivshmem_is_gone(&channel->area, ivshmem_place_of(owner));
+}
+
+/* Whether the channel is still the one that was opened. A process that takes a slot asks this
+ * afterwards. A process that removes a channel changes the record first, and looks at the slots
+ * afterwards. So one of the two sees the other. */
+static inline int ivshmem_is_there(const struct ivshmem_channel *channel)
+{
+    ivshmem_full_fence(&channel->area.memory);
+    return ivshmem_load(&channel->area.memory,
+                        ivshmem_record_at(&channel->area, channel->record.index)) ==
+           channel->record.state;
+}
+
+/* Where the owner word of a connection's end is: 0 is the caller's, 1 the acceptor's. */
+static inline uint64_t ivshmem_end_owner_at(const struct ivshmem_channel *channel,
+                                            unsigned connection, unsigned end)
+{
+    return channel->layout.heads + (uint64_t)IVSHMEM_CONNECTION_BYTES * connection + 8u * end;
+}
+
+static inline int ivshmem_has_owner(const struct ivshmem_channel *channel, uint64_t at)
+{
+    uint64_t owner = ivshmem_get(channel, at);
+    return ivshmem_flags(owner) != IVSHMEM_SLOT_FREE &&
+           !ivshmem_is_gone(&channel->area, ivshmem_place_of(owner));
+}
+
+/* Whether some slot's owner is not proven to be gone. */
+static inline int ivshmem_is_in_use(const struct ivshmem_channel *channel)
+{
+    const struct ivshmem_geometry *g = &channel->record.geometry;
+    int of_bytes = g->kind == IVSHMEM_BYTES;
+    for (unsigned i = 0; i < g->readers; i++)
+        if (ivshmem_has_owner(channel, channel->layout.reader_owners + 8u * i))
+            return 1;
+    for (unsigned i = 0; i < (of_bytes ? 0 : g->writers); i++)
+        if (ivshmem_has_owner(channel, channel->layout.writer_owners + 8u * i))
+            return 1;
+    for (unsigned i = 0; i < (of_bytes ? 2u * g->writers : 0); i++)
+        if (ivshmem_has_owner(channel, ivshmem_end_owner_at(channel, i / 2, i % 2)))
+            return 1;
+    return 0;
+}
+
+/* Remove a channel. IVSHMEM_TAKEN: it is in use, and `force` is 0. With `force` the user guarantees
+ * that no process stores into its memory any more. */
+static inline int ivshmem_remove(const struct ivshmem_member *member,
+                                 const struct ivshmem_channel *channel, int force)
+{
+    const struct ivshmem_memory *memory = &member->area.memory;
+    uint64_t at = ivshmem_record_at(&member->area, channel->record.index);
+    uint64_t ready = channel->record.state;
+    uint64_t removing =
+        ivshmem_place_word(member->place, IVSHMEM_REMOVING, ivshmem_epoch(ready));
+    if (!force && ivshmem_is_in_use(channel))
+        return IVSHMEM_TAKEN;
+    if (!ivshmem_exchange(memory, at, ready, removing))
+        return IVSHMEM_NOT_FOUND;
+    ivshmem_full_fence(memory);
+    if (!force && ivshmem_is_in_use(channel)) {
+        ivshmem_exchange(memory, at, removing, ready);
+        return IVSHMEM_TAKEN;
+    }
+    ivshmem_record_free(&member->area, channel->record.index, removing);
+    return 0;
+}
+
+static inline int ivshmem_corrupt(struct ivshmem_channel *channel, const char *word,
+                                  uint64_t offset, uint64_t seen, unsigned slot)
+{
+    channel->fault.word = word;
+    channel->fault.offset = channel->at + offset;
+    channel->fault.seen = seen;
+    channel->fault.slot = slot;
+    return IVSHMEM_CORRUPT;
+}
+
+#define IVSHMEM_SLEEPING 1u
+
+/* What one end of a channel remembers of the sleepers that it rang, so that it rings each sleep
+ * once: the sleeper words as it saw them then. */
+struct ivshmem_rung {
+    uint64_t words[IVSHMEM_MOST_READERS];
+};
+
+/* Ring the owner of a slot, if it sleeps and was not yet rung in this sleep; whether that wakes it.
+ * `rung` is the sleeper word as it was when this end rang it last. */
+static inline int ivshmem_wake_one(const struct ivshmem_member *member,
+                                   const struct ivshmem_channel *channel, uint64_t owner_at,
+                                   uint64_t sleeper_at, uint64_t *rung)
+{
+    uint64_t sleeper = ivshmem_get(channel, sleeper_at), owner, peer;
+    struct ivshmem_place place;
+    if (!(ivshmem_flags(sleeper) & IVSHMEM_SLEEPING) || sleeper == *rung)
+        return 0;
+    owner = ivshmem_get(channel, owner_at);
+    place = ivshmem_place_of(owner);
+    if (ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN ||
+        ivshmem_epoch(owner) != ivshmem_epoch(sleeper) || place.index >= channel->area.places)
+        return 0;
+    peer = ivshmem_load(&channel->area.memory,
+                        ivshmem_place_at(&channel->area, place.index) + IVSHMEM_PLACE_PEER);
+    *rung = sleeper;
+    if (ivshmem_epoch(peer) != place.epoch)
+        return 0;
+    member->user.ring(member->user.context, (unsigned)ivshmem_value(peer) & 0xffffu,
+                      (unsigned)(ivshmem_value(peer) >> 16) & 0xffffu);
+    /* A ring to a process that may have ended does not count: another one is rung as well. */
+    return !ivshmem_is_gone(&channel->area, place) && !ivshmem_is_silent(member, place);
+}
+
+/* Ring the owners of those slots that sleep, at most `most`. A full fence stands before. */
+static inline void ivshmem_wake(const struct ivshmem_member *member,
+                                const struct ivshmem_channel *channel, uint64_t owners,
+                                uint64_t sleepers, unsigned slots, unsigned most,
+                                struct ivshmem_rung *rung)
+{
+    uint64_t any = 0;
+    for (unsigned i = 0; i < slots; i++)
+        any |= ivshmem_get(channel, sleepers + 8u * i);
+    if (!(ivshmem_flags(any) & IVSHMEM_SLEEPING))
+        return;
+    for (unsigned i = 0; i < slots && most > 0; i++)
+        most -= (unsigned)ivshmem_wake_one(member, channel, owners + 8u * i, sleepers + 8u * i,
+                                           &rung->words[i]);
+}
+
+/* The same for the readers, or the writers, of a channel. */
+static inline void ivshmem_wake_readers(const struct ivshmem_member *member,
+                                        const struct ivshmem_channel *channel, unsigned most,
+                                        struct ivshmem_rung *rung)
+{
+    ivshmem_full_fence(&channel->area.memory);
+    ivshmem_wake(member, channel, channel->layout.reader_owners, channel->layout.reader_sleepers,
+                 channel->record.geometry.readers, most, rung);
+}
+
+static inline void ivshmem_wake_writers(const struct ivshmem_member *member,
+                                        const struct ivshmem_channel *channel,
+                                        struct ivshmem_rung *rung)
+{
+    ivshmem_full_fence(&channel->area.memory);
+    ivshmem_wake(member, channel, channel->layout.writer_owners, channel->layout.writer_sleepers,
+                 channel->record.geometry.writers, IVSHMEM_MOST_WRITERS, rung);
+}
+
+/* A slot that sleeps, or not. */
+struct ivshmem_sleep {
+    uint64_t at; /* of its sleeper word, in the channel */
+    uint64_t count;
+    unsigned epoch;
+};
+
+/* Take a free slot among those of readers (for bytes: of listeners). */
+static inline int ivshmem_reader_slot(const struct ivshmem_channel *channel,
+                                      const struct ivshmem_member *member, unsigned *slot,
+                                      unsigned *epoch, struct ivshmem_sleep *sleep)
+{
+    for (unsigned i = 0; i < channel->record.geometry.readers; i++) {
+        uint64_t at = channel->layout.reader_owners + 8u * i;
+        uint64_t owner = ivshmem_get(channel, at);
+        if (ivshmem_is_owned(channel, owner))
+            continue;
+        *epoch = (ivshmem_epoch(owner) + 1) & IVSHMEM_EPOCH_MASK;
+        if (!ivshmem_exchange(&channel->area.memory, channel->at + at, owner,
+                              ivshmem_place_word(member->place, IVSHMEM_SLOT_OPEN, *epoch)))
+            continue;
+        if (!ivshmem_is_there(channel))
+            return IVSHMEM_CLOSED;
+        *slot = i;
+        sleep->at = channel->layout.reader_sleepers + 8u * i;
+        sleep->epoch = *epoch;
+        sleep->count = ivshmem_value(ivshmem_get(channel, sleep->at));
+        return 0;
+    }
+    return IVSHMEM_TAKEN;
+}
+
+/* Say that one sleeps. The caller looks once more afterwards whether there is something. */
+static inline void ivshmem_sleep_begin(const struct ivshmem_channel *channel,
+                                       struct ivshmem_sleep *sleep)
+{
+    sleep->count++;
+    ivshmem_announce(&channel->area.memory, channel->at + sleep->at,
+                     ivshmem_word(sleep->count, IVSHMEM_SLEEPING, sleep->epoch));
+    ivshmem_full_fence(&channel->area.memory);
+}
+
+static inline void ivshmem_sleep_end(const struct ivshmem_channel *channel,
+                                     struct ivshmem_sleep *sleep)
+{
+    ivshmem_announce(&channel->area.memory, channel->at + sleep->at,
+                     ivshmem_word(sleep->count, 0, sleep->epoch));
+}
+
+#endif

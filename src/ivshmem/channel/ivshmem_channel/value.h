@@ -1,0 +1,39 @@
+/* A value: the newest content alone.
+ */
+#ifndef IVSHMEM_CHANNEL_VALUE_H
+#define IVSHMEM_CHANNEL_VALUE_H
+
+#include "reader.h"
+
+/* A value is a channel of messages with one writer whose readers look at the newest message alone.
+ * Its writer is an ivshmem_writer; when that one dies, what it published last stays.
+ *
+ * A reader is an ivshmem_reader too, which keeps no tail: it is opened with IVSHMEM_OVERWRITE.
+ */
+
+/* Look at the value. IVSHMEM_AGAIN: it was never set, or its writer is faster than this reader.
+ * `ivshmem_check` says afterwards whether what was copied or seen is whole. */
+static inline int ivshmem_value_look(struct ivshmem_reader *reader,
+                                     struct ivshmem_message *message)
+{
+    struct ivshmem_channel *channel = reader->channel;
+    struct ivshmem_source *source = &reader->sources[0];
+    for (unsigned tries = 0; tries < 64; tries++) {
+        uint64_t head = ivshmem_head(channel, 0), position, entry;
+        uint64_t owner = ivshmem_get(channel, channel->layout.writer_owners);
+        int code;
+        if (ivshmem_value(head) == 0 || ivshmem_epoch(owner) != ivshmem_epoch(head))
+            return IVSHMEM_AGAIN;
+        position = (ivshmem_value(head) - 1) & IVSHMEM_VALUE_MASK;
+        /* A new writer leaves what a former one set, until it sets the value itself. */
+        entry = ivshmem_entry_at(channel, 0, position);
+        source->epoch = ivshmem_epoch(ivshmem_get(channel, entry));
+        code = ivshmem_entry_read(channel, entry, 0, position, source->epoch, message);
+        source->next = ivshmem_value(head);
+        if (code != IVSHMEM_OVERTAKEN)
+            return code;
+    }
+    return IVSHMEM_AGAIN;
+}
+
+#endif

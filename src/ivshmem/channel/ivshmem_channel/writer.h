@@ -1,0 +1,417 @@
+/* The writer of messages, and of a value.
+ *
+ * Knows: free cells, which readers block, backlogs of readers that discard. Does not know: who sleeps
+ * how.
+ *
+ * Invariants: a cell is written only when no stamp that a reader could accept names it; the head
+ * announces an entry after all of it was stored.
+ */
+#ifndef IVSHMEM_CHANNEL_WRITER_H
+#define IVSHMEM_CHANNEL_WRITER_H
+
+#include "claims.h"
+
+/* What a writer knows of the backlog of one reader that discards. */
+struct ivshmem_backlog {
+    uint64_t head, tail;
+    unsigned epoch; /* of the reader's slot */
+    int is_open;
+};
+
+/* The tables of a writer are the user's memory. */
+struct ivshmem_writer_tables {
+    uint32_t *cell_of;    /* `slots` of them: the cell of each */
+    uint32_t *free;       /* `cells_each`: those that hold no message */
+    uint16_t *references; /* `cells_each`: in how many places a cell stands. Only if the channel */
+    uint32_t *pinned;     /* lets readers discard; and `readers` * `slots`: the cells in backlogs, */
+    struct ivshmem_backlog *backlogs; /* and one for each reader */
+};
+
+/* One writer of a channel of messages. */
+struct ivshmem_writer {
+    struct ivshmem_channel *channel;
+    struct ivshmem_member *member;
+    unsigned slot, epoch;
+    uint64_t next;  /* the position of the next message */
+    uint64_t bound; /* up to which blocking readers are known to have room */
+    uint64_t joins; /* as it last looked at the readers */
+    struct ivshmem_writer_tables tables;
+    uint32_t free_cells, loaned;
+    uint32_t missed; /* readers that discarded the message that was added last */
+    uint64_t head_at, entries_at, cells_at; /* in the region */
+    struct ivshmem_sleep sleep;
+    struct ivshmem_rung rung;
+};
+
+/* Free the slot of a writer that closed or is gone, if no reader still has something of it. */
+static inline void ivshmem_writer_reap(const struct ivshmem_member *member,
+                                       const struct ivshmem_channel *channel, unsigned slot)
+{
+    const struct ivshmem_memory *memory = &channel->area.memory;
+    uint64_t owner = ivshmem_get(channel, channel->layout.writer_owners + 8u * slot);
+    if (ivshmem_flags(owner) == IVSHMEM_SLOT_FREE || ivshmem_is_owned(channel, owner))
+        return;
+    if (ivshmem_has_claims(channel)) {
+        for (uint32_t i = 0; i < channel->record.geometry.slots; i++)
+            if (!ivshmem_claim_ends(channel, slot, i))
+                return;
+    } else if (channel->record.geometry.kind == IVSHMEM_MESSAGES)
+        for (unsigned i = 0; i < channel->record.geometry.readers; i++) {
+            uint64_t reader = ivshmem_get(channel, channel->layout.reader_owners + 8u * i);
+            uint64_t tail;
+            if (!ivshmem_is_owned(channel, reader) ||
+                ivshmem_is_silent(member, ivshmem_place_of(reader)))
+                continue;
+            tail = ivshmem_get(channel, ivshmem_row_at(channel, i, slot));
+            if (ivshmem_epoch(tail) != ivshmem_epoch(reader) ||
+                ivshmem_value(tail) != ivshmem_value(ivshmem_head_for(channel, slot, i)))
+                return;
+        }
+    ivshmem_exchange(memory, channel->at + channel->layout.writer_owners + 8u * slot, owner,
+                     ivshmem_word(0, IVSHMEM_SLOT_FREE, ivshmem_epoch(owner)));
+}
+
+/* A cell stands in one place less; in none: it is free. */
+static inline void ivshmem_cell_drop(struct ivshmem_writer *writer, uint32_t cell)
+{
+    struct ivshmem_writer_tables *tables = &writer->tables;
+    if (!(writer->channel->record.geometry.overflow & IVSHMEM_DISCARD) ||
+        --tables->references[cell] == 0)
+        tables->free[writer->free_cells++] = cell;
+}
+
+/* Take back the cells of a backlog that its reader has read, up to `tail`. */
+static inline void ivshmem_backlog_advance(struct ivshmem_writer *writer, unsigned reader,
+                                           uint64_t tail)
+{
+    struct ivshmem_backlog *backlog = &writer->tables.backlogs[reader];
+    uint32_t slots = writer->channel->record.geometry.slots;
+    /* A tail that is not between the two is a hostile reader's: its backlog stays full. */
+    if (ivshmem_ahead(tail, backlog->tail) > ivshmem_ahead(backlog->head, backlog->tail))
+        return;
+    for (; backlog->tail != tail; backlog->tail = (backlog->tail + 1) & IVSHMEM_VALUE_MASK)
+        ivshmem_cell_drop(writer, writer->tables.pinned[(uint64_t)reader * slots +
+                                                        (backlog->tail & (slots - 1))]);
+}
+
+/* A new owner of a writer's slot: all backlogs are closed until their readers are looked at. */
+static inline void ivshmem_backlogs_begin(struct ivshmem_writer *writer)
+{
+    const struct ivshmem_channel *channel = writer->channel;
+    const struct ivshmem_memory *memory = &channel->area.memory;
+    const struct ivshmem_geometry *g = &channel->record.geometry;
+    for (uint32_t i = 0; i < channel->layout.cells_each; i++)
+        writer->tables.references[i] = i < g->slots;
+    for (unsigned i = 0; i < g->readers; i++) {
+        uint64_t at = ivshmem_backlog_at(channel, writer->slot, i);
+        struct ivshmem_backlog *backlog = &writer->tables.backlogs[i];
+        backlog->is_open = 0;
+        backlog->head = backlog->tail = ivshmem_value(ivshmem_get(channel, at));
+        for (uint32_t j = 0; j < g->slots; j++)
+            ivshmem_store(memory, channel->at + ivshmem_backlog_entry_at(channel, at, j),
+                          ivshmem_word(backlog->head, IVSHMEM_VOID, writer->epoch));
+        ivshmem_announce(memory, channel->at + at, ivshmem_word(backlog->head, 0, writer->epoch));
+    }
+}
+
+/* Take a writer's slot. The caller has set channel, member and the tables.
+ *
+ * IVSHMEM_TAKEN: every slot has an owner, or messages of a former owner that a reader has yet to
+ * read.
+ */
+static inline int ivshmem_writer_open(struct ivshmem_writer *writer)
+{
+    struct ivshmem_channel *channel = writer->channel;
+    const struct ivshmem_memory *memory = &channel->area.memory;
+    const struct ivshmem_geometry *g = &channel->record.geometry;
+    unsigned slot;
+    uint32_t kept;
+    uint64_t head;
+    if (memory->readonly)
+        return IVSHMEM_READ_ONLY;
+    for (slot = 0; slot < g->writers; slot++) {
+        uint64_t at = channel->layout.writer_owners + 8u * slot, owner;
+        ivshmem_writer_reap(writer->member, channel, slot);
+        owner = ivshmem_get(channel, at);
+        if (ivshmem_flags(owner) != IVSHMEM_SLOT_FREE)
+            continue;
+        writer->epoch = (ivshmem_epoch(owner) + 1) & IVSHMEM_EPOCH_MASK;
+        if (ivshmem_exchange(memory, channel->at + at, owner,
+                             ivshmem_place_word(writer->member->place, IVSHMEM_SLOT_OPEN,
+                                                writer->epoch)))
+            break;
+    }
+    if (slot == g->writers)
+        return IVSHMEM_TAKEN;
+    if (!ivshmem_is_there(channel))
+        return IVSHMEM_CLOSED;
+    writer->slot = slot;
+    writer->head_at = channel->at + channel->layout.heads + (uint64_t)IVSHMEM_CACHE_LINE * slot;
+    writer->entries_at = channel->at + ivshmem_entry_at(channel, slot, 0);
+    writer->cells_at = channel->at + ivshmem_cell_at(channel, slot, 0);
+    writer->sleep.at = channel->layout.writer_sleepers + 8u * slot;
+    writer->sleep.epoch = writer->epoch;
+    writer->sleep.count = ivshmem_value(ivshmem_get(channel, writer->sleep.at));
+    for (unsigned i = 0; i < IVSHMEM_MOST_READERS; i++)
+        writer->rung.words[i] = 0;
+    /* Positions never begin anew: readers' tails stay right. */
+    head = ivshmem_load(memory, writer->head_at);
+    writer->next = ivshmem_value(head);
+    writer->bound = writer->next;
+    writer->joins = ~UINT64_C(0);
+    for (uint32_t i = 0; i < g->slots; i++)
+        writer->tables.cell_of[i] = i;
+    writer->free_cells = (uint32_t)channel->layout.cells_each - g->slots;
+    if (g->kind == IVSHMEM_CALLS) /* the other half is for replies */
+        writer->free_cells = g->loans;
+    for (uint32_t i = 0; i < writer->free_cells; i++)
+        writer->tables.free[i] = g->slots + i;
+    writer->loaned = 0;
+    writer->missed = 0;
+    kept = g->slots;
+    if (g->kind == IVSHMEM_VALUE && writer->next != 0) { /* the newest content stays */
+        uint64_t word;
+        uint32_t cell;
+        kept = (uint32_t)(writer->next - 1) & (g->slots - 1);
+        word = ivshmem_load(memory, writer->entries_at + (uint64_t)IVSHMEM_ENTRY_BYTES * kept +
+                                        IVSHMEM_ENTRY_CELL);
+        cell = (uint32_t)(word >> 47);
+        if (cell < g->slots) /* whichever had that cell gets the kept slot's */
+            writer->tables.cell_of[cell] = kept;
+        else if (cell < g->slots + g->loans)
+            writer->tables.free[cell - g->slots] = kept;
+        if (cell < g->slots + g->loans)
+            writer->tables.cell_of[kept] = cell;
+    }
+    /* Everything else that a former owner published can be read by late readers until now: their
+     * look at its stamps must fail before a cell is used again. */
+    for (uint32_t i = 0; i < g->slots; i++)
+        if (i != kept)
+            ivshmem_store(memory, writer->entries_at + (uint64_t)IVSHMEM_ENTRY_BYTES * i,
+                          ivshmem_word(writer->next, IVSHMEM_VOID, writer->epoch));
+    if (g->overflow & IVSHMEM_DISCARD)
+        ivshmem_backlogs_begin(writer);
+    ivshmem_announce(memory, writer->head_at, ivshmem_word(writer->next, 0, writer->epoch));
+    return 0;
+}
+
+/* Look at the readers. Those that discard get a backlog; those that block: up to which position do
+ * they leave room?
+ *
+ * A reader that is silent does not hold up writers: it is looked at again before each message. One
+ * that is farther behind than the channel is long is at work on its joining, or was silent and has
+ * yet to notice what it lost: it is waited for.
+ */
+static inline int ivshmem_writer_look(struct ivshmem_writer *writer)
+{
+    struct ivshmem_channel *channel = writer->channel;
+    const struct ivshmem_geometry *g = &channel->record.geometry;
+    uint64_t slots = g->slots;
+    writer->joins = ivshmem_get(channel, IVSHMEM_JOINS); /* first: a reader that joins later changes it */
+    writer->bound = (writer->next + (IVSHMEM_VALUE_MASK >> 2)) & IVSHMEM_VALUE_MASK;
+    if (!(g->overflow & (IVSHMEM_BLOCK | IVSHMEM_DISCARD)))
+        return 0;
+    for (unsigned i = 0; i < g->readers; i++) {
+        uint64_t owner = ivshmem_get(channel, channel->layout.reader_owners + 8u * i);
+        uint64_t row = channel->layout.rows + channel->layout.row_bytes * i;
+        uint64_t policy, tail, ahead, room;
+        if (!ivshmem_is_owned(channel, owner))
+            continue;
+        policy = ivshmem_get(channel, row);
+        if (ivshmem_epoch(policy) == ivshmem_epoch(owner) &&
+            ivshmem_value(policy) == IVSHMEM_DISCARD && (g->overflow & IVSHMEM_DISCARD)) {
+            struct ivshmem_backlog *backlog = &writer->tables.backlogs[i];
+            if (!backlog->is_open || backlog->epoch != ivshmem_epoch(owner)) {
+                ivshmem_backlog_advance(writer, i, backlog->head); /* a former reader's */
+                backlog->is_open = 1;
+                backlog->epoch = ivshmem_epoch(owner);
+            }
+            continue;
+        }
+        tail = ivshmem_get(channel, ivshmem_row_at(channel, i, writer->slot));
+        if (ivshmem_epoch(policy) != ivshmem_epoch(owner) ||
+            ivshmem_epoch(tail) != ivshmem_epoch(owner) || ivshmem_value(policy) != IVSHMEM_BLOCK)
+            continue; /* its owner changed just now, and will change `joins` */
+        ahead = ivshmem_ahead(writer->next, ivshmem_value(tail));
+        if (ivshmem_is_behind(writer->next, ivshmem_value(tail)))
+            return ivshmem_corrupt(channel, "tail", ivshmem_row_at(channel, i, writer->slot), tail,
+                                   i);
+        if (ahead >= slots && !ivshmem_is_silent(writer->member, ivshmem_place_of(owner))) {
+            writer->bound = writer->next;
+            return IVSHMEM_AGAIN;
+        }
+        room = ahead < slots ? slots - ahead : 1;
+        if (ivshmem_ahead(writer->bound, writer->next) > room)
+            writer->bound = (writer->next + room) & IVSHMEM_VALUE_MASK;
+    }
+    return 0;
+}
+
+/* Whether a message can be published now; IVSHMEM_AGAIN: a reader that blocks has no room. */
+static inline int ivshmem_writer_ready(struct ivshmem_writer *writer)
+{
+    if (writer->next != writer->bound &&
+        ivshmem_get(writer->channel, IVSHMEM_JOINS) == writer->joins)
+        return 0;
+    return ivshmem_writer_look(writer);
+}
+
+/* Borrow a cell to write a message into: its offset in the region is `ivshmem_cell_at`. */
+static inline int ivshmem_loan(struct ivshmem_writer *writer, uint32_t *cell)
+{
+    if (writer->loaned == writer->channel->record.geometry.loans || writer->free_cells == 0)
+        return IVSHMEM_TOO_MANY;
+    writer->loaned++;
+    *cell = writer->tables.free[--writer->free_cells];
+    return 0;
+}
+
+/* Give a loan back without publishing it. */
+static inline void ivshmem_loan_drop(struct ivshmem_writer *writer, uint32_t cell)
+{
+    writer->loaned--;
+    writer->tables.free[writer->free_cells++] = cell;
+}
+
+/* Put an entry into the backlogs of those that discard, as far as they have room. */
+static inline void ivshmem_backlogs_add(struct ivshmem_writer *writer,
+                                        const struct ivshmem_entry *entry)
+{
+    const struct ivshmem_channel *channel = writer->channel;
+    uint32_t slots = channel->record.geometry.slots;
+    writer->missed = 0;
+    for (unsigned i = 0; i < channel->record.geometry.readers; i++) {
+        struct ivshmem_backlog *backlog = &writer->tables.backlogs[i];
+        uint64_t at = ivshmem_backlog_at(channel, writer->slot, i), tail, owner;
+        if (!backlog->is_open)
+            continue;
+        tail = ivshmem_get(channel, ivshmem_row_at(channel, i, writer->slot));
+        if (ivshmem_epoch(tail) == backlog->epoch)
+            ivshmem_backlog_advance(writer, i, ivshmem_value(tail));
+        if (ivshmem_ahead(backlog->head, backlog->tail) == slots) {
+            owner = ivshmem_get(channel, channel->layout.reader_owners + 8u * i);
+            if (!ivshmem_is_owned(channel, owner) || ivshmem_epoch(owner) != backlog->epoch) {
+                ivshmem_backlog_advance(writer, i, backlog->head);
+                backlog->is_open = 0;
+            } else {
+                writer->missed++;
+            }
+            continue;
+        }
+        ivshmem_entry_store(&channel->area.memory,
+                            channel->at + ivshmem_backlog_entry_at(channel, at, backlog->head),
+                            backlog->head, writer->epoch, entry);
+        writer->tables.references[entry->cell]++;
+        writer->tables.pinned[(uint64_t)i * slots + (backlog->head & (slots - 1))] = entry->cell;
+        backlog->head = (backlog->head + 1) & IVSHMEM_VALUE_MASK;
+        ivshmem_announce(&channel->area.memory, channel->at + at,
+                         ivshmem_word(backlog->head, 0, writer->epoch));
+    }
+}
+
+/* Put a loan at the next position. Others see it at the next ivshmem_writer_announce.
+ *
+ * The caller found the writer ready. `time` is in microseconds since 1970, or 0; of `user`, 44 bits
+ * are kept.
+ */
+static inline void ivshmem_writer_add(struct ivshmem_writer *writer, uint32_t cell,
+                                      uint32_t length, uint64_t time, uint64_t user)
+{
+    const struct ivshmem_geometry *g = &writer->channel->record.geometry;
+    uint64_t slot = writer->next & (g->slots - 1);
+    uint32_t before = writer->tables.cell_of[slot];
+    struct ivshmem_entry entry;
+    entry.cell = cell;
+    entry.length = length;
+    entry.time = time;
+    entry.user = user;
+    writer->loaned--;
+    ivshmem_entry_store(&writer->channel->area.memory,
+                        writer->entries_at + slot * IVSHMEM_ENTRY_BYTES, writer->next,
+                        writer->epoch, &entry);
+    if (g->overflow & IVSHMEM_DISCARD) {
+        writer->tables.references[cell] = 1;
+        ivshmem_backlogs_add(writer, &entry);
+    }
+    /* A reader of the former message of this slot sees its stamp change before its cell does. */
+    ivshmem_cell_drop(writer, before);
+    writer->tables.cell_of[slot] = cell;
+    writer->next = (writer->next + 1) & IVSHMEM_VALUE_MASK;
+}
+
+/* Let readers see what was added, and ring those that sleep. */
+static inline void ivshmem_writer_announce(struct ivshmem_writer *writer)
+{
+    const struct ivshmem_channel *channel = writer->channel;
+    const struct ivshmem_memory *memory = &channel->area.memory;
+    ivshmem_announce(memory, writer->head_at, ivshmem_word(writer->next, 0, writer->epoch));
+    ivshmem_wake_readers(writer->member, channel, IVSHMEM_MOST_READERS, &writer->rung);
+}
+
+/* Publish a loan. IVSHMEM_AGAIN: there is no room now; the loan stays. */
+static inline int ivshmem_publish(struct ivshmem_writer *writer, uint32_t cell, uint32_t length,
+                                  uint64_t time, uint64_t user)
+{
+    int code = ivshmem_writer_ready(writer);
+    if (code != 0)
+        return code;
+    ivshmem_writer_add(writer, cell, length, time, user);
+    ivshmem_writer_announce(writer);
+    return 0;
+}
+
+/* Copy a message in and publish it. */
+static inline int ivshmem_put(struct ivshmem_writer *writer, const void *data, uint32_t length,
+                              uint64_t time, uint64_t user)
+{
+    uint32_t cell;
+    int code;
+    if (length > writer->channel->record.geometry.limit)
+        return IVSHMEM_TOO_LONG;
+    code = ivshmem_writer_ready(writer);
+    if (code != 0)
+        return code;
+    code = ivshmem_loan(writer, &cell);
+    if (code != 0)
+        return code;
+    ivshmem_copy_payload(writer->channel->area.memory.start + writer->cells_at +
+                             cell * writer->channel->layout.cell_bytes,
+                         data, length);
+    ivshmem_writer_add(writer, cell, length, time, user);
+    ivshmem_writer_announce(writer);
+    return 0;
+}
+
+/* Before a writer without room sleeps; 0: there is room now, so that it need not. */
+static inline int ivshmem_writer_sleep(struct ivshmem_writer *writer)
+{
+    int code;
+    ivshmem_sleep_begin(writer->channel, &writer->sleep);
+    code = ivshmem_writer_look(writer);
+    if (code != IVSHMEM_AGAIN)
+        ivshmem_sleep_end(writer->channel, &writer->sleep);
+    return code;
+}
+
+/* Once a beat: store again what a late store of a former owner may have spoiled. */
+static inline void ivshmem_writer_beat(struct ivshmem_writer *writer)
+{
+    const struct ivshmem_memory *memory = &writer->channel->area.memory;
+    uint64_t head = ivshmem_word(writer->next, 0, writer->epoch);
+    if (!ivshmem_has_claims(writer->channel) && ivshmem_load(memory, writer->head_at) != head)
+        ivshmem_writer_announce(writer);
+}
+
+/* Write no more. Loans are dropped; what was published is read, and the slot is free then. */
+static inline void ivshmem_writer_close(struct ivshmem_writer *writer)
+{
+    const struct ivshmem_channel *channel = writer->channel;
+    uint64_t at = channel->at + channel->layout.writer_owners + 8u * writer->slot;
+    struct ivshmem_place place = writer->member->place;
+    ivshmem_exchange(&channel->area.memory, at,
+                     ivshmem_place_word(place, IVSHMEM_SLOT_OPEN, writer->epoch),
+                     ivshmem_place_word(place, IVSHMEM_SLOT_CLOSING, writer->epoch));
+    ivshmem_writer_reap(writer->member, channel, writer->slot);
+}
+
+#endif

@@ -1,0 +1,293 @@
+/* A process is killed, or stopped and later continued, at each step of what it does with channels.
+ *
+ * A step is a shared store, a fence or a compare-exchange (IVSHMEM_STEP). A program that includes
+ * this has a table of operations, and `main` runs one of them once for each step that it has:
+ *
+ *   PROGRAM kill|stop OPERATION [FIRST [LAST]]
+ *
+ * It prints how many steps the operation has. If something was wrong it says what, and at which
+ * step; the exit status is 1 then.
+ *
+ * Time is a word in shared memory, which the test moves, so that a lease passes at once.
+ */
+#ifndef STEPS_H
+#define STEPS_H
+#define _GNU_SOURCE
+#include <errno.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static void step(void);
+#define IVSHMEM_STEP(what) step()
+#include "ivshmem_channel.h"
+
+enum { SIZE = 1 << 20, SLOTS = 4, LOANS = 2, LONG = 192, WORDS = LONG / 8, LEASE = 1000 };
+enum { READERS = 3, CELLS = SLOTS + LOANS + READERS * SLOTS }; /* at most, of a channel */
+
+/* What the processes tell one another beside the channels: for the test's checks alone. */
+struct aside {
+    int64_t now;
+    int64_t began, ended; /* calls of the child: those that began, and those that returned */
+    int code;             /* what ended the child's operation, if it was not 0 */
+};
+
+/* One process, with its place and, as it needs them, its ends. */
+struct peer {
+    struct ivshmem_member member;
+    struct ivshmem_pulse pulses[16];
+    struct ivshmem_channel channel;
+    struct ivshmem_writer writer;
+    struct ivshmem_reader reader;
+    struct tables {
+        uint32_t cell_of[SLOTS], free[CELLS], pinned[READERS * SLOTS];
+        uint16_t references[CELLS];
+        struct ivshmem_backlog backlogs[READERS];
+    } tables;
+};
+
+/* What one operation needs and proves. The test has one process beside the child: `peer`. */
+struct operation {
+    const char *name;
+    const struct ivshmem_geometry *geometry;
+    void (*before)(struct peer *peer);
+    void (*act)(void);                       /* the child's */
+    void (*while_silent)(struct peer *peer); /* the child is stopped, and its lease is over */
+    void (*after)(struct peer *peer);        /* the child is gone, and that is proven */
+};
+
+static unsigned char *region;
+static volatile struct aside *aside;
+static _Thread_local long steps;
+static long fatal;
+static int signal_at_fatal; /* in the child */
+
+static void step(void)
+{
+    if (steps++ == fatal && signal_at_fatal != 0)
+        raise(signal_at_fatal);
+}
+
+static void fail(const char *what, long value)
+{
+    printf("step %ld: %s (%ld)\n", fatal, what, value);
+    fflush(stdout);
+    _exit(1);
+}
+
+#define CHECK(condition, value)                                                                   \
+    do {                                                                                          \
+        if (!(condition))                                                                         \
+            fail(#condition, (long)(value));                                                      \
+    } while (0)
+
+/* In the child: this must not fail, however long it was stopped. */
+static inline void must(int code)
+{
+    if (code != 0) {
+        aside->code = code;
+        _exit(0);
+    }
+}
+
+static int64_t now(void *context)
+{
+    (void)context;
+    return aside->now;
+}
+
+static void ring(void *context, unsigned peer, unsigned vector)
+{
+    (void)context;
+    (void)peer;
+    (void)vector;
+}
+
+static int ended(void *context, uint64_t process, uint64_t started)
+{
+    (void)context;
+    (void)started;
+    return kill((pid_t)process, 0) != 0 && errno == ESRCH;
+}
+
+static const char channel_name[IVSHMEM_CHANNEL_NAME] = "channel";
+static const char other_name[IVSHMEM_CHANNEL_NAME] = "other";
+
+static int join(struct peer *peer)
+{
+    static const char name[56] = "test";
+    const struct ivshmem_memory memory = {region, SIZE, IVSHMEM_WRITE_BACK, 0};
+    memset(peer, 0, sizeof *peer);
+    CHECK(ivshmem_area_open(&peer->member.area, &memory, 8192) == 0, 0);
+    peer->member.user.ring = ring;
+    peer->member.user.now = now;
+    peer->member.user.ended = ended;
+    peer->member.pulses = peer->pulses;
+    peer->member.lease = LEASE;
+    peer->member.machine = 1;
+    peer->member.process = (uint64_t)getpid();
+    return ivshmem_join(&peer->member, (uint64_t)random() << 9 ^ (uint64_t)getpid(), name);
+}
+
+static int create(struct peer *peer, const char *name, const struct ivshmem_geometry *geometry)
+{
+    struct ivshmem_record record;
+    memset(&record, 0, sizeof record);
+    memcpy(record.name, name, sizeof record.name);
+    record.geometry = *geometry;
+    return ivshmem_create(&peer->member, &record);
+}
+
+static int open_channel(struct peer *peer, const char *name)
+{
+    struct ivshmem_record record;
+    int code = ivshmem_find(&peer->member.area, name, &record);
+    if (code == 0)
+        ivshmem_channel_open(&peer->channel, &peer->member.area, &record);
+    return code;
+}
+
+static inline int open_writer(struct peer *peer)
+{
+    peer->writer.channel = &peer->channel;
+    peer->writer.member = &peer->member;
+    peer->writer.tables.cell_of = peer->tables.cell_of;
+    peer->writer.tables.free = peer->tables.free;
+    peer->writer.tables.pinned = peer->tables.pinned;
+    peer->writer.tables.references = peer->tables.references;
+    peer->writer.tables.backlogs = peer->tables.backlogs;
+    return ivshmem_writer_open(&peer->writer);
+}
+
+static inline int open_reader(struct peer *peer, enum ivshmem_overflow overflow)
+{
+    peer->reader.channel = &peer->channel;
+    peer->reader.member = &peer->member;
+    peer->reader.overflow = overflow;
+    return ivshmem_reader_open(&peer->reader, 0);
+}
+
+/* Message `number`: every word says which one it is, so that a torn one is seen. */
+static inline const void *filled(uint64_t number)
+{
+    static uint64_t words[WORDS];
+    for (int i = 0; i < WORDS; i++)
+        words[i] = number;
+    return words;
+}
+
+static inline uint64_t number_in(const uint64_t *words)
+{
+    for (int i = 1; i < WORDS; i++)
+        CHECK(words[i] == words[0], words[i]);
+    return words[0];
+}
+
+/* Let two leases pass, in which one peer beats. */
+static void pass_lease(struct peer *peer)
+{
+    for (int i = 0; i < 8; i++) {
+        CHECK(ivshmem_beat(&peer->member) >= 0, 0);
+        aside->now += LEASE / 4;
+    }
+    CHECK(ivshmem_beat(&peer->member) >= 0, 0);
+}
+
+static unsigned count_free_units(const struct ivshmem_area *area)
+{
+    unsigned free = 0;
+    for (unsigned i = 0; i < area->units; i++)
+        free += (unsigned)ivshmem_unit_is_free(
+            area, ivshmem_load(&area->memory, area->units_at + 8u * i));
+    return free;
+}
+
+static unsigned count_free_places(const struct ivshmem_area *area)
+{
+    unsigned free = 0;
+    for (unsigned i = 0; i < area->places; i++)
+        free += ivshmem_value(ivshmem_load(&area->memory, ivshmem_place_at(area, i))) == 0;
+    return free;
+}
+
+/* One run: the child is killed, or stopped, at step `fatal`. Whether it came so far. */
+static int run(const struct operation *operation, int stops)
+{
+    const struct ivshmem_memory memory = {region, SIZE, IVSHMEM_WRITE_BACK, 0};
+    struct ivshmem_area area;
+    static struct peer peer, second;
+    unsigned units, places;
+    int status, reached = 1;
+    pid_t child;
+    memset((void *)aside, 0, sizeof *aside);
+    aside->now = 1;
+    memset(region, 0, SIZE);
+    CHECK(ivshmem_area_make(&area, &memory, 8192, SIZE - 8192, 8, 4) == 0, 0);
+    CHECK(join(&peer) == 0, 0);
+    units = count_free_units(&area);
+    CHECK(create(&peer, channel_name, operation->geometry) == 0, 0);
+    CHECK(open_channel(&peer, channel_name) == 0, 0);
+    places = count_free_places(&area);
+    operation->before(&peer);
+    fflush(stdout);
+    child = fork();
+    if (child == 0) {
+        steps = 0;
+        signal_at_fatal = stops ? SIGSTOP : SIGKILL;
+        operation->act();
+        _exit(steps <= fatal ? 78 : 77); /* it never came to that step, or it did */
+    }
+    CHECK(waitpid(child, &status, WUNTRACED) == child, errno);
+    if (WIFSTOPPED(status)) {
+        /* Silent: no peer waits for it, and its place is not used again. */
+        pass_lease(&peer);
+        operation->while_silent(&peer);
+        CHECK(join(&second) == 0, 0);
+        ivshmem_leave_area(&second.member);
+        kill(child, SIGCONT);
+        CHECK(waitpid(child, &status, 0) == child, errno);
+    }
+    if (WIFEXITED(status) && WEXITSTATUS(status) == 1)
+        _exit(1); /* it said why */
+    CHECK(aside->code == 0, aside->code);
+    reached = !WIFEXITED(status) || WEXITSTATUS(status) != 78;
+    pass_lease(&peer);
+    CHECK(count_free_places(&area) == places, count_free_places(&area));
+    operation->after(&peer);
+    /* A name that was being made or removed is free, and in the end all memory is back. */
+    ivshmem_leave_area(&peer.member);
+    CHECK(join(&peer) == 0, 0);
+    if (open_channel(&peer, other_name) == 0)
+        CHECK(ivshmem_remove(&peer.member, &peer.channel, 0) == 0, 0);
+    CHECK(create(&peer, other_name, operation->geometry) == 0, 0);
+    CHECK(open_channel(&peer, other_name) == 0, 0);
+    CHECK(ivshmem_remove(&peer.member, &peer.channel, 0) == 0, 0);
+    CHECK(open_channel(&peer, channel_name) == 0, 0);
+    CHECK(ivshmem_remove(&peer.member, &peer.channel, 0) == 0, 0);
+    CHECK(count_free_units(&area) == units, count_free_units(&area));
+    return reached;
+}
+
+static inline int run_all(int argc, char **argv, const struct operation *operations, size_t count)
+{
+    long last = argc > 4 ? atol(argv[4]) : 100000;
+    region = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    aside = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    for (size_t i = 0; argc > 2 && i < count; i++) {
+        if (strcmp(operations[i].name, argv[2]) != 0)
+            continue;
+        fatal = argc > 3 ? atol(argv[3]) : 0;
+        while (fatal <= last && run(&operations[i], strcmp(argv[1], "stop") == 0))
+            fatal++;
+        printf("%s: %ld steps\n", operations[i].name, fatal);
+        return 0;
+    }
+    fprintf(stderr, "usage: %s kill|stop OPERATION [FIRST [LAST]]\n", argv[0]);
+    return 2;
+}
+
+#endif

@@ -1,0 +1,103 @@
+"""ivshmem_channel.h alone, as a program in C uses it.
+
+tests/channel/ has the programs: a process is killed, or stopped, at each of its steps; shared words
+that a hostile peer spoiled; threads under ThreadSanitizer; counts of readers that drop messages. By
+night they run optimized as well: that takes the compiler three times as long.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ivshmem import channel
+
+PROGRAMS = Path(__file__).parents[1] / "channel"
+WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
+ADDRESSES = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+OPERATIONS = {
+    "steps_messages": ("write", "block", "overwrite", "discard", "create", "remove"),
+    "steps_queue": ("put", "take", "get"),
+    "steps_calls": ("serve", "call"),
+    "steps_bytes": ("call", "accept"),
+}
+STEPS = [(program, name) for program, names in OPERATIONS.items() for name in names]
+
+Build = Callable[..., Path]
+
+
+def needs(compiler: str) -> str:
+    package = "g++" if "+" in compiler else "gcc"
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}: apt-get install {package}")
+    return compiler
+
+
+@pytest.fixture(scope="module", params=["-O0", pytest.param("-O2", marks=pytest.mark.nightly)])
+def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Compiles a program of tests/channel against the installed header."""
+    folder = tmp_path_factory.mktemp("channel")
+    compiler = needs("cc")
+
+    def built(name: str, *options: str) -> Path:
+        program = folder / "-".join([name, *(re.sub(r"\W", "", option) for option in options)])
+        if not program.exists():
+            source = str(PROGRAMS / f"{name}.c")
+            include = f"-I{channel.get_include()}"
+            command = [compiler, "-std=gnu11", request.param, "-g", *WARNINGS, include, *options]
+            subprocess.run([*command, "-pthread", source, "-o", str(program)], check=True)
+        return program
+
+    return built
+
+
+def output_of(*command: str | Path, timeout: float = 300) -> str:
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+@pytest.mark.parametrize(("compiler", "language"), [("cc", "c11"), ("c++", "c++17")])
+def test_no_compiler_warns(tmp_path: Path, compiler: str, language: str) -> None:
+    """It is included twice, as the first thing that a program includes."""
+    source = tmp_path / ("program.c" if language == "c11" else "program.cc")
+    source.write_text('#include "ivshmem_channel.h"\n' * 2)
+    command = [needs(compiler), f"-std={language}", *WARNINGS, "-Wconversion", "-fsyntax-only"]
+    if language != "c11":
+        command.remove("-Wconversion")
+    subprocess.run([*command, f"-I{channel.get_include()}", source], check=True)
+
+
+@pytest.mark.parametrize("way", ["kill", "stop"])
+@pytest.mark.parametrize(("program", "operation"), STEPS)
+def test_at_each_step(build: Build, program: str, operation: str, way: str) -> None:
+    """A process is killed there, or stopped and continued later: the others lose nothing."""
+    said = output_of(build(program), way, operation)
+    found = re.fullmatch(rf"{operation}: (\d+) steps\n", said)
+    assert found is not None, said
+    assert int(found[1]) > 30  # so the hook was there
+
+
+def test_readers_that_drop_the_newest(build: Build) -> None:
+    """`missed` counts them, whatever becomes of a reader; no cell is lost, or used too early."""
+    assert output_of(build("discard", *ADDRESSES)) == "ended well\n"
+
+
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.nightly)])
+def test_hostile_words(build: Build, seed: int) -> None:
+    """No call reaches outside the area, hangs, or returns what its documentation does not name."""
+    count = 20_000 if seed == 1 else 1_000_000
+    said = output_of(build("hostile", *ADDRESSES), str(count), str(seed), timeout=1800)
+    assert said.startswith(f"{count} states"), said
+    assert " -2: 0 " not in said  # IVSHMEM_CORRUPT was met
+
+
+def test_threads(build: Build) -> None:
+    """ThreadSanitizer knows no race but the copies of payload that the header marks."""
+    assert output_of(build("threads", "-fsanitize=thread"), "1000") == "ended well\n"
