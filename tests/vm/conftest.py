@@ -9,7 +9,7 @@ import pytest
 
 import ivshmem
 
-from . import image
+from . import image, residents
 from .harness import Guest, MakeGuest
 from .host import TIMEOUT, Events
 
@@ -47,6 +47,34 @@ def guest() -> Iterator[MakeGuest]:
             return made
 
         yield make
+
+
+@pytest.fixture(scope="package")
+def pair(vm_image: image.Image) -> Iterator[residents.Pair]:
+    """Two guests for all tests that ask for them. Their host is a client of its own each time."""
+    with residents.pair() as pair:
+        yield pair
+
+
+@pytest.fixture(scope="package")
+def manual(vm_image: image.Image) -> Iterator[residents.Manual]:
+    """A guest with both devices, by the lines of QEMU's manual, for all tests that ask for it."""
+    with residents.manual() as manual:
+        yield manual
+
+
+@pytest.fixture
+def pair_host(pair: residents.Pair) -> Iterator[ivshmem.Client]:
+    """A client of the server of `pair`."""
+    with residents.fresh_client(pair.server.path) as client:
+        yield client
+
+
+@pytest.fixture
+def manual_host(manual: residents.Manual) -> Iterator[ivshmem.Client]:
+    """A client of the server of `manual`."""
+    with residents.fresh_client(manual.path) as client:
+        yield client
 
 
 @pytest.fixture

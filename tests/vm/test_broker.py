@@ -8,6 +8,7 @@ import ivshmem
 from ivshmem.qemu import cmdline
 
 from .harness import MakeGuest
+from .residents import Pair
 
 TIMEOUT = 60.0  # for what takes milliseconds, on a machine that may be busy with other things
 
@@ -81,12 +82,11 @@ def test_three_clients_one_of_which_crashes(
         assert bytes(memory[:3]) == bytes([2, 1, 2])
 
 
-def test_names_lead_from_guest_to_host(
-    guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client
-) -> None:
+def test_names_lead_from_guest_to_host(pair: Pair, pair_host: ivshmem.Client) -> None:
     """A client in the guest finds the host by name, through the broker, and is found by it."""
+    host = pair_host
     with ivshmem.Directory.create(host) as names, names.publish("host", "test"):
-        a = guest(
+        a = pair.a.run(
             """
             import ivshmem
             from ivshmem import guest
@@ -100,9 +100,7 @@ def test_names_lead_from_guest_to_host(
             ):
                 client.ring(names.lookup("host").id, 3)
                 print("RUNG", client.wait(2, 60))
-            """,
-            args=cmdline.doorbell(server.path, 4),
-            iommu=True,
+            """
         )
         assert host.wait(3, TIMEOUT)
         entry = names.wait_for("guest", TIMEOUT)

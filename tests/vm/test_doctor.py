@@ -14,6 +14,8 @@ from ivshmem.doctor.check import Check
 from ivshmem.qemu import cmdline
 
 from .harness import Guest, MakeGuest
+from .resident import Run
+from .residents import Manual, Pair
 
 VECTORS = 3
 DOCTOR = f"{sys.executable} -m ivshmem doctor"
@@ -90,12 +92,16 @@ PROGRAM = """
 class Patient:
     """A guest that the doctor is called to, and one device of it, by number."""
 
-    def __init__(self, guest: Guest, number: int = 0) -> None:
+    def __init__(self, guest: Guest | Run, number: int = 0) -> None:
         self.guest = guest
         if number == 0:
             guest.expect("READY")
         self.address = (self.call("addresses")[number:] or [""])[0]
         self.path = f"/sys/bus/pci/devices/{self.address}"
+
+    def end(self) -> None:
+        self.guest.send("end")
+        assert self.guest.wait() == 0
 
     def call(self, what: str, *arguments: object) -> Any:
         self.guest.send(json.dumps([what, *arguments]))
@@ -200,11 +206,20 @@ class TestWell:
         assert lines[1] == f"  ok    device               doorbell, {VECTORS} vectors, 1M"
         assert [line[8:].split("  ")[0] for line in lines[1:-1]] == NAMES
 
-    def test_each_device_and_a_plain_one_needs_no_iommu(
-        self, guest: MakeGuest, plain: list[str], doorbell: list[str]
-    ) -> None:
-        vm = guest(PROGRAM, args=[*plain, *doorbell])
-        a, b = Patient(vm), Patient(vm, 1)
+    def test_nothing_fails(self, pair: Pair, pair_host: ivshmem.Client) -> None:
+        a = Patient(pair.b.run(PROGRAM))
+        before = a.state()
+        checks = a.doctor()
+        assert a.state() == before
+        assert list(checks) == NAMES
+        assert {check.state for check in checks.values()} == {"ok"}
+        assert checks["opening"].found == "opened with vfio, id 2, 1M"
+        assert checks["self-interrupt"].found == "4 of 4 vectors"
+        a.end()
+
+    def test_each_device_and_a_plain_one_needs_no_iommu(self, manual: Manual) -> None:
+        run = manual.guest.run(PROGRAM)
+        a, b = Patient(run), Patient(run, 1)
         status, answer = a.call("doctor")
         assert status == 1  # because of the doorbell device
         assert {c["subject"] for c in answer["checks"]} == {a.address, b.address}
@@ -219,6 +234,7 @@ class TestWell:
             "not needed: a plain device has no interrupts"
         }
         assert [check.name for check in skipped] == [*NAMES[5:10], *NAMES[11:]]
+        b.end()
 
 
 class TestFixed:

@@ -13,6 +13,7 @@ from ivshmem.qemu import cmdline
 
 from .harness import Guest, MakeGuest
 from .host import TIMEOUT, doorbell
+from .residents import Manual, Pair
 
 
 def plain(path: Path, ident: str = "hostmem") -> list[str]:
@@ -189,18 +190,19 @@ class TestVfio:
         )
         assert a.wait() == 0
 
-    def test_ten_thousand_doorbells_each_way(
-        self, guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client
-    ) -> None:
+    def test_ten_thousand_doorbells_each_way(self, pair: Pair, pair_host: ivshmem.Client) -> None:
         """In bursts: rings may become one, but the last of a burst is never lost."""
         total = 10_000
-        a = guest(
+        host = pair_host
+        a = pair.a.run(
             f"""
+            import sys
             from checks import PATIENCE
             from ivshmem import guest
 
-            TOTAL = {total}
+            TOTAL, HOST = {total}, int(sys.argv[1])
             with guest.open() as device, memoryview(device.region).cast("I") as words:
+                assert (device.access, device.memory) == ("vfio", "vfio"), device
                 print("READY", flush=True)
                 seen = rings = 0
                 while seen < TOTAL:
@@ -209,7 +211,7 @@ class TestVfio:
                     rings += count
                     seen = words[0]
                     words[16] = seen
-                    device.ring(0, 0)
+                    device.ring(HOST, 0)
                 assert rings <= TOTAL, "more than were sent"
 
                 # The other way round.
@@ -218,12 +220,11 @@ class TestVfio:
                     for _ in range(min(1 + sent % 37, TOTAL - sent)):
                         sent += 1
                         words[32] = sent
-                        device.ring(0, 1)
+                        device.ring(HOST, 1)
                     while words[48] != sent:
                         assert device.wait(1, PATIENCE), f"{{words[48]}} of {{sent}} were seen"
             """,
-            args=doorbell(server),
-            iommu=True,
+            host.id,
         )
         a.expect("READY")
         with memoryview(host.region).cast("I") as words:
@@ -267,22 +268,25 @@ class TestVfio:
 
 
 class TestSysfs:
-    def test_without_an_iommu(
-        self, guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client
-    ) -> None:
+    def test_without_an_iommu(self, manual: Manual, manual_host: ivshmem.Client) -> None:
         """Memory and doorbells; no interrupts, of which all that waits says why."""
-        a = guest(
+        host = manual_host
+        a = manual.guest.run(
             """
-            import os
+            import os, sys
             from checks import command, driver, refused, set_command
             from ivshmem import NoInterrupts, NoSuchPeer, NoSuchVector, guest
 
-            (found,) = guest.devices()
+            host = int(sys.argv[1])
+            fds = len(os.listdir("/proc/self/fd"))
+            (found,) = [each for each in guest.devices() if each.variant == "doorbell"]
+            def opened(**way):
+                return guest.open(found.address, **way)
             assert (found.variant, found.vectors, found.driver) == ("doorbell", 4, ""), found
             assert found.iommu_group is None
 
             def check(device, *missing):
-                assert (device.id, device.access, device.vectors) == (1, "sysfs", 0), device
+                assert (device.id, device.access, device.vectors) == (0, "sysfs", 0), device
                 for wait in (
                     lambda: device.wait(0, 0),
                     lambda: device.wait(),
@@ -299,27 +303,27 @@ class TestSysfs:
                 device.ring(65535, 3)  # nobody is there
 
             before = command(found.address)
-            with guest.open() as device, memoryview(device.region) as memory:
+            with opened() as device, memoryview(device.region) as memory:
                 assert device.memory == "resource2"
                 check(device, "no IOMMU", "intel-iommu,intremap=on", "intel_iommu=on")
                 assert bytes(memory[:5]) == b"host!"
                 memory[-6:] = b"guest!"
                 for vector in range(4):
-                    device.ring(0, vector)
+                    device.ring(host, vector)
                 print("RANG", flush=True)
                 input()
                 assert bytes(memory[:5]) == b"again"
             assert driver(found.address) == ""
 
             # Again; twice at once; memory decoding off; each way to map the memory.
-            with guest.open() as device, guest.open(memory="resource2_wc") as other:
+            with opened() as device, opened(memory="resource2_wc") as other:
                 check(other, "no IOMMU")
                 with memoryview(device.region) as one, memoryview(other.region) as two:
                     one[7] = 123
                     assert two[7] == 123
                     assert bytes(two[-6:]) == b"guest!"
             set_command(found.address, 0)
-            with guest.open(found.address, access="sysfs") as device:
+            with opened(access="sysfs") as device:
                 check(device, "this guest has no IOMMU", "intremap=on")
                 with memoryview(device.region) as memory:
                     assert bytes(memory[-6:]) == b"guest!"
@@ -327,8 +331,8 @@ class TestSysfs:
             # Somebody uses it without saying so, and switches decoding off: we switch it on.
             (found.path / "enable").write_text("1")
             set_command(found.address, 0)
-            with guest.open() as device, memoryview(device.region) as memory:
-                assert device.id == 1
+            with opened() as device, memoryview(device.region) as memory:
+                assert device.id == 0
                 assert bytes(memory[-6:]) == b"guest!"
 
             for access, text in (
@@ -337,13 +341,13 @@ class TestSysfs:
                 ("uio", "no UIO driver for ivshmem has the device"),
             ):
                 with refused(OSError, text):
-                    guest.open(access=access)
+                    opened(access=access)
             with refused(ValueError, "sysfs cannot map the memory by 'vfio': resource2 and"):
-                guest.open(access="sysfs", memory="vfio")
-            assert guest.devices() == [found]
-            assert len(os.listdir("/proc/self/fd")) <= 4, os.listdir("/proc/self/fd")
+                opened(access="sysfs", memory="vfio")
+            assert found in guest.devices()
+            assert len(os.listdir("/proc/self/fd")) == fds, os.listdir("/proc/self/fd")
             """,
-            args=doorbell(server),
+            host.id,
         )
         with memoryview(host.region) as memory:
             memory[:5] = b"host!"

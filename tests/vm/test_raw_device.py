@@ -127,6 +127,7 @@ class ThrowawayServer:
 
 
 class TestDoorbellDevice:
+    @pytest.mark.nightly
     def test_interrupts_both_ways(self, guest: MakeGuest) -> None:
         vectors, rounds = 4, 20
         with closing(ThrowawayServer(vectors)) as server:

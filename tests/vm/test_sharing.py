@@ -17,6 +17,7 @@ from ivshmem.qemu import cmdline
 
 from .harness import MakeGuest
 from .host import TIMEOUT, Events, doorbell, until
+from .residents import Pair
 
 ECHO = """
     from ivshmem import guest
@@ -69,13 +70,15 @@ def test_host_and_guest_ring_each_other(
 
 
 def test_two_guests_ring_each_other_while_the_host_watches(
-    guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client
+    pair: Pair, pair_host: ivshmem.Client
 ) -> None:
     program = """
+        import sys
         from ivshmem import guest
+        other, host = map(int, sys.argv[1:])
         with guest.open() as device, memoryview(device.region) as memory:
             print("READY", device.id, flush=True)
-            other = int(input())
+            input()
             first = device.id < other
             for number in range(50):
                 if first:
@@ -85,34 +88,42 @@ def test_two_guests_ring_each_other_while_the_host_watches(
                 assert memory[number] == number
                 if not first:
                     device.ring(other, 1)
-            device.ring(0, 3)
-            print("DONE", flush=True)
-            input()
-    """
-    a = guest(program, args=doorbell(server), iommu=True, name="a")
-    b = guest(program, args=doorbell(server), iommu=True, name="b")
-    ids = [int(g.expect("READY").split()[1]) for g in (a, b)]
-    assert sorted(ids) == [1, 2]
-    assert host.peers == [1, 2]
-    a.send(str(ids[1]))
-    b.send(str(ids[0]))
-    for g in (a, b):
-        g.expect("DONE", TIMEOUT)
+            device.ring(host, 3)
+        """
+    a, b = pair.a.run(program, 2, pair_host.id), pair.b.run(program, 1, pair_host.id)
+    assert [each.expect("READY") for each in (a, b)] == ["READY 1", "READY 2"]
+    assert pair_host.peers == [1, 2]
+    for each in (a, b):
+        each.send("begin")
     rings = 0
     while rings < 2:
-        rang = host.wait(3, TIMEOUT)
+        rang = pair_host.wait(3, TIMEOUT)
         assert rang, a.report()
         rings += rang
-    with memoryview(host.region) as memory:
+    with memoryview(pair_host.region) as memory:
         assert bytes(memory[:50]) == bytes(range(50))
-    # A guest that powers off is seen leaving; the other one is not touched by it.
-    a.send("")
+    assert [each.wait() for each in (a, b)] == [0, 0]
+
+
+@pytest.mark.nightly
+def test_a_guest_that_powers_off_is_seen_leaving(
+    guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client
+) -> None:
+    """And the other one is not touched by it."""
+    a = guest(ECHO.replace("ROUNDS", "1"), args=doorbell(server), iommu=True, name="a")
+    a.expect("READY 1")
+    b = guest(ECHO.replace("ROUNDS", "1"), args=doorbell(server), iommu=True, name="b")
+    b.expect("READY 2")
+    a.send("end")
     assert a.wait() == 0
-    until(host, ivshmem.PeerLeft(ids[0]))
-    assert host.peers == [ids[1]]
-    b.send("")
+    until(host, ivshmem.PeerLeft(1))
+    assert host.peers == [2]
+    b.send("1 0")
+    host.ring(2, 1)
+    assert host.wait(1, TIMEOUT) == 1, b.report()
+    b.send("end")
     assert b.wait() == 0
-    until(host, ivshmem.PeerLeft(ids[1]))
+    until(host, ivshmem.PeerLeft(2))
 
 
 @pytest.mark.nightly

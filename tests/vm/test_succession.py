@@ -1,12 +1,9 @@
-"""The server is killed every second for a minute, and neither guests nor host processes notice."""
+"""The server is killed every second, and neither guests nor host processes notice."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,8 +15,11 @@ from support.peer import RawPeer
 import ivshmem
 from ivshmem.qemu import cmdline
 
-from .harness import MakeGuest
+from .harness import Guest, MakeGuest
 from .host import TIMEOUT
+from .resident import Run
+from .residents import Pair
+from .supervised import Supervised
 
 VECTORS = 2
 
@@ -48,47 +48,9 @@ COMES_AND_GOES = """
 """
 
 
-class Supervised:
-    """`ivshmem serve --supervise`: a parent, whose pid is in the pid file, and a child."""
-
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / "socket"
-        self._pid_file = directory / "pid"
-        command = [sys.executable, "-m", "ivshmem", "serve", "--supervise", "--quiet"]
-        command += ["-S", str(self.path), "-l", "1M", "-n", str(VECTORS)]
-        self.process = subprocess.Popen(
-            [*command, "--pid-file", str(self._pid_file)], stdout=subprocess.PIPE
-        )
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline().startswith(b"serving")
-
-    def parent(self) -> int:
-        return int(self._pid_file.read_text() or 0)
-
-    def child(self) -> int:
-        """The process that serves; 0 while there is none."""
-        try:
-            pid = self.parent()
-            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        except (OSError, ValueError):
-            return 0
-        return int(children[0]) if children else 0
-
-    def close(self) -> None:
-        deadline = time.monotonic() + TIMEOUT
-        while self.path.exists() and time.monotonic() < deadline:
-            with contextlib.suppress(OSError, ValueError):  # it is being replaced
-                os.kill(self.parent(), signal.SIGTERM)
-            time.sleep(0.1)
-        self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-        assert not self.path.exists()
-
-
 @pytest.fixture
 def supervised(tmp_path: Path) -> Iterator[Supervised]:
-    server = Supervised(tmp_path)
+    server = Supervised(tmp_path, VECTORS)
     yield server
     server.close()
 
@@ -151,50 +113,82 @@ class Visitors:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("seconds", [4, pytest.param(60, marks=pytest.mark.nightly)])
-def test_killed_every_second(guest: MakeGuest, supervised: Supervised, seconds: int) -> None:
+@pytest.mark.nightly
+def test_killed_every_second_for_a_minute(guest: MakeGuest, supervised: Supervised) -> None:
+    """While guests come and go."""
     arguments = cmdline.doorbell(str(supervised.path), VECTORS)
-    with ivshmem.connect(supervised.path) as host, memoryview(host.region) as memory:
+    with ivshmem.connect(supervised.path) as host:
         stays = guest(STAYS, args=arguments, iommu=True, name="stays")
         assert stays.expect("READY") == "READY 1"
-        stays.send(f"echo {host.id}")
-        rounds = 0
-        killer = Killer(supervised)
         visitors = Visitors(guest, supervised.path)
         try:
-            end = time.monotonic() + seconds
-            while time.monotonic() < end:
-                with ivshmem.connect(supervised.path, timeout=TIMEOUT) as other:
-                    other.ring(host.id, 1)
-                    assert host.wait(1, TIMEOUT)
-                for _ in range(20):
-                    before = memory[0]
-                    host.ring(1, 0)
-                    assert host.wait(0, TIMEOUT), stays.report()
-                    assert memory[0] == (before + 1) % 256
-                    rounds += 1
+            ring_while_killed(supervised, host, stays, 1, seconds=60)
         finally:
             visitors.stop()
-            killer.stop()
-        memory[8] = 1
-        assert stays.expect("DONE") == "DONE"
         assert visitors.error is None
-        print(f"{len(killer.killed)} kills, {visitors.came} visitors, {rounds} round trips")
-        assert len(killer.killed) > seconds / 2
-        assert visitors.came >= max(1, seconds // 30)
-        assert rounds > 100
-        with RawPeer(str(supervised.path)) as witness:
-            witness.set_up(VECTORS)
-            assert set(witness.counts) == {host.id, 1, witness.id}
-            until_peers(host, [1, witness.id])
-        with ivshmem.connect(supervised.path, timeout=TIMEOUT) as newcomer:
-            # The guest was told of one who came after all that.
-            stays.send(f"ring {newcomer.id}")
-            assert newcomer.wait(1, TIMEOUT), stays.report()
+        assert visitors.came >= 2
+        all_are_told(supervised, host, stays, guests=[1])
         stays.send("end")
         assert stays.wait() == 0
         until_peers(host, [])
         assert host.connected
+
+
+def test_killed_every_second(pair: Pair, pair_host: ivshmem.Client) -> None:
+    """While one guest rings, and the other one looks on."""
+    stays = pair.a.run(STAYS)
+    assert stays.expect("READY") == "READY 1"
+    ring_while_killed(pair.server, pair_host, stays, 1, seconds=4)
+    all_are_told(pair.server, pair_host, stays, guests=[1, 2])
+    stays.send("end")
+    assert stays.wait() == 0
+    looks_on = pair.b.run(STAYS)
+    assert looks_on.expect("READY") == "READY 2"
+    all_are_told(pair.server, pair_host, looks_on, guests=[1, 2])
+    looks_on.send("end")
+    assert looks_on.wait() == 0
+    assert pair_host.connected
+
+
+def ring_while_killed(
+    server: Supervised, host: ivshmem.Client, stays: Guest | Run, ident: int, seconds: int
+) -> None:
+    """The host and a guest ring each other, and clients come and go, while the server is killed."""
+    stays.send(f"echo {host.id}")
+    rounds = 0
+    killer = Killer(server)
+    try:
+        with memoryview(host.region) as memory:
+            end = time.monotonic() + seconds
+            while time.monotonic() < end or len(killer.killed) <= seconds / 2:
+                with ivshmem.connect(server.path, timeout=TIMEOUT) as other:
+                    other.ring(host.id, 1)
+                    assert host.wait(1, TIMEOUT)
+                for _ in range(20):
+                    before = memory[0]
+                    host.ring(ident, 0)
+                    assert host.wait(0, TIMEOUT), stays.report()
+                    assert memory[0] == (before + 1) % 256
+                    rounds += 1
+            memory[8] = 1
+    finally:
+        killer.stop()
+    assert stays.expect("DONE") == "DONE"
+    print(f"{len(killer.killed)} kills, {rounds} round trips")
+    assert rounds > 100
+
+
+def all_are_told(
+    server: Supervised, host: ivshmem.Client, stays: Guest | Run, guests: list[int]
+) -> None:
+    """The server, the host and a guest know of each other, and of one who comes after all that."""
+    with RawPeer(str(server.path)) as witness:
+        witness.set_up(server.vectors)
+        assert set(witness.counts) == {host.id, *guests, witness.id}
+        until_peers(host, [*guests, witness.id])
+    with ivshmem.connect(server.path, timeout=TIMEOUT) as newcomer:
+        stays.send(f"ring {newcomer.id}")
+        assert newcomer.wait(1, TIMEOUT), stays.report()
 
 
 def until_peers(client: ivshmem.Client, ids: list[int]) -> None:

@@ -14,6 +14,7 @@ import ivshmem
 from . import kernels
 from .harness import MakeGuest
 from .host import SLOW, TIMEOUT, doorbell, pluggable
+from .residents import Manual
 from .test_guest_device import plug
 
 pytestmark = pytest.mark.timeout(3 * SLOW)
@@ -32,11 +33,12 @@ def driver() -> Path:
 BEGIN = """
 import os, subprocess, sys, time
 from checks import PATIENCE, PCI, command, driver, in_child, load_module, refused, until
+from checks import unload_module
 import ivshmem
 from ivshmem import DeviceGone, IdChanged, Interrupt, guest
 
 load_module(sys.argv[1])
-(found,) = guest.devices()
+(found,) = [each for each in guest.devices() if each.variant == "doorbell"]
 address = found.address
 assert (found.driver, found.variant) == ("uio_doorbell", "doorbell"), found
 
@@ -52,14 +54,13 @@ def program(text: str) -> str:
     return BEGIN + "\n".join(line.removeprefix(" " * 8) for line in text.splitlines())
 
 
-def test_memory_and_interrupts(
-    guest: MakeGuest, server: ivshmem.Server, host: ivshmem.Client, driver: Path
-) -> None:
+def test_memory_and_interrupts(manual: Manual, manual_host: ivshmem.Client, driver: Path) -> None:
     """Each vector arrives, as one for all; and the driver has the device all the time."""
-    a = guest(
+    host = manual_host
+    a = manual.guest.run(
         program("""
-        with guest.open() as device, memoryview(device.region) as memory:
-            assert (device.access, device.memory, device.id, device.vectors) == ("uio", "uio", 1, 1)
+        with guest.open(address) as device, memoryview(device.region) as memory:
+            assert (device.access, device.memory, device.id, device.vectors) == ("uio", "uio", 0, 1)
             assert bytes(memory[:5]) == b"host!"
             memory[-6:] = b"guest!"
             for way in (
@@ -71,21 +72,22 @@ def test_memory_and_interrupts(
                     print("LISTENS", flush=True)
                     assert way() == 1
                     assert device.wait(timeout=0) is None
-                    device.ring(0, vector)
+                    device.ring(int(sys.argv[2]), vector)
             device.ring(device.id, 2)
             assert device.wait(0, PATIENCE) == 1, "ringing oneself"
             assert list(device.events(0)) == []
-        assert guest.devices() == [found]
+        assert found in guest.devices()
+        unload_module("uio_doorbell")
+        assert driver(address) == ""
         """),
-        argv=[str(driver)],
-        args=doorbell(server),
-        modules=["drivers"],
+        driver,
+        host.id,
     )
     with memoryview(host.region) as memory:
         memory[:5] = b"host!"
         for number in range(3 * 4):
             a.expect("LISTENS")
-            host.ring(1, number % 4)
+            host.ring(0, number % 4)
             assert host.wait(timeout=TIMEOUT) == (number % 4, 1), a.report()
         assert bytes(memory[-6:]) == b"guest!"
     assert a.wait(SLOW) == 0

@@ -1,4 +1,8 @@
-"""Begins the program of a guest that carries its files: it comes as the first line of stdin."""
+"""Begins a program that comes as a line of stdin: in a guest that carries its files, the only one.
+
+With the argument "stay" it begins one after the other, each in a child, and says how each has
+ended.
+"""
 
 import json
 import os
@@ -18,8 +22,7 @@ def orders() -> dict[str, object]:
     return told
 
 
-def main() -> None:
-    told = orders()
+def run(told: dict[str, object]) -> None:
     program, argv, env = told["program"], told["argv"], told["env"]
     assert isinstance(program, str)
     assert isinstance(argv, list)
@@ -30,5 +33,24 @@ def main() -> None:
     runpy.run_path(str(PROGRAM), run_name="__main__")
 
 
+def stay() -> None:
+    # For the children, which are forked in a moment: to import it takes four seconds in a guest.
+    # Here, since a guest that does not stay may have a program that does without.
+    import ivshmem.guest  # noqa: F401
+
+    print("resident: ready", flush=True)
+    while True:
+        told = orders()
+        child = os.fork()
+        if not child:
+            run(told)
+            return
+        _, status = os.waitpid(child, 0)
+        print("resident: ended with status", os.waitstatus_to_exitcode(status), flush=True)
+
+
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["stay"]:
+        stay()
+    else:
+        run(orders())

@@ -68,7 +68,7 @@ def set_command(address: str, value: int) -> None:
         config.write(value.to_bytes(2, "little"))
 
 
-_FINIT_MODULE = 313  # of x86-64
+_FINIT_MODULE, _DELETE_MODULE = 313, 176  # of x86-64
 
 
 def load_module(path: str) -> None:
@@ -81,3 +81,11 @@ def load_module(path: str) -> None:
             raise OSError(number, os.strerror(number), path)
     finally:
         os.close(fd)
+
+
+def unload_module(name: str) -> None:
+    """Take it out of the kernel, as rmmod does."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(_DELETE_MODULE, name.encode(), os.O_NONBLOCK):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), name)
