@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.emulator import QEMU, needs_qemu
 from support.leaks import names_in
 from support.mounts import HUGE, mounted, root
 
@@ -257,9 +258,9 @@ class TestProgram:
         assert check.name == "QEMU's ivshmem"
         assert check.found == f"{here.qemu} -device help: no answer in 0.2 seconds"
 
-    @pytest.mark.skipif(not shutil.which("qemu-system-x86_64"), reason="no QEMU")
+    @needs_qemu
     def test_the_real_one(self, here: Host) -> None:
-        here.qemu = Path(shutil.which("qemu-system-x86_64") or "")
+        here.qemu = Path(shutil.which(QEMU) or "")
         checks = here.examine()
         assert checks["QEMU"].found.startswith(f"{here.qemu}, version ")
         assert checks["QEMU's ivshmem"].state == "ok"

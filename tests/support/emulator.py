@@ -1,4 +1,4 @@
-"""The QEMU that tests start as a process, where no guest has to run."""
+"""The QEMU that tests run, with guests and without."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+# `make test QEMU=PATH` runs the tests on another one than Debian's.
 QEMU = os.environ.get("QEMU") or "qemu-system-x86_64"
 
 needs_qemu = pytest.mark.skipif(

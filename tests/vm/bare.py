@@ -15,7 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from . import image
+from support.emulator import QEMU
+
 from .host import TIMEOUT
 from .machine import main_memory
 from .process import spawn
@@ -23,7 +24,7 @@ from .qmp import Qmp
 from .wire import Deadline, Wire
 
 _ARGS = (
-    image.QEMU,
+    QEMU,
     *("-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg"),
     *main_memory("32M"),
     *("-machine", "q35"),

@@ -22,11 +22,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.emulator import QEMU
+
 from . import newc
 from .newc import Newc
 
-# `make test QEMU=PATH` runs the tests on another one than Debian's.
-QEMU = os.environ.get("QEMU") or "qemu-system-x86_64"
 INIT = Path(__file__).parent / "inside" / "init"
 
 # What a guest needs for its program's channel; what it needs to reach the host's files; what vfio

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.emulator import QEMU
+
 from . import carried, image
 
 # On the program's PYTHONPATH.
@@ -60,7 +62,7 @@ class Machine:
             carried.write(initrd, boot.initrd)
         return [
             *(
-                image.QEMU,
+                QEMU,
                 *BASE,
                 *(() if self.migratable else FILES),
                 *(IOMMU if self.iommu else PLAIN),

@@ -28,7 +28,7 @@ from .qmp import QmpError
 # What QEMU does with news while it unplugs differs from version to version.
 pytestmark = pytest.mark.qemu
 
-CYCLES = 20
+CYCLES = 8
 
 
 @pytest.fixture
