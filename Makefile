@@ -13,10 +13,10 @@ JOBS ?= $(shell nproc)
 VENV := .venv
 BIN := $(VENV)/bin
 WHEEL := build/wheel$(VENV:.venv%=%)
-CYTHON := $(addprefix native/,descriptors wire mapping spin bell) _core
+CYTHON := $(addprefix native/,descriptors wire mapping spin bell areas) _core
 # Not all modules are compiled, of numpy for example, but those that are imported, when they are.
 INSTALL := -m pip install --quiet --no-compile
-SOURCES := pyproject.toml setup.py $(wildcard src/ivshmem/*.* src/ivshmem/*/*.* systemd/*/*)
+SOURCES := pyproject.toml setup.py $(wildcard src/ivshmem/*.* src/ivshmem/*/*.* src/ivshmem/*/*/*.h systemd/*/*)
 
 .PHONY: help serve test test-newest-qemu parallel-tests test-pythons test-python nightly check lint docs sanitize fuzz fuzz-sanitized bench bench-roundtrips cython clean
 

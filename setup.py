@@ -5,11 +5,12 @@ release to a newer Python; where it is not, the committed C files serve, and a C
 enough.
 """
 
+import glob
 import os
 
 from setuptools import Extension, setup
 
-NATIVE = ("descriptors", "wire", "mapping", "spin", "bell")
+NATIVE = ("descriptors", "wire", "mapping", "spin", "bell", "areas")
 
 
 def extensions(suffix: str) -> list[Extension]:
@@ -17,6 +18,8 @@ def extensions(suffix: str) -> list[Extension]:
         Extension(
             f"ivshmem.{name.replace('/', '.')}",
             [f"src/ivshmem/{name}{suffix}"],
+            include_dirs=["src/ivshmem/channel"],
+            depends=glob.glob("src/ivshmem/channel/**/*.h", recursive=True),
             # No -O: it would stand behind the one in CFLAGS, of a distribution for example.
             extra_compile_args=["-fvisibility=hidden"],
         )
@@ -33,5 +36,5 @@ else:
 
 setup(
     ext_modules=modules,
-    options={"build_ext": {"parallel": os.cpu_count()}},  # six files of equal size
+    options={"build_ext": {"parallel": os.cpu_count()}},  # files of equal size
 )

@@ -24,7 +24,7 @@ from ivshmem.peer import directory as module
 from ivshmem.peer import names_table, slot_watch
 from ivshmem.peer.directory import Directory, Publication
 from ivshmem.peer.endpoint import Endpoint
-from ivshmem.peer.limits import MAGIC, MAX_SLOTS, SLOT_BYTES
+from ivshmem.peer.limits import AREA_START, MAGIC, MAX_SLOTS, SLOT_BYTES
 from ivshmem.peer.names_table import DEFAULT_SLOTS, NAME_BYTES, ROLE_BYTES, VERSION, Entry
 from ivshmem.protocol.limits import MAX_ID, MAX_VECTORS
 from ivshmem.system import time_limits
@@ -35,7 +35,7 @@ from .target import Finding, Scripted
 _AHEAD = 4096  # bytes at the region's begin that are looked at
 _SIZES = (4096, 8192, 16384, 1 << 20)
 _BEAT, _LEASE = 0.02, 0.05
-_TRAILER = struct.Struct("<8s8xIII100x")
+_TRAILER = struct.Struct("<8s8xIII4xQQ80x")
 _SLOT = struct.Struct("<QQIHHH6x48s32s16x")
 
 FORMS = {
@@ -48,7 +48,7 @@ FORMS = {
     "beat": "",  # what the thread does
     "time": "b",  # hundredths of a second that go by
     "close": "",
-    "trailer": "wbb",  # slots, version; whether its checksum is right
+    "trailer": "wbbww",  # slots, version; whether its checksum is right; area: offset, size
     "slot": "bbqwwws",  # which, bits of what is right, owner, id, first vector, vectors, name
     "move": "bq",  # slot, what its beat becomes
     "owner": "bq",  # slot, whose it becomes
@@ -223,6 +223,11 @@ class Player:
         self.directories.append(cast(_Quiet, directory))
         if not 1 <= directory.slots <= MAX_SLOTS or directory.start < 0:
             raise Finding(f"{directory}")
+        area = directory.channels
+        if area is not None and not (
+            AREA_START <= area.start < area.stop <= directory.start and area.start % 4096 == 0
+        ):
+            raise Finding(f"{directory}: {area} for channels")
 
     def _op_open(self, which: int) -> None:
         if len(self.directories) < 4:
@@ -310,9 +315,13 @@ class Player:
     def _at(self, slot: int) -> int:
         return min(self._start() + slot % 64 * SLOT_BYTES, self.region.size - SLOT_BYTES)
 
-    def _op_trailer(self, slots: int, version: int, right: int) -> None:
+    def _op_trailer(self, slots: int, version: int, right: int, area: int, area_size: int) -> None:
         number = VERSION if version < 200 else version
-        data = bytearray(_TRAILER.pack(MAGIC, 0, number, slots))
+        # Odd numbers are near the end of what 64 bits hold.
+        sizes = [
+            (unit * size) ^ -(size & 1) % 2**64 for unit, size in ((2048, area), (512, area_size))
+        ]
+        data = bytearray(_TRAILER.pack(MAGIC, 0, number, slots, *sizes))
         if right < 200:
             data[16:20] = _sum(data)
         self._put(self.region.size - SLOT_BYTES, bytes(data))
@@ -397,7 +406,7 @@ class DirectoryTarget(Scripted):
         [
             [Op("create", (1, 7))],
             [Op("create", (2, 7)), Op("publish", (0, 2, 255)), slot(0, b"b"), Op("entries")],
-            [Op("trailer", (7, 0, 0)), Op("open", (0,))],
+            [Op("trailer", (7, 0, 0, 0, 0)), Op("open", (0,))],
             [],
         ],
         [name.encode(errors="surrogatepass") for name in NAMES],
@@ -431,13 +440,20 @@ class DirectoryTarget(Scripted):
             [*both, Op("later", (9,)), slot(2, b"a", owner=5), Op("publish", (1, 2, 4))],
             [one, *[slot(n, b"n%d" % n, owner=n + 1) for n in range(7)], Op("publish", (0, 0, 9))],
             [one, slot(1, b"a", peer=9), Op("move", (1, 5)), Op("entries"), Op("time", (1,))],
-            [Op("trailer", (31, 0, 0)), Op("open", (0,)), slot(3, b"b"), Op("lookup", (17,))],
-            [Op("start", (255, 0)), Op("trailer", (4095, 0, 0)), Op("open", (1,)), Op("entries")],
+            [Op("trailer", (31, 0, 0, 0, 0)), Op("open", (0,)), slot(3, b"b"), Op("lookup", (17,))],
+            [
+                Op("start", (255, 0)),
+                Op("trailer", (4095, 0, 0, 0, 0)),
+                Op("open", (1,)),
+                Op("entries"),
+            ],
             [
                 Op("start", (0, 1)),
-                Op("trailer", (9, 0, 0)),
+                Op("trailer", (9, 0, 0, 0, 0)),
                 Op("open", (2,)),
                 Op("publish", (0, 2, 1)),
             ],
-            [Op("trailer", (31, 255, 0)), Op("open", (0,)), Op("create", (0, 9))],
+            [Op("trailer", (31, 255, 0, 0, 0)), Op("open", (0,)), Op("create", (0, 9))],
+            [Op("start", (255, 0)), Op("trailer", (31, 0, 0, 4, 16)), Op("open", (0,))],
+            [Op("start", (255, 0)), Op("trailer", (31, 0, 0, 4, 17)), Op("open", (0,))],
         ]

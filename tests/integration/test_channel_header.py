@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from ivshmem import channel
+from ivshmem import Directory, Region, channel
 
 PROGRAMS = Path(__file__).parents[1] / "channel"
 WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
@@ -57,8 +57,10 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return built
 
 
-def output_of(*command: str | Path, timeout: float = 300) -> str:
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+def output_of(*command: str | Path, timeout: float = 300, pass_fds: tuple[int, ...] = ()) -> str:
+    ended = subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, check=False, pass_fds=pass_fds
+    )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout
 
@@ -87,6 +89,30 @@ def test_at_each_step(build: Build, program: str, operation: str, way: str) -> N
 def test_readers_that_drop_the_newest(build: Build) -> None:
     """`missed` counts them, whatever becomes of a reader; no cell is lost, or used too early."""
     assert output_of(build("discard", *ADDRESSES)) == "ended well\n"
+
+
+def test_it_reads_the_directory(build: Build) -> None:
+    """The area, and whom to ring, as Python stored it."""
+    program = build("directory", *ADDRESSES)
+    with Region.create("1M") as region, Directory.create(region) as directory:
+        fd = region.fileno()
+
+        def finds(*names: str) -> list[str]:
+            return output_of(program, str(fd), *names, pass_fds=(fd,)).splitlines()
+
+        assert finds("a") == ["no area: -3", "-7"]
+        area = Directory.create(region, channels="64K").channels
+        assert area is not None
+        longest = "n" * 47
+        for peer, name in enumerate(["a", "ab", "ä", longest]):
+            directory.publish(name, vector_range=range(peer, 9), id=peer + 65532)
+        found = [f"{65532 + peer}: {9 - peer} from {peer}" for peer in range(4)]
+        assert finds("a", "ab", "ä", longest) == [f"area {area.start} 65536 16 8", *found]
+        assert finds("", "b", "abc", longest[1:], longest + "n")[1:] == ["-7"] * 5
+
+
+def test_hostile_directories(build: Build) -> None:
+    assert output_of(build("directory", *ADDRESSES), "hostile", "20000") == "ended well\n"
 
 
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.nightly)])

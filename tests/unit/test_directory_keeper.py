@@ -162,6 +162,7 @@ def test_the_memory_is_never_exported() -> None:
             assert table.lookup("a").role == "role"
             region.write(2048, bytes(4096 - 2048))  # everything, the trailer too
             until(lambda: table.entries() and mine.lost == "")
+            until(lambda: names_table.trailer_of(region) is not None)
             with Directory.open(place, **QUICK) as other:
                 assert [entry.name for entry in other.entries()] == ["a"]
 

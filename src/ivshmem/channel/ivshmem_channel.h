@@ -20,6 +20,7 @@
 
 #include "ivshmem_channel/bytes.h"
 #include "ivshmem_channel/calls.h"
+#include "ivshmem_channel/directory.h"
 #include "ivshmem_channel/value.h"
 
 #endif

@@ -32,11 +32,13 @@ from typing import Any, NamedTuple, Protocol, SupportsIndex, TypeVar, cast
 
 from ..errors import ClosedError, DirectoryFull, NameTaken, NoDirectory, NoSuchName, RegionError
 from ..memory.region import Region
+from ..memory.sizes import parse_size
 from ..native import mapping
 from ..protocol.limits import MAX_ID, MAX_VECTORS
 from ..system.time_limits import deadline_of, seconds_of
 from ..system.uncopied import Uncopied
 from ..text import counted
+from .channel_area import place_of, set_aside
 from .endpoint import Endpoint
 from .limits import MAX_SLOTS, SLOT_BYTES
 from .names_table import (
@@ -45,12 +47,13 @@ from .names_table import (
     OWNER,
     ROLE_BYTES,
     Entry,
+    Trailer,
     check_text,
     copy_slot,
     default_slots,
     make_table,
     pack,
-    slots_of,
+    trailer_of,
     write_trailer,
 )
 from .slot_watch import Slot, WatchedSlots
@@ -96,7 +99,8 @@ class Directory(Uncopied):
     only for reading needs no `close()`.
 
     Attributes:
-        start: the offset where the directory begins; the bytes before it are the program's.
+        start: the offset where the directory begins; the bytes before it are the program's, except
+            `channels`.
         slots: how many entries there can be.
     """
 
@@ -109,14 +113,14 @@ class Directory(Uncopied):
 
     @classmethod
     def _over(
-        cls, place: Endpoint | Region, slots: int, *, beat: float = BEAT, lease: float = LEASE
+        cls, place: Endpoint | Region, trailer: Trailer, *, beat: float = BEAT, lease: float = LEASE
     ) -> Directory:
         """Use a table that exists; see `create` and `open`."""
         self = cls.__new__(cls)
-        self._begin(place, slots, beat, lease)
+        self._begin(place, trailer, beat, lease)
         return self
 
-    def _begin(self, place: Endpoint | Region, slots: int, beat: float, lease: float) -> None:
+    def _begin(self, place: Endpoint | Region, trailer: Trailer, beat: float, lease: float) -> None:
         for what, seconds in (("beat", beat), ("lease", lease)):
             if not isinstance(seconds, int | float):
                 raise TypeError(f"{what}: seconds are a number, not {seconds!r}")
@@ -125,8 +129,10 @@ class Directory(Uncopied):
         if not 2 * beat < lease:
             raise ValueError(f"a lease of {lease:g} s is too short for a beat every {beat:g} s")
         self._region, self._endpoint = _found_in(place)
-        self.slots = slots
-        self._table = WatchedSlots(self._region, slots, beat, lease)
+        self._trailer = trailer
+        self._trailer_is_lost = False  # at the last beat
+        self.slots = trailer.slots
+        self._table = WatchedSlots(self._region, trailer.slots, beat, lease)
         self.start = self._table.start
         self._beat = beat
         self._lease = lease
@@ -147,6 +153,7 @@ class Directory(Uncopied):
         place: Endpoint | Region,
         slots: SupportsIndex | None = None,
         *,
+        channels: SupportsIndex | str | None = None,
         beat: float = BEAT,
         lease: float = LEASE,
     ) -> Directory:
@@ -159,11 +166,14 @@ class Directory(Uncopied):
             place: an endpoint or a region, as in `open`.
             slots: how many entries there can be, 1..4095. None: as many as an existing directory
                 has; else 63, which take 8 KiB, or as many as half of a smaller region holds.
+            channels: bytes to set aside for channels, or a size such as "64M"; at least 16 KiB.
+                They lie before the names, and never in the region's first 8 KiB. If the region has
+                that area already, it stays as it is. None: none, or those that are there.
             beat, lease: as in `open`.
 
         Raises:
-            RegionError: they do not fit; the region has a directory of another size; or it has none
-                and is mapped for reading only.
+            RegionError: they do not fit; the region has a directory, or an area, of another size;
+                or it has none and is mapped for reading only.
             NoDirectory: the region has a directory of another version.
             ClosedError: the region is closed.
         """
@@ -173,15 +183,19 @@ class Directory(Uncopied):
             raise RegionError(
                 f"a directory of {counted(wanted, 'slot')}: allowed are 1 to {MAX_SLOTS}"
             )
-        there = slots_of(region)
-        if there is None:
-            there = wanted or default_slots(region.size)
-            make_table(region, there)
-        elif wanted not in (None, there):
-            raise RegionError(
-                f"the region has a directory already, of {counted(there, 'slot')}, not {wanted}"
-            )
-        return cls._over(place, there, beat=beat, lease=lease)
+        size = None if channels is None else parse_size(channels)
+        trailer = trailer_of(region)
+        if trailer is None:
+            trailer = Trailer(wanted or default_slots(region.size))
+            if size is not None:
+                place_of(region.size, trailer.slots, size)  # before anything is made
+            make_table(region, trailer.slots)
+        elif wanted not in (None, trailer.slots):
+            there = counted(trailer.slots, "slot")
+            raise RegionError(f"the region has a directory already, of {there}, not {wanted}")
+        if size is not None:
+            trailer = set_aside(region, trailer, size)
+        return cls._over(place, trailer, beat=beat, lease=lease)
 
     @classmethod
     def open(
@@ -202,13 +216,18 @@ class Directory(Uncopied):
             ClosedError: the region is closed.
         """
         region, _ = _found_in(place)
-        slots = slots_of(region)
-        if slots is None:
+        trailer = trailer_of(region)
+        if trailer is None:
             raise NoDirectory(
                 "the region has no directory of names: make one by `ivshmem serve --names`, or by"
                 " Directory.create"
             )
-        return cls._over(place, slots, beat=beat, lease=lease)
+        return cls._over(place, trailer, beat=beat, lease=lease)
+
+    @property
+    def channels(self) -> range | None:
+        """The bytes of the region that are set aside for channels, by `create`; None: none are."""
+        return self._trailer.area
 
     # -- reading ----------------------------------------------------------------------------------
 
@@ -525,13 +544,23 @@ class Directory(Uncopied):
                 if slot.alive is False:
                     self._table.free(slot.number, slot.owner)
             with contextlib.suppress(NoDirectory):  # of another version, which will overwrite ours
-                if slots_of(self._region) is None:  # a peer overwrote it, and we still use it
-                    write_trailer(self._region, self.slots)
+                self._keep_trailer()
         if trouble is not None:
             self._note_trouble(trouble)
         elif self._trouble:
             _log.info("the directory of names: all is well again")
             self._trouble = ""
+
+    def _keep_trailer(self) -> None:
+        """Restore the trailer if a peer overwrote it, because this process still uses the table."""
+        found = trailer_of(self._region)
+        if found is None:
+            # At two beats: a peer that is setting an area aside stores the trailer word by word.
+            if self._trailer_is_lost:
+                write_trailer(self._region, self._trailer)
+        elif self._trailer.area is None and found.slots == self.slots:
+            self._trailer = found  # a peer has set an area aside since
+        self._trailer_is_lost = found is None
 
     def _note_trouble(self, error: Exception) -> None:
         """Log a trouble once, not at each beat."""

@@ -11,13 +11,14 @@ from __future__ import annotations
 import struct
 import zlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..errors import NoDirectory, RegionError
 from ..memory.region import Region
 from ..memory.sizes import format_size
 from ..protocol.limits import MAX_VECTORS
 from ..text import counted
-from .limits import MAGIC, MAX_SLOTS, SLOT_BYTES
+from .limits import AREA_PAGE, AREA_START, MAGIC, MAX_SLOTS, SLOT_BYTES
 
 # The format, which docs/reference/file-formats.md draws. All of it is little-endian, as the
 # machines are that this package is for, so that the atomics of native/mapping, which have the
@@ -27,7 +28,7 @@ DEFAULT_SLOTS = 63
 VERSION = 1
 
 SLOT = struct.Struct("<QQ I HHH6x 48s 32s 16x")  # owner, beat, crc, id, vectors, name, role
-TRAILER = struct.Struct("<8s8x I II 100x")  # magic, crc, version, slots
+TRAILER = struct.Struct("<8s8x I II 4x QQ 80x")  # magic, crc, version, slots, area: offset, size
 OWNER, BEAT_OFFSET = 0, 8  # offsets in a slot
 
 
@@ -48,6 +49,18 @@ class Entry:
     role: str
     vector_range: range
     alive: bool | None
+
+
+class Trailer(NamedTuple):
+    """What the trailer says.
+
+    Attributes:
+        slots: of the table.
+        area: the bytes that are set aside for channels; None: none are.
+    """
+
+    slots: int
+    area: range | None = None
 
 
 # -- the format -----------------------------------------------------------------------------------
@@ -105,8 +118,8 @@ def check_text(what: str, text: str, least: int, most: int) -> None:
         raise ValueError(f"{what} {text!r}: {least} to {most} bytes of UTF-8 are allowed")
 
 
-def slots_of(region: Region) -> int | None:
-    """Return how many slots the directory of a region has; None: there is no valid one.
+def trailer_of(region: Region) -> Trailer | None:
+    """Return what the trailer of a region's directory says; None: there is no valid one.
 
     Raises:
         NoDirectory: it has another version.
@@ -114,7 +127,7 @@ def slots_of(region: Region) -> int | None:
     if region.size < 2 * SLOT_BYTES:
         return None
     raw = copy_slot(region, region.size - SLOT_BYTES)
-    magic, crc, version, slots = TRAILER.unpack(raw)
+    magic, crc, version, slots, area, area_size = TRAILER.unpack(raw)
     if magic != MAGIC or crc != checksum(raw):
         return None
     if version != VERSION:
@@ -124,7 +137,11 @@ def slots_of(region: Region) -> int | None:
         )
     if not 1 <= slots <= MAX_SLOTS or not _fits(region.size, slots):
         return None
-    return int(slots)
+    # An area that cannot be there is as none: the names can be used nevertheless.
+    fits = area >= AREA_START and area + area_size <= start_of(region.size, slots)
+    if not fits or area % AREA_PAGE or not area_size:
+        return Trailer(slots)
+    return Trailer(slots, range(area, area + area_size))
 
 
 def make_table(region: Region, slots: int) -> None:
@@ -141,12 +158,13 @@ def make_table(region: Region, slots: int) -> None:
         raw = copy_slot(region, offset)
         if any(raw[:8]) and parse(raw) is None:
             region.atomic_u64(offset + OWNER).store(0)
-    write_trailer(region, slots)
+    write_trailer(region, Trailer(slots))
 
 
-def write_trailer(region: Region, slots: int) -> None:
-    crc = checksum(TRAILER.pack(MAGIC, 0, VERSION, slots))
-    data = TRAILER.pack(MAGIC, crc, VERSION, slots)
+def write_trailer(region: Region, trailer: Trailer) -> None:
+    area = trailer.area or range(0)
+    fields = VERSION, trailer.slots, area.start, len(area)
+    data = TRAILER.pack(MAGIC, checksum(TRAILER.pack(MAGIC, 0, *fields)), *fields)
     start = region.size - SLOT_BYTES
     for offset in range(0, SLOT_BYTES, 8):
         word = int.from_bytes(data[offset : offset + 8], "little")

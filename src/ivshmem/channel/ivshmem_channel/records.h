@@ -205,6 +205,21 @@ static inline void ivshmem_records_sweep(const struct ivshmem_area *area)
     }
 }
 
+/* Free all places, whatever became of their processes, and the records that were half made. The
+ * caller knows that none of them is left: no other process has the memory, or its contents came from
+ * a file or from another machine. How many places there were. */
+static inline unsigned ivshmem_area_sweep(const struct ivshmem_area *area)
+{
+    unsigned freed = 0;
+    for (unsigned index = 0; index < area->places; index++) {
+        uint64_t number = ivshmem_load(&area->memory, ivshmem_place_at(area, index));
+        if (ivshmem_value(number) != 0)
+            freed += (unsigned)ivshmem_place_free(area, index, number);
+    }
+    ivshmem_records_sweep(area);
+    return freed;
+}
+
 /* Whether a record has this name, which 64 bytes hold, padded with zeros. */
 static inline int ivshmem_record_is_named(const struct ivshmem_area *area, unsigned index,
                                           const char *name)
