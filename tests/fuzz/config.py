@@ -24,6 +24,7 @@ name = "db"
 existing = "grow"
 keep = true
 names = 63
+channels = "1M"
 mode = "0660"
 owner = "root"
 group = 0

@@ -141,6 +141,7 @@ class TestWhatItSays:
             "memory_leads_to": "",
             "paused": "",
             "holds_leaves": False,
+            "channels": 0,
         }
         assert peer.pop("since") == server.peers[0].since
         assert peer == {

@@ -451,6 +451,10 @@ REFUSED = {
     "socket": ({"socket": "/x"}, 'region.a.socket = "/x": it cannot change from "'),
     "hugepages": ({"hugepages": "2M"}, 'region.a.hugepages = "2M": it cannot change from false'),
     "names": ({"names": 5}, "region.a.names = 5: it cannot change from nothing"),
+    "channels": (
+        {"channels": 65536},
+        'region.a.channels = "64K": it cannot change from nothing',
+    ),
 }
 
 

@@ -51,6 +51,7 @@ REGION: dict[str, Any] = {
     "memory": "m",
     "paused": "x",
     "holds_leaves": True,
+    "channels": 65536,
     "counts": {"joins": 3, "leaves": 2},
     "peers": [PEER],
 }

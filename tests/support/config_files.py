@@ -58,6 +58,9 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
     "existing": (f'{A}existing = "x"', "expected one of attach, grow, refuse, replace, require"),
     "list": (f'{A}existing = ["attach"]', "existing = ['attach']: expected one of attach"),
     "slots": (f"{A}names = 4096", "names = 4096: expected a number from 0 to 4095"),
+    "channels": (f'{A}channels = "8K"', 'channels = "8K": at least 16K'),
+    "few channels": (f"{A}channels = 4096", "channels = 4096: at least 16K"),
+    "true channels": (f"{A}channels = true", 'channels = true: expected a size, such as "1M"'),
     "decimal mode": (f"{A}mode = 660", "mode = 660: expected up to three octal digits in quotes"),
     "mode": (f'{A}mode = "7777"', 'mode = "7777": expected up to three octal digits'),
     "digits": (f'{A}mode = "٦٦٠"', "up to three octal digits"),
@@ -83,6 +86,10 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
     "room for names": (
         f"{A}size = 4096\nnames = 32",
         "they take 4224 bytes, and the region has 4K",
+    ),
+    "room for channels": (
+        f'{A}size = "1M"\nchannels = "1M"',
+        'region.a.channels = "1M": 1M for channels: a region of 1M has room for 16K to 1008K',
     ),
     # what one region says to another
     "one socket": (

@@ -62,6 +62,7 @@ def test_everything(file: Path) -> None:
         existing = "replace"
         keep = true
         names = 15
+        channels = "1M"
         mode = "0660"
         owner = "root"
         group = 0
@@ -88,6 +89,7 @@ def test_everything(file: Path) -> None:
                 existing="replace",
                 keep=True,
                 names=15,
+                channels=1 << 20,
                 mode=0o660,
                 owner="root",
                 group=0,
@@ -201,6 +203,7 @@ regions = st.builds(
     existing=st.sampled_from(["attach", "refuse", "replace"]),
     keep=st.booleans(),
     names=st.none() | st.integers(0, 4095),
+    channels=st.none() | st.integers(16384, 1 << 22),
     mode=st.none() | st.integers(0, 0o777),
     owner=accounts,
     group=accounts,

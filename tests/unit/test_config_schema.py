@@ -23,9 +23,10 @@ VALIDATOR = jsonschema.Draft7Validator(schema())
 
 # Files that are wrong for a reason that a schema cannot know.
 ONLY_THE_LOADER = {
-    *("size", "hugepages"),  # powers of two, this machine
+    *("size", "channels", "hugepages"),  # powers of two, this machine
     *("owner", "group"),  # this machine's accounts
-    *("readonly", "grow", "huge pages", "room for names"),  # what one setting says to another
+    # what one setting says to another
+    *("readonly", "grow", "huge pages", "room for names", "room for channels"),
     *("one socket", "one name", "one memory", "control"),  # what one region says to another
 }
 
@@ -44,6 +45,7 @@ GOOD = {
         existing = "replace"
         keep = true
         names = 15
+        channels = "1M"
         mode = "0660"
         owner = "root"
         group = 0

@@ -9,7 +9,7 @@ import argparse
 import os
 
 from ..peer import default_paths
-from ..peer.limits import MAX_SLOTS
+from ..peer.limits import LEAST_AREA, MAX_SLOTS
 from ..protocol.limits import MAX_VECTORS
 from ..service.limits import DEFAULT_SIZE, EXISTING
 
@@ -111,6 +111,13 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         type=slots,
         help="reserve a directory of names at the end of the memory, where peers publish their"
         " names, with SLOTS slots (default: 63 if there is space)",
+    )
+    memory.add_argument(
+        "--channels",
+        metavar="SIZE",
+        type=area_size,
+        help="set SIZE of the memory aside for channels (16K or more, for instance 64M), before a"
+        " directory of names",
     )
 
 
@@ -234,6 +241,23 @@ def vectors(text: str) -> int:
 def slots(text: str) -> int:
     """A number of slots for names from the command line."""
     return _number(text, 1, MAX_SLOTS, " slots")
+
+
+def area_size(text: str) -> int:
+    """The size of an area for channels from the command line."""
+    # Here: few command lines have one.
+    from ..errors import RegionError
+    from ..memory.sizes import format_size, parse_size
+
+    try:
+        size = parse_size(text)
+    except RegionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if size < LEAST_AREA:
+        raise argparse.ArgumentTypeError(
+            f"{format_size(size)} for channels: at least {format_size(LEAST_AREA)}"
+        )
+    return size
 
 
 def positive(text: str) -> int:

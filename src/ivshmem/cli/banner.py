@@ -64,6 +64,7 @@ def _whole(served: Served, several: bool, pid: int) -> str:
         f"{_for_libvirt(served)}"
         f"  host:    {cmdline.shell(connect)}"
         + ("" if served.directory is None else f"\n  names:   {room(served.directory)}")
+        + _channels(served.directory)
     )
 
 
@@ -152,6 +153,11 @@ def _access(region: RegionConfig) -> list[str]:
         "joins per minute": region.joins_per_minute,
     }
     return [f"{what} {value}" for what, value in said.items() if value is not None]
+
+
+def _channels(directory: Directory | None) -> str:
+    area = None if directory is None else directory.channels
+    return "" if area is None else f"\n  channels: {format_size(len(area))} from {area.start:#x} on"
 
 
 def room(directory: Directory) -> str:

@@ -77,8 +77,10 @@ def region_line(region: StatusReply) -> str:
     """What is served, and where."""
     where = " ".join(filter(None, (region["source"], region["memory"])))
     vectors = counted(region["vectors"], "vector")
+    channels = region.get("channels", 0)
+    aside = f", {format_size(channels)} for channels" if channels else ""
     return (
-        f"region {region['name']}: {format_size(region['size'])} ({where}), {vectors}, on"
+        f"region {region['name']}: {format_size(region['size'])} ({where}){aside}, {vectors}, on"
         f" {region['socket']}{_LOST.get(region.get('memory_leads_to', ''), '')}"
     )
 

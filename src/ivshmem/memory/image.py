@@ -40,7 +40,7 @@ from ..errors import ImageError, WrongKind
 from ..system import safe_files
 from ..system.uncopied import Uncopied
 from ..text import counted, plain
-from . import raw_image
+from . import left_places, raw_image
 from .blocks import (
     BLOCK,
     ImageInfo,
@@ -211,7 +211,9 @@ def load(
 ) -> ImageInfo:
     """Set a region's bytes to what `save` wrote to a file.
 
-    The file is read twice: it is checked to its end before the region changes.
+    The file is read twice: it is checked to its end before the region changes. If the region then
+    has an area for channels, all places in it are freed: messages that were saved can be read, and
+    processes that take part join again.
 
     Args:
         raw: the file was saved with `raw`, or is any file of the region's size. It is checked if
@@ -230,8 +232,15 @@ def load(
     """
     note = progress or no_progress
     if raw:
-        return raw_image.load(region, path, note, accept_owner)
-    with _Reader(os.fspath(path), accept_owner) as reader:
+        info = raw_image.load(region, path, note, accept_owner)
+    else:
+        info = _load(region, os.fspath(path), note, accept_owner)
+    left_places.free_places(region)
+    return info
+
+
+def _load(region: Region, path: str, note: OnProgress, accept: Users) -> ImageInfo:
+    with _Reader(path, accept) as reader:
         info = reader.info
         check_fits(region, info, reader.path)
         for _ in reader.pieces(lambda done, total: note(done, 2 * total)):

@@ -66,6 +66,8 @@ class Server(Uncopied):
         vectors: of each peer, 0..2048.
         names: make a directory of names at the end of the memory, as `ivshmem serve --names` does:
             True, with the usual number of slots; or that number. One that is there is used.
+        channels: bytes, or a text such as "64M", to set aside for channels, as `ivshmem serve
+            --channels` does; see Directory.create. There is a directory of names then, too.
         on_join, on_leave: called with a Peer, by the thread that runs the server. `on_leave` is not
             called for peers that `close()` disconnects. What they raise is logged.
         gate: called with the credentials of each process that connects, and the number of peers
@@ -105,7 +107,7 @@ class Server(Uncopied):
         path: of the socket, absolute.
         region: the memory.
         vectors: of each peer.
-        directory: of names, if `names` asked for one; else None.
+        directory: of names, if `names` or `channels` asked for one; else None.
         error: what ended the thread of `start()`; None: nothing did.
 
     Raises:
@@ -134,6 +136,7 @@ class Server(Uncopied):
         vectors: int = 1,
         *,
         names: bool | int = False,
+        channels: SupportsIndex | str | None = None,
         on_join: Callable[[Peer], object] | None = None,
         on_leave: Callable[[Peer], object] | None = None,
         gate: Gate | None = None,
@@ -159,10 +162,10 @@ class Server(Uncopied):
                 self.region = undo.enter_context(Region.create(memory))
             # QEMU aborts on what is no power of two.
             check_size(self.region.size, PAGE, what="memory that guests share")
-            if names is not False:
+            if names is not False or channels is not None:
                 from ..peer.directory import Directory  # here: few regions have names
 
-                self.directory = Directory.create(self.region, slots)
+                self.directory = Directory.create(self.region, slots, channels=channels)
                 undo.callback(self.directory.close)
             shared = descriptors.FdArray.copy(self.region.fileno())
             undo.callback(shared.close)

@@ -39,6 +39,7 @@ class RegionConfig(NamedTuple):
         accept_owner: other users whose name or file is accepted; see Region.attach.
         keep: do not remove the name at the end, even if this server made it.
         names: slots in a directory of names; 0: the usual number; None: no directory.
+        channels: bytes set aside for channels, which need a directory of names; None: none.
         mode, owner, group: of the socket; see Listener.
         allow, deny, readonly_for, peers_per_uid, joins_per_minute: see Rules.
         hold_leaves: never tell QEMU that a peer left, so that its device can be unplugged.
@@ -57,6 +58,7 @@ class RegionConfig(NamedTuple):
     accept_owner: tuple[str, ...] = ()
     keep: bool = False
     names: int | None = None
+    channels: int | None = None
     mode: int | None = None
     owner: int | str | None = None
     group: int | str | None = None
@@ -76,6 +78,11 @@ class RegionConfig(NamedTuple):
             self.peers_per_uid,
             self.joins_per_minute,
         )
+
+    @property
+    def has_directory(self) -> bool:
+        """Whether there is to be a directory of names, which also says where channels are."""
+        return self.names is not None or self.channels is not None
 
     @property
     def restricts(self) -> bool:
@@ -148,6 +155,14 @@ def problems(region: RegionConfig) -> list[str]:
             f".names = {region.names}: they take {taken} bytes, and the region has"
             f" {format_size(size)}"
         )
+    elif region.channels is not None and (region.size is not None or not lasting):
+        from ..peer.channel_area import place_of  # here: few regions have channels
+        from ..peer.names_table import default_slots
+
+        try:
+            place_of(size, region.names or default_slots(size), region.channels)
+        except ValueError as error:
+            found.append(f'.channels = "{format_size(region.channels)}": {error}')
     return found
 
 

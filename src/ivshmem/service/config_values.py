@@ -19,7 +19,7 @@ from typing import Any
 from ..memory.pages import PAGE, huge_page_size
 from ..memory.region import posix_path
 from ..memory.sizes import LARGEST, check_size, format_size, parse_size
-from ..peer.limits import MAX_SLOTS
+from ..peer.limits import LEAST_AREA, MAX_SLOTS
 from ..protocol.limits import MAX_VECTORS
 from ..server.access import Rules
 from ..system.accounts import group_id, user_id
@@ -154,6 +154,17 @@ def _names(value: object) -> int | None:
     return _number(0, MAX_SLOTS)(value)
 
 
+def _channels(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError('expected a size, such as "1M"')
+    size = parse_size(value)
+    if size < LEAST_AREA:
+        raise ValueError(f"at least {format_size(LEAST_AREA)}")
+    if size > LARGEST:
+        raise ValueError(f"the largest is {format_size(LARGEST)}")
+    return size
+
+
 def _rules(value: object) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
         raise ValueError('expected a list of texts, such as ["uid:1000"]')
@@ -231,6 +242,11 @@ REGION: dict[str, Setting] = {
         _names,
         _either(_IS_FLAG, _integer(0, MAX_SLOTS)),
         "a directory of names at the end of the memory: true, or how many slots",
+    ),
+    "channels": Setting(
+        _channels,
+        _either(_integer(LEAST_AREA, LARGEST), _IS_TEXT_OF_SIZE),
+        "how much of the memory is set aside for channels, before a directory of names",
     ),
     "mode": Setting(_mode, _string(_MODE), 'permissions of the socket, such as "0660"'),
     "owner": Setting(_account(user_id), _IS_ACCOUNT, "user that the socket belongs to"),

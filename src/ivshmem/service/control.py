@@ -53,6 +53,7 @@ known one changes its meaning. Times are seconds since the epoch, sizes are byte
              vectors, size, page_size, file_system (that the memory is on), source,
              memory (name or path), memory_leads_to ("this", "nothing", "another": RegionInfo; "":
              it has no name), paused (why newcomers wait; "": they do not), holds_leaves,
+             channels (bytes that are set aside for them, or 0),
              counts {joins, leaves, messages, ..: since the start}, peers
     peer     id, pid, uid, gid, process, names (claimed in the directory of names), vectors, since,
              readonly, set_up (it was sent its whole set-up), pending (messages still to be sent to

@@ -89,6 +89,7 @@ _REGION = json_shapes.record(
     {
         "file_system": json_shapes.text(),
         "holds_leaves": json_shapes.flag(),
+        "channels": _COUNT,
         "unreachable": json_shapes.text(),
         "memory_leads_to": json_shapes.text(),
     },

@@ -82,12 +82,28 @@ def open_region(config: RegionConfig, inherited: Listener | None = None) -> Open
         if created and region.source == "posix":
             undo.callback(region.unlink)
         directory = None
-        if config.names is not None:
+        if config.has_directory:
             from ..peer.directory import Directory  # here: few regions have names
 
-            directory = Directory.create(region, config.names or None)
+            directory = Directory.create(region, config.names or None, channels=config.channels)
+        if not (created or region.readonly):
+            _free_places(region)
         undo.pop_all()
     return Opened(listener, region, created, directory)
+
+
+def _free_places(region: Region) -> None:
+    """Free what earlier processes have of the area for channels, if all of them are gone.
+
+    A server that ended leaves its peers their memory, so they may still be there.
+    """
+    from ..memory import left_places  # here: few regions exist before their server
+    from ..system import sole_holder
+
+    if left_places.has_area(region):
+        with sole_holder.alone_with(region.fileno()) as alone:
+            if alone:
+                left_places.free_places(region)
 
 
 def open_memory(config: RegionConfig) -> tuple[Region, bool]:

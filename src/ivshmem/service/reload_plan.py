@@ -111,6 +111,6 @@ def _shown(value: object, key: str = "") -> str:
     """A value as it stands in a file."""
     import json  # here: a server needs it only when it changes
 
-    if isinstance(value, int) and key == "size":
+    if isinstance(value, int) and key in ("size", "channels"):
         value = format_size(value)
     return "nothing" if value is None else json.dumps(value)

@@ -475,7 +475,7 @@ class Service(Loop):
                 shared, source=record.source, name=record.source_name, keep_on_error=True
             )
             directory = None
-            if config.names is not None:
+            if config.has_directory:
                 from ..peer.directory import Directory  # here: few regions have names
 
                 with contextlib.suppress(NoDirectory):

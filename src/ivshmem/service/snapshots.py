@@ -60,7 +60,7 @@ _CONFIG = json_shapes.record(
         "hugepages": json_shapes.either(json_shapes.flag(), json_shapes.text()),
         **dict.fromkeys(("prealloc", "readonly", "keep", "hold_leaves"), json_shapes.flag()),
         "existing": json_shapes.text(*EXISTING),
-        "names": json_shapes.optional(json_shapes.integer(0)),
+        **dict.fromkeys(("names", "channels"), json_shapes.optional(json_shapes.integer(0))),
         "mode": json_shapes.optional(json_shapes.integer(0, 0o777)),
         **dict.fromkeys(("owner", "group"), _WHO),
         **dict.fromkeys(("allow", "deny", "readonly_for", "accept_owner"), _RULES),

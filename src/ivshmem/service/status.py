@@ -87,6 +87,7 @@ class Status:
             "memory": region.name or "",
             "memory_leads_to": region.name_leads_to() or "",
             "paused": server.paused,
+            "channels": self._channels(region),
             "holds_leaves": server.holds_leaves,
             "counts": server.counts._asdict(),
         }
@@ -104,6 +105,17 @@ class Status:
                 for entry in directory.entries():
                     found.setdefault(entry.id, []).append(entry.name)
         return found
+
+    def _channels(self, region: Region) -> int:
+        """How many bytes are set aside for channels. A peer can do that at any time."""
+        with contextlib.suppress(NoDirectory, ClosedError):
+            if self._directory(region) is not None:
+                from ..peer.names_table import trailer_of  # here, as in `_directory`
+
+                trailer = trailer_of(region)
+                if trailer is not None and trailer.area is not None:
+                    return len(trailer.area)
+        return 0
 
     def _directory(self, region: Region) -> Directory | None:
         # Kept, so that it sees by whom an entry is kept alive. One may be made at any time.
