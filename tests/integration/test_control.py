@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import asyncio
 import contextlib
 import errno
 import json
@@ -21,12 +22,15 @@ from support.children import NOBODY, needs_root, python
 from support.leaks import open_fds
 from support.peer import FakeServer, RawPeer, send_raw, until_closed
 from support.running import Running
+from support.served import Served
 from support.waiting import PATIENCE, Background, until
 
 import ivshmem
 from ivshmem import control
 from ivshmem.config import ConfigError, RegionConfig, ServiceConfig
 from ivshmem.control import ControlError
+from ivshmem.migration import Step
+from ivshmem.migration.servers import free_places
 from ivshmem.service import control as service_control
 from ivshmem.system import requests
 
@@ -169,6 +173,26 @@ class TestWhatItSays:
         assert "expected true or false" in controlled.refused("hold-leaves", on=1)
         controlled.ask("hold-leaves", on=False, region="default")
         assert not controlled.ask("status")["regions"][0]["holds_leaves"]
+
+    def test_places_in_channels(self, socket_path: str) -> None:
+        with Served(socket_path) as served:
+            region = served.server().region
+
+            def answer(do: str) -> dict[str, Any]:
+                return control.request(control.default_path(socket_path), {"do": do}, PATIENCE)
+
+            assert answer("free-places") == {"region": "default", "freed": 0}
+            area = ivshmem.Directory.create(region, channels="64K").channels
+            assert area is not None
+            region.atomic_u64(area.start + 4096).store(7 << 24 | 1 << 20 | 3)  # one that is live
+            assert answer("status")["regions"][0]["channels"] == 65536
+            assert answer("free-places") == {"region": "default", "freed": 1}
+            place = region.atomic_u64(area.start + 4096)
+            assert place.load() == 3
+            place.store(7 << 24 | 1 << 20 | 4)
+            step = Step("free", control=control.default_path(socket_path), region="default")
+            asyncio.run(free_places(step))
+            assert place.load() == 4
 
     def test_without_peers(self, controlled: Controlled, client: ivshmem.Client) -> None:
         (region,) = controlled.ask("status", peers=False)["regions"]

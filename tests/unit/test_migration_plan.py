@@ -121,6 +121,22 @@ def test_doorbell() -> None:
     assert not plan.notes
 
 
+def test_places_in_channels_are_freed_where_the_memory_arrives() -> None:
+    case = Case("doorbell")
+    case.servers["source"]["/here"] = replace(case.servers["source"]["/here"], channels=65536)
+    plan = case.plan()
+    assert [kind for kind, _ in kinds(plan)] == [
+        *("hold", "unplug", "migrate", "migrate", "free", "plug", "release"),
+    ]
+    step = plan.steps[4]
+    there = case.servers["destination"]["/there"]
+    assert (step.control, step.region) == (there.control, there.region)
+    assert "free the places" in str(step)
+    assert Plan._from_json(json.loads(json.dumps(plan._to_json()))) == plan
+    case.servers["destination"].clear()  # it has no control socket
+    assert "free" not in [kind for kind, _ in kinds(case.plan())]
+
+
 def test_leaves_that_are_held_anyway() -> None:
     case = Case("doorbell")
     case.servers["source"]["/here"] = replace(case.servers["source"]["/here"], holds=True)

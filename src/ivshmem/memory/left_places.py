@@ -18,14 +18,13 @@ def has_area(region: Region) -> bool:
     return _found(region) is not None
 
 
-def free_places(region: Region) -> None:
-    """Free all places of a region's area, if it has one that this process can change.
+def free_places(region: Region) -> int:
+    """Free all places of a region's area, if it has one that this process can change; how many.
 
     The caller knows that none of their processes is left.
     """
     area = _found(region)
-    if area is not None:
-        areas.sweep(region, area.offset)
+    return 0 if area is None else areas.sweep(region, area.offset)
 
 
 def _found(region: Region) -> areas.Area | None:

@@ -297,6 +297,7 @@ def _server(path: str, region: Answer, shares_pids: bool) -> FoundServer:
         file_system=region.text("file_system", ""),
         holds=region.flag("holds_leaves", False),
         peers=tuple(_peer(each, shares_pids) for each in peers),
+        channels=region.number("channels", 0),
         can_hold=all("held" in each for each in peers),
     )
 

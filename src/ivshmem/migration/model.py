@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 Kind = Literal["plain", "doorbell"]
-StepKind = Literal["hold", "unplug", "evict", "migrate", "plug", "release"]
+StepKind = Literal["hold", "unplug", "evict", "migrate", "free", "plug", "release"]
 Place = Literal["source", "destination"]
 
 PLACES: tuple[Place, ...] = get_args(Place)
@@ -173,6 +173,7 @@ class FoundServer:
         page_size, file_system: of that memory, as of Device.
         holds: leaves are held back from QEMUs.
         can_hold: it can hold back all messages to a peer.
+        channels: bytes of the memory that are set aside for channels.
     """
 
     control: str
@@ -183,6 +184,7 @@ class FoundServer:
     holds: bool
     peers: tuple[FoundPeer, ...]
     can_hold: bool = True
+    channels: int = 0
 
 
 @dataclass(frozen=True)
@@ -207,8 +209,8 @@ class Step:
         vm: whose, of unplug, migrate and plug.
         device: which, of unplug and plug.
         where: the file or socket that a plugged device is given.
-        control, region: of the server, of hold, release and evict; of unplug, if the server holds
-            all messages to the peer until it is unplugged.
+        control, region: of the server, of hold, release, evict and free; of unplug, if the server
+            holds all messages to the peer until it is unplugged.
         pid: of the QEMU, whose peers these are (unplug); 0 if it is not known.
         peer: which one is disconnected (evict).
         running: the guest runs (migrate).
@@ -234,6 +236,8 @@ class Step:
             return f"hold leaves back from the QEMUs of {self.control}"
         if self.kind == "release":
             return f"send leaves again to QEMUs that join at {self.control}"
+        if self.kind == "free":
+            return f"free the places that processes at the source had in channels of {self.control}"
         if self.peer is not None:
             who = f"peer {self.peer.id} ({self.peer.process}, pid {self.peer.pid})"
             return f"disconnect {who} from {self.control}"

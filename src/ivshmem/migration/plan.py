@@ -327,6 +327,7 @@ class _Planner:
             *(self._unplug(each) for each in unplugged),
             *(self._evictions(groups) if self._options.evict else ()),
             *(self._migrate(vm, groups) for vm in order),
+            *self._frees(groups),
             *(self._plug(other, group) for group in groups for other in group.others),
             *(Step("release", control=each.control, region=each.region) for each in holds),
         ]
@@ -375,6 +376,14 @@ class _Planner:
         running = self._found.source[vm.name].status == "running"
         local = self._found.destination[vm.name].pid is not None
         return Step("migrate", vm.name, running=running, size=size, local=local)
+
+    def _frees(self, groups: Sequence[Group]) -> Iterator[Step]:
+        """The servers at the destination whose memory arrives with places in channels."""
+        for group in groups:
+            before, there = self._server("source", group.master.device), self._arrival(group.master)
+            after = None if there is None else self._server("destination", there)
+            if before is not None and before.channels and after is not None:
+                yield Step("free", control=after.control, region=after.region)
 
     def _plug(self, other: GroupMember, group: Group) -> Step:
         there = self._arrival(group.master)

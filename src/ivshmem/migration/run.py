@@ -29,7 +29,7 @@ from .inspection import Controls, inspect_all
 from .model import Options, Plan, Step, Vm
 from .monitors import Monitors
 from .plan import check_vms, make_plan
-from .servers import evict, hold_leaves, messages_held
+from .servers import evict, free_places, hold_leaves, messages_held
 from .state_file import StateFile, Word, default_path
 from .transfer import Mover, Watch
 
@@ -157,6 +157,8 @@ class _Migration:
             await hold_leaves(step, on=step.kind == "hold")
         elif step.kind == "evict":
             await evict(step)
+        elif step.kind == "free":
+            await free_places(step)
         elif step.kind == "migrate":
             await self._mover(step, monitors, self._watch).move()
         elif step.kind == "unplug":

@@ -1,4 +1,4 @@
-"""Internal: what a migration asks of servers: to hold messages back from a QEMU, to evict a peer.
+"""Internal: what a migration asks of servers: hold messages back, evict a peer, free places.
 
 Knows: the control socket's requests for it, which peers of a server are the QEMU of a step.
 Does not know: how a device is unplugged, in which order the steps come.
@@ -29,6 +29,15 @@ _SECONDS = 10.0  # for an answer of a server, and for a peer to read what it was
 async def hold_leaves(step: Step, *, on: bool) -> None:
     """Let the step's server hold leaves back from QEMUs, or tell them to QEMUs that join later."""
     message = {"do": "hold-leaves", "on": on, "region": step.region}
+    await asyncio.to_thread(control_client.request, step.control, message, _SECONDS)
+
+
+async def free_places(step: Step) -> None:
+    """Let the step's server free all places in channels: their processes were at the source.
+
+    Processes of guests that came along join again, with the ids that they have now.
+    """
+    message = {"do": "free-places", "region": step.region}
     await asyncio.to_thread(control_client.request, step.control, message, _SECONDS)
 
 

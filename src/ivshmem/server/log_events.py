@@ -23,6 +23,7 @@ one):
     held          on, region, by_uid, by_pid: QEMU is told of no leaves from now on, or is again
     holding       peer, region, linger, by_uid, by_pid: a peer is sent no messages from now on
     released      peer, region, by_uid, by_pid, or reason ("expired"): it is sent messages again
+    freed         places, region, by_uid, by_pid: all places of channels were freed
     reloaded      changes, by_uid, by_pid (if over the control socket): the configuration was read
                   again
     unreloaded    reason, by_uid, by_pid: it was wrong, and all stays as it was

@@ -16,15 +16,18 @@ most 64 connections are kept: one more ends the one that was idle for longest.
     {"do": "hold-leaves", "on": true, "region": "db"}    {"ok": true, "region": "db"}
     {"do": "hold", "id": 3, "linger": 60}       {"ok": true, "region": "db", "read": true}
     {"do": "release", "id": 3}          {"ok": true, "region": "db", "held": true}
+    {"do": "free-places"}               {"ok": true, "region": "db", "freed": 2}
     {"do": "reload"}                    {"ok": true, "changes": ["region db: added", ..]}
 
 A reload can take minutes, if memory is to be there from the start (prealloc). Until it is done, all
 other connections are answered; another reload and a takeover are refused.
 
-evict, hold-leaves, hold, release and status may name a region; a server of one region needs no name
-for it. hold-leaves is Server.hold_leaves. hold is Server.hold: the peer is sent no messages until
-release, or until "linger" seconds (usually 60) after the connection has ended that asked for it
-(null: it does not end by that).
+evict, hold-leaves, hold, release, free-places and status may name a region; a server of one region
+needs no name for it. hold-leaves is Server.hold_leaves. hold is Server.hold: the peer is sent no
+messages until release, or until "linger" seconds (usually 60) after the connection has ended that
+asked for it (null: it does not end by that).
+free-places frees all places in the region's area for channels: its contents came from elsewhere, by
+a migration for instance. "freed" says how many there were.
 "read" says whether the peer has read all that it was sent: ask again until it has. "held" says
 whether there was something to release.
 
@@ -95,7 +98,7 @@ from ..system import credentials, json_shapes, late_logging
 from ..system.listener import Listener
 from ..system.requests import LONGEST, Caller, RequestServer
 from ..system.uncopied import Uncopied
-from ..text import command, plain
+from ..text import command, counted, plain
 from .control_client import PROTOCOL, as_line
 from .status import Status
 
@@ -185,6 +188,7 @@ class Control(Uncopied):
             "hold-leaves": self._hold_leaves,
             "hold": self._hold,
             "release": self._release,
+            "free-places": self._free_places,
             "reload": self._reload,
             **(handlers or {}),
         }
@@ -343,6 +347,21 @@ class Control(Uncopied):
                 extra=told,
             )
         return {"region": name, "held": held}
+
+    def _free_places(self, caller: Caller, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        from ..memory import left_places  # here: few servers are asked for it
+
+        name, served = self._named(message)
+        freed = left_places.free_places(served.server.region)
+        by = _who(caller)
+        told = log_events.fields("freed", places=freed, region=name, **by)
+        by_uid = by["by_uid"]
+        _log.info(
+            "%s of channels in %s freed, as uid %d asked",
+            *(counted(freed, "place"), name, by_uid),
+            extra=told,
+        )
+        return {"region": name, "freed": freed}
 
     def _asker_is_gone(self, caller: Caller) -> None:
         self._askers.pop(caller, None)

@@ -124,6 +124,7 @@ REPLIES: Mapping[str, json_shapes.Shape] = {
     "hold-leaves": json_shapes.record(region=json_shapes.text()),
     "hold": json_shapes.record(region=json_shapes.text(), read=json_shapes.flag()),
     "release": json_shapes.record(region=json_shapes.text(), held=json_shapes.flag()),
+    "free-places": json_shapes.record(region=json_shapes.text(), freed=_COUNT),
     "reload": json_shapes.record(changes=json_shapes.array(json_shapes.text())),
 }
 _PEERS = json_shapes.record(
