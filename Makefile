@@ -8,8 +8,11 @@ unexport $(filter-out PYTHON,$(filter PYTHON%,$(.VARIABLES)))
 # The QEMU that the guests run on: a path or a name. Empty: qemu-system-x86_64.
 QEMU ?=
 export QEMU
-# How many tests run at once.
-JOBS ?= $(shell nproc)
+# How many tests run at once: one more than there are processors, as many tests wait for most of
+# their time. A worker keeps to files that stand side by side, whose fixtures last, and takes half of
+# what another has left when it has none.
+JOBS ?= $(shell echo $$(($$(nproc) + 1)))
+AT_ONCE = -n $(JOBS) --dist worksteal
 VENV := .venv
 BIN := $(VENV)/bin
 WHEEL := build/wheel$(VENV:.venv%=%)
@@ -57,7 +60,7 @@ endif
 marked = $(shell grep -rl --include='*.py' 'mark\.$(1)\b' tests)
 
 parallel-tests:
-	$(BIN)/python -m pytest -n $(JOBS) -m 'not nightly and not serial'
+	$(BIN)/python -m pytest $(AT_ONCE) -m 'not nightly and not serial'
 
 check:
 	CI=true $(MAKE) test
@@ -67,7 +70,7 @@ NEWEST_QEMU = $$($(PYTHON) tests/vm/newest_qemu.py $(CACHE)/newest-qemu)
 
 test-newest-qemu: $(VENV)/tested
 	qemu=$(NEWEST_QEMU) && \
-	    QEMU=$$qemu $(BIN)/python -m pytest -n $(JOBS) $(or $(ARGS),-m 'qemu and not nightly' $(call marked,qemu))
+	    QEMU=$$qemu $(BIN)/python -m pytest $(AT_ONCE) $(or $(ARGS),-m 'qemu and not nightly' $(call marked,qemu))
 
 # What depends on the interpreter: the C modules, asyncio, threads. All unit tests by night.
 WITH_PYTHON := $(addprefix unit/test_,core_doorbells core_memory objects) \
@@ -81,14 +84,14 @@ test-pythons:
 # Without optimization the compiler takes a quarter of the time.
 test-python:
 	CFLAGS=-O0 $(MAKE) VENV=.venv-$(notdir $(PYTHON)) .venv-$(notdir $(PYTHON))/runs-tests
-	.venv-$(notdir $(PYTHON))/bin/python -m pytest -n $(JOBS) -m 'not nightly and not serial' \
+	.venv-$(notdir $(PYTHON))/bin/python -m pytest $(AT_ONCE) -m 'not nightly and not serial' \
 	    $(or $(ARGS),$(wildcard $(patsubst %,tests/%.py,$(WITH_PYTHON) $(if $(NIGHTLY),$(WITH_PYTHON_NIGHTLY)))))
 
 nightly: lint
 	$(MAKE) sanitize NIGHTLY=true
 	$(MAKE) test-pythons NIGHTLY=true
 	free=$$($(PYTHON) tests/support/free_threaded.py $(CACHE)/free-threaded) && CI=true \
-	    IVSHMEM_FREE_THREADED=$$free $(BIN)/python -m pytest -n $(JOBS) -m 'not serial' --hypothesis-profile=nightly
+	    IVSHMEM_FREE_THREADED=$$free $(BIN)/python -m pytest $(AT_ONCE) -m 'not serial' --hypothesis-profile=nightly
 	CI=true $(BIN)/python -m pytest -m serial $(call marked,serial)
 	CI=true $(MAKE) test-newest-qemu ARGS="-m 'vm or qemu'"
 	$(MAKE) fuzz
@@ -148,7 +151,7 @@ REPORTED = cat $(REPORTS)/* 2>/dev/null | grep -A 100 'ERROR: \|runtime error: '
 sanitize: $(VENV)-sanitize/installed
 	@rm -rf $(REPORTS) && mkdir -p $(REPORTS)
 	$(WATCHED) $(VENV)-sanitize/bin/python -m pytest \
-	    $(or $(ARGS),-n $(JOBS) $(wildcard $(patsubst %,tests/%.py,$(SANITIZED) $(if $(NIGHTLY),$(SANITIZED_NIGHTLY))))) || \
+	    $(or $(ARGS),$(AT_ONCE) $(wildcard $(patsubst %,tests/%.py,$(SANITIZED) $(if $(NIGHTLY),$(SANITIZED_NIGHTLY))))) || \
 	    { $(REPORTED); exit 1; }
 	@! $(REPORTED)
 

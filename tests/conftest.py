@@ -50,7 +50,11 @@ _numbers = itertools.count()
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave all but every Nth case of a test that is marked sampled(N) to the night."""
+    """Leave all but every Nth case of a test that is marked sampled(N) to the night.
+
+    Guests come first: the worker that has them boots them once, and the others take the rest.
+    """
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/vm/"))
     seen: Counter[str] = Counter()
     for item in items:
         if (mark := item.get_closest_marker("sampled")) is None:
@@ -82,13 +86,25 @@ def pytest_runtest_makereport(
     return report
 
 
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> None:
+    if fixturedef.scope != "function":
+        _GUARD.changed()
+
+
+def pytest_fixture_post_finalizer(fixturedef: pytest.FixtureDef[Any]) -> None:
+    if fixturedef.scope != "function":
+        _GUARD.changed()
+
+
 @pytest.fixture(autouse=True)
 def leak_guard(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that leaves a descriptor, a shared mapping or a name in /dev/shm behind."""
     _GUARD.begin()
     yield
     # A failed test's traceback keeps its objects alive, which says nothing.
-    if not request.node.stash.get(_FAILED, False):
+    if request.node.stash.get(_FAILED, False):
+        _GUARD.changed()
+    else:
         left = _GUARD.left()
         assert not left, "left behind:\n  " + "\n  ".join(left)
 

@@ -193,7 +193,7 @@ def marked(mark: str) -> list[str]:
     return found
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.nightly  # takes four seconds of the processor; killed, by day, is the stricter case
 @needs_compiler
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_it_leaves_nothing(number: int, status: int) -> None:

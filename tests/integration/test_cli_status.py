@@ -35,6 +35,7 @@ pytestmark = pytest.mark.usefixtures("commands")
 IVSHMEM = [sys.executable, "-m", "ivshmem"]
 TESTS = str(Path(__file__).parents[1])
 VECTORS = 2
+MANY = 32  # so that some peers fill the buffer of one that does not read
 
 # A server with everything, as `ivshmem serve` has it.
 SERVE = """
@@ -44,7 +45,8 @@ SERVE = """
     from ivshmem.cli.log_writer import LogWriter, tell_peer
     from ivshmem.service.config import RegionConfig, ServiceConfig
     from ivshmem.service.service import Service
-    path, config = sys.argv[1], ServiceConfig({"default": RegionConfig(sys.argv[1], 4096, 2)})
+    path, vectors = sys.argv[1], int(sys.argv[4])
+    config = ServiceConfig({"default": RegionConfig(path, 4096, vectors)})
     with (
         LogWriter(sys.stderr, logging.INFO, sys.argv[3]),
         Service(
@@ -66,8 +68,8 @@ SERVE = """
 
 
 @contextlib.contextmanager
-def serving(path: str, log: str = "text") -> Iterator[Child]:
-    with python(SERVE, path, TESTS, log) as child:
+def serving(path: str, log: str = "text", vectors: int = VECTORS) -> Iterator[Child]:
+    with python(SERVE, path, TESTS, log, str(vectors)) as child:
         child.expect("READY")
         yield child
         child.process.terminate()
@@ -111,19 +113,19 @@ class TestStatus:
                 assert re.fullmatch(rf" +0 +{os.getpid()} +\d+ .* up to date +1:2", row)
             assert client.wait(1, timeout=0) == 2
 
-    def test_a_stalled_peer_is_stalled_since(self, served: Child, socket_path: str) -> None:
+    def test_a_stalled_peer_is_stalled_since(self, socket_path: str) -> None:
         path = control.default_path(socket_path)
-        with RawPeer(socket_path), ExitStack() as others:
+        with serving(socket_path, vectors=MANY), RawPeer(socket_path), ExitStack() as others:
 
             def stalled() -> float | None:
-                others.enter_context(RawPeer(socket_path)).set_up(VECTORS)
+                others.enter_context(RawPeer(socket_path)).set_up(MANY)
                 (region,) = control.request(path, {"do": "status"}, PATIENCE)["regions"]
                 since = region["peers"][0]["stalled_since"]
                 assert since is None or isinstance(since, float)
                 return since
 
             clock = time.strftime("%H:%M:%S", time.localtime(until(stalled)))
-            others.enter_context(RawPeer(socket_path)).set_up(VECTORS)
+            others.enter_context(RawPeer(socket_path)).set_up(MANY)
             row = run("status", "-S", socket_path).splitlines()[5]
             assert re.search(rf"^ +0 .* stalled since {clock} \(\d+ s\), \d+ unsent +-$", row)
 
@@ -175,7 +177,7 @@ class TestNoControlSocket:
         )
 
     def test_a_server_that_was_killed(self, socket_path: str) -> None:
-        with python(SERVE, socket_path, TESTS, "text") as child:
+        with python(SERVE, socket_path, TESTS, "text", str(VECTORS)) as child:
             child.expect("READY")
             child.kill()
         line = run("status", "-S", socket_path, status=1)
@@ -388,7 +390,7 @@ class TestTop:
 
 class TestLog:
     def test_json(self, socket_path: str) -> None:
-        with serving(socket_path, "json") as server:
+        with serving(socket_path, "json", MANY) as server:
             lines = iter(_Lines(server.process))
 
             def event(kind: str) -> dict[str, Any]:
@@ -407,16 +409,16 @@ class TestLog:
                 assert joined == {
                     "level": "info",
                     "event": "joined",
-                    "text": f"peer 0 joined: {process} (pid {os.getpid()}), 2 vectors",
+                    "text": f"peer 0 joined: {process} (pid {os.getpid()}), {MANY} vectors",
                     "gid": os.getgid(),
-                    "vectors": 2,
+                    "vectors": MANY,
                     **who,
                 }
                 with ExitStack() as others:
                     path = control.default_path(socket_path)
 
                     def is_stalled() -> bool:
-                        peer = others.enter_context(RawPeer(socket_path)).set_up(VECTORS)
+                        peer = others.enter_context(RawPeer(socket_path)).set_up(MANY)
                         others.callback(peer.drain)
                         (region,) = control.request(path, {"do": "status"}, PATIENCE)["regions"]
                         return region["peers"][0]["stalled_since"] is not None

@@ -35,13 +35,14 @@ from ivshmem.service import control as service_control
 from ivshmem.system import requests
 
 VECTORS = 2
+MANY = 32  # so that some peers fill the buffer of one that does not read
 
 
 class Controlled(Running):
     """A service with a control socket, in a thread."""
 
-    def __init__(self, path: str, sockets: dict[str, str]) -> None:
-        super().__init__(sockets, VECTORS, self._load)
+    def __init__(self, path: str, sockets: dict[str, str], vectors: int = VECTORS) -> None:
+        super().__init__(sockets, vectors, self._load)
         self.path = path
         self.config: ServiceConfig | Exception = self.service.config
         self.control: service_control.Control
@@ -209,32 +210,37 @@ class TestWhatItSays:
         assert client.wait(1, timeout=0) == 3
         assert controlled.peers()[client.id]["interrupts"] == [0, 0]
 
-    def test_a_stalled_peer(self, controlled: Controlled, client: ivshmem.Client) -> None:
-        server = controlled.server()
-        with RawPeer(server.path) as sleeper:
+    def test_a_stalled_peer(self, socket_path: str) -> None:
+        with ExitStack() as undo:
+            sockets = {"default": socket_path}
+            made = Controlled(control.default_path(socket_path), sockets, MANY)
+            controlled = undo.enter_context(made).begin()
+            client = undo.enter_context(ivshmem.connect(socket_path, timeout=PATIENCE))
+            sleeper = undo.enter_context(RawPeer(socket_path))
+            server = controlled.server()
             until(lambda: len(server.peers) == 2)
             asleep = server.peers[1].id
             assert controlled.peers()[asleep]["stalled_since"] is None
             with ExitStack() as others:
 
                 def is_stalled() -> bool:
-                    others.enter_context(RawPeer(server.path)).set_up(VECTORS)
+                    others.enter_context(RawPeer(server.path)).set_up(MANY)
                     return controlled.peers()[asleep]["stalled_since"] is not None
 
                 until(is_stalled)
-                more = others.enter_context(RawPeer(server.path)).set_up(VECTORS)
+                more = others.enter_context(RawPeer(server.path)).set_up(MANY)
                 first = controlled.peers()[asleep]
                 assert first["pending"] > 0
                 assert first["set_up"]
                 assert first["since"] <= first["stalled_since"]
                 # It is the same stall as long as nothing was taken.
-                others.enter_context(RawPeer(server.path)).set_up(VECTORS)
+                others.enter_context(RawPeer(server.path)).set_up(MANY)
                 then = controlled.peers()[asleep]
                 assert then["stalled_since"] == first["stalled_since"]
                 assert then["pending"] > first["pending"]
                 assert client.peers
                 until(lambda: controlled.peers()[client.id]["stalled_since"] is None)
-                sleeper.set_up(VECTORS).take_until(lambda: more.id in sleeper.counts)
+                sleeper.set_up(MANY).take_until(lambda: more.id in sleeper.counts)
                 until(lambda: controlled.peers()[asleep]["stalled_since"] is None)
 
     def test_names_of_the_directory(self, controlled: Controlled, client: ivshmem.Client) -> None:

@@ -95,14 +95,16 @@ def out_of_time(scene: Scene) -> None:
         connect(scene.path, timeout=0.000001).close()
 
 
+# By day at each fifth moment.
+EVERY = pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.nightly)])
 QUICK = ("plain", "nobody there", "no socket", "wait in vain")
 LONG = [pytest.param(way, marks=pytest.mark.nightly) for way in CONNECTS if way not in QUICK]
 
 
-@pytest.mark.sampled(2)
+@EVERY
 @pytest.mark.parametrize("way", [*QUICK, *LONG])
-def test_connect(scene: Scene, way: str) -> None:
-    assert ctrl_c_anywhere(lambda: CONNECTS[way](scene), scene.alone) > 10
+def test_connect(scene: Scene, way: str, every: int) -> None:
+    assert ctrl_c_anywhere(lambda: CONNECTS[way](scene), scene.alone, every=every) > 10
     with connect(scene.path) as client:
         assert len(client.peers) == 1
 
@@ -182,7 +184,6 @@ def said(told: Told, words: str) -> None:
             told.join(int(word))
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("look", "opcodes"),
     [("peers", False)]
@@ -193,10 +194,11 @@ def said(told: Told, words: str) -> None:
         if (look, opcodes) != ("peers", False)
     ],
 )
+@EVERY
 @pytest.mark.parametrize("news", NEWS)
-def test_news(directory: Path, news: str, look: str, opcodes: bool) -> None:
+def test_news(directory: Path, news: str, every: int, look: str, opcodes: bool) -> None:
     words, events, peers = NEWS[news]
-    for at in range(1, 100_000):
+    for at in range(1, 100_000, every):
         told = Told(directory)
         with told.undo:
             said(told, words)
@@ -223,7 +225,8 @@ LIVES = ["alone", "waited", "watched"]
 @pytest.mark.parametrize(
     "joined", ["read news", *(pytest.param(life, marks=pytest.mark.nightly) for life in LIVES)]
 )
-def test_close(scene: Scene, joined: str) -> None:
+@EVERY
+def test_close(scene: Scene, joined: str, every: int) -> None:
     """A close that was interrupted is followed by another, which closes what is left."""
     clients: list[Client] = []
 
@@ -248,4 +251,4 @@ def test_close(scene: Scene, joined: str) -> None:
         scene.alone()
 
     # Of each moment only those inside close count: the others leave `clients` empty.
-    assert ctrl_c_anywhere(leave, again) > 10
+    assert ctrl_c_anywhere(leave, again, every=every) > 10

@@ -222,6 +222,7 @@ class TestProgram:
         here.qemu = here.directory / "qemu-system-aarch64"
         assert here.failure().fix.endswith("apt-get install qemu-system-arm")
 
+    @pytest.mark.nightly  # apt-get takes three seconds
     @pytest.mark.skipif(not shutil.which("apt-get"), reason="no Debian")
     def test_the_package_exists(self, here: Host) -> None:
         here.qemu.unlink()

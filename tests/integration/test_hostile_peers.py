@@ -209,10 +209,10 @@ def test_ids_are_used_up_no_faster_than_joins_are_allowed(
 def test_who_is_refused_harms_nobody(make_scene: Callable[[Rules], Scene]) -> None:
     scene = make_scene(Rules(deny=["uid:nobody"]))
     with attack(FLOOD, 2, scene.path, VECTORS), attack(FLOOD_READING, 1, scene.path, VECTORS):
-        scene.go_on(3)
+        scene.go_on(1)
         assert {peer.uid for peer in scene.server.peers} == {0}
     scene.all_quiet()
-    assert scene.witness.left == {3, 4, 5, 6}, "who was refused had an id"
+    assert scene.witness.left == {3, 4}, "who was refused had an id"
 
 
 def test_a_peer_that_never_reads_costs_bounded_memory(scene: Scene) -> None:
@@ -220,7 +220,7 @@ def test_a_peer_that_never_reads_costs_bounded_memory(scene: Scene) -> None:
     with attack(NEVER_READS, 1, scene.path, VECTORS):
         until(lambda: len(scene.server.peers) == 4)
         (lazy,) = {peer.id for peer in scene.server.peers} - {0, 1, 2}
-        for _ in range(1000):
+        for _ in range(400):
             ivshmem.connect(scene.path, timeout=PATIENCE).close()
             scene.witness.drain()
         until(lambda: len(scene.server.peers) == 4)

@@ -121,6 +121,7 @@ def test_progress_ends_at_its_end(region: Region, file: Path) -> None:
         assert [done for done, _ in told] == sorted(done for done, _ in told)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("compress", [False, True], ids=["plain", "compressed"])
 def test_any_damage_is_found(region: Region, file: Path, tmp_path: Path, compress: bool) -> None:
     """Every bit of the headers of records, some of the data, every way to end too early."""
@@ -411,7 +412,7 @@ def test_what_a_file_says_of_itself_is_no_command_to_a_terminal(file: Path) -> N
 
 def test_ctrl_c(file: Path, tmp_path: Path) -> None:
     memory = tmp_path / "memory"
-    with Region.create("256M", path=memory) as region:
+    with Region.create("64M", path=memory) as region:
         for offset in range(0, region.size, 1 << 20):
             region.write(offset, os.urandom(1 << 20))
     file.write_bytes(b"the last one")

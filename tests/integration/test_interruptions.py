@@ -198,6 +198,8 @@ def by_serve_forever(scene: Scene) -> None:
         scene.server.serve_forever()
 
 
+# By day at each fifth moment.
+EVERY = pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.nightly)])
 RUNS = {"step": by_step, "serve_forever": by_serve_forever}
 
 
@@ -218,12 +220,13 @@ def test_a_handler_at_each_bytecode_of_a_step(socket_path: str, run: str, act: s
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("act", LASTING)
-def test_a_handler_at_each_line_of_a_step(socket_path: str, run: str, act: str) -> None:
+@EVERY
+def test_a_handler_at_each_line_of_a_step(socket_path: str, every: int, run: str, act: str) -> None:
     with Scene(socket_path) as scene:
         scene.news()
         moments = interrupted(lambda: RUNS[run](scene))
     assert len(moments) > 100
-    for at, module in moments.items():
+    for at, module in list(moments.items())[::every]:
         if run == "serve_forever" and module not in ("server", "loop"):
             continue  # the same as in a step
         with Scene(socket_path) as scene:

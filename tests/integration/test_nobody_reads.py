@@ -55,14 +55,26 @@ class Output:
             return
         if self.kind == "terminal":
             tty.setraw(self.end)
-        os.set_blocking(self.end, False)
-        with contextlib.suppress(BlockingIOError):
-            while os.write(self.end, bytes(512)):
-                pass
-        with contextlib.suppress(BlockingIOError):
-            while os.write(self.end, b"x"):
-                pass
-        os.set_blocking(self.end, True)
+        self._fill()
+
+    def _fill(self) -> None:
+        """Leave the descriptor blocking: the process that writes there has the same one."""
+        if self.kind == "socket":
+            with (
+                socket.socket(fileno=os.dup(self.end)) as end,
+                contextlib.suppress(BlockingIOError),
+            ):
+                while end.send(bytes(512), socket.MSG_DONTWAIT):
+                    pass
+            return
+        own = os.open(f"/proc/self/fd/{self.end}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        try:
+            for size in (512, 1):
+                with contextlib.suppress(BlockingIOError):
+                    while os.write(own, bytes(size)):
+                        pass
+        finally:
+            os.close(own)
 
     def let_go(self) -> None:
         """From now on there is no reader at all."""

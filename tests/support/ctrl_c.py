@@ -138,8 +138,11 @@ def ctrl_c_anywhere(
     *,
     opcodes: bool = False,
     calls: bool = False,
+    every: int = 1,
 ) -> int:
     """Interrupt a call at each moment, and call `after` each time; returns how many there are.
+
+    With `every`, only at each so-manieth moment.
 
     No descriptor and no shared mapping is left, and no descriptor is closed twice.
     """
@@ -149,7 +152,7 @@ def ctrl_c_anywhere(
     def clean() -> bool:
         return (open_fds(), shared_mappings()) == before
 
-    for at in range(1, 100_000):
+    for at in range(1, 100_000, every):
         with finalizing_quietly(), warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)  # of objects that nobody was given
             came, where = interrupted(call, at, opcodes, calls)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import pkgutil
 import pydoc
@@ -59,6 +60,11 @@ IO_MODULES = {
 }
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def sources() -> list[Path]:
     return sorted([*HOME.rglob("*.py"), *HOME.rglob("*.pyx")])
 
@@ -108,7 +114,7 @@ def imports(path: Path) -> list[Import]:
                 name = ".".join([*base, *filter(None, statement[2].split("."))])
                 found.append(Import(name, number, later=False))
         return found
-    return list(_imports(path, ast.parse(path.read_text()), later=False))
+    return list(_imports(path, parsed(path), later=False))
 
 
 def _imports(path: Path, tree: ast.AST, *, later: bool) -> Iterator[Import]:
@@ -231,7 +237,7 @@ def test_an_internal_room_has_an_empty_init() -> None:
     """Whoever imports one module of a room does not import all of it."""
     for path in HOME.glob("*/__init__.py"):
         if path.parent.name not in {"channel", "guest", "migration", "testing"}:
-            (only,) = ast.parse(path.read_text()).body
+            (only,) = parsed(path).body
             assert isinstance(only, ast.Expr), path
 
 
@@ -253,7 +259,7 @@ def test_the_table_itself_can_fail() -> None:
 
 def test_protocol_knows_no_io() -> None:
     for path in [*(HOME / "protocol").glob("*.py"), HOME / "errors.py", HOME / "memory/sizes.py"]:
-        tree = ast.parse(path.read_text())
+        tree = parsed(path)
         imported = {
             alias.name.split(".")[0]
             for node in ast.walk(tree)
@@ -334,7 +340,7 @@ def test_a_class_name_means_one_thing() -> None:
         if path.suffix == ".pyx":
             names = re.findall(r"^(?:cdef )?class (\w+)", path.read_text(), re.MULTILINE)
         else:
-            names = named_types(ast.parse(path.read_text()))
+            names = named_types(parsed(path))
         for name in names:
             homes.setdefault(name.lstrip("_"), []).append(str(path.relative_to(HOME)))
     assert len(homes) > 100
@@ -369,7 +375,7 @@ def test_the_exception_tree_is_one_file() -> None:
         assert re.search(rf"^ .*\+-- {name}\b|^    {name}$", tree, re.MULTILINE), name
         assert base in {*found, "Exception", "OSError", "RuntimeError"}
     for path in HOME.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.ClassDef) and path != HOME / "errors.py":
                 bases = {ast.unparse(base) for base in node.bases}
                 assert not any(re.search(r"(Error|Exception)$", base) for base in bases), node.name

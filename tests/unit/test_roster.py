@@ -253,6 +253,7 @@ def test_many_come_and_go_past_one_that_does_not_read() -> None:
     assert not stayer.member.told.leaves_due
 
 
+@pytest.mark.nightly
 def test_many_come_and_go_past_one_that_reads() -> None:
     """It knows every id once, and then there is none left that is safe: never a second use."""
     roster = make_roster(1)
