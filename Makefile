@@ -96,13 +96,14 @@ nightly: lint
 	CI=true $(MAKE) test-newest-qemu ARGS="-m 'vm or qemu'"
 	$(MAKE) fuzz
 
-lint: $(VENV)/tested $(CYTHON:%=build/fresh/%.c) build/code-stands-once
+lint: $(VENV)/tested $(CYTHON:%=build/fresh/%.c)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/cython-lint src/ivshmem/*.p[yx][xd] src/ivshmem/native/*.p[yx][xd]
 	$(BIN)/codespell src tests bench docs README.md ARCHITECTURE.md CHANGELOG.md CONTRIBUTING.md SECURITY.md
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest $(subst /,.,$(CYTHON:%=ivshmem.%)) --allowlist tests/typing/stubtest.allow --ignore-unused-allowlist
+	$(BIN)/python -m mypy.stubtest $(subst /,.,$(CYTHON:%=ivshmem.%)) --allowlist tests/typing/stubtest.allow \
+	    --ignore-unused-allowlist --mypy-config-file tests/typing/stubtest.ini
 
 # Each C file is what Cython makes of its source; looked at again when one of them changes.
 build/fresh/%.c: src/ivshmem/%.pyx src/ivshmem/%.c $(wildcard src/ivshmem/*.pxd src/ivshmem/*/*.pxd) \
@@ -110,11 +111,6 @@ build/fresh/%.c: src/ivshmem/%.pyx src/ivshmem/%.c $(wildcard src/ivshmem/*.pxd 
 	@mkdir -p $(@D)
 	@(cd src && ../$(BIN)/cython -3 ivshmem/$*.pyx -o ../$@) 2>$@.said || { cat $@.said; exit 1; }
 	@cmp $@ src/ivshmem/$*.c || { rm -f $@; echo "$*.c is stale: make cython"; exit 1; }
-
-# Code that stands in two places, six lines or more; looked for again when one of the files changes.
-build/code-stands-once: $(wildcard src/ivshmem/*.py src/ivshmem/*/*.py) pyproject.toml | $(VENV)/tested
-	$(BIN)/pylint --disable=all --enable=duplicate-code src/ivshmem
-	@mkdir -p $(@D) && touch $@
 
 # The pages, from Markdown and from the docstrings of the installed package.
 docs: $(VENV)/documented

@@ -95,7 +95,7 @@ class Guard:
 
     def __init__(self) -> None:
         self._before = self._after = resources()
-        self._changed = False
+        self._changed = True  # all that is opened before the first test
 
     def changed(self) -> None:
         """Something other than a test that went well has taken or freed something, perhaps."""
