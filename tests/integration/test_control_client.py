@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.ctrl_c import interrupted
 from support.waiting import PATIENCE, Background
 
 from ivshmem.control import ControlClient
@@ -26,9 +27,13 @@ class Far:
         self._listener.bind(path)
         self._listener.listen()
         self.near = ControlClient(path, PATIENCE)
-        self._socket, _ = self._listener.accept()
-        self._socket.settimeout(PATIENCE)
+        self._socket = self.accept()
         self._lines = self._socket.makefile("rb")
+
+    def accept(self) -> socket.socket:
+        accepted, _ = self._listener.accept()
+        accepted.settimeout(PATIENCE)
+        return accepted
 
     def request(self) -> dict[str, Any]:
         request = json.loads(self._lines.readline())
@@ -77,6 +82,18 @@ def test_a_closed_one_says_so(far: Far) -> None:
     for call in calls:
         with pytest.raises(ClosedError, match="is closed"):
             call()
+
+
+def test_a_close_that_a_signal_ends_is_finished_by_the_next(far: Far) -> None:
+    for at in range(1, 100):
+        near = ControlClient(far.path, PATIENCE)
+        with far.accept() as far_end:
+            came, where = interrupted(near.close, at, opcodes=False)
+            near.close()
+            assert far_end.recv(1) == b"", f"after a Ctrl-C at {where}"
+        if not came:
+            break
+    assert at > 5
 
 
 def test_closing_ends_the_call_of_another_thread(far: Far) -> None:

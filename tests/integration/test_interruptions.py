@@ -198,8 +198,8 @@ def by_serve_forever(scene: Scene) -> None:
         scene.server.serve_forever()
 
 
-# By day at each fifth moment.
-EVERY = pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.nightly)])
+# By day at some moments; a prime number, so that no loop of the call has the same one each time.
+EVERY = pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.nightly)])
 RUNS = {"step": by_step, "serve_forever": by_serve_forever}
 
 
@@ -443,6 +443,25 @@ def test_in_a_callback(socket_path: str, hook: str, act: str, run: str) -> None:
             assert done.is_set()
             has_come_true(scene, act)
     assert errors == []
+
+
+def test_a_close_at_the_end_of_a_step_is_finished(
+    socket_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though a Ctrl-C comes just when it has begun."""
+
+    def ends(*_: object, **__: object) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    with Server(socket_path, 4096, on_join=lambda _: server.close()) as server:
+        monkeypatch.setattr(type(server._engine), "close", ends)
+        with RawPeer(socket_path) as peer:
+            with pytest.raises(KeyboardInterrupt):
+                server.step(PATIENCE)
+            assert not os.path.exists(socket_path)
+            peer.drain()
+            assert peer.eof
 
 
 @pytest.mark.parametrize("call", [Server.step, Server.serve_forever])

@@ -34,7 +34,7 @@ from ..protocol.limits import MAX_VECTORS
 from ..system import late_logging
 from ..system.listener import Listener
 from ..system.loop import woken_by_signals
-from ..system.time_limits import seconds_of
+from ..system.time_limits import left_until, seconds_of
 from ..system.uncopied import Uncopied
 from ..system.work_lock import WorkLock
 from ..text import counted
@@ -223,7 +223,7 @@ class Server(Uncopied):
             deadline = time.monotonic() + seconds_of(timeout)
             if not self._turns.await_others(deadline):
                 return
-            timeout = max(deadline - time.monotonic(), 0)
+            timeout = left_until(deadline)
         self._step(timeout)
 
     def _step(self, timeout: float | None) -> None:
@@ -503,7 +503,7 @@ class Server(Uncopied):
         """Do what a signal handler has left to the call that it interrupted."""
         if not self._turns.in_work:
             self._turns.attend()
-            if self._close_wanted and not self._closed and not self._turns.in_step:
+            if self._close_wanted and not self._released and not self._turns.in_step:
                 self.close()
 
     # -- the end ----------------------------------------------------------------------------------

@@ -318,9 +318,10 @@ class ControlClient(Uncopied):
 
     def close(self) -> None:
         """Close the connection; may be called twice, and by any thread."""
-        if self._closed:
-            return
         self._closed = True
+        # The socket says whether it is done: a signal handler can end this call at any line.
+        if self._socket.fileno() < 0:
+            return
         if os.getpid() != self._pid:
             self._socket.close()  # without the lock, which a thread of the parent may have had
             return
