@@ -23,6 +23,7 @@ from typing import Literal
 from ..errors import NoAnswer
 from ..peer.client import Client
 from ..peer.endpoint import Endpoint
+from ..system.time_limits import left_until
 from ..text import counted
 from . import suite
 from .cores import cores_for
@@ -90,7 +91,7 @@ def round_trips(endpoint: Endpoint, peer: int, vector: int, seconds: float) -> M
     asleep = group.add(f"wait({vector})", plain)
     spinning = group.add(f'wait({vector}, spin="auto")', plain)
     with suite.eventfd_pair(cores_for("free")) as pair:
-        left = max(end - time.monotonic(), 0)
+        left = left_until(end)
         share = left / ROUNDS / 3
         for done in turns(left):
             durations, noise = measure(pair, suite.TRIPS, share)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from ..peer.client import connect
+from ..system.time_limits import left_until
 from . import ends, memory, statements
 from .cores import PINNINGS, Pinning, cores_for
 from .result import ROUNDS, Measuring, Result, ResultGroup, turns
@@ -62,7 +63,7 @@ def run(seconds: float, tell: TellProgress) -> list[ResultGroup]:
         groups = []
         for number, part in enumerate(parts):
             tell(done / total, part.title)
-            left = max(end - time.monotonic(), 0)
+            left = left_until(end)
             budget = left * part.weight / sum(later.weight for later in parts[number:])
             group = ResultGroup(part.title)
             with contextlib.closing(part.run(budget)) as measuring:

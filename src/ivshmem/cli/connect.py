@@ -9,7 +9,7 @@ import time
 
 from ..peer import connecting
 from ..peer.client import connect
-from ..system.time_limits import deadline_of
+from ..system.time_limits import deadline_of, left_until
 from ..text import counted
 from .arguments import OF_THE_SERVER, seconds, server_of, socket_path, vectors
 from .shell import ClientShell
@@ -108,7 +108,7 @@ def _find(options: argparse.Namespace, timeout: float | None) -> tuple[str, floa
             failure = error
         time.sleep(pause)
         if deadline is not None:
-            left = max(deadline - time.monotonic(), 0)
+            left = left_until(deadline)
     raise TimeoutError(
         failure.errno, f"no server within {counted(timeout or 0, 'second')}: {failure.strerror}"
     )

@@ -20,6 +20,7 @@ from ..memory.sizes import format_size, parse_size
 from ..peer.client import Client
 from ..peer.directory import Directory
 from ..peer.endpoint import Disconnected, Endpoint, Event, IdChanged, PeerJoined, PeerLeft
+from ..system.time_limits import left_until
 from ..text import counted, plain
 from .run import suggestion
 
@@ -123,7 +124,7 @@ class Shell(cmd.Cmd):
         words = _words(rest, 1, "watch [SECONDS]")
         end = time.monotonic() + _seconds(words[0]) if words else None
         while True:
-            left = None if end is None else max(end - time.monotonic(), 0)
+            left = None if end is None else left_until(end)
             event = self.endpoint.next_event(left)
             if event is None:
                 return

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from ..errors import IvshmemError
 from ..service import control_client
+from ..system.time_limits import left_until
 from . import control_connection, screen, status_text
 
 _SECONDS = 3.0  # for an answer; the keys have to wait for it
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
             due = time.monotonic() + options.interval
             while True:
                 shown.draw(lines)
-                if shown.key(max(due - time.monotonic(), 0)) in ("q", "Q"):
+                if shown.key(left_until(due)) in ("q", "Q"):
                     break
                 if time.monotonic() >= due:
                     lines = poller.next()

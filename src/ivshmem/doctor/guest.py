@@ -28,6 +28,7 @@ from ..memory.sizes import format_size
 from ..peer import default_paths
 from ..qemu import cmdline
 from ..system import processes
+from ..system.time_limits import left_until
 from ..text import counted, quoted
 from . import open_files
 from .check import (
@@ -375,7 +376,7 @@ class DeviceSteps:
         self._silent = [
             vector
             for vector in range(endpoint.vectors)
-            if not endpoint.wait(vector, max(deadline - time.monotonic(), 0))
+            if not endpoint.wait(vector, left_until(deadline))
         ]
 
     def _bus_master(self) -> Finding:

@@ -26,7 +26,7 @@ from ..native import wire
 from ..native.descriptors import Fd
 from ..protocol.framing import Framer, Message
 from ..protocol.session import GotLeave, GotMemory, GotVector, Session, SessionState
-from ..system.time_limits import deadline_of
+from ..system.time_limits import deadline_of, left_until
 from ..text import counted
 from . import connecting
 from .endpoint import Disconnected, Endpoint, Event, PeerJoined, PeerLeft
@@ -218,7 +218,7 @@ class Client(Endpoint):
             # The first look usually finds nothing: the server has not accepted yet.
             limit = pause if state is SessionState.SETUP else SETTLE
             if deadline is not None:
-                limit = min(limit, max(deadline - time.monotonic(), 0))
+                limit = min(limit, left_until(deadline))
             poll.poll(max(limit * 1000, 0.001))
             pause = min(pause * 2, _LAST_LOOK)
         self.id = self._session.id

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 
 from ..system import sockets
-from ..system.time_limits import deadline_of
+from ..system.time_limits import deadline_of, left_until
 from ..text import counted
 
 _LOOKS = (0.001, 0.05)  # seconds between looks for a server, the first and the longest
@@ -64,7 +64,7 @@ def connect_when_served(path: str | os.PathLike[str], timeout: float | None) -> 
     deadline = deadline_of(timeout)
     awaited = Awaited(path)
     for pause in pauses(deadline):
-        left = None if deadline is None else max(deadline - time.monotonic(), 0)
+        left = None if deadline is None else left_until(deadline)
         try:
             return connect(path, left)
         except TimeoutError:

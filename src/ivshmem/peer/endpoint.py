@@ -19,7 +19,7 @@ from .. import _core
 from .._core import Interrupt
 from ..errors import ClosedError
 from ..memory.region import Region
-from ..system.time_limits import deadline_of, seconds_of
+from ..system.time_limits import deadline_of, left_until, seconds_of
 from ..system.uncopied import Uncopied
 
 
@@ -211,7 +211,7 @@ class Endpoint(Uncopied, EndpointHooks, _core.Doorbells):
         while not self.closed:
             if (event := self._next_peer_event()) is not None:
                 return event
-            left = None if deadline is None else max(deadline - time.monotonic(), 0)
+            left = None if deadline is None else left_until(deadline)
             wait = left
             if self._poll_seconds is not None:
                 wait = self._poll_seconds if left is None else min(left, self._poll_seconds)

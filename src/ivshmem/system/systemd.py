@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from ..errors import reason_of
 from ..text import counted, plain
 from . import late_logging
+from .time_limits import left_until
 from .uncopied import Uncopied
 
 TYPE_CHECKING = False
@@ -328,4 +329,4 @@ def _poll(fd: int, events: int, deadline: float) -> bool:
     """Whether one of the events, or a hangup, comes before the deadline."""
     poll = select.poll()
     poll.register(fd, events)
-    return bool(poll.poll(max(deadline - time.monotonic(), 0) * 1000))
+    return bool(poll.poll(left_until(deadline) * 1000))

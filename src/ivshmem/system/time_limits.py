@@ -34,3 +34,8 @@ def deadline_of(timeout: float | None) -> float | None:
         ValueError, TypeError: as of seconds_of.
     """
     return None if timeout is None else time.monotonic() + seconds_of(timeout)
+
+
+def left_until(deadline: float) -> float:
+    """Return the seconds until `deadline`, by time.monotonic(); never less than 0."""
+    return max(deadline - time.monotonic(), 0.0)
