@@ -278,6 +278,7 @@ class TestPeers:
         assert words[:3] == ["answered", "peer", "1"]
         assert int(words[3]) >= trips
 
+    @pytest.mark.nightly  # by day as JSON
     def test_a_table(self, server: MakeServer) -> None:
         path = server().path
         with running("--echo", "-S", path, "--spin") as echo:

@@ -95,8 +95,8 @@ def out_of_time(scene: Scene) -> None:
         connect(scene.path, timeout=0.000001).close()
 
 
-# By day at each fifth moment.
-EVERY = pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.nightly)])
+# By day at some moments; a prime number, so that no loop of the call has the same one each time.
+EVERY = pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.nightly)])
 QUICK = ("plain", "nobody there", "no socket", "wait in vain")
 LONG = [pytest.param(way, marks=pytest.mark.nightly) for way in CONNECTS if way not in QUICK]
 

@@ -95,23 +95,19 @@ class Guard:
 
     def __init__(self) -> None:
         self._before = self._after = resources()
-        self._changed = True  # all that is opened before the first test
-
-    def changed(self) -> None:
-        """Something other than a test that went well has taken or freed something, perhaps."""
-        self._changed = True
 
     def begin(self) -> None:
         """Remember what is held before a test: what was held after the last one, as a rule.
 
-        To look takes milliseconds, and there are thousands of tests.
+        To look at mappings takes milliseconds, and there are thousands of tests. A fixture that
+        lasts for several tests holds descriptors, too.
         """
-        self._before = self._after
-        if self._changed:
-            self._changed = False
-            before = held()
-            # Where nothing was added since the test before, no garbage holds anything either.
-            self._before = before if before == self._after else resources()
+        if Counter(open_fds().values()) == self._after.fds:
+            self._before = self._after
+            return
+        before = held()
+        # Where nothing was added since the test before, no garbage holds anything either.
+        self._before = before if before == self._after else resources()
 
     def left(self) -> list[str]:
         """Say what the test left behind, one line each."""

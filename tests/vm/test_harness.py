@@ -152,6 +152,7 @@ class TestLife:
         assert "'no-such-device' is not a valid device model name" in str(failure.value)
         assert "never came up" in str(failure.value)
 
+    @pytest.mark.nightly
     def test_dies_with_the_test_run(self) -> None:
         program = """if True:
             import sys
