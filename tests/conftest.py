@@ -94,6 +94,12 @@ def pytest_runtest_makereport(
     return report
 
 
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> None:
+    """Not called for a session's, which have descriptors: the guard sees those."""
+    if fixturedef.scope != "function":
+        _GUARD.changed()
+
+
 @pytest.fixture(autouse=True)
 def leak_guard(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that leaves a descriptor, a shared mapping or a name in /dev/shm behind."""

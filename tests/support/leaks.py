@@ -95,16 +95,21 @@ class Guard:
 
     def __init__(self) -> None:
         self._before = self._after = resources()
+        self._changed = False
+
+    def changed(self) -> None:
+        """A fixture that lasts for several tests may have taken something."""
+        self._changed = True
 
     def begin(self) -> None:
         """Remember what is held before a test: what was held after the last one, as a rule.
 
-        To look at mappings takes milliseconds, and there are thousands of tests. A fixture that
-        lasts for several tests holds descriptors, too.
+        To look at mappings takes milliseconds, and there are thousands of tests.
         """
-        if Counter(open_fds().values()) == self._after.fds:
+        if not self._changed and Counter(open_fds().values()) == self._after.fds:
             self._before = self._after
             return
+        self._changed = False
         before = held()
         # Where nothing was added since the test before, no garbage holds anything either.
         self._before = before if before == self._after else resources()
