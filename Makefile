@@ -16,7 +16,8 @@ AT_ONCE = -n $(JOBS) --dist worksteal
 VENV := .venv
 BIN := $(VENV)/bin
 WHEEL := build/wheel$(VENV:.venv%=%)
-CYTHON := $(addprefix native/,descriptors wire mapping spin bell areas) _core
+CYTHON := $(addprefix native/,descriptors wire mapping spin bell areas) _core \
+    $(addprefix channel/,membership records roles messages queues calls streams)
 # Not all modules are compiled, of numpy for example, but those that are imported, when they are.
 INSTALL := -m pip install --quiet --no-compile
 SOURCES := pyproject.toml setup.py $(wildcard src/ivshmem/*.* src/ivshmem/*/*.* src/ivshmem/*/*/*.h systemd/*/*)
@@ -99,7 +100,7 @@ nightly: lint
 lint: $(VENV)/tested $(CYTHON:%=build/fresh/%.c)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/cython-lint src/ivshmem/*.p[yx][xd] src/ivshmem/native/*.p[yx][xd]
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/cython-lint $(wildcard src/ivshmem/*.p[yx][xd] src/ivshmem/*/*.p[yx][xd])
 	$(BIN)/codespell src tests bench docs README.md ARCHITECTURE.md CHANGELOG.md CONTRIBUTING.md SECURITY.md
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest $(subst /,.,$(CYTHON:%=ivshmem.%)) --allowlist tests/typing/stubtest.allow \

@@ -11,6 +11,7 @@ import os
 from setuptools import Extension, setup
 
 NATIVE = ("descriptors", "wire", "mapping", "spin", "bell", "areas")
+CHANNEL = ("membership", "records", "roles", "messages", "queues", "calls", "streams")
 
 
 def extensions(suffix: str) -> list[Extension]:
@@ -23,7 +24,11 @@ def extensions(suffix: str) -> list[Extension]:
             # No -O: it would stand behind the one in CFLAGS, of a distribution for example.
             extra_compile_args=["-fvisibility=hidden"],
         )
-        for name in (*(f"native/{name}" for name in NATIVE), "_core")
+        for name in (
+            *(f"native/{name}" for name in NATIVE),
+            *(f"channel/{name}" for name in CHANNEL),
+            "_core",
+        )
     ]
 
 

@@ -1387,7 +1387,7 @@ static int __Pyx_init_tpflags_variables(void) {
               : operation((uint32_t *)word, __VA_ARGS__))
 
     /* The compilers treat an order that is not a constant as seq_cst. So each order has a case. */
-    static inline uint64_t ivshmem_load(void *word, int wide, int order)
+    static inline uint64_t word_load(void *word, int wide, int order)
     {
         switch (order) {
         case __ATOMIC_RELAXED: return IVSHMEM_ON(__atomic_load_n, __ATOMIC_RELAXED);
@@ -1395,7 +1395,7 @@ static int __Pyx_init_tpflags_variables(void) {
         default: return IVSHMEM_ON(__atomic_load_n, __ATOMIC_SEQ_CST);
         }
     }
-    static inline void ivshmem_store(void *word, int wide, uint64_t value, int order)
+    static inline void word_store(void *word, int wide, uint64_t value, int order)
     {
         switch (order) {
         case __ATOMIC_RELAXED: IVSHMEM_ON(__atomic_store_n, value, __ATOMIC_RELAXED); break;
@@ -1416,12 +1416,12 @@ static int __Pyx_init_tpflags_variables(void) {
             default: return IVSHMEM_ON(operation, value, __ATOMIC_SEQ_CST);                      \
             }                                                                                    \
         }
-    IVSHMEM_CHANGE(ivshmem_exchange, __atomic_exchange_n)
-    IVSHMEM_CHANGE(ivshmem_add, __atomic_fetch_add)
-    IVSHMEM_CHANGE(ivshmem_sub, __atomic_fetch_sub)
-    IVSHMEM_CHANGE(ivshmem_and, __atomic_fetch_and)
-    IVSHMEM_CHANGE(ivshmem_or, __atomic_fetch_or)
-    IVSHMEM_CHANGE(ivshmem_xor, __atomic_fetch_xor)
+    IVSHMEM_CHANGE(word_exchange, __atomic_exchange_n)
+    IVSHMEM_CHANGE(word_add, __atomic_fetch_add)
+    IVSHMEM_CHANGE(word_sub, __atomic_fetch_sub)
+    IVSHMEM_CHANGE(word_and, __atomic_fetch_and)
+    IVSHMEM_CHANGE(word_or, __atomic_fetch_or)
+    IVSHMEM_CHANGE(word_xor, __atomic_fetch_xor)
 
     /* If the word is not as expected, it is only loaded, and a load cannot have release order. */
     #define IVSHMEM_COMPARE(type, order, otherwise)                                              \
@@ -1435,7 +1435,7 @@ static int __Pyx_init_tpflags_variables(void) {
             if (wide)                                                                            \
                 IVSHMEM_COMPARE(uint64_t, order, otherwise)                                      \
             IVSHMEM_COMPARE(uint32_t, order, otherwise)
-    static inline uint64_t ivshmem_compare_exchange(void *word, int wide, uint64_t expected,
+    static inline uint64_t word_compare_exchange(void *word, int wide, uint64_t expected,
                                                     uint64_t desired, int order)
     {
         switch (order) {
@@ -2227,7 +2227,7 @@ struct __pyx_t_7ivshmem_5_core_Watched {
   int sleeping_wide;
 };
 
-/* "ivshmem/_core.pxd":96
+/* "ivshmem/_core.pxd":97
  *         int *stopped,
  *     ) except -1
  *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=*)             # <<<<<<<<<<<<<<
@@ -2239,7 +2239,7 @@ struct __pyx_opt_args_7ivshmem_5_core_9Doorbells_doorbell {
   Py_ssize_t vector;
 };
 
-/* "ivshmem/_core.pyx":45
+/* "ivshmem/_core.pyx":46
  * cdef object OFF = 0  # the same object as a caller's 0: CPython has one of each small number
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2248,7 +2248,7 @@ struct __pyx_opt_args_7ivshmem_5_core_9Doorbells_doorbell {
 */
 enum  {
 
-  /* "ivshmem/_core.pyx":50
+  /* "ivshmem/_core.pyx":51
  *     TOKEN_NEWS = 1 << 29
  *     # Habits of the Spinner: one for each of the first vectors, and the last one for any vector.
  *     ANY = HABITS - 1             # <<<<<<<<<<<<<<
@@ -2262,7 +2262,7 @@ enum  {
   __pyx_e_7ivshmem_5_core_LOOKS = 8
 };
 
-/* "ivshmem/_core.pyx":132
+/* "ivshmem/_core.pyx":133
  * # -- answers -------------------------------------------------------------------------------------
  * 
  * cdef struct Gentle:             # <<<<<<<<<<<<<<
@@ -2274,7 +2274,7 @@ struct __pyx_t_7ivshmem_5_core_Gentle {
   void *signaller;
 };
 
-/* "ivshmem/_core.pyx":1204
+/* "ivshmem/_core.pyx":1224
  * # -- what a spin looks at -------------------------------------------------------------------------
  * 
  * cdef struct Polled:             # <<<<<<<<<<<<<<
@@ -2498,6 +2498,7 @@ struct __pyx_obj_7ivshmem_5_core_Doorbells {
   uint32_t uio_count;
   struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *wake;
   struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *queued;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *told;
   struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *epoll;
   struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *outer;
   unsigned int state;
@@ -2686,7 +2687,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner {
 static struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *__pyx_vtabptr_7ivshmem_6native_4spin_Spinner;
 
 
-/* "ivshmem/_core.pyx":153
+/* "ivshmem/_core.pyx":154
  * # -- an endpoint's --------------------------------------------------------------------------------
  * 
  * cdef class Doorbells:             # <<<<<<<<<<<<<<
@@ -2707,6 +2708,7 @@ struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells {
   PyObject *(*several)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, PyObject *, PyObject *);
   Py_ssize_t (*ring_several)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, PyObject *);
   int (*check_vector)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, Py_ssize_t);
+  int (*tell_after_waits)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, int);
   struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *(*anything)(struct __pyx_obj_7ivshmem_5_core_Doorbells *);
   struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *(*watch_all)(struct __pyx_obj_7ivshmem_5_core_Doorbells *);
   PyObject *(*wait_one)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, Py_ssize_t, PyObject *, int64_t);
@@ -3981,6 +3983,7 @@ static int __Pyx_State_RemoveModule(void*);
 
 static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd, PyObject *__pyx_v_whose, Py_ssize_t __pyx_v_vector); /* proto*/
 static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_5_core_9Doorbells_tell_after_waits(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd); /* proto*/
 static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells_anything(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto*/
 static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5_core_9Doorbells_watch_all(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto*/
 static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshmem_5_core_9Doorbells_quiet(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self); /* proto*/
@@ -4168,7 +4171,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[5];
     PyObject *__pyx_codeobj_tab[25];
-    PyObject *__pyx_string_tab[186];
+    PyObject *__pyx_string_tab[188];
     PyObject *__pyx_number_tab[3];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -4328,82 +4331,84 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_contextlib __pyx_string_tab[107]
 #define __pyx_n_u_done __pyx_string_tab[108]
 #define __pyx_n_u_doorbell __pyx_string_tab[109]
-#define __pyx_n_u_echo __pyx_string_tab[110]
-#define __pyx_n_u_entered __pyx_string_tab[111]
-#define __pyx_n_u_errors __pyx_string_tab[112]
-#define __pyx_n_u_eventfds __pyx_string_tab[113]
-#define __pyx_n_u_fd __pyx_string_tab[114]
-#define __pyx_n_u_fileno __pyx_string_tab[115]
-#define __pyx_n_u_gentle __pyx_string_tab[116]
-#define __pyx_n_u_get __pyx_string_tab[117]
-#define __pyx_n_u_items __pyx_string_tab[118]
-#define __pyx_n_u_ivshmem __pyx_string_tab[119]
-#define __pyx_n_u_ivshmem__core __pyx_string_tab[120]
-#define __pyx_n_u_limit __pyx_string_tab[121]
-#define __pyx_n_u_made __pyx_string_tab[122]
-#define __pyx_n_u_module_2 __pyx_string_tab[123]
-#define __pyx_n_u_namedtuple __pyx_string_tab[124]
-#define __pyx_n_u_nanoseconds __pyx_string_tab[125]
-#define __pyx_n_u_number __pyx_string_tab[126]
-#define __pyx_n_u_old __pyx_string_tab[127]
-#define __pyx_n_u_outer __pyx_string_tab[128]
-#define __pyx_n_u_own __pyx_string_tab[129]
-#define __pyx_n_u_peer __pyx_string_tab[130]
-#define __pyx_n_u_peers __pyx_string_tab[131]
-#define __pyx_n_u_pop __pyx_string_tab[132]
-#define __pyx_n_u_queued __pyx_string_tab[133]
-#define __pyx_n_u_registers __pyx_string_tab[134]
-#define __pyx_n_u_relay __pyx_string_tab[135]
-#define __pyx_n_u_remove __pyx_string_tab[136]
-#define __pyx_n_u_ring __pyx_string_tab[137]
-#define __pyx_n_u_ring_all __pyx_string_tab[138]
-#define __pyx_n_u_ring_all_nowait __pyx_string_tab[139]
-#define __pyx_n_u_rings __pyx_string_tab[140]
-#define __pyx_n_u_rounds __pyx_string_tab[141]
-#define __pyx_n_u_self __pyx_string_tab[142]
-#define __pyx_n_u_setdefault __pyx_string_tab[143]
-#define __pyx_n_u_signal __pyx_string_tab[144]
-#define __pyx_n_u_signaller __pyx_string_tab[145]
-#define __pyx_n_u_sleeping __pyx_string_tab[146]
-#define __pyx_n_u_spin __pyx_string_tab[147]
-#define __pyx_n_u_stopped __pyx_string_tab[148]
-#define __pyx_n_u_store __pyx_string_tab[149]
-#define __pyx_n_u_suppress __pyx_string_tab[150]
-#define __pyx_n_u_take __pyx_string_tab[151]
-#define __pyx_n_u_timeout __pyx_string_tab[152]
-#define __pyx_n_u_urgent __pyx_string_tab[153]
-#define __pyx_n_u_values __pyx_string_tab[154]
-#define __pyx_n_u_vector __pyx_string_tab[155]
-#define __pyx_n_u_vectors __pyx_string_tab[156]
-#define __pyx_n_u_which __pyx_string_tab[157]
-#define __pyx_n_u_word __pyx_string_tab[158]
-#define __pyx_kp_b_int_PyObject_int_int_int_int_int __pyx_string_tab[159]
-#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[160]
-#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[161]
-#define __pyx_kp_b_iso88591_A __pyx_string_tab[162]
-#define __pyx_kp_b_iso88591_A_a __pyx_string_tab[163]
-#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[164]
-#define __pyx_kp_b_iso88591_A12_Kq_Ja_4wgQ_d_4_1 __pyx_string_tab[165]
-#define __pyx_kp_b_iso88591_A_4_AQd_q_G7_1_4wd_1_a __pyx_string_tab[166]
-#define __pyx_kp_b_iso88591_A_F_84q __pyx_string_tab[167]
-#define __pyx_kp_b_iso88591_A_T_t1A_xvS_1A __pyx_string_tab[168]
-#define __pyx_kp_b_iso88591_A_4_AQd_a_a_Q_vS_4q_E_N_HA_a __pyx_string_tab[169]
-#define __pyx_kp_b_iso88591_A_IT_wa_vWD_a_F __pyx_string_tab[170]
-#define __pyx_kp_b_iso88591_A_T_t1F_6_q __pyx_string_tab[171]
-#define __pyx_kp_b_iso88591_A_4wgU_d_3a_t4xt6_Ct1_F_a_L_Ja __pyx_string_tab[172]
-#define __pyx_kp_b_iso88591_A_M_O1_N __pyx_string_tab[173]
-#define __pyx_kp_b_iso88591_A_IQ __pyx_string_tab[174]
-#define __pyx_kp_b_iso88591_A_D_Qa_G1 __pyx_string_tab[175]
-#define __pyx_kp_b_iso88591_A_F_9AT_s_6_A_4y_6_A_4wd_1_6_A_4 __pyx_string_tab[176]
-#define __pyx_kp_b_iso88591_A_4q_q_Kq_1_D_AQ_4wgQ_d_881 __pyx_string_tab[177]
-#define __pyx_kp_b_iso88591_A_T_t1A_6_A_G1_aq_Kq_q_T_F_81 __pyx_string_tab[178]
-#define __pyx_kp_b_iso88591_A_F_t7_Q_Q_T_j_A_T_gT_c_IQ_4vQ_a __pyx_string_tab[179]
-#define __pyx_kp_b_iso88591_1_t_XQgQ __pyx_string_tab[180]
-#define __pyx_kp_b_iso88591_F_4y_Q_a __pyx_string_tab[181]
-#define __pyx_kp_b_iso88591_N_hawa_A_4_4_AQ_D_a_E_a_7_1_z_U __pyx_string_tab[182]
-#define __pyx_kp_b_iso88591_S___A_Ja_1_A_Q_7_Q_Q_83a_4y_q_4 __pyx_string_tab[183]
-#define __pyx_kp_b_iso88591_7q_T_6_Jd_S_M_V6_q __pyx_string_tab[184]
-#define __pyx_kp_b_iso88591_XXQa_L_HA_Ja_4_a_q_a_r_JgT_3it1 __pyx_string_tab[185]
+#define __pyx_n_u_dup __pyx_string_tab[110]
+#define __pyx_n_u_echo __pyx_string_tab[111]
+#define __pyx_n_u_entered __pyx_string_tab[112]
+#define __pyx_n_u_errors __pyx_string_tab[113]
+#define __pyx_n_u_eventfds __pyx_string_tab[114]
+#define __pyx_n_u_fd __pyx_string_tab[115]
+#define __pyx_n_u_fileno __pyx_string_tab[116]
+#define __pyx_n_u_gentle __pyx_string_tab[117]
+#define __pyx_n_u_get __pyx_string_tab[118]
+#define __pyx_n_u_items __pyx_string_tab[119]
+#define __pyx_n_u_ivshmem __pyx_string_tab[120]
+#define __pyx_n_u_ivshmem__core __pyx_string_tab[121]
+#define __pyx_n_u_limit __pyx_string_tab[122]
+#define __pyx_n_u_made __pyx_string_tab[123]
+#define __pyx_n_u_module_2 __pyx_string_tab[124]
+#define __pyx_n_u_namedtuple __pyx_string_tab[125]
+#define __pyx_n_u_nanoseconds __pyx_string_tab[126]
+#define __pyx_n_u_number __pyx_string_tab[127]
+#define __pyx_n_u_old __pyx_string_tab[128]
+#define __pyx_n_u_os __pyx_string_tab[129]
+#define __pyx_n_u_outer __pyx_string_tab[130]
+#define __pyx_n_u_own __pyx_string_tab[131]
+#define __pyx_n_u_peer __pyx_string_tab[132]
+#define __pyx_n_u_peers __pyx_string_tab[133]
+#define __pyx_n_u_pop __pyx_string_tab[134]
+#define __pyx_n_u_queued __pyx_string_tab[135]
+#define __pyx_n_u_registers __pyx_string_tab[136]
+#define __pyx_n_u_relay __pyx_string_tab[137]
+#define __pyx_n_u_remove __pyx_string_tab[138]
+#define __pyx_n_u_ring __pyx_string_tab[139]
+#define __pyx_n_u_ring_all __pyx_string_tab[140]
+#define __pyx_n_u_ring_all_nowait __pyx_string_tab[141]
+#define __pyx_n_u_rings __pyx_string_tab[142]
+#define __pyx_n_u_rounds __pyx_string_tab[143]
+#define __pyx_n_u_self __pyx_string_tab[144]
+#define __pyx_n_u_setdefault __pyx_string_tab[145]
+#define __pyx_n_u_signal __pyx_string_tab[146]
+#define __pyx_n_u_signaller __pyx_string_tab[147]
+#define __pyx_n_u_sleeping __pyx_string_tab[148]
+#define __pyx_n_u_spin __pyx_string_tab[149]
+#define __pyx_n_u_stopped __pyx_string_tab[150]
+#define __pyx_n_u_store __pyx_string_tab[151]
+#define __pyx_n_u_suppress __pyx_string_tab[152]
+#define __pyx_n_u_take __pyx_string_tab[153]
+#define __pyx_n_u_timeout __pyx_string_tab[154]
+#define __pyx_n_u_urgent __pyx_string_tab[155]
+#define __pyx_n_u_values __pyx_string_tab[156]
+#define __pyx_n_u_vector __pyx_string_tab[157]
+#define __pyx_n_u_vectors __pyx_string_tab[158]
+#define __pyx_n_u_which __pyx_string_tab[159]
+#define __pyx_n_u_word __pyx_string_tab[160]
+#define __pyx_kp_b_int_PyObject_int_int_int_int_int __pyx_string_tab[161]
+#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[162]
+#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[163]
+#define __pyx_kp_b_iso88591_A __pyx_string_tab[164]
+#define __pyx_kp_b_iso88591_A_a __pyx_string_tab[165]
+#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[166]
+#define __pyx_kp_b_iso88591_A12_Kq_Ja_4wgQ_d_4_1 __pyx_string_tab[167]
+#define __pyx_kp_b_iso88591_A_4_AQd_q_G7_1_4wd_1_a __pyx_string_tab[168]
+#define __pyx_kp_b_iso88591_A_F_84q __pyx_string_tab[169]
+#define __pyx_kp_b_iso88591_A_T_t1A_xvS_1A __pyx_string_tab[170]
+#define __pyx_kp_b_iso88591_A_4_AQd_a_a_Q_vS_4q_E_N_HA_a __pyx_string_tab[171]
+#define __pyx_kp_b_iso88591_A_IT_wa_vWD_a_F __pyx_string_tab[172]
+#define __pyx_kp_b_iso88591_A_T_t1F_6_q __pyx_string_tab[173]
+#define __pyx_kp_b_iso88591_A_4wgU_d_3a_t4xt6_Ct1_F_a_L_Ja __pyx_string_tab[174]
+#define __pyx_kp_b_iso88591_A_M_O1_N __pyx_string_tab[175]
+#define __pyx_kp_b_iso88591_A_IQ __pyx_string_tab[176]
+#define __pyx_kp_b_iso88591_A_D_Qa_G1 __pyx_string_tab[177]
+#define __pyx_kp_b_iso88591_A_F_9AT_s_6_A_4y_6_A_4wd_1_6_A_4 __pyx_string_tab[178]
+#define __pyx_kp_b_iso88591_A_4q_q_Kq_1_D_AQ_4wgQ_d_881 __pyx_string_tab[179]
+#define __pyx_kp_b_iso88591_A_T_t1A_6_A_G1_aq_Kq_q_T_F_81 __pyx_string_tab[180]
+#define __pyx_kp_b_iso88591_A_F_t7_Q_Q_T_j_A_T_gT_c_IQ_4vQ_a __pyx_string_tab[181]
+#define __pyx_kp_b_iso88591_1_t_XQgQ __pyx_string_tab[182]
+#define __pyx_kp_b_iso88591_F_4y_Q_a __pyx_string_tab[183]
+#define __pyx_kp_b_iso88591_N_hawa_A_4_4_AQ_D_a_E_a_7_1_z_U __pyx_string_tab[184]
+#define __pyx_kp_b_iso88591_S___A_Ja_1_A_Q_7_Q_Q_83a_4y_q_4 __pyx_string_tab[185]
+#define __pyx_kp_b_iso88591_7q_T_6_Jd_S_M_V6_q __pyx_string_tab[186]
+#define __pyx_kp_b_iso88591_XXQa_L_HA_Ja_4_a_q_a_r_JgT_3it1 __pyx_string_tab[187]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_neg_1 __pyx_number_tab[1]
 #define __pyx_int_1 __pyx_number_tab[2]
@@ -4442,7 +4447,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<5; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<25; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<186; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<188; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4487,7 +4492,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<5; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<25; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<186; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<188; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -5235,7 +5240,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/_core.pyx":58
+/* "ivshmem/_core.pyx":59
  * # -- plain reads ----------------------------------------------------------------------------------
  * 
  * cdef inline bint reads_plainly(Doorbells self, bint alone) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5248,7 +5253,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_reads_plainly(struct __pyx_obj_
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":65
+  /* "ivshmem/_core.pyx":66
  *     other thread could call close().
  *     """
  *     return self.relay is not None or alone and not self.urgent and not self.uio             # <<<<<<<<<<<<<<
@@ -5291,7 +5296,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_reads_plainly(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":58
+  /* "ivshmem/_core.pyx":59
  * # -- plain reads ----------------------------------------------------------------------------------
  * 
  * cdef inline bint reads_plainly(Doorbells self, bint alone) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5304,7 +5309,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_reads_plainly(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":68
+/* "ivshmem/_core.pyx":69
  * 
  * 
  * cdef inline bint relay_fired(Doorbells self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5317,7 +5322,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_relay_fired(struct __pyx_obj_7i
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":69
+  /* "ivshmem/_core.pyx":70
  * 
  * cdef inline bint relay_fired(Doorbells self) noexcept nogil:
  *     return self.relay is not None and self.relay.fired()             # <<<<<<<<<<<<<<
@@ -5344,7 +5349,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_relay_fired(struct __pyx_obj_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":68
+  /* "ivshmem/_core.pyx":69
  * 
  * 
  * cdef inline bint relay_fired(Doorbells self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5357,7 +5362,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_relay_fired(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":72
+/* "ivshmem/_core.pyx":73
  * 
  * 
  * cdef inline int64_t read_plainly(Doorbells self, Py_ssize_t vector) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5375,7 +5380,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
   int __pyx_t_2;
   int __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":79
+  /* "ivshmem/_core.pyx":80
  *     peers never bring about. close() and a relay end the read by adding to the count.
  *     """
  *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
@@ -5384,7 +5389,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   __pyx_v_count = 0;
 
-  /* "ivshmem/_core.pyx":80
+  /* "ivshmem/_core.pyx":81
  *     """
  *     cdef uint64_t count = 0
  *     cdef ssize_t n = 0             # <<<<<<<<<<<<<<
@@ -5393,7 +5398,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   __pyx_v_n = 0;
 
-  /* "ivshmem/_core.pyx":81
+  /* "ivshmem/_core.pyx":82
  *     cdef uint64_t count = 0
  *     cdef ssize_t n = 0
  *     cdef int code = 0             # <<<<<<<<<<<<<<
@@ -5402,7 +5407,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/_core.pyx":82
+  /* "ivshmem/_core.pyx":83
  *     cdef ssize_t n = 0
  *     cdef int code = 0
  *     cdef int fd = place_of(self.own, vector)[0]             # <<<<<<<<<<<<<<
@@ -5411,7 +5416,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   __pyx_v_fd = (__pyx_f_7ivshmem_6native_11descriptors_place_of(__pyx_v_self->own, __pyx_v_vector)[0]);
 
-  /* "ivshmem/_core.pyx":84
+  /* "ivshmem/_core.pyx":85
  *     cdef int fd = place_of(self.own, vector)[0]
  *     # Either this sees that the endpoint is closing, or wake_sleepers() sees this.
  *     ivshmem_count(&self.sleepers, 1)             # <<<<<<<<<<<<<<
@@ -5420,7 +5425,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   (void)(ivshmem_count((&__pyx_v_self->sleepers), 1));
 
-  /* "ivshmem/_core.pyx":85
+  /* "ivshmem/_core.pyx":86
  *     # Either this sees that the endpoint is closing, or wake_sleepers() sees this.
  *     ivshmem_count(&self.sleepers, 1)
  *     if not ivshmem_state(&self.state) & IVSHMEM_CLOSING and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -5446,7 +5451,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":86
+    /* "ivshmem/_core.pyx":87
  *     ivshmem_count(&self.sleepers, 1)
  *     if not ivshmem_state(&self.state) & IVSHMEM_CLOSING and not relay_fired(self):
  *         n = c_read(fd, &count, sizeof(count))             # <<<<<<<<<<<<<<
@@ -5455,7 +5460,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
     __pyx_v_n = read(__pyx_v_fd, (&__pyx_v_count), (sizeof(__pyx_v_count)));
 
-    /* "ivshmem/_core.pyx":87
+    /* "ivshmem/_core.pyx":88
  *     if not ivshmem_state(&self.state) & IVSHMEM_CLOSING and not relay_fired(self):
  *         n = c_read(fd, &count, sizeof(count))
  *         code = errno             # <<<<<<<<<<<<<<
@@ -5464,7 +5469,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
     __pyx_v_code = errno;
 
-    /* "ivshmem/_core.pyx":85
+    /* "ivshmem/_core.pyx":86
  *     # Either this sees that the endpoint is closing, or wake_sleepers() sees this.
  *     ivshmem_count(&self.sleepers, 1)
  *     if not ivshmem_state(&self.state) & IVSHMEM_CLOSING and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -5473,7 +5478,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   }
 
-  /* "ivshmem/_core.pyx":88
+  /* "ivshmem/_core.pyx":89
  *         n = c_read(fd, &count, sizeof(count))
  *         code = errno
  *     ivshmem_count(&self.sleepers, -1)             # <<<<<<<<<<<<<<
@@ -5482,7 +5487,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   (void)(ivshmem_count((&__pyx_v_self->sleepers), -1));
 
-  /* "ivshmem/_core.pyx":89
+  /* "ivshmem/_core.pyx":90
  *         code = errno
  *     ivshmem_count(&self.sleepers, -1)
  *     if ivshmem_state(&self.state) & IVSHMEM_CLOSING or relay_fired(self):             # <<<<<<<<<<<<<<
@@ -5508,7 +5513,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":90
+    /* "ivshmem/_core.pyx":91
  *     ivshmem_count(&self.sleepers, -1)
  *     if ivshmem_state(&self.state) & IVSHMEM_CLOSING or relay_fired(self):
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -5519,7 +5524,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":91
+      /* "ivshmem/_core.pyx":92
  *     if ivshmem_state(&self.state) & IVSHMEM_CLOSING or relay_fired(self):
  *         if self.relay is not None:
  *             add_one(fd)  # other threads may sleep in the same read             # <<<<<<<<<<<<<<
@@ -5528,7 +5533,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
       (void)(__pyx_f_7ivshmem_6native_11descriptors_add_one(__pyx_v_fd));
 
-      /* "ivshmem/_core.pyx":90
+      /* "ivshmem/_core.pyx":91
  *     ivshmem_count(&self.sleepers, -1)
  *     if ivshmem_state(&self.state) & IVSHMEM_CLOSING or relay_fired(self):
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -5537,7 +5542,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
     }
 
-    /* "ivshmem/_core.pyx":92
+    /* "ivshmem/_core.pyx":93
  *         if self.relay is not None:
  *             add_one(fd)  # other threads may sleep in the same read
  *         return -ESHUTDOWN if ivshmem_state(&self.state) & IVSHMEM_CLOSING else NEWS             # <<<<<<<<<<<<<<
@@ -5559,7 +5564,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":89
+    /* "ivshmem/_core.pyx":90
  *         code = errno
  *     ivshmem_count(&self.sleepers, -1)
  *     if ivshmem_state(&self.state) & IVSHMEM_CLOSING or relay_fired(self):             # <<<<<<<<<<<<<<
@@ -5568,7 +5573,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   }
 
-  /* "ivshmem/_core.pyx":93
+  /* "ivshmem/_core.pyx":94
  *             add_one(fd)  # other threads may sleep in the same read
  *         return -ESHUTDOWN if ivshmem_state(&self.state) & IVSHMEM_CLOSING else NEWS
  *     if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -5580,7 +5585,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":94
+    /* "ivshmem/_core.pyx":95
  *         return -ESHUTDOWN if ivshmem_state(&self.state) & IVSHMEM_CLOSING else NEWS
  *     if n == sizeof(count):
  *         return count_of(count)             # <<<<<<<<<<<<<<
@@ -5593,7 +5598,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":93
+    /* "ivshmem/_core.pyx":94
  *             add_one(fd)  # other threads may sleep in the same read
  *         return -ESHUTDOWN if ivshmem_state(&self.state) & IVSHMEM_CLOSING else NEWS
  *     if n == sizeof(count):             # <<<<<<<<<<<<<<
@@ -5602,7 +5607,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   }
 
-  /* "ivshmem/_core.pyx":95
+  /* "ivshmem/_core.pyx":96
  *     if n == sizeof(count):
  *         return count_of(count)
  *     if code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -5614,12 +5619,12 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":96
+    /* "ivshmem/_core.pyx":97
  *         return count_of(count)
  *     if code != EAGAIN:
  *         return -code             # <<<<<<<<<<<<<<
  *     fcntl(fd, F_SETFL, O_RDWR)
- *     ivshmem_and(&self.nonblocking, True, ~(<uint64_t>1 << vector % 64), RELAXED)
+ *     word_and(&self.nonblocking, True, ~(<uint64_t>1 << vector % 64), RELAXED)
 */
     {
 
@@ -5627,7 +5632,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":95
+    /* "ivshmem/_core.pyx":96
  *     if n == sizeof(count):
  *         return count_of(count)
  *     if code != EAGAIN:             # <<<<<<<<<<<<<<
@@ -5636,27 +5641,27 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
 */
   }
 
-  /* "ivshmem/_core.pyx":97
+  /* "ivshmem/_core.pyx":98
  *     if code != EAGAIN:
  *         return -code
  *     fcntl(fd, F_SETFL, O_RDWR)             # <<<<<<<<<<<<<<
- *     ivshmem_and(&self.nonblocking, True, ~(<uint64_t>1 << vector % 64), RELAXED)
+ *     word_and(&self.nonblocking, True, ~(<uint64_t>1 << vector % 64), RELAXED)
  *     return 0
 */
   (void)(fcntl(__pyx_v_fd, F_SETFL, O_RDWR));
 
-  /* "ivshmem/_core.pyx":98
+  /* "ivshmem/_core.pyx":99
  *         return -code
  *     fcntl(fd, F_SETFL, O_RDWR)
- *     ivshmem_and(&self.nonblocking, True, ~(<uint64_t>1 << vector % 64), RELAXED)             # <<<<<<<<<<<<<<
+ *     word_and(&self.nonblocking, True, ~(<uint64_t>1 << vector % 64), RELAXED)             # <<<<<<<<<<<<<<
  *     return 0
  * 
 */
-  (void)(ivshmem_and((&__pyx_v_self->nonblocking), 1, (~(((uint64_t)1) << __Pyx_mod_Py_ssize_t(__pyx_v_vector, 64, 1))), __ATOMIC_RELAXED));
+  (void)(word_and((&__pyx_v_self->nonblocking), 1, (~(((uint64_t)1) << __Pyx_mod_Py_ssize_t(__pyx_v_vector, 64, 1))), __ATOMIC_RELAXED));
 
-  /* "ivshmem/_core.pyx":99
+  /* "ivshmem/_core.pyx":100
  *     fcntl(fd, F_SETFL, O_RDWR)
- *     ivshmem_and(&self.nonblocking, True, ~(<uint64_t>1 << vector % 64), RELAXED)
+ *     word_and(&self.nonblocking, True, ~(<uint64_t>1 << vector % 64), RELAXED)
  *     return 0             # <<<<<<<<<<<<<<
  * 
  * 
@@ -5667,7 +5672,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":72
+  /* "ivshmem/_core.pyx":73
  * 
  * 
  * cdef inline int64_t read_plainly(Doorbells self, Py_ssize_t vector) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5684,7 +5689,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_read_plainly(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":104
+/* "ivshmem/_core.pyx":105
  * # -- spins ----------------------------------------------------------------------------------------
  * 
  * cdef inline Probe probe_of(Doorbells self, Py_ssize_t vector, bint plainly) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5698,7 +5703,7 @@ static CYTHON_INLINE __pyx_t_7ivshmem_6native_4spin_Probe __pyx_f_7ivshmem_5_cor
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":109
+  /* "ivshmem/_core.pyx":110
  *     The read sleeps if a peer clears O_NONBLOCK; the wait would sleep next in any case.
  *     """
  *     cdef uint64_t bit = <uint64_t>1 << vector % 64             # <<<<<<<<<<<<<<
@@ -5707,12 +5712,12 @@ static CYTHON_INLINE __pyx_t_7ivshmem_6native_4spin_Probe __pyx_f_7ivshmem_5_cor
 */
   __pyx_v_bit = (((uint64_t)1) << __Pyx_mod_Py_ssize_t(__pyx_v_vector, 64, 1));
 
-  /* "ivshmem/_core.pyx":110
+  /* "ivshmem/_core.pyx":111
  *     """
  *     cdef uint64_t bit = <uint64_t>1 << vector % 64
  *     if not plainly or self.relay is not None or vector >= 64:             # <<<<<<<<<<<<<<
  *         return probe_eventfd
- *     if not ivshmem_load(&self.nonblocking, True, RELAXED) & bit:
+ *     if not word_load(&self.nonblocking, True, RELAXED) & bit:
 */
   __pyx_t_2 = (!__pyx_v_plainly);
 
@@ -5742,12 +5747,12 @@ static CYTHON_INLINE __pyx_t_7ivshmem_6native_4spin_Probe __pyx_f_7ivshmem_5_cor
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":111
+    /* "ivshmem/_core.pyx":112
  *     cdef uint64_t bit = <uint64_t>1 << vector % 64
  *     if not plainly or self.relay is not None or vector >= 64:
  *         return probe_eventfd             # <<<<<<<<<<<<<<
- *     if not ivshmem_load(&self.nonblocking, True, RELAXED) & bit:
- *         ivshmem_or(&self.nonblocking, True, bit, RELAXED)
+ *     if not word_load(&self.nonblocking, True, RELAXED) & bit:
+ *         word_or(&self.nonblocking, True, bit, RELAXED)
 */
     {
 
@@ -5755,56 +5760,56 @@ static CYTHON_INLINE __pyx_t_7ivshmem_6native_4spin_Probe __pyx_f_7ivshmem_5_cor
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":110
+    /* "ivshmem/_core.pyx":111
  *     """
  *     cdef uint64_t bit = <uint64_t>1 << vector % 64
  *     if not plainly or self.relay is not None or vector >= 64:             # <<<<<<<<<<<<<<
  *         return probe_eventfd
- *     if not ivshmem_load(&self.nonblocking, True, RELAXED) & bit:
+ *     if not word_load(&self.nonblocking, True, RELAXED) & bit:
 */
   }
 
-  /* "ivshmem/_core.pyx":112
+  /* "ivshmem/_core.pyx":113
  *     if not plainly or self.relay is not None or vector >= 64:
  *         return probe_eventfd
- *     if not ivshmem_load(&self.nonblocking, True, RELAXED) & bit:             # <<<<<<<<<<<<<<
- *         ivshmem_or(&self.nonblocking, True, bit, RELAXED)
+ *     if not word_load(&self.nonblocking, True, RELAXED) & bit:             # <<<<<<<<<<<<<<
+ *         word_or(&self.nonblocking, True, bit, RELAXED)
  *         fcntl(place_of(self.own, vector)[0], F_SETFL, O_RDWR | O_NONBLOCK)
 */
-  __pyx_t_1 = (!((ivshmem_load((&__pyx_v_self->nonblocking), 1, __ATOMIC_RELAXED) & __pyx_v_bit) != 0));
+  __pyx_t_1 = (!((word_load((&__pyx_v_self->nonblocking), 1, __ATOMIC_RELAXED) & __pyx_v_bit) != 0));
 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":113
+    /* "ivshmem/_core.pyx":114
  *         return probe_eventfd
- *     if not ivshmem_load(&self.nonblocking, True, RELAXED) & bit:
- *         ivshmem_or(&self.nonblocking, True, bit, RELAXED)             # <<<<<<<<<<<<<<
+ *     if not word_load(&self.nonblocking, True, RELAXED) & bit:
+ *         word_or(&self.nonblocking, True, bit, RELAXED)             # <<<<<<<<<<<<<<
  *         fcntl(place_of(self.own, vector)[0], F_SETFL, O_RDWR | O_NONBLOCK)
  *     return probe_plainly
 */
-    (void)(ivshmem_or((&__pyx_v_self->nonblocking), 1, __pyx_v_bit, __ATOMIC_RELAXED));
+    (void)(word_or((&__pyx_v_self->nonblocking), 1, __pyx_v_bit, __ATOMIC_RELAXED));
 
-    /* "ivshmem/_core.pyx":114
- *     if not ivshmem_load(&self.nonblocking, True, RELAXED) & bit:
- *         ivshmem_or(&self.nonblocking, True, bit, RELAXED)
+    /* "ivshmem/_core.pyx":115
+ *     if not word_load(&self.nonblocking, True, RELAXED) & bit:
+ *         word_or(&self.nonblocking, True, bit, RELAXED)
  *         fcntl(place_of(self.own, vector)[0], F_SETFL, O_RDWR | O_NONBLOCK)             # <<<<<<<<<<<<<<
  *     return probe_plainly
  * 
 */
     (void)(fcntl((__pyx_f_7ivshmem_6native_11descriptors_place_of(__pyx_v_self->own, __pyx_v_vector)[0]), F_SETFL, (O_RDWR | O_NONBLOCK)));
 
-    /* "ivshmem/_core.pyx":112
+    /* "ivshmem/_core.pyx":113
  *     if not plainly or self.relay is not None or vector >= 64:
  *         return probe_eventfd
- *     if not ivshmem_load(&self.nonblocking, True, RELAXED) & bit:             # <<<<<<<<<<<<<<
- *         ivshmem_or(&self.nonblocking, True, bit, RELAXED)
+ *     if not word_load(&self.nonblocking, True, RELAXED) & bit:             # <<<<<<<<<<<<<<
+ *         word_or(&self.nonblocking, True, bit, RELAXED)
  *         fcntl(place_of(self.own, vector)[0], F_SETFL, O_RDWR | O_NONBLOCK)
 */
   }
 
-  /* "ivshmem/_core.pyx":115
- *         ivshmem_or(&self.nonblocking, True, bit, RELAXED)
+  /* "ivshmem/_core.pyx":116
+ *         word_or(&self.nonblocking, True, bit, RELAXED)
  *         fcntl(place_of(self.own, vector)[0], F_SETFL, O_RDWR | O_NONBLOCK)
  *     return probe_plainly             # <<<<<<<<<<<<<<
  * 
@@ -5816,7 +5821,7 @@ static CYTHON_INLINE __pyx_t_7ivshmem_6native_4spin_Probe __pyx_f_7ivshmem_5_cor
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":104
+  /* "ivshmem/_core.pyx":105
  * # -- spins ----------------------------------------------------------------------------------------
  * 
  * cdef inline Probe probe_of(Doorbells self, Py_ssize_t vector, bint plainly) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5830,7 +5835,7 @@ static CYTHON_INLINE __pyx_t_7ivshmem_6native_4spin_Probe __pyx_f_7ivshmem_5_cor
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":118
+/* "ivshmem/_core.pyx":119
  * 
  * 
  * cdef inline int64_t spin_for(             # <<<<<<<<<<<<<<
@@ -5844,7 +5849,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":123
+  /* "ivshmem/_core.pyx":124
  *     """Spinner.spin, with the GIL if the spin is short and there is no other thread."""
  *     cdef int64_t n
  *     if turn.left <= SHORT and ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -5870,7 +5875,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":124
+    /* "ivshmem/_core.pyx":125
  *     cdef int64_t n
  *     if turn.left <= SHORT and ivshmem_is_only_thread():
  *         return self.spinner.spin(which, deadline, probe, what, turn, &self.state)             # <<<<<<<<<<<<<<
@@ -5883,7 +5888,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":123
+    /* "ivshmem/_core.pyx":124
  *     """Spinner.spin, with the GIL if the spin is short and there is no other thread."""
  *     cdef int64_t n
  *     if turn.left <= SHORT and ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -5892,7 +5897,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_core.pyx":125
+  /* "ivshmem/_core.pyx":126
  *     if turn.left <= SHORT and ivshmem_is_only_thread():
  *         return self.spinner.spin(which, deadline, probe, what, turn, &self.state)
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -5905,7 +5910,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":126
+        /* "ivshmem/_core.pyx":127
  *         return self.spinner.spin(which, deadline, probe, what, turn, &self.state)
  *     with nogil:
  *         n = self.spinner.spin(which, deadline, probe, what, turn, &self.state)             # <<<<<<<<<<<<<<
@@ -5915,7 +5920,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
         __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->spin(__pyx_v_self->spinner, __pyx_v_which, __pyx_v_deadline, __pyx_v_probe, __pyx_v_what, __pyx_v_turn, (&__pyx_v_self->state));
       }
 
-      /* "ivshmem/_core.pyx":125
+      /* "ivshmem/_core.pyx":126
  *     if turn.left <= SHORT and ivshmem_is_only_thread():
  *         return self.spinner.spin(which, deadline, probe, what, turn, &self.state)
  *     with nogil:             # <<<<<<<<<<<<<<
@@ -5932,7 +5937,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
       }
   }
 
-  /* "ivshmem/_core.pyx":127
+  /* "ivshmem/_core.pyx":128
  *     with nogil:
  *         n = self.spinner.spin(which, deadline, probe, what, turn, &self.state)
  *     return n             # <<<<<<<<<<<<<<
@@ -5945,7 +5950,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":118
+  /* "ivshmem/_core.pyx":119
  * 
  * 
  * cdef inline int64_t spin_for(             # <<<<<<<<<<<<<<
@@ -5960,7 +5965,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_5_core_spin_for(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":137
+/* "ivshmem/_core.pyx":138
  * 
  * 
  * cdef int ring_gently(void *context, int64_t rings) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5974,7 +5979,7 @@ static int __pyx_f_7ivshmem_5_core_ring_gently(void *__pyx_v_context, CYTHON_UNU
   int __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":139
+  /* "ivshmem/_core.pyx":140
  * cdef int ring_gently(void *context, int64_t rings) noexcept nogil:
  *     """Do what ring_bell does, but never wait."""
  *     cdef Gentle *gentle = <Gentle *>context             # <<<<<<<<<<<<<<
@@ -5983,7 +5988,7 @@ static int __pyx_f_7ivshmem_5_core_ring_gently(void *__pyx_v_context, CYTHON_UNU
 */
   __pyx_v_gentle = ((struct __pyx_t_7ivshmem_5_core_Gentle *)__pyx_v_context);
 
-  /* "ivshmem/_core.pyx":141
+  /* "ivshmem/_core.pyx":142
  *     cdef Gentle *gentle = <Gentle *>context
  *     cdef int code
  *     if not ivshmem_enter(gentle.bell.state):             # <<<<<<<<<<<<<<
@@ -5995,7 +6000,7 @@ static int __pyx_f_7ivshmem_5_core_ring_gently(void *__pyx_v_context, CYTHON_UNU
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":142
+    /* "ivshmem/_core.pyx":143
  *     cdef int code
  *     if not ivshmem_enter(gentle.bell.state):
  *         return ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -6008,7 +6013,7 @@ static int __pyx_f_7ivshmem_5_core_ring_gently(void *__pyx_v_context, CYTHON_UNU
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":141
+    /* "ivshmem/_core.pyx":142
  *     cdef Gentle *gentle = <Gentle *>context
  *     cdef int code
  *     if not ivshmem_enter(gentle.bell.state):             # <<<<<<<<<<<<<<
@@ -6017,7 +6022,7 @@ static int __pyx_f_7ivshmem_5_core_ring_gently(void *__pyx_v_context, CYTHON_UNU
 */
   }
 
-  /* "ivshmem/_core.pyx":143
+  /* "ivshmem/_core.pyx":144
  *     if not ivshmem_enter(gentle.bell.state):
  *         return ESHUTDOWN
  *     if <Signaller>gentle.signaller is not None:             # <<<<<<<<<<<<<<
@@ -6028,7 +6033,7 @@ static int __pyx_f_7ivshmem_5_core_ring_gently(void *__pyx_v_context, CYTHON_UNU
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":144
+    /* "ivshmem/_core.pyx":145
  *         return ESHUTDOWN
  *     if <Signaller>gentle.signaller is not None:
  *         code = (<Signaller>gentle.signaller).send(&gentle.bell.fd, 1)             # <<<<<<<<<<<<<<
@@ -6037,7 +6042,7 @@ static int __pyx_f_7ivshmem_5_core_ring_gently(void *__pyx_v_context, CYTHON_UNU
 */
     __pyx_v_code = ((struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *)((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_v_gentle->signaller)->__pyx_vtab)->send(((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_v_gentle->signaller), (&__pyx_v_gentle->bell->fd), 1);
 
-    /* "ivshmem/_core.pyx":143
+    /* "ivshmem/_core.pyx":144
  *     if not ivshmem_enter(gentle.bell.state):
  *         return ESHUTDOWN
  *     if <Signaller>gentle.signaller is not None:             # <<<<<<<<<<<<<<
@@ -6047,7 +6052,7 @@ static int __pyx_f_7ivshmem_5_core_ring_gently(void *__pyx_v_context, CYTHON_UNU
     goto __pyx_L4;
   }
 
-  /* "ivshmem/_core.pyx":146
+  /* "ivshmem/_core.pyx":147
  *         code = (<Signaller>gentle.signaller).send(&gentle.bell.fd, 1)
  *     else:
  *         code = add_one_if_room(gentle.bell.fd)             # <<<<<<<<<<<<<<
@@ -6059,7 +6064,7 @@ static int __pyx_f_7ivshmem_5_core_ring_gently(void *__pyx_v_context, CYTHON_UNU
   }
   __pyx_L4:;
 
-  /* "ivshmem/_core.pyx":147
+  /* "ivshmem/_core.pyx":148
  *     else:
  *         code = add_one_if_room(gentle.bell.fd)
  *     (<FdArray>gentle.bell.fds).leave()             # <<<<<<<<<<<<<<
@@ -6068,7 +6073,7 @@ static int __pyx_f_7ivshmem_5_core_ring_gently(void *__pyx_v_context, CYTHON_UNU
 */
   ((struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *)((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_gentle->bell->fds)->__pyx_vtab)->leave(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_gentle->bell->fds));
 
-  /* "ivshmem/_core.pyx":148
+  /* "ivshmem/_core.pyx":149
  *         code = add_one_if_room(gentle.bell.fd)
  *     (<FdArray>gentle.bell.fds).leave()
  *     return code             # <<<<<<<<<<<<<<
@@ -6081,7 +6086,7 @@ static int __pyx_f_7ivshmem_5_core_ring_gently(void *__pyx_v_context, CYTHON_UNU
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":137
+  /* "ivshmem/_core.pyx":138
  * 
  * 
  * cdef int ring_gently(void *context, int64_t rings) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6096,7 +6101,7 @@ static int __pyx_f_7ivshmem_5_core_ring_gently(void *__pyx_v_context, CYTHON_UNU
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":162
+/* "ivshmem/_core.pyx":163
  *     """
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -6147,7 +6152,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/_core.pyx":163
+  /* "ivshmem/_core.pyx":164
  * 
  *     def __cinit__(self, *args, **kwargs):
  *         self.state = IVSHMEM_CLOSING  # until there is something to close             # <<<<<<<<<<<<<<
@@ -6156,21 +6161,21 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->state = IVSHMEM_CLOSING;
 
-  /* "ivshmem/_core.pyx":164
+  /* "ivshmem/_core.pyx":165
  *     def __cinit__(self, *args, **kwargs):
  *         self.state = IVSHMEM_CLOSING  # until there is something to close
  *         self.bells = {}             # <<<<<<<<<<<<<<
  *         self.watched = -1
  *         self.pid = getpid()
 */
-  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 164, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 165, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF(__pyx_v_self->bells);
   __Pyx_DECREF_SET(__pyx_v_self->bells, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":165
+  /* "ivshmem/_core.pyx":166
  *         self.state = IVSHMEM_CLOSING  # until there is something to close
  *         self.bells = {}
  *         self.watched = -1             # <<<<<<<<<<<<<<
@@ -6179,7 +6184,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->watched = -1;
 
-  /* "ivshmem/_core.pyx":166
+  /* "ivshmem/_core.pyx":167
  *         self.bells = {}
  *         self.watched = -1
  *         self.pid = getpid()             # <<<<<<<<<<<<<<
@@ -6188,7 +6193,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->pid = getpid();
 
-  /* "ivshmem/_core.pyx":167
+  /* "ivshmem/_core.pyx":168
  *         self.watched = -1
  *         self.pid = getpid()
  *         self.own = FdArray()             # <<<<<<<<<<<<<<
@@ -6201,7 +6206,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 167, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 168, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -6209,7 +6214,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   __Pyx_DECREF_SET(__pyx_v_self->own, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":168
+  /* "ivshmem/_core.pyx":169
  *         self.pid = getpid()
  *         self.own = FdArray()
  *         self.spinner = Spinner()             # <<<<<<<<<<<<<<
@@ -6222,7 +6227,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4spin_Spinner, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 168, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 169, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -6230,7 +6235,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   __Pyx_DECREF_SET(__pyx_v_self->spinner, ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":169
+  /* "ivshmem/_core.pyx":170
  *         self.own = FdArray()
  *         self.spinner = Spinner()
  *         self.wake = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
@@ -6244,16 +6249,16 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_1};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 169, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 170, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 169, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 170, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->wake);
   __Pyx_DECREF_SET(__pyx_v_self->wake, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":170
+  /* "ivshmem/_core.pyx":171
  *         self.spinner = Spinner()
  *         self.wake = FdArray.eventfds(1)
  *         self.queued = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
@@ -6267,16 +6272,16 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_1};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 170, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 171, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 170, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 171, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->queued);
   __Pyx_DECREF_SET(__pyx_v_self->queued, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":171
+  /* "ivshmem/_core.pyx":172
  *         self.wake = FdArray.eventfds(1)
  *         self.queued = FdArray.eventfds(1)
  *         self.state = 0             # <<<<<<<<<<<<<<
@@ -6285,7 +6290,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
 */
   __pyx_v_self->state = 0;
 
-  /* "ivshmem/_core.pyx":162
+  /* "ivshmem/_core.pyx":163
  *     """
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -6307,7 +6312,7 @@ static int __pyx_pf_7ivshmem_5_core_9Doorbells___cinit__(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":173
+/* "ivshmem/_core.pyx":174
  *         self.state = 0
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -6374,7 +6379,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2__reduce__(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/_core.pyx":174
+  /* "ivshmem/_core.pyx":175
  * 
  *     def __reduce__(self):
  *         raise TypeError(             # <<<<<<<<<<<<<<
@@ -6383,16 +6388,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2__reduce__(struct __pyx_ob
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/_core.pyx":175
+  /* "ivshmem/_core.pyx":176
  *     def __reduce__(self):
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: connect again, or open the"             # <<<<<<<<<<<<<<
  *             " device again, where another is needed"
  *         )
 */
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 175, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 176, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 175, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 176, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
@@ -6407,7 +6412,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2__reduce__(struct __pyx_ob
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 175, __pyx_L1_error)
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 176, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_8 = 1;
@@ -6416,14 +6421,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2__reduce__(struct __pyx_ob
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 174, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 175, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 174, __pyx_L1_error)
+  __PYX_ERR(0, 175, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":173
+  /* "ivshmem/_core.pyx":174
  *         self.state = 0
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -6444,7 +6449,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_2__reduce__(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":181
+/* "ivshmem/_core.pyx":182
  *     # The hooks, which subclasses override; see EndpointHooks.
  * 
  *     def _read_news(self):             # <<<<<<<<<<<<<<
@@ -6503,7 +6508,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_read_news(CYTHON_UNUSED s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_read_news", 0);
 
-  /* "ivshmem/_core.pyx":182
+  /* "ivshmem/_core.pyx":183
  * 
  *     def _read_news(self):
  *         raise NotImplementedError             # <<<<<<<<<<<<<<
@@ -6511,9 +6516,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_read_news(CYTHON_UNUSED s
  *     def _look_for(self, peer, vector):
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_NotImplementedError))), 0, 0, 0);
-  __PYX_ERR(0, 182, __pyx_L1_error)
+  __PYX_ERR(0, 183, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":181
+  /* "ivshmem/_core.pyx":182
  *     # The hooks, which subclasses override; see EndpointHooks.
  * 
  *     def _read_news(self):             # <<<<<<<<<<<<<<
@@ -6530,7 +6535,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_4_read_news(CYTHON_UNUSED s
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":184
+/* "ivshmem/_core.pyx":185
  *         raise NotImplementedError
  * 
  *     def _look_for(self, peer, vector):             # <<<<<<<<<<<<<<
@@ -6579,39 +6584,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 184, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 185, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 184, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 185, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 184, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 185, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_look_for", 0) < (0)) __PYX_ERR(0, 184, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_look_for", 0) < (0)) __PYX_ERR(0, 185, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_look_for", 1, 2, 2, i); __PYX_ERR(0, 184, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_look_for", 1, 2, 2, i); __PYX_ERR(0, 185, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 184, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 185, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 184, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 185, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
     __pyx_v_vector = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_look_for", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 184, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_look_for", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 185, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6640,7 +6645,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_look_for(CYTHON_UNUSED st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_look_for", 0);
 
-  /* "ivshmem/_core.pyx":185
+  /* "ivshmem/_core.pyx":186
  * 
  *     def _look_for(self, peer, vector):
  *         raise NotImplementedError             # <<<<<<<<<<<<<<
@@ -6648,9 +6653,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_look_for(CYTHON_UNUSED st
  *     def _check_can_wait(self):
 */
   __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_NotImplementedError))), 0, 0, 0);
-  __PYX_ERR(0, 185, __pyx_L1_error)
+  __PYX_ERR(0, 186, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":184
+  /* "ivshmem/_core.pyx":185
  *         raise NotImplementedError
  * 
  *     def _look_for(self, peer, vector):             # <<<<<<<<<<<<<<
@@ -6667,7 +6672,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6_look_for(CYTHON_UNUSED st
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":187
+/* "ivshmem/_core.pyx":188
  *         raise NotImplementedError
  * 
  *     def _check_can_wait(self):             # <<<<<<<<<<<<<<
@@ -6730,7 +6735,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_8_check_can_wait(CYTHON_UNU
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":192
+/* "ivshmem/_core.pyx":193
  *     # Bookkeeping, called with the GIL held.
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6779,33 +6784,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,&__pyx_mstate_global->__pyx_n_u_urgent,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 192, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 193, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 192, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 193, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_watch_news", 0) < (0)) __PYX_ERR(0, 192, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_watch_news", 0) < (0)) __PYX_ERR(0, 193, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_watch_news", 1, 1, 1, i); __PYX_ERR(0, 192, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_watch_news", 1, 1, 1, i); __PYX_ERR(0, 193, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 192, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 193, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 193, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 194, __pyx_L3_error)
     if (values[1]) {
-      __pyx_v_urgent = __Pyx_PyObject_IsTrue(values[1]); if (unlikely((__pyx_v_urgent == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 193, __pyx_L3_error)
+      __pyx_v_urgent = __Pyx_PyObject_IsTrue(values[1]); if (unlikely((__pyx_v_urgent == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 194, __pyx_L3_error)
     } else {
 
-      /* "ivshmem/_core.pyx":193
+      /* "ivshmem/_core.pyx":194
  * 
  *     @cython.critical_section
  *     def _watch_news(self, int fd, *, bint urgent=False):             # <<<<<<<<<<<<<<
@@ -6817,7 +6822,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_watch_news", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 192, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_watch_news", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 193, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6830,7 +6835,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_10_watch_news(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_fd, __pyx_v_urgent);
 
-  /* "ivshmem/_core.pyx":192
+  /* "ivshmem/_core.pyx":193
  *     # Bookkeeping, called with the GIL held.
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6870,7 +6875,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_watch_news(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":198
+        /* "ivshmem/_core.pyx":199
  *         `urgent`: also during a wait for one vector, which ends if `_read_news()` raises.
  *         """
  *         self.watched = fd             # <<<<<<<<<<<<<<
@@ -6879,7 +6884,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_watch_news(struct __pyx_
 */
         __pyx_v_self->watched = __pyx_v_fd;
 
-        /* "ivshmem/_core.pyx":199
+        /* "ivshmem/_core.pyx":200
  *         """
  *         self.watched = fd
  *         self.urgent = urgent             # <<<<<<<<<<<<<<
@@ -6888,7 +6893,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_watch_news(struct __pyx_
 */
         __pyx_v_self->urgent = __pyx_v_urgent;
 
-        /* "ivshmem/_core.pyx":200
+        /* "ivshmem/_core.pyx":201
  *         self.watched = fd
  *         self.urgent = urgent
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -6899,7 +6904,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_watch_news(struct __pyx_
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/_core.pyx":201
+          /* "ivshmem/_core.pyx":202
  *         self.urgent = urgent
  *         if self.epoll is not None:
  *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -6908,11 +6913,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_watch_news(struct __pyx_
 */
           __pyx_t_4 = ((PyObject *)__pyx_v_self->epoll);
           __Pyx_INCREF(__pyx_t_4);
-          __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 201, __pyx_L4_error)
+          __pyx_t_5 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 202, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
-          __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 201, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 202, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
-          __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 201, __pyx_L4_error)
+          __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 202, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
           __pyx_t_8 = 0;
           {
@@ -6922,12 +6927,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_watch_news(struct __pyx_
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 201, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 202, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/_core.pyx":200
+          /* "ivshmem/_core.pyx":201
  *         self.watched = fd
  *         self.urgent = urgent
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -6937,7 +6942,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_watch_news(struct __pyx_
         }
       }
 
-      /* "ivshmem/_core.pyx":192
+      /* "ivshmem/_core.pyx":193
  *     # Bookkeeping, called with the GIL held.
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6976,7 +6981,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_10_watch_news(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":203
+/* "ivshmem/_core.pyx":204
  *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7049,7 +7054,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch_news(struct __py
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":207
+        /* "ivshmem/_core.pyx":208
  *         """Forget the descriptor of `_watch_news`, before it is closed."""
  *         # A forked child shares the epoll object with its parent, and must not change it.
  *         if self.epoll is not None and self.watched >= 0:             # <<<<<<<<<<<<<<
@@ -7074,16 +7079,16 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch_news(struct __py
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/_core.pyx":208
+          /* "ivshmem/_core.pyx":209
  *         # A forked child shares the epoll object with its parent, and must not change it.
  *         if self.epoll is not None and self.watched >= 0:
  *             if not self.closed and getpid() == self.pid:             # <<<<<<<<<<<<<<
  *                 self.epoll.remove(self.watched)
  *         self.watched = -1
 */
-          __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 208, __pyx_L4_error)
+          __pyx_t_4 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 209, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_4);
-          __pyx_t_3 = __Pyx_PyObject_IsTrue(__pyx_t_4); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 208, __pyx_L4_error)
+          __pyx_t_3 = __Pyx_PyObject_IsTrue(__pyx_t_4); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 209, __pyx_L4_error)
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
           __pyx_t_5 = (!__pyx_t_3);
 
@@ -7105,7 +7110,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch_news(struct __py
           if (__pyx_t_2) {
 
 
-            /* "ivshmem/_core.pyx":209
+            /* "ivshmem/_core.pyx":210
  *         if self.epoll is not None and self.watched >= 0:
  *             if not self.closed and getpid() == self.pid:
  *                 self.epoll.remove(self.watched)             # <<<<<<<<<<<<<<
@@ -7114,7 +7119,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch_news(struct __py
 */
             __pyx_t_6 = ((PyObject *)__pyx_v_self->epoll);
             __Pyx_INCREF(__pyx_t_6);
-            __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 209, __pyx_L4_error)
+            __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 210, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_7);
             __pyx_t_8 = 0;
             {
@@ -7122,12 +7127,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch_news(struct __py
               __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_remove, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
               __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 209, __pyx_L4_error)
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 210, __pyx_L4_error)
               __Pyx_GOTREF(__pyx_t_4);
             }
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-            /* "ivshmem/_core.pyx":208
+            /* "ivshmem/_core.pyx":209
  *         # A forked child shares the epoll object with its parent, and must not change it.
  *         if self.epoll is not None and self.watched >= 0:
  *             if not self.closed and getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -7136,7 +7141,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch_news(struct __py
 */
           }
 
-          /* "ivshmem/_core.pyx":207
+          /* "ivshmem/_core.pyx":208
  *         """Forget the descriptor of `_watch_news`, before it is closed."""
  *         # A forked child shares the epoll object with its parent, and must not change it.
  *         if self.epoll is not None and self.watched >= 0:             # <<<<<<<<<<<<<<
@@ -7145,7 +7150,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch_news(struct __py
 */
         }
 
-        /* "ivshmem/_core.pyx":210
+        /* "ivshmem/_core.pyx":211
  *             if not self.closed and getpid() == self.pid:
  *                 self.epoll.remove(self.watched)
  *         self.watched = -1             # <<<<<<<<<<<<<<
@@ -7154,7 +7159,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch_news(struct __py
 */
         __pyx_v_self->watched = -1;
 
-        /* "ivshmem/_core.pyx":211
+        /* "ivshmem/_core.pyx":212
  *                 self.epoll.remove(self.watched)
  *         self.watched = -1
  *         self.urgent = False             # <<<<<<<<<<<<<<
@@ -7164,7 +7169,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch_news(struct __py
         __pyx_v_self->urgent = 0;
       }
 
-      /* "ivshmem/_core.pyx":203
+      /* "ivshmem/_core.pyx":204
  *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7201,7 +7206,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_12_unwatch_news(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":213
+/* "ivshmem/_core.pyx":214
  *         self.urgent = False
  * 
  *     def _listen_alone(self, Relay relay not None):             # <<<<<<<<<<<<<<
@@ -7249,32 +7254,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_relay,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 213, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 214, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 213, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 214, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_listen_alone", 0) < (0)) __PYX_ERR(0, 213, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_listen_alone", 0) < (0)) __PYX_ERR(0, 214, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_listen_alone", 1, 1, 1, i); __PYX_ERR(0, 213, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_listen_alone", 1, 1, 1, i); __PYX_ERR(0, 214, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 213, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 214, __pyx_L3_error)
     }
     __pyx_v_relay = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_listen_alone", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 213, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_listen_alone", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 214, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7285,7 +7290,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_relay), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, 0, "relay", 0))) __PYX_ERR(0, 213, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_relay), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, 0, "relay", 0))) __PYX_ERR(0, 214, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_alone(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_relay);
 
   /* function exit code */
@@ -7310,7 +7315,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_alone(struct __py
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("_listen_alone", 0);
 
-  /* "ivshmem/_core.pyx":219
+  /* "ivshmem/_core.pyx":220
  *         the last call that uses it closes it.
  *         """
  *         self.relay = relay             # <<<<<<<<<<<<<<
@@ -7322,7 +7327,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_alone(struct __py
   __Pyx_GOTREF((PyObject *)__pyx_v_self->relay);
   __Pyx_DECREF_SET(__pyx_v_self->relay, __pyx_v_relay);
 
-  /* "ivshmem/_core.pyx":213
+  /* "ivshmem/_core.pyx":214
  *         self.urgent = False
  * 
  *     def _listen_alone(self, Relay relay not None):             # <<<<<<<<<<<<<<
@@ -7337,7 +7342,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_14_listen_alone(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":221
+/* "ivshmem/_core.pyx":222
  *         self.relay = relay
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7385,32 +7390,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 221, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 222, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 221, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 222, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_vector", 0) < (0)) __PYX_ERR(0, 221, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_vector", 0) < (0)) __PYX_ERR(0, 222, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, i); __PYX_ERR(0, 221, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, i); __PYX_ERR(0, 222, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 221, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 222, __pyx_L3_error)
     }
     __pyx_v_fd = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 221, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_add_vector", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 222, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7456,7 +7461,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":228
+        /* "ivshmem/_core.pyx":229
  *             ProtocolError: it is not an eventfd.
  *         """
  *         cdef Py_ssize_t vector = length_of(self.own)             # <<<<<<<<<<<<<<
@@ -7468,37 +7473,37 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_
         __pyx_v_vector = __pyx_f_7ivshmem_6native_11descriptors_length_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_2));
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":229
+        /* "ivshmem/_core.pyx":230
  *         """
  *         cdef Py_ssize_t vector = length_of(self.own)
  *         cdef int number = taken(fd)             # <<<<<<<<<<<<<<
  *         self.check_kind(number, "this endpoint", vector)
  *         self.own.add(number)
 */
-        __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_taken(__pyx_v_fd); if (unlikely(__pyx_t_3 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 229, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_taken(__pyx_v_fd); if (unlikely(__pyx_t_3 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 230, __pyx_L4_error)
         __pyx_v_number = __pyx_t_3;
 
-        /* "ivshmem/_core.pyx":230
+        /* "ivshmem/_core.pyx":231
  *         cdef Py_ssize_t vector = length_of(self.own)
  *         cdef int number = taken(fd)
  *         self.check_kind(number, "this endpoint", vector)             # <<<<<<<<<<<<<<
  *         self.own.add(number)
  *         if self.epoll is not None:
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_kind(__pyx_v_self, __pyx_v_number, __pyx_mstate_global->__pyx_kp_u_this_endpoint, __pyx_v_vector); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 230, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_kind(__pyx_v_self, __pyx_v_number, __pyx_mstate_global->__pyx_kp_u_this_endpoint, __pyx_v_vector); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 231, __pyx_L4_error)
 
 
-        /* "ivshmem/_core.pyx":231
+        /* "ivshmem/_core.pyx":232
  *         cdef int number = taken(fd)
  *         self.check_kind(number, "this endpoint", vector)
  *         self.own.add(number)             # <<<<<<<<<<<<<<
  *         if self.epoll is not None:
  *             self.epoll.add(number, vector, _EPOLLIN)
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self->own->__pyx_vtab)->add(__pyx_v_self->own, __pyx_v_number); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 231, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_self->own->__pyx_vtab)->add(__pyx_v_self->own, __pyx_v_number); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 232, __pyx_L4_error)
 
 
-        /* "ivshmem/_core.pyx":232
+        /* "ivshmem/_core.pyx":233
  *         self.check_kind(number, "this endpoint", vector)
  *         self.own.add(number)
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -7509,7 +7514,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_
         if (__pyx_t_4) {
 
 
-          /* "ivshmem/_core.pyx":233
+          /* "ivshmem/_core.pyx":234
  *         self.own.add(number)
  *         if self.epoll is not None:
  *             self.epoll.add(number, vector, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -7518,11 +7523,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_
 */
           __pyx_t_5 = ((PyObject *)__pyx_v_self->epoll);
           __Pyx_INCREF(__pyx_t_5);
-          __pyx_t_6 = __Pyx_PyLong_From_int(__pyx_v_number); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 233, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyLong_From_int(__pyx_v_number); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 234, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
-          __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 233, __pyx_L4_error)
+          __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 234, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
-          __pyx_t_8 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 233, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 234, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __pyx_t_9 = 0;
           {
@@ -7532,12 +7537,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 233, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 234, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-          /* "ivshmem/_core.pyx":232
+          /* "ivshmem/_core.pyx":233
  *         self.check_kind(number, "this endpoint", vector)
  *         self.own.add(number)
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -7547,7 +7552,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_
         }
       }
 
-      /* "ivshmem/_core.pyx":221
+      /* "ivshmem/_core.pyx":222
  *         self.relay = relay
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7588,7 +7593,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_16_add_vector(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":235
+/* "ivshmem/_core.pyx":236
  *             self.epoll.add(number, vector, _EPOLLIN)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7637,39 +7642,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 235, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 236, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 235, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 236, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 235, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 236, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_bell", 0) < (0)) __PYX_ERR(0, 235, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_add_bell", 0) < (0)) __PYX_ERR(0, 236, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, i); __PYX_ERR(0, 235, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, i); __PYX_ERR(0, 236, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 235, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 236, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 235, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 236, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
     __pyx_v_fd = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 235, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_add_bell", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 236, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7712,7 +7717,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_ob
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":243
+        /* "ivshmem/_core.pyx":244
  *                 an eventfd is known to be short and harmless, whatever its sender intends.
  *         """
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
@@ -7721,15 +7726,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_ob
 */
         if (unlikely(__pyx_v_self->bells == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-          __PYX_ERR(0, 243, __pyx_L4_error)
+          __PYX_ERR(0, 244, __pyx_L4_error)
         }
-        __pyx_t_2 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 243, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 244, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 243, __pyx_L4_error)
+        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 244, __pyx_L4_error)
         __pyx_v_bells = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":245
+        /* "ivshmem/_core.pyx":246
  *         cdef FdArray bells = self.bells.get(peer)
  *         cdef int number
  *         if bells is None:             # <<<<<<<<<<<<<<
@@ -7740,7 +7745,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_ob
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/_core.pyx":246
+          /* "ivshmem/_core.pyx":247
  *         cdef int number
  *         if bells is None:
  *             bells = FdArray()             # <<<<<<<<<<<<<<
@@ -7753,13 +7758,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_ob
             PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
             __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 246, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 247, __pyx_L4_error)
             __Pyx_GOTREF((PyObject *)__pyx_t_2);
           }
           __Pyx_DECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_2));
           __pyx_t_2 = 0;
 
-          /* "ivshmem/_core.pyx":245
+          /* "ivshmem/_core.pyx":246
  *         cdef FdArray bells = self.bells.get(peer)
  *         cdef int number
  *         if bells is None:             # <<<<<<<<<<<<<<
@@ -7768,43 +7773,43 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_ob
 */
         }
 
-        /* "ivshmem/_core.pyx":247
+        /* "ivshmem/_core.pyx":248
  *         if bells is None:
  *             bells = FdArray()
  *         number = taken(fd)             # <<<<<<<<<<<<<<
  *         self.check_kind(number, f"peer {peer}", length_of(bells))
  *         bells.add(number)
 */
-        __pyx_t_6 = __pyx_f_7ivshmem_6native_11descriptors_taken(__pyx_v_fd); if (unlikely(__pyx_t_6 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 247, __pyx_L4_error)
+        __pyx_t_6 = __pyx_f_7ivshmem_6native_11descriptors_taken(__pyx_v_fd); if (unlikely(__pyx_t_6 == ((int)-1) && PyErr_Occurred())) __PYX_ERR(0, 248, __pyx_L4_error)
         __pyx_v_number = __pyx_t_6;
 
-        /* "ivshmem/_core.pyx":248
+        /* "ivshmem/_core.pyx":249
  *             bells = FdArray()
  *         number = taken(fd)
  *         self.check_kind(number, f"peer {peer}", length_of(bells))             # <<<<<<<<<<<<<<
  *         bells.add(number)
  *         self.bells[peer] = bells
 */
-        __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_v_peer, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 248, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_v_peer, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 249, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_4 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_peer_2, __pyx_t_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 248, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_peer_2, __pyx_t_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 249, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_kind(__pyx_v_self, __pyx_v_number, ((PyObject*)__pyx_t_4), __pyx_f_7ivshmem_6native_11descriptors_length_of(__pyx_v_bells)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 248, __pyx_L4_error)
+        __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_kind(__pyx_v_self, __pyx_v_number, ((PyObject*)__pyx_t_4), __pyx_f_7ivshmem_6native_11descriptors_length_of(__pyx_v_bells)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 249, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
 
-        /* "ivshmem/_core.pyx":249
+        /* "ivshmem/_core.pyx":250
  *         number = taken(fd)
  *         self.check_kind(number, f"peer {peer}", length_of(bells))
  *         bells.add(number)             # <<<<<<<<<<<<<<
  *         self.bells[peer] = bells
  * 
 */
-        __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_bells->__pyx_vtab)->add(__pyx_v_bells, __pyx_v_number); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 249, __pyx_L4_error)
+        __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_bells->__pyx_vtab)->add(__pyx_v_bells, __pyx_v_number); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 250, __pyx_L4_error)
 
 
-        /* "ivshmem/_core.pyx":250
+        /* "ivshmem/_core.pyx":251
  *         self.check_kind(number, f"peer {peer}", length_of(bells))
  *         bells.add(number)
  *         self.bells[peer] = bells             # <<<<<<<<<<<<<<
@@ -7813,12 +7818,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_ob
 */
         if (unlikely(__pyx_v_self->bells == Py_None)) {
           PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-          __PYX_ERR(0, 250, __pyx_L4_error)
+          __PYX_ERR(0, 251, __pyx_L4_error)
         }
-        if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, ((PyObject *)__pyx_v_bells)) < 0))) __PYX_ERR(0, 250, __pyx_L4_error)
+        if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, ((PyObject *)__pyx_v_bells)) < 0))) __PYX_ERR(0, 251, __pyx_L4_error)
       }
 
-      /* "ivshmem/_core.pyx":235
+      /* "ivshmem/_core.pyx":236
  *             self.epoll.add(number, vector, _EPOLLIN)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7856,7 +7861,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_18_add_bell(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":252
+/* "ivshmem/_core.pyx":253
  *         self.bells[peer] = bells
  * 
  *     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:             # <<<<<<<<<<<<<<
@@ -7883,7 +7888,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check_kind", 0);
 
-  /* "ivshmem/_core.pyx":253
+  /* "ivshmem/_core.pyx":254
  * 
  *     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:
  *         if is_eventfd(fd, self.wake.fds[0]):             # <<<<<<<<<<<<<<
@@ -7895,7 +7900,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":254
+    /* "ivshmem/_core.pyx":255
  *     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:
  *         if is_eventfd(fd, self.wake.fds[0]):
  *             return 0             # <<<<<<<<<<<<<<
@@ -7908,7 +7913,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":253
+    /* "ivshmem/_core.pyx":254
  * 
  *     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:
  *         if is_eventfd(fd, self.wake.fds[0]):             # <<<<<<<<<<<<<<
@@ -7917,7 +7922,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/_core.pyx":255
+  /* "ivshmem/_core.pyx":256
  *         if is_eventfd(fd, self.wake.fds[0]):
  *             return 0
  *         c_close(fd)             # <<<<<<<<<<<<<<
@@ -7926,7 +7931,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
 */
   (void)(close(__pyx_v_fd));
 
-  /* "ivshmem/_core.pyx":256
+  /* "ivshmem/_core.pyx":257
  *             return 0
  *         c_close(fd)
  *         raise ProtocolError(f"what came for vector {vector} of {whose} is not an eventfd")             # <<<<<<<<<<<<<<
@@ -7934,11 +7939,11 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
  *     def _listen_uio(self, int fd):
 */
   __pyx_t_3 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 256, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ProtocolError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 257, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_vector, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 256, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_vector, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 257, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyUnicode_Unicode(__pyx_v_whose); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 256, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyUnicode_Unicode(__pyx_v_whose); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 257, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_what_came_for_vector;
   __pyx_t_7[1] = __pyx_t_5;
@@ -7954,7 +7959,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
   __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[3]);
   #endif
   __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 5, __pyx_t_8, __pyx_t_9);
-  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 256, __pyx_L1_error)
+  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 257, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -7976,14 +7981,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 256, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 257, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_Raise(__pyx_t_2, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  __PYX_ERR(0, 256, __pyx_L1_error)
+  __PYX_ERR(0, 257, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":252
+  /* "ivshmem/_core.pyx":253
  *         self.bells[peer] = bells
  * 
  *     cdef int check_kind(self, int fd, str whose, Py_ssize_t vector) except -1:             # <<<<<<<<<<<<<<
@@ -8007,7 +8012,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_kind(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":258
+/* "ivshmem/_core.pyx":259
  *         raise ProtocolError(f"what came for vector {vector} of {whose} is not an eventfd")
  * 
  *     def _listen_uio(self, int fd):             # <<<<<<<<<<<<<<
@@ -8055,32 +8060,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_fd,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 258, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 259, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 258, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 259, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_listen_uio", 0) < (0)) __PYX_ERR(0, 258, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_listen_uio", 0) < (0)) __PYX_ERR(0, 259, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_listen_uio", 1, 1, 1, i); __PYX_ERR(0, 258, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_listen_uio", 1, 1, 1, i); __PYX_ERR(0, 259, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 258, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 259, __pyx_L3_error)
     }
-    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 258, __pyx_L3_error)
+    __pyx_v_fd = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_fd == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 259, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_listen_uio", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 258, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_listen_uio", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 259, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8114,7 +8119,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_listen_uio(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_listen_uio", 0);
 
-  /* "ivshmem/_core.pyx":265
+  /* "ivshmem/_core.pyx":266
  *         which raises.
  *         """
  *         self.own.take(fd)             # <<<<<<<<<<<<<<
@@ -8123,7 +8128,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_listen_uio(struct __pyx_
 */
   __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
   __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 265, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 266, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_4 = 0;
   {
@@ -8131,12 +8136,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_listen_uio(struct __pyx_
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 265, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 266, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":266
+  /* "ivshmem/_core.pyx":267
  *         """
  *         self.own.take(fd)
  *         self.uio = True             # <<<<<<<<<<<<<<
@@ -8145,7 +8150,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_listen_uio(struct __pyx_
 */
   __pyx_v_self->uio = 1;
 
-  /* "ivshmem/_core.pyx":258
+  /* "ivshmem/_core.pyx":259
  *         raise ProtocolError(f"what came for vector {vector} of {whose} is not an eventfd")
  * 
  *     def _listen_uio(self, int fd):             # <<<<<<<<<<<<<<
@@ -8168,7 +8173,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_20_listen_uio(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":268
+/* "ivshmem/_core.pyx":269
  *         self.uio = True
  * 
  *     def _ring_by(self, Registers registers not None, Py_ssize_t doorbell, Py_ssize_t vectors):             # <<<<<<<<<<<<<<
@@ -8218,46 +8223,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_registers,&__pyx_mstate_global->__pyx_n_u_doorbell,&__pyx_mstate_global->__pyx_n_u_vectors,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 268, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 269, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 268, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 269, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 268, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 269, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 268, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 269, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_by", 0) < (0)) __PYX_ERR(0, 268, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_by", 0) < (0)) __PYX_ERR(0, 269, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, i); __PYX_ERR(0, 268, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, i); __PYX_ERR(0, 269, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 268, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 269, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 268, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 269, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 268, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 269, __pyx_L3_error)
     }
     __pyx_v_registers = ((struct __pyx_obj_7ivshmem_6native_7mapping_Registers *)values[0]);
-    __pyx_v_doorbell = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_doorbell == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 268, __pyx_L3_error)
-    __pyx_v_vectors = __Pyx_PyIndex_AsSsize_t(values[2]); if (unlikely((__pyx_v_vectors == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 268, __pyx_L3_error)
+    __pyx_v_doorbell = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_doorbell == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 269, __pyx_L3_error)
+    __pyx_v_vectors = __Pyx_PyIndex_AsSsize_t(values[2]); if (unlikely((__pyx_v_vectors == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 269, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 268, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_ring_by", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 269, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8268,7 +8273,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_registers), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Registers, 0, "registers", 0))) __PYX_ERR(0, 268, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_registers), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Registers, 0, "registers", 0))) __PYX_ERR(0, 269, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_registers, __pyx_v_doorbell, __pyx_v_vectors);
 
   /* function exit code */
@@ -8295,7 +8300,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(struct __pyx_obj
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("_ring_by", 0);
 
-  /* "ivshmem/_core.pyx":273
+  /* "ivshmem/_core.pyx":274
  *         `vectors`: how many each peer is assumed to have.
  *         """
  *         self.registers = registers             # <<<<<<<<<<<<<<
@@ -8307,7 +8312,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(struct __pyx_obj
   __Pyx_GOTREF((PyObject *)__pyx_v_self->registers);
   __Pyx_DECREF_SET(__pyx_v_self->registers, __pyx_v_registers);
 
-  /* "ivshmem/_core.pyx":274
+  /* "ivshmem/_core.pyx":275
  *         """
  *         self.registers = registers
  *         self.register_at = doorbell             # <<<<<<<<<<<<<<
@@ -8316,7 +8321,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(struct __pyx_obj
 */
   __pyx_v_self->register_at = __pyx_v_doorbell;
 
-  /* "ivshmem/_core.pyx":275
+  /* "ivshmem/_core.pyx":276
  *         self.registers = registers
  *         self.register_at = doorbell
  *         self.bells_each = vectors             # <<<<<<<<<<<<<<
@@ -8325,7 +8330,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(struct __pyx_obj
 */
   __pyx_v_self->bells_each = __pyx_v_vectors;
 
-  /* "ivshmem/_core.pyx":268
+  /* "ivshmem/_core.pyx":269
  *         self.uio = True
  * 
  *     def _ring_by(self, Registers registers not None, Py_ssize_t doorbell, Py_ssize_t vectors):             # <<<<<<<<<<<<<<
@@ -8340,7 +8345,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_22_ring_by(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":277
+/* "ivshmem/_core.pyx":278
  *         self.bells_each = vectors
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
@@ -8388,32 +8393,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 277, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 278, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 277, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 278, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_self", 0) < (0)) __PYX_ERR(0, 277, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_ring_self", 0) < (0)) __PYX_ERR(0, 278, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, i); __PYX_ERR(0, 277, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, i); __PYX_ERR(0, 278, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 277, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 278, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 277, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_ring_self", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 278, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8443,7 +8448,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_ring_self(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_ring_self", 0);
 
-  /* "ivshmem/_core.pyx":279
+  /* "ivshmem/_core.pyx":280
  *     def _ring_self(self, peer):
  *         """Let rings of `peer`, this endpoint's own id, reach its own vectors."""
  *         self.bells[peer] = self.own             # <<<<<<<<<<<<<<
@@ -8454,12 +8459,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_ring_self(struct __pyx_o
   __Pyx_INCREF(__pyx_t_1);
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-    __PYX_ERR(0, 279, __pyx_L1_error)
+    __PYX_ERR(0, 280, __pyx_L1_error)
   }
-  if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 279, __pyx_L1_error)
+  if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_v_peer, __pyx_t_1) < 0))) __PYX_ERR(0, 280, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":277
+  /* "ivshmem/_core.pyx":278
  *         self.bells_each = vectors
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
@@ -8480,7 +8485,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_24_ring_self(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":281
+/* "ivshmem/_core.pyx":282
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
@@ -8528,32 +8533,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 281, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 282, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 281, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 282, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_bells", 0) < (0)) __PYX_ERR(0, 281, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_bells", 0) < (0)) __PYX_ERR(0, 282, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, i); __PYX_ERR(0, 281, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, i); __PYX_ERR(0, 282, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 281, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 282, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 281, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_bells", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 282, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8586,7 +8591,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_bells(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_bells", 0);
 
-  /* "ivshmem/_core.pyx":283
+  /* "ivshmem/_core.pyx":284
  *     def _bells(self, peer):
  *         """Return how many doorbells `peer` has; None if it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
@@ -8595,15 +8600,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_bells(struct __pyx_obj_7
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 283, __pyx_L1_error)
+    __PYX_ERR(0, 284, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 283, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 284, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 283, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 284, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":284
+  /* "ivshmem/_core.pyx":285
  *         """Return how many doorbells `peer` has; None if it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)
  *         return None if bells is None else length_of(bells)             # <<<<<<<<<<<<<<
@@ -8615,7 +8620,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_bells(struct __pyx_obj_7
     __Pyx_INCREF(Py_None);
     __pyx_t_1 = Py_None;
   } else {
-    __pyx_t_3 = PyLong_FromSsize_t(__pyx_f_7ivshmem_6native_11descriptors_length_of(__pyx_v_bells)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 284, __pyx_L1_error)
+    __pyx_t_3 = PyLong_FromSsize_t(__pyx_f_7ivshmem_6native_11descriptors_length_of(__pyx_v_bells)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 285, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
@@ -8632,7 +8637,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_bells(struct __pyx_obj_7
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":281
+  /* "ivshmem/_core.pyx":282
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
@@ -8653,7 +8658,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_26_bells(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":286
+/* "ivshmem/_core.pyx":287
  *         return None if bells is None else length_of(bells)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8701,32 +8706,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 286, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 287, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 286, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 287, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_drop_peer", 0) < (0)) __PYX_ERR(0, 286, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_drop_peer", 0) < (0)) __PYX_ERR(0, 287, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, i); __PYX_ERR(0, 286, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, i); __PYX_ERR(0, 287, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 286, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 287, __pyx_L3_error)
     }
     __pyx_v_peer = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 286, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_drop_peer", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 287, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8767,7 +8772,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":289
+        /* "ivshmem/_core.pyx":290
  *     def _drop_peer(self, peer):
  *         """Close the doorbells of `peer`, if it has any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)             # <<<<<<<<<<<<<<
@@ -8776,15 +8781,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
 */
         if (unlikely(__pyx_v_self->bells == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
-          __PYX_ERR(0, 289, __pyx_L4_error)
+          __PYX_ERR(0, 290, __pyx_L4_error)
         }
-        __pyx_t_2 = __Pyx_PyDict_Pop(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 289, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyDict_Pop(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 290, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 289, __pyx_L4_error)
+        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 290, __pyx_L4_error)
         __pyx_v_bells = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":290
+        /* "ivshmem/_core.pyx":291
  *         """Close the doorbells of `peer`, if it has any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:             # <<<<<<<<<<<<<<
@@ -8795,7 +8800,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/_core.pyx":291
+          /* "ivshmem/_core.pyx":292
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:
  *             bells.close()             # <<<<<<<<<<<<<<
@@ -8809,12 +8814,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
             PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
             __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 291, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 292, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-          /* "ivshmem/_core.pyx":290
+          /* "ivshmem/_core.pyx":291
  *         """Close the doorbells of `peer`, if it has any."""
  *         cdef FdArray bells = self.bells.pop(peer, None)
  *         if bells is not None:             # <<<<<<<<<<<<<<
@@ -8824,7 +8829,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
         }
       }
 
-      /* "ivshmem/_core.pyx":286
+      /* "ivshmem/_core.pyx":287
  *         return None if bells is None else length_of(bells)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8861,7 +8866,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_28_drop_peer(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":293
+/* "ivshmem/_core.pyx":294
  *             bells.close()
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8894,7 +8899,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":296
+  /* "ivshmem/_core.pyx":297
  *     def vectors(self):
  *         """How many vectors this endpoint has: other peers ring 0..vectors-1."""
  *         return length_of(self.own)             # <<<<<<<<<<<<<<
@@ -8903,7 +8908,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
 */
   __pyx_t_1 = ((PyObject *)__pyx_v_self->own);
   __Pyx_INCREF(__pyx_t_1);
-  __pyx_t_2 = PyLong_FromSsize_t(__pyx_f_7ivshmem_6native_11descriptors_length_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 296, __pyx_L1_error)
+  __pyx_t_2 = PyLong_FromSsize_t(__pyx_f_7ivshmem_6native_11descriptors_length_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 297, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -8917,7 +8922,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":293
+  /* "ivshmem/_core.pyx":294
  *             bells.close()
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8937,7 +8942,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_7vectors___get__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":298
+/* "ivshmem/_core.pyx":299
  *         return length_of(self.own)
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8969,14 +8974,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/_core.pyx":301
+  /* "ivshmem/_core.pyx":302
  *     def closed(self):
  *         """Whether close() was called."""
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0             # <<<<<<<<<<<<<<
  * 
  *     cdef int check(self) except -1:
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong(((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 301, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong(((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 302, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -8989,7 +8994,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":298
+  /* "ivshmem/_core.pyx":299
  *         return length_of(self.own)
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9008,7 +9013,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_6closed___get__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":303
+/* "ivshmem/_core.pyx":304
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -9029,7 +9034,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/_core.pyx":304
+  /* "ivshmem/_core.pyx":305
  * 
  *     cdef int check(self) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -9041,7 +9046,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":305
+    /* "ivshmem/_core.pyx":306
  *     cdef int check(self) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint is closed")             # <<<<<<<<<<<<<<
@@ -9049,7 +9054,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 305, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 306, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9068,14 +9073,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 305, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 306, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 305, __pyx_L1_error)
+    __PYX_ERR(0, 306, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":304
+    /* "ivshmem/_core.pyx":305
  * 
  *     cdef int check(self) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -9084,7 +9089,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
 */
   }
 
-  /* "ivshmem/_core.pyx":306
+  /* "ivshmem/_core.pyx":307
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint is closed")
  *         return 0             # <<<<<<<<<<<<<<
@@ -9097,7 +9102,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":303
+  /* "ivshmem/_core.pyx":304
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -9118,7 +9123,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check(struct __pyx_obj_7ivshmem_5_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":308
+/* "ivshmem/_core.pyx":309
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
@@ -9166,32 +9171,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_anything,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 308, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 309, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 308, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 309, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_set_queued", 0) < (0)) __PYX_ERR(0, 308, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_set_queued", 0) < (0)) __PYX_ERR(0, 309, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, i); __PYX_ERR(0, 308, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, i); __PYX_ERR(0, 309, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 308, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 309, __pyx_L3_error)
     }
-    __pyx_v_anything = __Pyx_PyObject_IsTrue(values[0]); if (unlikely((__pyx_v_anything == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 308, __pyx_L3_error)
+    __pyx_v_anything = __Pyx_PyObject_IsTrue(values[0]); if (unlikely((__pyx_v_anything == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 309, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 308, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_set_queued", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 309, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9235,7 +9240,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_set_queued", 0);
 
-  /* "ivshmem/_core.pyx":310
+  /* "ivshmem/_core.pyx":311
  *     def _set_queued(self, bint anything):
  *         """Note whether events were taken in that the program has not asked for yet."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -9247,7 +9252,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":311
+    /* "ivshmem/_core.pyx":312
  *         """Note whether events were taken in that the program has not asked for yet."""
  *         if not ivshmem_enter(&self.state):
  *             return             # <<<<<<<<<<<<<<
@@ -9264,7 +9269,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":310
+    /* "ivshmem/_core.pyx":311
  *     def _set_queued(self, bint anything):
  *         """Note whether events were taken in that the program has not asked for yet."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -9273,7 +9278,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":312
+  /* "ivshmem/_core.pyx":313
  *         if not ivshmem_enter(&self.state):
  *             return
  *         try:             # <<<<<<<<<<<<<<
@@ -9282,7 +9287,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":313
+    /* "ivshmem/_core.pyx":314
  *             return
  *         try:
  *             if anything:             # <<<<<<<<<<<<<<
@@ -9291,7 +9296,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
 */
     if (__pyx_v_anything) {
 
-      /* "ivshmem/_core.pyx":314
+      /* "ivshmem/_core.pyx":315
  *         try:
  *             if anything:
  *                 self.queued.signal(0)             # <<<<<<<<<<<<<<
@@ -9305,12 +9310,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
         PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_0};
         __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 314, __pyx_L5_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 315, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":313
+      /* "ivshmem/_core.pyx":314
  *             return
  *         try:
  *             if anything:             # <<<<<<<<<<<<<<
@@ -9320,7 +9325,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
       goto __pyx_L7;
     }
 
-    /* "ivshmem/_core.pyx":316
+    /* "ivshmem/_core.pyx":317
  *                 self.queued.signal(0)
  *             else:
  *                 take_count(self.queued.fds[0])             # <<<<<<<<<<<<<<
@@ -9328,18 +9333,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
  *             self.leave()
 */
     /*else*/ {
-      __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_take_count((__pyx_v_self->queued->fds[0])); if (unlikely(__pyx_t_5 == ((int64_t)-1L))) __PYX_ERR(0, 316, __pyx_L5_error)
+      __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_take_count((__pyx_v_self->queued->fds[0])); if (unlikely(__pyx_t_5 == ((int64_t)-1L))) __PYX_ERR(0, 317, __pyx_L5_error)
 
     }
     __pyx_L7:;
   }
 
-  /* "ivshmem/_core.pyx":318
+  /* "ivshmem/_core.pyx":319
  *                 take_count(self.queued.fds[0])
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
  * 
- *     @cython.critical_section
+ *     cdef int tell_after_waits(self, int fd) except -1:
 */
   /*finally:*/ {
     /*normal exit:*/{
@@ -9380,7 +9385,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
     __pyx_L6:;
   }
 
-  /* "ivshmem/_core.pyx":308
+  /* "ivshmem/_core.pyx":309
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
@@ -9402,8 +9407,197 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_30_set_queued(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":320
+/* "ivshmem/_core.pyx":321
  *             self.leave()
+ * 
+ *     cdef int tell_after_waits(self, int fd) except -1:             # <<<<<<<<<<<<<<
+ *         """Add 1 to `fd`, an eventfd of this process alone, after each call that may take a ring.
+ * 
+*/
+
+static int __pyx_f_7ivshmem_5_core_9Doorbells_tell_after_waits(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self, int __pyx_v_fd) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("tell_after_waits", 0);
+
+  /* "ivshmem/_core.pyx":328
+ *         tells the channel.
+ *         """
+ *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
+ *             if self.told is None:
+ *                 self.told = FdArray()
+*/
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
+
+        /* "ivshmem/_core.pyx":329
+ *         """
+ *         with cython.critical_section(self):
+ *             if self.told is None:             # <<<<<<<<<<<<<<
+ *                 self.told = FdArray()
+ *             self.told.take(os.dup(fd))
+*/
+        __pyx_t_2 = (((PyObject *)__pyx_v_self->told) == Py_None);
+        if (__pyx_t_2) {
+
+
+          /* "ivshmem/_core.pyx":330
+ *         with cython.critical_section(self):
+ *             if self.told is None:
+ *                 self.told = FdArray()             # <<<<<<<<<<<<<<
+ *             self.told.take(os.dup(fd))
+ *         return 0
+*/
+          __pyx_t_4 = NULL;
+          __pyx_t_5 = 1;
+          {
+            PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
+            __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 330, __pyx_L4_error)
+            __Pyx_GOTREF((PyObject *)__pyx_t_3);
+          }
+          __Pyx_GIVEREF((PyObject *)__pyx_t_3);
+          __Pyx_GOTREF((PyObject *)__pyx_v_self->told);
+          __Pyx_DECREF_SET(__pyx_v_self->told, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_3));
+          __pyx_t_3 = 0;
+
+          /* "ivshmem/_core.pyx":329
+ *         """
+ *         with cython.critical_section(self):
+ *             if self.told is None:             # <<<<<<<<<<<<<<
+ *                 self.told = FdArray()
+ *             self.told.take(os.dup(fd))
+*/
+        }
+
+        /* "ivshmem/_core.pyx":331
+ *             if self.told is None:
+ *                 self.told = FdArray()
+ *             self.told.take(os.dup(fd))             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+        __pyx_t_4 = ((PyObject *)__pyx_v_self->told);
+        __Pyx_INCREF(__pyx_t_4);
+        __pyx_t_7 = NULL;
+        __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 331, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_8);
+        __pyx_t_9 = __Pyx_PyObject_GetAttrStr(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_dup); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 331, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_9);
+        __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+        __pyx_t_8 = __Pyx_PyLong_From_int(__pyx_v_fd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 331, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_8);
+        __pyx_t_5 = 1;
+        #if CYTHON_UNPACK_METHODS
+        if (unlikely(PyMethod_Check(__pyx_t_9))) {
+          __pyx_t_7 = PyMethod_GET_SELF(__pyx_t_9);
+          assert(__pyx_t_7);
+          PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_9);
+          __Pyx_INCREF(__pyx_t_7);
+          __Pyx_INCREF(__pyx__function);
+          __Pyx_DECREF_SET(__pyx_t_9, __pyx__function);
+          __pyx_t_5 = 0;
+        }
+        #endif
+        {
+          PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_t_8};
+          __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_9, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+          __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+          __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 331, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_6);
+        }
+        __pyx_t_5 = 0;
+        {
+          PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_6};
+          __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+          __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 331, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_3);
+        }
+        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+      }
+
+      /* "ivshmem/_core.pyx":328
+ *         tells the channel.
+ *         """
+ *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
+ *             if self.told is None:
+ *                 self.told = FdArray()
+*/
+      /*finally:*/ {
+        /*normal exit:*/{
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L5;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+        __pyx_L5:;
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+
+  /* "ivshmem/_core.pyx":332
+ *                 self.told = FdArray()
+ *             self.told.take(os.dup(fd))
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     @cython.critical_section
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/_core.pyx":321
+ *             self.leave()
+ * 
+ *     cdef int tell_after_waits(self, int fd) except -1:             # <<<<<<<<<<<<<<
+ *         """Add 1 to `fd`, an eventfd of this process alone, after each call that may take a ring.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_AddTraceback("ivshmem._core.Doorbells.tell_after_waits", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/_core.pyx":334
+ *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def fileno(self):
@@ -9484,17 +9678,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":332
+        /* "ivshmem/_core.pyx":346
  *         """
  *         cdef Epoll outer
  *         self.enter()             # <<<<<<<<<<<<<<
  *         try:
  *             if self.outer is None:
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 332, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 346, __pyx_L4_error)
 
 
-        /* "ivshmem/_core.pyx":333
+        /* "ivshmem/_core.pyx":347
  *         cdef Epoll outer
  *         self.enter()
  *         try:             # <<<<<<<<<<<<<<
@@ -9503,7 +9697,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
 */
         /*try:*/ {
 
-          /* "ivshmem/_core.pyx":334
+          /* "ivshmem/_core.pyx":348
  *         self.enter()
  *         try:
  *             if self.outer is None:             # <<<<<<<<<<<<<<
@@ -9514,7 +9708,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/_core.pyx":335
+            /* "ivshmem/_core.pyx":349
  *         try:
  *             if self.outer is None:
  *                 outer = Epoll()             # <<<<<<<<<<<<<<
@@ -9527,13 +9721,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
               PyObject *__pyx_callargs[2] = {__pyx_t_5, NULL};
               __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 335, __pyx_L7_error)
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 349, __pyx_L7_error)
               __Pyx_GOTREF((PyObject *)__pyx_t_4);
             }
             __pyx_v_outer = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_t_4);
             __pyx_t_4 = 0;
 
-            /* "ivshmem/_core.pyx":336
+            /* "ivshmem/_core.pyx":350
  *             if self.outer is None:
  *                 outer = Epoll()
  *                 outer.add(self.watch_all().epfd, 0, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -9542,12 +9736,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
 */
             __pyx_t_5 = ((PyObject *)__pyx_v_outer);
             __Pyx_INCREF(__pyx_t_5);
-            __pyx_t_7 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_all(__pyx_v_self)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 336, __pyx_L7_error)
+            __pyx_t_7 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_all(__pyx_v_self)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 350, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_7);
-            __pyx_t_8 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_t_7)->epfd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 336, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_t_7)->epfd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 350, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 336, __pyx_L7_error)
+            __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 350, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_7);
             __pyx_t_6 = 0;
             {
@@ -9556,12 +9750,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
               __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
               __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
               __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 336, __pyx_L7_error)
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 350, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_4);
             }
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-            /* "ivshmem/_core.pyx":337
+            /* "ivshmem/_core.pyx":351
  *                 outer = Epoll()
  *                 outer.add(self.watch_all().epfd, 0, _EPOLLIN)
  *                 outer.add(self.queued.fds[0], 0, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -9570,9 +9764,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
 */
             __pyx_t_7 = ((PyObject *)__pyx_v_outer);
             __Pyx_INCREF(__pyx_t_7);
-            __pyx_t_8 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 337, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 351, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
-            __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 337, __pyx_L7_error)
+            __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 351, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_5);
             __pyx_t_6 = 0;
             {
@@ -9581,12 +9775,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
               __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
               __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
               __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 337, __pyx_L7_error)
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 351, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_4);
             }
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-            /* "ivshmem/_core.pyx":338
+            /* "ivshmem/_core.pyx":352
  *                 outer.add(self.watch_all().epfd, 0, _EPOLLIN)
  *                 outer.add(self.queued.fds[0], 0, _EPOLLIN)
  *                 self.outer = outer             # <<<<<<<<<<<<<<
@@ -9598,7 +9792,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
             __Pyx_GOTREF((PyObject *)__pyx_v_self->outer);
             __Pyx_DECREF_SET(__pyx_v_self->outer, __pyx_v_outer);
 
-            /* "ivshmem/_core.pyx":334
+            /* "ivshmem/_core.pyx":348
  *         self.enter()
  *         try:
  *             if self.outer is None:             # <<<<<<<<<<<<<<
@@ -9607,14 +9801,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
 */
           }
 
-          /* "ivshmem/_core.pyx":339
+          /* "ivshmem/_core.pyx":353
  *                 outer.add(self.queued.fds[0], 0, _EPOLLIN)
  *                 self.outer = outer
  *             return self.outer.epfd             # <<<<<<<<<<<<<<
  *         finally:
  *             self.leave()
 */
-          __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->outer->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 339, __pyx_L7_error)
+          __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->outer->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 353, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_4);
           {
             PyObject *__pyx_temp;
@@ -9629,7 +9823,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/_core.pyx":341
+        /* "ivshmem/_core.pyx":355
  *             return self.outer.epfd
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -9681,8 +9875,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
         }
       }
 
-      /* "ivshmem/_core.pyx":320
- *             self.leave()
+      /* "ivshmem/_core.pyx":334
+ *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def fileno(self):
@@ -9723,7 +9917,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_32fileno(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":343
+/* "ivshmem/_core.pyx":357
  *             self.leave()
  * 
  *     cdef Epoll anything(self):             # <<<<<<<<<<<<<<
@@ -9742,7 +9936,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("anything", 0);
 
-  /* "ivshmem/_core.pyx":344
+  /* "ivshmem/_core.pyx":358
  * 
  *     cdef Epoll anything(self):
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -9756,14 +9950,14 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":345
+        /* "ivshmem/_core.pyx":359
  *     cdef Epoll anything(self):
  *         with cython.critical_section(self):
  *             return self.watch_all()             # <<<<<<<<<<<<<<
  * 
  *     cdef Epoll watch_all(self):
 */
-        __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_all(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 345, __pyx_L4_error)
+        __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_all(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 359, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_temp;
@@ -9778,7 +9972,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/_core.pyx":344
+      /* "ivshmem/_core.pyx":358
  * 
  *     cdef Epoll anything(self):
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -9802,7 +9996,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/_core.pyx":343
+  /* "ivshmem/_core.pyx":357
  *             self.leave()
  * 
  *     cdef Epoll anything(self):             # <<<<<<<<<<<<<<
@@ -9822,7 +10016,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":347
+/* "ivshmem/_core.pyx":361
  *             return self.watch_all()
  * 
  *     cdef Epoll watch_all(self):             # <<<<<<<<<<<<<<
@@ -9850,7 +10044,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("watch_all", 0);
 
-  /* "ivshmem/_core.pyx":356
+  /* "ivshmem/_core.pyx":370
  *         cdef Epoll epoll
  *         cdef Py_ssize_t i
  *         if self.epoll is None:             # <<<<<<<<<<<<<<
@@ -9861,7 +10055,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":357
+    /* "ivshmem/_core.pyx":371
  *         cdef Py_ssize_t i
  *         if self.epoll is None:
  *             epoll = Epoll()             # <<<<<<<<<<<<<<
@@ -9874,13 +10068,13 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 357, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 371, __pyx_L1_error)
       __Pyx_GOTREF((PyObject *)__pyx_t_2);
     }
     __pyx_v_epoll = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":358
+    /* "ivshmem/_core.pyx":372
  *         if self.epoll is None:
  *             epoll = Epoll()
  *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -9889,11 +10083,11 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
 */
     __pyx_t_3 = ((PyObject *)__pyx_v_epoll);
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->wake->fds[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 358, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_v_self->wake->fds[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 372, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_WAKE); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 358, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_WAKE); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 372, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 358, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 372, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_4 = 0;
     {
@@ -9903,12 +10097,12 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 358, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 372, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":359
+    /* "ivshmem/_core.pyx":373
  *             epoll = Epoll()
  *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
  *             for i in range(length_of(self.own)):             # <<<<<<<<<<<<<<
@@ -9925,7 +10119,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
     for (__pyx_t_10 = 0; __pyx_t_10 < __pyx_t_9; __pyx_t_10+=1) {
       __pyx_v_i = __pyx_t_10;
 
-      /* "ivshmem/_core.pyx":360
+      /* "ivshmem/_core.pyx":374
  *             epoll.add(self.wake.fds[0], TOKEN_WAKE, _EPOLLIN)
  *             for i in range(length_of(self.own)):
  *                 epoll.add(place_of(self.own, i)[0], i, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -9936,12 +10130,12 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
       __Pyx_INCREF(__pyx_t_7);
       __pyx_t_6 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_6);
-      __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_6), __pyx_v_i)[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 360, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_6), __pyx_v_i)[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 374, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_i); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 360, __pyx_L1_error)
+      __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_i); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 374, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 360, __pyx_L1_error)
+      __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 374, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __pyx_t_4 = 0;
       {
@@ -9951,14 +10145,14 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 360, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 374, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     }
 
 
-    /* "ivshmem/_core.pyx":361
+    /* "ivshmem/_core.pyx":375
  *             for i in range(length_of(self.own)):
  *                 epoll.add(place_of(self.own, i)[0], i, _EPOLLIN)
  *             if self.watched >= 0:             # <<<<<<<<<<<<<<
@@ -9970,7 +10164,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":362
+      /* "ivshmem/_core.pyx":376
  *                 epoll.add(place_of(self.own, i)[0], i, _EPOLLIN)
  *             if self.watched >= 0:
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)             # <<<<<<<<<<<<<<
@@ -9979,11 +10173,11 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
 */
       __pyx_t_3 = ((PyObject *)__pyx_v_epoll);
       __Pyx_INCREF(__pyx_t_3);
-      __pyx_t_6 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 362, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 376, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 362, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyLong_From___pyx_anon_enum(__pyx_e_7ivshmem_5_core_TOKEN_NEWS); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 376, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 362, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyLong_From___pyx_anon_enum(EPOLLIN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 376, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_4 = 0;
       {
@@ -9993,12 +10187,12 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 362, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 376, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":361
+      /* "ivshmem/_core.pyx":375
  *             for i in range(length_of(self.own)):
  *                 epoll.add(place_of(self.own, i)[0], i, _EPOLLIN)
  *             if self.watched >= 0:             # <<<<<<<<<<<<<<
@@ -10007,7 +10201,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
 */
     }
 
-    /* "ivshmem/_core.pyx":363
+    /* "ivshmem/_core.pyx":377
  *             if self.watched >= 0:
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)
  *             self.epoll = epoll             # <<<<<<<<<<<<<<
@@ -10019,7 +10213,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
     __Pyx_GOTREF((PyObject *)__pyx_v_self->epoll);
     __Pyx_DECREF_SET(__pyx_v_self->epoll, __pyx_v_epoll);
 
-    /* "ivshmem/_core.pyx":356
+    /* "ivshmem/_core.pyx":370
  *         cdef Epoll epoll
  *         cdef Py_ssize_t i
  *         if self.epoll is None:             # <<<<<<<<<<<<<<
@@ -10028,7 +10222,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":364
+  /* "ivshmem/_core.pyx":378
  *                 epoll.add(self.watched, TOKEN_NEWS, _EPOLLIN)
  *             self.epoll = epoll
  *         return self.epoll             # <<<<<<<<<<<<<<
@@ -10046,7 +10240,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":347
+  /* "ivshmem/_core.pyx":361
  *             return self.watch_all()
  * 
  *     cdef Epoll watch_all(self):             # <<<<<<<<<<<<<<
@@ -10071,7 +10265,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *__pyx_f_7ivshmem_5
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":368
+/* "ivshmem/_core.pyx":382
  *     # -- ringing ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -10119,48 +10313,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 368, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 382, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 368, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 382, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 368, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 382, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 368, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring", 0) < (0)) __PYX_ERR(0, 382, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, i); __PYX_ERR(0, 368, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, i); __PYX_ERR(0, 382, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 368, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 382, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 368, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 382, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 369, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 383, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 368, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 382, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10204,7 +10398,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring", 0);
 
-  /* "ivshmem/_core.pyx":390
+  /* "ivshmem/_core.pyx":404
  *         cdef int code
  *         cdef Py_ssize_t number
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -10215,27 +10409,27 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":391
+    /* "ivshmem/_core.pyx":405
  *         cdef Py_ssize_t number
  *         if self.registers is not None:
  *             self.check()             # <<<<<<<<<<<<<<
  *             number = PyNumber_AsSsize_t(peer, NULL)  # clipped; what is out of range stays so
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 391, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 405, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":392
+    /* "ivshmem/_core.pyx":406
  *         if self.registers is not None:
  *             self.check()
  *             number = PyNumber_AsSsize_t(peer, NULL)  # clipped; what is out of range stays so             # <<<<<<<<<<<<<<
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._look_for(peer, vector)
 */
-    __pyx_t_3 = PyNumber_AsSsize_t(__pyx_v_peer, NULL); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 392, __pyx_L1_error)
+    __pyx_t_3 = PyNumber_AsSsize_t(__pyx_v_peer, NULL); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 406, __pyx_L1_error)
     __pyx_v_number = __pyx_t_3;
 
-    /* "ivshmem/_core.pyx":393
+    /* "ivshmem/_core.pyx":407
  *             self.check()
  *             number = PyNumber_AsSsize_t(peer, NULL)  # clipped; what is out of range stays so
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):             # <<<<<<<<<<<<<<
@@ -10269,7 +10463,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 
       if (!__pyx_t_4) break;
 
-      /* "ivshmem/_core.pyx":394
+      /* "ivshmem/_core.pyx":408
  *             number = PyNumber_AsSsize_t(peer, NULL)  # clipped; what is out of range stays so
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._look_for(peer, vector)             # <<<<<<<<<<<<<<
@@ -10278,7 +10472,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
       __pyx_t_6 = ((PyObject *)__pyx_v_self);
       __Pyx_INCREF(__pyx_t_6);
-      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 394, __pyx_L1_error)
+      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 408, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_8 = 0;
       {
@@ -10286,13 +10480,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
         __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_look_for, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 394, __pyx_L1_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 408, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_5);
       }
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     }
 
-    /* "ivshmem/_core.pyx":395
+    /* "ivshmem/_core.pyx":409
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._look_for(peer, vector)
  *             self.registers.store(self.register_at, <uint32_t>(number << 16 | vector))             # <<<<<<<<<<<<<<
@@ -10301,9 +10495,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
     __pyx_t_7 = ((PyObject *)__pyx_v_self->registers);
     __Pyx_INCREF(__pyx_t_7);
-    __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_self->register_at); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 395, __pyx_L1_error)
+    __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_self->register_at); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 409, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_9 = __Pyx_PyLong_From_uint32_t(((uint32_t)((__pyx_v_number << 16) | __pyx_v_vector))); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 395, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyLong_From_uint32_t(((uint32_t)((__pyx_v_number << 16) | __pyx_v_vector))); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 409, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __pyx_t_8 = 0;
     {
@@ -10312,12 +10506,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 395, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 409, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/_core.pyx":396
+    /* "ivshmem/_core.pyx":410
  *                 self._look_for(peer, vector)
  *             self.registers.store(self.register_at, <uint32_t>(number << 16 | vector))
  *             return             # <<<<<<<<<<<<<<
@@ -10334,7 +10528,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":390
+    /* "ivshmem/_core.pyx":404
  *         cdef int code
  *         cdef Py_ssize_t number
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -10343,7 +10537,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":397
+  /* "ivshmem/_core.pyx":411
  *             self.registers.store(self.register_at, <uint32_t>(number << 16 | vector))
  *             return
  *         while True:             # <<<<<<<<<<<<<<
@@ -10352,7 +10546,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":398
+    /* "ivshmem/_core.pyx":412
  *             return
  *         while True:
  *             if ivshmem_is_only_thread():  # so no other thread can close anything now             # <<<<<<<<<<<<<<
@@ -10364,7 +10558,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":399
+      /* "ivshmem/_core.pyx":413
  *         while True:
  *             if ivshmem_is_only_thread():  # so no other thread can close anything now
  *                 found = PyDict_GetItemWithError(self.bells, peer)             # <<<<<<<<<<<<<<
@@ -10373,11 +10567,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
       __pyx_t_5 = __pyx_v_self->bells;
       __Pyx_INCREF(__pyx_t_5);
-      __pyx_t_10 = PyDict_GetItemWithError(__pyx_t_5, __pyx_v_peer); if (unlikely(__pyx_t_10 == ((void *)NULL) && PyErr_Occurred())) __PYX_ERR(0, 399, __pyx_L1_error)
+      __pyx_t_10 = PyDict_GetItemWithError(__pyx_t_5, __pyx_v_peer); if (unlikely(__pyx_t_10 == ((void *)NULL) && PyErr_Occurred())) __PYX_ERR(0, 413, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __pyx_v_found = __pyx_t_10;
 
-      /* "ivshmem/_core.pyx":400
+      /* "ivshmem/_core.pyx":414
  *             if ivshmem_is_only_thread():  # so no other thread can close anything now
  *                 found = PyDict_GetItemWithError(self.bells, peer)
  *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):             # <<<<<<<<<<<<<<
@@ -10405,7 +10599,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":401
+        /* "ivshmem/_core.pyx":415
  *                 found = PyDict_GetItemWithError(self.bells, peer)
  *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):
  *                     code = add_one(place_of(<FdArray>found, vector)[0])             # <<<<<<<<<<<<<<
@@ -10414,7 +10608,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
         __pyx_v_code = __pyx_f_7ivshmem_6native_11descriptors_add_one((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_v_found), __pyx_v_vector)[0]));
 
-        /* "ivshmem/_core.pyx":400
+        /* "ivshmem/_core.pyx":414
  *             if ivshmem_is_only_thread():  # so no other thread can close anything now
  *                 found = PyDict_GetItemWithError(self.bells, peer)
  *                 if found != NULL and 0 <= vector < length_of(<FdArray>found):             # <<<<<<<<<<<<<<
@@ -10424,7 +10618,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
         goto __pyx_L11;
       }
 
-      /* "ivshmem/_core.pyx":403
+      /* "ivshmem/_core.pyx":417
  *                     code = add_one(place_of(<FdArray>found, vector)[0])
  *                 else:
  *                     code = ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -10436,7 +10630,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       }
       __pyx_L11:;
 
-      /* "ivshmem/_core.pyx":398
+      /* "ivshmem/_core.pyx":412
  *             return
  *         while True:
  *             if ivshmem_is_only_thread():  # so no other thread can close anything now             # <<<<<<<<<<<<<<
@@ -10446,7 +10640,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       goto __pyx_L10;
     }
 
-    /* "ivshmem/_core.pyx":405
+    /* "ivshmem/_core.pyx":419
  *                     code = ESHUTDOWN
  *             else:
  *                 bells = self.bells_of(peer, vector)             # <<<<<<<<<<<<<<
@@ -10454,12 +10648,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
  *                     code = ESHUTDOWN
 */
     /*else*/ {
-      __pyx_t_5 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 405, __pyx_L1_error)
+      __pyx_t_5 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 419, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_XDECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_5));
       __pyx_t_5 = 0;
 
-      /* "ivshmem/_core.pyx":406
+      /* "ivshmem/_core.pyx":420
  *             else:
  *                 bells = self.bells_of(peer, vector)
  *                 if bells is None or not bells.enter():             # <<<<<<<<<<<<<<
@@ -10484,7 +10678,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":407
+        /* "ivshmem/_core.pyx":421
  *                 bells = self.bells_of(peer, vector)
  *                 if bells is None or not bells.enter():
  *                     code = ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -10493,7 +10687,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
         __pyx_v_code = ESHUTDOWN;
 
-        /* "ivshmem/_core.pyx":406
+        /* "ivshmem/_core.pyx":420
  *             else:
  *                 bells = self.bells_of(peer, vector)
  *                 if bells is None or not bells.enter():             # <<<<<<<<<<<<<<
@@ -10503,7 +10697,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
         goto __pyx_L14;
       }
 
-      /* "ivshmem/_core.pyx":409
+      /* "ivshmem/_core.pyx":423
  *                     code = ESHUTDOWN
  *                 else:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -10517,7 +10711,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
             __Pyx_FastGIL_Remember();
             /*try:*/ {
 
-              /* "ivshmem/_core.pyx":410
+              /* "ivshmem/_core.pyx":424
  *                 else:
  *                     with nogil:
  *                         code = add_one(place_of(bells, vector)[0])             # <<<<<<<<<<<<<<
@@ -10527,7 +10721,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
               __pyx_v_code = __pyx_f_7ivshmem_6native_11descriptors_add_one((__pyx_f_7ivshmem_6native_11descriptors_place_of(__pyx_v_bells, __pyx_v_vector)[0]));
             }
 
-            /* "ivshmem/_core.pyx":409
+            /* "ivshmem/_core.pyx":423
  *                     code = ESHUTDOWN
  *                 else:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -10544,7 +10738,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
             }
         }
 
-        /* "ivshmem/_core.pyx":411
+        /* "ivshmem/_core.pyx":425
  *                     with nogil:
  *                         code = add_one(place_of(bells, vector)[0])
  *                     bells.leave()             # <<<<<<<<<<<<<<
@@ -10557,7 +10751,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     }
     __pyx_L10:;
 
-    /* "ivshmem/_core.pyx":412
+    /* "ivshmem/_core.pyx":426
  *                         code = add_one(place_of(bells, vector)[0])
  *                     bells.leave()
  *             if code == 0:             # <<<<<<<<<<<<<<
@@ -10569,7 +10763,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":413
+      /* "ivshmem/_core.pyx":427
  *                     bells.leave()
  *             if code == 0:
  *                 return             # <<<<<<<<<<<<<<
@@ -10586,7 +10780,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":412
+      /* "ivshmem/_core.pyx":426
  *                         code = add_one(place_of(bells, vector)[0])
  *                     bells.leave()
  *             if code == 0:             # <<<<<<<<<<<<<<
@@ -10595,7 +10789,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":414
+    /* "ivshmem/_core.pyx":428
  *             if code == 0:
  *                 return
  *             if code == ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -10607,17 +10801,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":415
+      /* "ivshmem/_core.pyx":429
  *                 return
  *             if code == ESHUTDOWN:
  *                 self.check()             # <<<<<<<<<<<<<<
  *                 self._look_for(peer, vector)
  *             elif code != EINTR:
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 415, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 429, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":416
+      /* "ivshmem/_core.pyx":430
  *             if code == ESHUTDOWN:
  *                 self.check()
  *                 self._look_for(peer, vector)             # <<<<<<<<<<<<<<
@@ -10626,7 +10820,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
 */
       __pyx_t_9 = ((PyObject *)__pyx_v_self);
       __Pyx_INCREF(__pyx_t_9);
-      __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 416, __pyx_L1_error)
+      __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 430, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __pyx_t_8 = 0;
       {
@@ -10634,12 +10828,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
         __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_look_for, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 416, __pyx_L1_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 430, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_5);
       }
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-      /* "ivshmem/_core.pyx":414
+      /* "ivshmem/_core.pyx":428
  *             if code == 0:
  *                 return
  *             if code == ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -10649,7 +10843,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       goto __pyx_L23;
     }
 
-    /* "ivshmem/_core.pyx":417
+    /* "ivshmem/_core.pyx":431
  *                 self.check()
  *                 self._look_for(peer, vector)
  *             elif code != EINTR:             # <<<<<<<<<<<<<<
@@ -10661,17 +10855,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":418
+      /* "ivshmem/_core.pyx":432
  *                 self._look_for(peer, vector)
  *             elif code != EINTR:
  *                 fail_with(code)             # <<<<<<<<<<<<<<
  *             else:
  *                 PyErr_CheckSignals()
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 418, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 432, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":417
+      /* "ivshmem/_core.pyx":431
  *                 self.check()
  *                 self._look_for(peer, vector)
  *             elif code != EINTR:             # <<<<<<<<<<<<<<
@@ -10681,7 +10875,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
       goto __pyx_L23;
     }
 
-    /* "ivshmem/_core.pyx":420
+    /* "ivshmem/_core.pyx":434
  *                 fail_with(code)
  *             else:
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
@@ -10689,13 +10883,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
  *     @cython.binding(False)
 */
     /*else*/ {
-      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 420, __pyx_L1_error)
+      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 434, __pyx_L1_error)
 
     }
     __pyx_L23:;
   }
 
-  /* "ivshmem/_core.pyx":368
+  /* "ivshmem/_core.pyx":382
  *     # -- ringing ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -10723,7 +10917,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_34ring(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":422
+/* "ivshmem/_core.pyx":436
  *                 PyErr_CheckSignals()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -10771,48 +10965,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 422, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 436, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 422, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 436, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 422, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 436, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_nowait", 0) < (0)) __PYX_ERR(0, 422, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_nowait", 0) < (0)) __PYX_ERR(0, 436, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring_nowait", 0, 1, 2, i); __PYX_ERR(0, 422, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("ring_nowait", 0, 1, 2, i); __PYX_ERR(0, 436, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 422, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 436, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 422, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 436, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 423, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 437, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring_nowait", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 422, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring_nowait", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 436, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10858,7 +11052,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring_nowait", 0);
 
-  /* "ivshmem/_core.pyx":435
+  /* "ivshmem/_core.pyx":449
  *         """
  *         cdef FdArray bells
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -10869,7 +11063,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":436
+    /* "ivshmem/_core.pyx":450
  *         cdef FdArray bells
  *         if self.registers is not None:
  *             return self.ring(peer, vector)             # <<<<<<<<<<<<<<
@@ -10878,7 +11072,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
     __pyx_t_3 = ((PyObject *)__pyx_v_self);
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 436, __pyx_L1_error)
+    __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 450, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 0;
     {
@@ -10886,7 +11080,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_ring, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 436, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 450, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     {
@@ -10900,7 +11094,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":435
+    /* "ivshmem/_core.pyx":449
  *         """
  *         cdef FdArray bells
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -10909,7 +11103,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":437
+  /* "ivshmem/_core.pyx":451
  *         if self.registers is not None:
  *             return self.ring(peer, vector)
  *         while True:             # <<<<<<<<<<<<<<
@@ -10918,19 +11112,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":438
+    /* "ivshmem/_core.pyx":452
  *             return self.ring(peer, vector)
  *         while True:
  *             bells = self.bells_of(peer, vector)             # <<<<<<<<<<<<<<
  *             if bells is not None and bells.enter():
  *                 try:
 */
-    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 438, __pyx_L1_error)
+    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 452, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_XDECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_2));
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":439
+    /* "ivshmem/_core.pyx":453
  *         while True:
  *             bells = self.bells_of(peer, vector)
  *             if bells is not None and bells.enter():             # <<<<<<<<<<<<<<
@@ -10955,7 +11149,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":440
+      /* "ivshmem/_core.pyx":454
  *             bells = self.bells_of(peer, vector)
  *             if bells is not None and bells.enter():
  *                 try:             # <<<<<<<<<<<<<<
@@ -10964,21 +11158,21 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":441
+        /* "ivshmem/_core.pyx":455
  *             if bells is not None and bells.enter():
  *                 try:
  *                     add_one_nowait(self.quiet(), place_of(bells, vector)[0])             # <<<<<<<<<<<<<<
  *                 finally:
  *                     bells.leave()
 */
-        __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 441, __pyx_L12_error)
+        __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 455, __pyx_L12_error)
         __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_7 = __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_2), (__pyx_f_7ivshmem_6native_11descriptors_place_of(__pyx_v_bells, __pyx_v_vector)[0])); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 441, __pyx_L12_error)
+        __pyx_t_7 = __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_2), (__pyx_f_7ivshmem_6native_11descriptors_place_of(__pyx_v_bells, __pyx_v_vector)[0])); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 455, __pyx_L12_error)
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
       }
 
-      /* "ivshmem/_core.pyx":443
+      /* "ivshmem/_core.pyx":457
  *                     add_one_nowait(self.quiet(), place_of(bells, vector)[0])
  *                 finally:
  *                     bells.leave()             # <<<<<<<<<<<<<<
@@ -11025,7 +11219,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
         __pyx_L13:;
       }
 
-      /* "ivshmem/_core.pyx":444
+      /* "ivshmem/_core.pyx":458
  *                 finally:
  *                     bells.leave()
  *                 return None             # <<<<<<<<<<<<<<
@@ -11042,7 +11236,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":439
+      /* "ivshmem/_core.pyx":453
  *         while True:
  *             bells = self.bells_of(peer, vector)
  *             if bells is not None and bells.enter():             # <<<<<<<<<<<<<<
@@ -11051,17 +11245,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
     }
 
-    /* "ivshmem/_core.pyx":445
+    /* "ivshmem/_core.pyx":459
  *                     bells.leave()
  *                 return None
  *             self.check()             # <<<<<<<<<<<<<<
  *             self._look_for(peer, vector)
  * 
 */
-    __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 445, __pyx_L1_error)
+    __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 459, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":446
+    /* "ivshmem/_core.pyx":460
  *                 return None
  *             self.check()
  *             self._look_for(peer, vector)             # <<<<<<<<<<<<<<
@@ -11070,7 +11264,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
 */
     __pyx_t_4 = ((PyObject *)__pyx_v_self);
     __Pyx_INCREF(__pyx_t_4);
-    __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 446, __pyx_L1_error)
+    __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 460, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_5 = 0;
     {
@@ -11078,13 +11272,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_look_for, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 446, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 460, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   }
 
-  /* "ivshmem/_core.pyx":422
+  /* "ivshmem/_core.pyx":436
  *                 PyErr_CheckSignals()
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -11108,7 +11302,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_36ring_nowait(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":448
+/* "ivshmem/_core.pyx":462
  *             self._look_for(peer, vector)
  * 
  *     cdef Signaller quiet(self):             # <<<<<<<<<<<<<<
@@ -11128,7 +11322,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("quiet", 0);
 
-  /* "ivshmem/_core.pyx":451
+  /* "ivshmem/_core.pyx":465
  *         """Return the process's signaller, kept until this endpoint is closed; None: none."""
  *         cdef Signaller signaller
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -11142,7 +11336,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":452
+        /* "ivshmem/_core.pyx":466
  *         cdef Signaller signaller
  *         with cython.critical_section(self):
  *             signaller = self.signaller             # <<<<<<<<<<<<<<
@@ -11154,7 +11348,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
         __pyx_v_signaller = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":453
+        /* "ivshmem/_core.pyx":467
  *         with cython.critical_section(self):
  *             signaller = self.signaller
  *             if signaller is None:             # <<<<<<<<<<<<<<
@@ -11165,19 +11359,19 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/_core.pyx":454
+          /* "ivshmem/_core.pyx":468
  *             signaller = self.signaller
  *             if signaller is None:
  *                 signaller = shared_signaller()             # <<<<<<<<<<<<<<
  *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                     self.signaller = signaller
 */
-          __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_6native_11descriptors_shared_signaller()); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 454, __pyx_L4_error)
+          __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_6native_11descriptors_shared_signaller()); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 468, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
           __Pyx_DECREF_SET(__pyx_v_signaller, ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_2));
           __pyx_t_2 = 0;
 
-          /* "ivshmem/_core.pyx":455
+          /* "ivshmem/_core.pyx":469
  *             if signaller is None:
  *                 signaller = shared_signaller()
  *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -11189,7 +11383,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/_core.pyx":456
+            /* "ivshmem/_core.pyx":470
  *                 signaller = shared_signaller()
  *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                     self.signaller = signaller             # <<<<<<<<<<<<<<
@@ -11201,7 +11395,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
             __Pyx_GOTREF((PyObject *)__pyx_v_self->signaller);
             __Pyx_DECREF_SET(__pyx_v_self->signaller, __pyx_v_signaller);
 
-            /* "ivshmem/_core.pyx":455
+            /* "ivshmem/_core.pyx":469
  *             if signaller is None:
  *                 signaller = shared_signaller()
  *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -11210,7 +11404,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
 */
           }
 
-          /* "ivshmem/_core.pyx":453
+          /* "ivshmem/_core.pyx":467
  *         with cython.critical_section(self):
  *             signaller = self.signaller
  *             if signaller is None:             # <<<<<<<<<<<<<<
@@ -11220,7 +11414,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
         }
       }
 
-      /* "ivshmem/_core.pyx":451
+      /* "ivshmem/_core.pyx":465
  *         """Return the process's signaller, kept until this endpoint is closed; None: none."""
  *         cdef Signaller signaller
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -11241,7 +11435,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/_core.pyx":457
+  /* "ivshmem/_core.pyx":471
  *                 if not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                     self.signaller = signaller
  *         return signaller             # <<<<<<<<<<<<<<
@@ -11259,7 +11453,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":448
+  /* "ivshmem/_core.pyx":462
  *             self._look_for(peer, vector)
  * 
  *     cdef Signaller quiet(self):             # <<<<<<<<<<<<<<
@@ -11280,7 +11474,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *__pyx_f_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":459
+/* "ivshmem/_core.pyx":473
  *         return signaller
  * 
  *     cdef FdArray bells_of(self, peer, Py_ssize_t vector):             # <<<<<<<<<<<<<<
@@ -11300,7 +11494,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_f_7ivshmem
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("bells_of", 0);
 
-  /* "ivshmem/_core.pyx":461
+  /* "ivshmem/_core.pyx":475
  *     cdef FdArray bells_of(self, peer, Py_ssize_t vector):
  *         """Return the doorbells of a peer if it has this vector, else None."""
  *         cdef FdArray bells = self.bells.get(peer)             # <<<<<<<<<<<<<<
@@ -11309,15 +11503,15 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_f_7ivshmem
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 461, __pyx_L1_error)
+    __PYX_ERR(0, 475, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 461, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_v_peer, Py_None); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 475, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 461, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 475, __pyx_L1_error)
   __pyx_v_bells = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":462
+  /* "ivshmem/_core.pyx":476
  *         """Return the doorbells of a peer if it has this vector, else None."""
  *         cdef FdArray bells = self.bells.get(peer)
  *         return bells if bells is not None and 0 <= vector < length_of(bells) else None             # <<<<<<<<<<<<<<
@@ -11349,7 +11543,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_f_7ivshmem
     __pyx_t_1 = Py_None;
   }
 
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 462, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 476, __pyx_L1_error)
   {
     struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_temp;
     {
@@ -11361,7 +11555,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_f_7ivshmem
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":459
+  /* "ivshmem/_core.pyx":473
  *         return signaller
  * 
  *     cdef FdArray bells_of(self, peer, Py_ssize_t vector):             # <<<<<<<<<<<<<<
@@ -11381,7 +11575,7 @@ static struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_f_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":464
+/* "ivshmem/_core.pyx":478
  *         return bells if bells is not None and 0 <= vector < length_of(bells) else None
  * 
  *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
@@ -11438,13 +11632,13 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
     if (unlikely(!__Pyx_object_dict_version_matches(((PyObject *)__pyx_v_self), __pyx_tp_dict_version, __pyx_obj_dict_version))) {
       PY_UINT64_T __pyx_typedict_guard = __Pyx_get_tp_dict_version(((PyObject *)__pyx_v_self));
       #endif
-      __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_doorbell); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 464, __pyx_L1_error)
+      __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_doorbell); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 478, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       if (!__Pyx_IsSameCFunction(__pyx_t_1, (void(*)(void)) __pyx_pw_7ivshmem_5_core_9Doorbells_39doorbell)) {
         __pyx_t_3 = NULL;
         __Pyx_INCREF(__pyx_t_1);
         __pyx_t_4 = __pyx_t_1; 
-        __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 464, __pyx_L1_error)
+        __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 478, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_5);
         __pyx_t_6 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -11464,10 +11658,10 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 464, __pyx_L1_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 478, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
-        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 464, __pyx_L1_error)
+        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 478, __pyx_L1_error)
         {
           struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_temp;
           {
@@ -11493,20 +11687,20 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
     #endif
   }
 
-  /* "ivshmem/_core.pyx":472
+  /* "ivshmem/_core.pyx":486
  *             NoSuchPeer, NoSuchVector, ClosedError: as of `ring`.
  *         """
  *         cdef Doorbell made = Doorbell.__new__(Doorbell)             # <<<<<<<<<<<<<<
  *         cdef FdArray bells
  *         cdef Py_ssize_t number
 */
-  __pyx_t_1 = __Pyx_tp_new(((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell), __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 472, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_tp_new(((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell), __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 486, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell)))) __PYX_ERR(0, 472, __pyx_L1_error)
+  if (!(likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell)))) __PYX_ERR(0, 486, __pyx_L1_error)
   __pyx_v_made = ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":475
+  /* "ivshmem/_core.pyx":489
  *         cdef FdArray bells
  *         cdef Py_ssize_t number
  *         made.endpoint = self             # <<<<<<<<<<<<<<
@@ -11518,7 +11712,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
   __Pyx_GOTREF(__pyx_v_made->endpoint);
   __Pyx_DECREF_SET(__pyx_v_made->endpoint, ((PyObject *)__pyx_v_self));
 
-  /* "ivshmem/_core.pyx":476
+  /* "ivshmem/_core.pyx":490
  *         cdef Py_ssize_t number
  *         made.endpoint = self
  *         made.peer = peer             # <<<<<<<<<<<<<<
@@ -11530,7 +11724,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
   __Pyx_GOTREF(__pyx_v_made->peer);
   __Pyx_DECREF_SET(__pyx_v_made->peer, __pyx_v_peer);
 
-  /* "ivshmem/_core.pyx":477
+  /* "ivshmem/_core.pyx":491
  *         made.endpoint = self
  *         made.peer = peer
  *         made.vector = vector             # <<<<<<<<<<<<<<
@@ -11539,7 +11733,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
 */
   __pyx_v_made->vector = __pyx_v_vector;
 
-  /* "ivshmem/_core.pyx":478
+  /* "ivshmem/_core.pyx":492
  *         made.peer = peer
  *         made.vector = vector
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -11550,27 +11744,27 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
   if (__pyx_t_7) {
 
 
-    /* "ivshmem/_core.pyx":479
+    /* "ivshmem/_core.pyx":493
  *         made.vector = vector
  *         if self.registers is not None:
  *             self.check()             # <<<<<<<<<<<<<<
  *             number = PyNumber_AsSsize_t(peer, NULL)
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
 */
-    __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 479, __pyx_L1_error)
+    __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 493, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":480
+    /* "ivshmem/_core.pyx":494
  *         if self.registers is not None:
  *             self.check()
  *             number = PyNumber_AsSsize_t(peer, NULL)             # <<<<<<<<<<<<<<
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._look_for(peer, vector)
 */
-    __pyx_t_9 = PyNumber_AsSsize_t(__pyx_v_peer, NULL); if (unlikely(__pyx_t_9 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 480, __pyx_L1_error)
+    __pyx_t_9 = PyNumber_AsSsize_t(__pyx_v_peer, NULL); if (unlikely(__pyx_t_9 == ((Py_ssize_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 494, __pyx_L1_error)
     __pyx_v_number = __pyx_t_9;
 
-    /* "ivshmem/_core.pyx":481
+    /* "ivshmem/_core.pyx":495
  *             self.check()
  *             number = PyNumber_AsSsize_t(peer, NULL)
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):             # <<<<<<<<<<<<<<
@@ -11604,7 +11798,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
 
       if (!__pyx_t_10) break;
 
-      /* "ivshmem/_core.pyx":482
+      /* "ivshmem/_core.pyx":496
  *             number = PyNumber_AsSsize_t(peer, NULL)
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._look_for(peer, vector)             # <<<<<<<<<<<<<<
@@ -11613,7 +11807,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
 */
       __pyx_t_2 = ((PyObject *)__pyx_v_self);
       __Pyx_INCREF(__pyx_t_2);
-      __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 482, __pyx_L1_error)
+      __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 496, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       __pyx_t_6 = 0;
       {
@@ -11621,13 +11815,13 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_look_for, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 482, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 496, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     }
 
-    /* "ivshmem/_core.pyx":483
+    /* "ivshmem/_core.pyx":497
  *             while not (0 <= number <= 0xFFFF and 0 <= vector < self.bells_each):
  *                 self._look_for(peer, vector)
  *             made.owner = self.registers             # <<<<<<<<<<<<<<
@@ -11641,7 +11835,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
     __Pyx_DECREF_SET(__pyx_v_made->owner, __pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":484
+    /* "ivshmem/_core.pyx":498
  *                 self._look_for(peer, vector)
  *             made.owner = self.registers
  *             made.bell.registers = <void *>self.registers             # <<<<<<<<<<<<<<
@@ -11650,7 +11844,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
 */
     __pyx_v_made->bell.registers = ((void *)__pyx_v_self->registers);
 
-    /* "ivshmem/_core.pyx":485
+    /* "ivshmem/_core.pyx":499
  *             made.owner = self.registers
  *             made.bell.registers = <void *>self.registers
  *             made.bell.state = &self.registers.state             # <<<<<<<<<<<<<<
@@ -11659,7 +11853,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
 */
     __pyx_v_made->bell.state = (&__pyx_v_self->registers->state);
 
-    /* "ivshmem/_core.pyx":486
+    /* "ivshmem/_core.pyx":500
  *             made.bell.registers = <void *>self.registers
  *             made.bell.state = &self.registers.state
  *             made.bell.at = self.register_at             # <<<<<<<<<<<<<<
@@ -11670,7 +11864,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
 
     __pyx_v_made->bell.at = __pyx_t_9;
 
-    /* "ivshmem/_core.pyx":487
+    /* "ivshmem/_core.pyx":501
  *             made.bell.state = &self.registers.state
  *             made.bell.at = self.register_at
  *             made.bell.value = <uint32_t>(number << 16 | vector)             # <<<<<<<<<<<<<<
@@ -11679,7 +11873,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
 */
     __pyx_v_made->bell.value = ((uint32_t)((__pyx_v_number << 16) | __pyx_v_vector));
 
-    /* "ivshmem/_core.pyx":478
+    /* "ivshmem/_core.pyx":492
  *         made.peer = peer
  *         made.vector = vector
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -11689,7 +11883,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_core.pyx":489
+  /* "ivshmem/_core.pyx":503
  *             made.bell.value = <uint32_t>(number << 16 | vector)
  *         else:
  *             while (bells := self.bells_of(peer, vector)) is None:             # <<<<<<<<<<<<<<
@@ -11698,7 +11892,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
 */
   /*else*/ {
     while (1) {
-      __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 489, __pyx_L1_error)
+      __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->bells_of(__pyx_v_self, __pyx_v_peer, __pyx_v_vector)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 503, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_XDECREF_SET(__pyx_v_bells, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1));
@@ -11707,17 +11901,17 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
 
       if (!__pyx_t_10) break;
 
-      /* "ivshmem/_core.pyx":490
+      /* "ivshmem/_core.pyx":504
  *         else:
  *             while (bells := self.bells_of(peer, vector)) is None:
  *                 self.check()             # <<<<<<<<<<<<<<
  *                 self._look_for(peer, vector)
  *             made.owner = bells
 */
-      __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 490, __pyx_L1_error)
+      __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 504, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":491
+      /* "ivshmem/_core.pyx":505
  *             while (bells := self.bells_of(peer, vector)) is None:
  *                 self.check()
  *                 self._look_for(peer, vector)             # <<<<<<<<<<<<<<
@@ -11726,7 +11920,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
 */
       __pyx_t_4 = ((PyObject *)__pyx_v_self);
       __Pyx_INCREF(__pyx_t_4);
-      __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 491, __pyx_L1_error)
+      __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 505, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       __pyx_t_6 = 0;
       {
@@ -11734,13 +11928,13 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_look_for, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 491, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 505, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     }
 
-    /* "ivshmem/_core.pyx":492
+    /* "ivshmem/_core.pyx":506
  *                 self.check()
  *                 self._look_for(peer, vector)
  *             made.owner = bells             # <<<<<<<<<<<<<<
@@ -11752,7 +11946,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
     __Pyx_GOTREF(__pyx_v_made->owner);
     __Pyx_DECREF_SET(__pyx_v_made->owner, ((PyObject *)__pyx_v_bells));
 
-    /* "ivshmem/_core.pyx":493
+    /* "ivshmem/_core.pyx":507
  *                 self._look_for(peer, vector)
  *             made.owner = bells
  *             made.bell.fds = <void *>bells             # <<<<<<<<<<<<<<
@@ -11761,7 +11955,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
 */
     __pyx_v_made->bell.fds = ((void *)__pyx_v_bells);
 
-    /* "ivshmem/_core.pyx":494
+    /* "ivshmem/_core.pyx":508
  *             made.owner = bells
  *             made.bell.fds = <void *>bells
  *             made.bell.state = &bells.state             # <<<<<<<<<<<<<<
@@ -11770,7 +11964,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
 */
     __pyx_v_made->bell.state = (&__pyx_v_bells->state);
 
-    /* "ivshmem/_core.pyx":495
+    /* "ivshmem/_core.pyx":509
  *             made.bell.fds = <void *>bells
  *             made.bell.state = &bells.state
  *             made.bell.fd = place_of(bells, vector)[0]             # <<<<<<<<<<<<<<
@@ -11781,7 +11975,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
   }
   __pyx_L3:;
 
-  /* "ivshmem/_core.pyx":496
+  /* "ivshmem/_core.pyx":510
  *             made.bell.state = &bells.state
  *             made.bell.fd = place_of(bells, vector)[0]
  *         return made             # <<<<<<<<<<<<<<
@@ -11799,7 +11993,7 @@ static struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *__pyx_f_7ivshmem_5_core
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":464
+  /* "ivshmem/_core.pyx":478
  *         return bells if bells is not None and 0 <= vector < length_of(bells) else None
  * 
  *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
@@ -11866,48 +12060,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 464, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 478, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 464, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 478, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 464, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 478, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "doorbell", 0) < (0)) __PYX_ERR(0, 464, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "doorbell", 0) < (0)) __PYX_ERR(0, 478, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("doorbell", 0, 1, 2, i); __PYX_ERR(0, 464, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("doorbell", 0, 1, 2, i); __PYX_ERR(0, 478, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 464, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 478, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 464, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 478, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 464, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 478, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("doorbell", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 464, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("doorbell", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 478, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11940,7 +12134,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38doorbell(struct __pyx_obj
   __Pyx_RefNannySetupContext("doorbell", 0);
   __pyx_t_2.__pyx_n = 1;
   __pyx_t_2.vector = __pyx_v_vector;
-  __pyx_t_1 = ((PyObject *)__pyx_vtabptr_7ivshmem_5_core_Doorbells->doorbell(__pyx_v_self, __pyx_v_peer, 1, &__pyx_t_2)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 464, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_vtabptr_7ivshmem_5_core_Doorbells->doorbell(__pyx_v_self, __pyx_v_peer, 1, &__pyx_t_2)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 478, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -11964,7 +12158,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_38doorbell(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":498
+/* "ivshmem/_core.pyx":512
  *         return made
  * 
  *     def _doorbell_nowait(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
@@ -12013,48 +12207,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 498, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 512, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 498, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 512, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 498, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 512, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_doorbell_nowait", 0) < (0)) __PYX_ERR(0, 498, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_doorbell_nowait", 0) < (0)) __PYX_ERR(0, 512, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_doorbell_nowait", 0, 1, 2, i); __PYX_ERR(0, 498, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_doorbell_nowait", 0, 1, 2, i); __PYX_ERR(0, 512, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 498, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 512, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 498, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 512, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 498, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 512, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_doorbell_nowait", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 498, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_doorbell_nowait", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 512, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12089,7 +12283,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_doorbell_nowait", 0);
 
-  /* "ivshmem/_core.pyx":500
+  /* "ivshmem/_core.pyx":514
  *     def _doorbell_nowait(self, peer, Py_ssize_t vector=0):
  *         """Return a doorbell that rings as `ring_nowait` does."""
  *         cdef Doorbell made = self.doorbell(peer, vector)             # <<<<<<<<<<<<<<
@@ -12098,12 +12292,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
 */
   __pyx_t_2.__pyx_n = 1;
   __pyx_t_2.vector = __pyx_v_vector;
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_2)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 500, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_2)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 514, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_made = ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":501
+  /* "ivshmem/_core.pyx":515
  *         """Return a doorbell that rings as `ring_nowait` does."""
  *         cdef Doorbell made = self.doorbell(peer, vector)
  *         made.nowait = self.registers is None             # <<<<<<<<<<<<<<
@@ -12113,7 +12307,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
   __pyx_t_3 = (((PyObject *)__pyx_v_self->registers) == Py_None);
   __pyx_v_made->nowait = __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":502
+  /* "ivshmem/_core.pyx":516
  *         cdef Doorbell made = self.doorbell(peer, vector)
  *         made.nowait = self.registers is None
  *         made.signaller = self.quiet() if made.nowait else None             # <<<<<<<<<<<<<<
@@ -12121,7 +12315,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
  * 
 */
   if (__pyx_v_made->nowait) {
-    __pyx_t_4 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 502, __pyx_L1_error)
+    __pyx_t_4 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 516, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_1 = __pyx_t_4;
     __pyx_t_4 = 0;
@@ -12129,13 +12323,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
     __Pyx_INCREF(Py_None);
     __pyx_t_1 = Py_None;
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller))))) __PYX_ERR(0, 502, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller))))) __PYX_ERR(0, 516, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_made->signaller);
   __Pyx_DECREF_SET(__pyx_v_made->signaller, ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":503
+  /* "ivshmem/_core.pyx":517
  *         made.nowait = self.registers is None
  *         made.signaller = self.quiet() if made.nowait else None
  *         return made             # <<<<<<<<<<<<<<
@@ -12153,7 +12347,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":498
+  /* "ivshmem/_core.pyx":512
  *         return made
  * 
  *     def _doorbell_nowait(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
@@ -12174,7 +12368,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_40_doorbell_nowait(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":505
+/* "ivshmem/_core.pyx":519
  *         return made
  * 
  *     def ring_all(self, peers=None, vectors=0):             # <<<<<<<<<<<<<<
@@ -12223,33 +12417,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peers,&__pyx_mstate_global->__pyx_n_u_vectors,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 505, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 519, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 505, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 519, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 505, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 519, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_all", 0) < (0)) __PYX_ERR(0, 505, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_all", 0) < (0)) __PYX_ERR(0, 519, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 505, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 519, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 505, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 519, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -12262,7 +12456,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring_all", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 505, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring_all", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 519, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12293,18 +12487,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_42ring_all(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring_all", 0);
 
-  /* "ivshmem/_core.pyx":521
+  /* "ivshmem/_core.pyx":535
  *             TypeError: a guest's device, which does not know the peers, was given none.
  *         """
  *         return self.ring_several(self.several(peers, vectors))             # <<<<<<<<<<<<<<
  * 
  *     def ring_all_nowait(self, peers=None, vectors=0):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->several(__pyx_v_self, __pyx_v_peers, __pyx_v_vectors); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 521, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->several(__pyx_v_self, __pyx_v_peers, __pyx_v_vectors); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 535, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->ring_several(__pyx_v_self, ((PyObject*)__pyx_t_1)); if (unlikely(__pyx_t_2 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 521, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->ring_several(__pyx_v_self, ((PyObject*)__pyx_t_1)); if (unlikely(__pyx_t_2 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 535, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 521, __pyx_L1_error)
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 535, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
 
   {
@@ -12318,7 +12512,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_42ring_all(struct __pyx_obj
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":505
+  /* "ivshmem/_core.pyx":519
  *         return made
  * 
  *     def ring_all(self, peers=None, vectors=0):             # <<<<<<<<<<<<<<
@@ -12337,7 +12531,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_42ring_all(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":523
+/* "ivshmem/_core.pyx":537
  *         return self.ring_several(self.several(peers, vectors))
  * 
  *     def ring_all_nowait(self, peers=None, vectors=0):             # <<<<<<<<<<<<<<
@@ -12386,33 +12580,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peers,&__pyx_mstate_global->__pyx_n_u_vectors,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 523, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 537, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 523, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 537, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 523, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 537, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_all_nowait", 0) < (0)) __PYX_ERR(0, 523, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "ring_all_nowait", 0) < (0)) __PYX_ERR(0, 537, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 523, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 537, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 523, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 537, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -12425,7 +12619,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("ring_all_nowait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 523, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("ring_all_nowait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 537, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12477,31 +12671,31 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring_all_nowait", 0);
 
-  /* "ivshmem/_core.pyx":525
+  /* "ivshmem/_core.pyx":539
  *     def ring_all_nowait(self, peers=None, vectors=0):
  *         """Ring like `ring_all`, but never wait, as `ring_nowait`; one system call rings 64."""
  *         cdef list bells = self.several(peers, vectors)             # <<<<<<<<<<<<<<
  *         cdef list entered = []
  *         cdef Signaller signaller
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->several(__pyx_v_self, __pyx_v_peers, __pyx_v_vectors); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 525, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->several(__pyx_v_self, __pyx_v_peers, __pyx_v_vectors); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 539, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_bells = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":526
+  /* "ivshmem/_core.pyx":540
  *         """Ring like `ring_all`, but never wait, as `ring_nowait`; one system call rings 64."""
  *         cdef list bells = self.several(peers, vectors)
  *         cdef list entered = []             # <<<<<<<<<<<<<<
  *         cdef Signaller signaller
  *         if self.registers is not None:
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 526, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 540, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_entered = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":528
+  /* "ivshmem/_core.pyx":542
  *         cdef list entered = []
  *         cdef Signaller signaller
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -12512,15 +12706,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":529
+    /* "ivshmem/_core.pyx":543
  *         cdef Signaller signaller
  *         if self.registers is not None:
  *             return self.ring_several(bells)             # <<<<<<<<<<<<<<
  *         signaller = self.quiet()
  *         try:
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->ring_several(__pyx_v_self, __pyx_v_bells); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 529, __pyx_L1_error)
-    __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 529, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->ring_several(__pyx_v_self, __pyx_v_bells); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1L))) __PYX_ERR(0, 543, __pyx_L1_error)
+    __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 543, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
 
     {
@@ -12534,7 +12728,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":528
+    /* "ivshmem/_core.pyx":542
  *         cdef list entered = []
  *         cdef Signaller signaller
  *         if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -12543,19 +12737,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
   }
 
-  /* "ivshmem/_core.pyx":530
+  /* "ivshmem/_core.pyx":544
  *         if self.registers is not None:
  *             return self.ring_several(bells)
  *         signaller = self.quiet()             # <<<<<<<<<<<<<<
  *         try:
  *             for bell in bells:
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 530, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 544, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_signaller = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":531
+  /* "ivshmem/_core.pyx":545
  *             return self.ring_several(bells)
  *         signaller = self.quiet()
  *         try:             # <<<<<<<<<<<<<<
@@ -12564,7 +12758,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":532
+    /* "ivshmem/_core.pyx":546
  *         signaller = self.quiet()
  *         try:
  *             for bell in bells:             # <<<<<<<<<<<<<<
@@ -12573,7 +12767,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
     if (unlikely(__pyx_v_bells == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 532, __pyx_L5_error)
+      __PYX_ERR(0, 546, __pyx_L5_error)
     }
     __pyx_t_1 = __pyx_v_bells; __Pyx_INCREF(__pyx_t_1);
     __pyx_t_3 = 0;
@@ -12581,18 +12775,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 532, __pyx_L5_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 546, __pyx_L5_error)
         #endif
         if (__pyx_t_3 >= __pyx_temp) break;
       }
       __pyx_t_4 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_1, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_3;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 532, __pyx_L5_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 546, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_4);
       __Pyx_XDECREF_SET(__pyx_v_bell, __pyx_t_4);
       __pyx_t_4 = 0;
 
-      /* "ivshmem/_core.pyx":533
+      /* "ivshmem/_core.pyx":547
  *         try:
  *             for bell in bells:
  *                 if ivshmem_enter((<Doorbell>bell).bell.state):             # <<<<<<<<<<<<<<
@@ -12604,17 +12798,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":534
+        /* "ivshmem/_core.pyx":548
  *             for bell in bells:
  *                 if ivshmem_enter((<Doorbell>bell).bell.state):
  *                     entered.append(bell)             # <<<<<<<<<<<<<<
  *             if signaller is not None:
  *                 signaller.signal([(<Doorbell>bell).bell.fd for bell in entered])
 */
-        __pyx_t_5 = __Pyx_PyList_Append(__pyx_v_entered, __pyx_v_bell); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 534, __pyx_L5_error)
+        __pyx_t_5 = __Pyx_PyList_Append(__pyx_v_entered, __pyx_v_bell); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 548, __pyx_L5_error)
 
 
-        /* "ivshmem/_core.pyx":533
+        /* "ivshmem/_core.pyx":547
  *         try:
  *             for bell in bells:
  *                 if ivshmem_enter((<Doorbell>bell).bell.state):             # <<<<<<<<<<<<<<
@@ -12623,7 +12817,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
       }
 
-      /* "ivshmem/_core.pyx":532
+      /* "ivshmem/_core.pyx":546
  *         signaller = self.quiet()
  *         try:
  *             for bell in bells:             # <<<<<<<<<<<<<<
@@ -12633,7 +12827,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/_core.pyx":535
+    /* "ivshmem/_core.pyx":549
  *                 if ivshmem_enter((<Doorbell>bell).bell.state):
  *                     entered.append(bell)
  *             if signaller is not None:             # <<<<<<<<<<<<<<
@@ -12644,7 +12838,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":536
+      /* "ivshmem/_core.pyx":550
  *                     entered.append(bell)
  *             if signaller is not None:
  *                 signaller.signal([(<Doorbell>bell).bell.fd for bell in entered])             # <<<<<<<<<<<<<<
@@ -12654,7 +12848,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
       __pyx_t_4 = ((PyObject *)__pyx_v_signaller);
       __Pyx_INCREF(__pyx_t_4);
       { /* enter inner scope */
-        __pyx_t_6 = PyList_New(0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 536, __pyx_L14_error)
+        __pyx_t_6 = PyList_New(0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 550, __pyx_L14_error)
         __Pyx_GOTREF(__pyx_t_6);
         __pyx_t_7 = __pyx_v_entered; __Pyx_INCREF(__pyx_t_7);
         __pyx_t_3 = 0;
@@ -12662,20 +12856,20 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
           {
             Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_7);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 536, __pyx_L14_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 550, __pyx_L14_error)
             #endif
             if (__pyx_t_3 >= __pyx_temp) break;
           }
           __pyx_t_8 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_7, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
           ++__pyx_t_3;
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 536, __pyx_L14_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 550, __pyx_L14_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_XDECREF_SET(__pyx_7genexpr__pyx_v_bell, __pyx_t_8);
           __pyx_t_8 = 0;
-          __pyx_t_8 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_7genexpr__pyx_v_bell)->bell.fd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 536, __pyx_L14_error)
+          __pyx_t_8 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_7genexpr__pyx_v_bell)->bell.fd); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 550, __pyx_L14_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_GIVEREF(__pyx_t_8);
-          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_6, __pyx_t_8))) __PYX_ERR(0, 536, __pyx_L14_error)
+          if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_6, __pyx_t_8))) __PYX_ERR(0, 550, __pyx_L14_error)
           __pyx_t_8 = 0;
         }
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -12692,12 +12886,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 536, __pyx_L5_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 550, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-      /* "ivshmem/_core.pyx":535
+      /* "ivshmem/_core.pyx":549
  *                 if ivshmem_enter((<Doorbell>bell).bell.state):
  *                     entered.append(bell)
  *             if signaller is not None:             # <<<<<<<<<<<<<<
@@ -12707,7 +12901,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
       goto __pyx_L11;
     }
 
-    /* "ivshmem/_core.pyx":538
+    /* "ivshmem/_core.pyx":552
  *                 signaller.signal([(<Doorbell>bell).bell.fd for bell in entered])
  *             else:
  *                 for bell in entered:             # <<<<<<<<<<<<<<
@@ -12721,28 +12915,28 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 538, __pyx_L5_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 552, __pyx_L5_error)
           #endif
           if (__pyx_t_3 >= __pyx_temp) break;
         }
         __pyx_t_6 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_1, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
         ++__pyx_t_3;
-        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 538, __pyx_L5_error)
+        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 552, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_6);
         __Pyx_XDECREF_SET(__pyx_v_bell, __pyx_t_6);
         __pyx_t_6 = 0;
 
-        /* "ivshmem/_core.pyx":539
+        /* "ivshmem/_core.pyx":553
  *             else:
  *                 for bell in entered:
  *                     add_one_nowait(None, (<Doorbell>bell).bell.fd)             # <<<<<<<<<<<<<<
  *         finally:
  *             for bell in entered:
 */
-        __pyx_t_10 = __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)Py_None), ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_v_bell)->bell.fd); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 539, __pyx_L5_error)
+        __pyx_t_10 = __pyx_f_7ivshmem_6native_11descriptors_add_one_nowait(((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)Py_None), ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_v_bell)->bell.fd); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 553, __pyx_L5_error)
 
 
-        /* "ivshmem/_core.pyx":538
+        /* "ivshmem/_core.pyx":552
  *                 signaller.signal([(<Doorbell>bell).bell.fd for bell in entered])
  *             else:
  *                 for bell in entered:             # <<<<<<<<<<<<<<
@@ -12755,7 +12949,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
     __pyx_L11:;
   }
 
-  /* "ivshmem/_core.pyx":541
+  /* "ivshmem/_core.pyx":555
  *                     add_one_nowait(None, (<Doorbell>bell).bell.fd)
  *         finally:
  *             for bell in entered:             # <<<<<<<<<<<<<<
@@ -12770,18 +12964,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 541, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 555, __pyx_L1_error)
           #endif
           if (__pyx_t_3 >= __pyx_temp) break;
         }
         __pyx_t_6 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_1, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
         ++__pyx_t_3;
-        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 541, __pyx_L1_error)
+        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 555, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_6);
         __Pyx_XDECREF_SET(__pyx_v_bell, __pyx_t_6);
         __pyx_t_6 = 0;
 
-        /* "ivshmem/_core.pyx":542
+        /* "ivshmem/_core.pyx":556
  *         finally:
  *             for bell in entered:
  *                 (<FdArray>(<Doorbell>bell).bell.fds).leave()             # <<<<<<<<<<<<<<
@@ -12790,7 +12984,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
         ((struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *)((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_v_bell)->bell.fds)->__pyx_vtab)->leave(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_v_bell)->bell.fds));
 
-        /* "ivshmem/_core.pyx":541
+        /* "ivshmem/_core.pyx":555
  *                     add_one_nowait(None, (<Doorbell>bell).bell.fd)
  *         finally:
  *             for bell in entered:             # <<<<<<<<<<<<<<
@@ -12827,18 +13021,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
           {
             Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 541, __pyx_L26_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 555, __pyx_L26_error)
             #endif
             if (__pyx_t_3 >= __pyx_temp) break;
           }
           __pyx_t_6 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_1, __pyx_t_3, __Pyx_ReferenceSharing_OwnStrongReference);
           ++__pyx_t_3;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 541, __pyx_L26_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 555, __pyx_L26_error)
           __Pyx_GOTREF(__pyx_t_6);
           __Pyx_XDECREF_SET(__pyx_v_bell, __pyx_t_6);
           __pyx_t_6 = 0;
 
-          /* "ivshmem/_core.pyx":542
+          /* "ivshmem/_core.pyx":556
  *         finally:
  *             for bell in entered:
  *                 (<FdArray>(<Doorbell>bell).bell.fds).leave()             # <<<<<<<<<<<<<<
@@ -12847,7 +13041,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
 */
           ((struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *)((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_v_bell)->bell.fds)->__pyx_vtab)->leave(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_v_bell)->bell.fds));
 
-          /* "ivshmem/_core.pyx":541
+          /* "ivshmem/_core.pyx":555
  *                     add_one_nowait(None, (<Doorbell>bell).bell.fd)
  *         finally:
  *             for bell in entered:             # <<<<<<<<<<<<<<
@@ -12882,15 +13076,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
     __pyx_L6:;
   }
 
-  /* "ivshmem/_core.pyx":543
+  /* "ivshmem/_core.pyx":557
  *             for bell in entered:
  *                 (<FdArray>(<Doorbell>bell).bell.fds).leave()
  *         return len(entered)             # <<<<<<<<<<<<<<
  * 
  *     cdef list several(self, object peers, object vectors):
 */
-  __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_entered); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 543, __pyx_L1_error)
-  __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 543, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_entered); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 557, __pyx_L1_error)
+  __pyx_t_1 = PyLong_FromSsize_t(__pyx_t_3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 557, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
 
   {
@@ -12904,7 +13098,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":523
+  /* "ivshmem/_core.pyx":537
  *         return self.ring_several(self.several(peers, vectors))
  * 
  *     def ring_all_nowait(self, peers=None, vectors=0):             # <<<<<<<<<<<<<<
@@ -12932,7 +13126,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_44ring_all_nowait(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":545
+/* "ivshmem/_core.pyx":559
  *         return len(entered)
  * 
  *     cdef list several(self, object peers, object vectors):             # <<<<<<<<<<<<<<
@@ -12971,29 +13165,29 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   __Pyx_RefNannySetupContext("several", 0);
   __Pyx_INCREF(__pyx_v_peers);
 
-  /* "ivshmem/_core.pyx":547
+  /* "ivshmem/_core.pyx":561
  *     cdef list several(self, object peers, object vectors):
  *         """Return the doorbells that ring_all rings."""
  *         cdef list bells = []             # <<<<<<<<<<<<<<
  *         self.check()
  *         if peers is None:
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 547, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 561, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_bells = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":548
+  /* "ivshmem/_core.pyx":562
  *         """Return the doorbells that ring_all rings."""
  *         cdef list bells = []
  *         self.check()             # <<<<<<<<<<<<<<
  *         if peers is None:
  *             if self.registers is not None:
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 548, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 562, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":549
+  /* "ivshmem/_core.pyx":563
  *         cdef list bells = []
  *         self.check()
  *         if peers is None:             # <<<<<<<<<<<<<<
@@ -13004,7 +13198,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":550
+    /* "ivshmem/_core.pyx":564
  *         self.check()
  *         if peers is None:
  *             if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -13015,7 +13209,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
     if (unlikely(__pyx_t_3)) {
 
 
-      /* "ivshmem/_core.pyx":551
+      /* "ivshmem/_core.pyx":565
  *         if peers is None:
  *             if self.registers is not None:
  *                 raise TypeError("a device does not know which peers exist: name the peers to ring")             # <<<<<<<<<<<<<<
@@ -13028,14 +13222,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_a_device_does_not_know_which_pee};
         __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 551, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 565, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 551, __pyx_L1_error)
+      __PYX_ERR(0, 565, __pyx_L1_error)
 
-      /* "ivshmem/_core.pyx":550
+      /* "ivshmem/_core.pyx":564
  *         self.check()
  *         if peers is None:
  *             if self.registers is not None:             # <<<<<<<<<<<<<<
@@ -13044,7 +13238,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":552
+    /* "ivshmem/_core.pyx":566
  *             if self.registers is not None:
  *                 raise TypeError("a device does not know which peers exist: name the peers to ring")
  *             if self.watched >= 0 and is_readable(self.watched):             # <<<<<<<<<<<<<<
@@ -13070,7 +13264,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":553
+      /* "ivshmem/_core.pyx":567
  *                 raise TypeError("a device does not know which peers exist: name the peers to ring")
  *             if self.watched >= 0 and is_readable(self.watched):
  *                 self._read_news()             # <<<<<<<<<<<<<<
@@ -13084,12 +13278,12 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_read_news, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 553, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 567, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-      /* "ivshmem/_core.pyx":552
+      /* "ivshmem/_core.pyx":566
  *             if self.registers is not None:
  *                 raise TypeError("a device does not know which peers exist: name the peers to ring")
  *             if self.watched >= 0 and is_readable(self.watched):             # <<<<<<<<<<<<<<
@@ -13098,7 +13292,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":554
+    /* "ivshmem/_core.pyx":568
  *             if self.watched >= 0 and is_readable(self.watched):
  *                 self._read_news()
  *             with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -13112,7 +13306,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
         /*try:*/ {
 
-          /* "ivshmem/_core.pyx":555
+          /* "ivshmem/_core.pyx":569
  *                 self._read_news()
  *             with cython.critical_section(self):
  *                 peers = [peer for peer, its in self.bells.items() if its is not self.own]             # <<<<<<<<<<<<<<
@@ -13120,14 +13314,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
  *         for peer in peers:
 */
           { /* enter inner scope */
-            __pyx_t_4 = PyList_New(0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 555, __pyx_L13_error)
+            __pyx_t_4 = PyList_New(0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 569, __pyx_L13_error)
             __Pyx_GOTREF(__pyx_t_4);
             __pyx_t_8 = 0;
             if (unlikely(__pyx_v_self->bells == Py_None)) {
               PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "items");
-              __PYX_ERR(0, 555, __pyx_L13_error)
+              __PYX_ERR(0, 569, __pyx_L13_error)
             }
-            __pyx_t_10 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_9), (&__pyx_t_2)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 555, __pyx_L13_error)
+            __pyx_t_10 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_9), (&__pyx_t_2)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 569, __pyx_L13_error)
             __Pyx_GOTREF(__pyx_t_10);
             __Pyx_XDECREF(__pyx_t_7);
             __pyx_t_7 = __pyx_t_10;
@@ -13135,7 +13329,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
             while (1) {
               __pyx_t_12 = __Pyx_dict_iter_next(__pyx_t_7, __pyx_t_9, &__pyx_t_8, &__pyx_t_10, &__pyx_t_11, NULL, __pyx_t_2);
               if (unlikely(__pyx_t_12 == 0)) break;
-              if (unlikely(__pyx_t_12 == -1)) __PYX_ERR(0, 555, __pyx_L13_error)
+              if (unlikely(__pyx_t_12 == -1)) __PYX_ERR(0, 569, __pyx_L13_error)
               __Pyx_GOTREF(__pyx_t_10);
               __Pyx_GOTREF(__pyx_t_11);
               __Pyx_XDECREF_SET(__pyx_8genexpr1__pyx_v_peer, __pyx_t_10);
@@ -13145,7 +13339,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
               __pyx_t_3 = (__pyx_8genexpr1__pyx_v_its != ((PyObject *)__pyx_v_self->own));
               if (__pyx_t_3) {
 
-                if (unlikely(__Pyx_ListComp_Append(__pyx_t_4, __pyx_8genexpr1__pyx_v_peer))) __PYX_ERR(0, 555, __pyx_L13_error)
+                if (unlikely(__Pyx_ListComp_Append(__pyx_t_4, __pyx_8genexpr1__pyx_v_peer))) __PYX_ERR(0, 569, __pyx_L13_error)
               }
             }
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -13162,7 +13356,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
           __pyx_t_4 = 0;
         }
 
-        /* "ivshmem/_core.pyx":554
+        /* "ivshmem/_core.pyx":568
  *             if self.watched >= 0 and is_readable(self.watched):
  *                 self._read_news()
  *             with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -13183,7 +13377,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     }
 
-    /* "ivshmem/_core.pyx":549
+    /* "ivshmem/_core.pyx":563
  *         cdef list bells = []
  *         self.check()
  *         if peers is None:             # <<<<<<<<<<<<<<
@@ -13192,25 +13386,25 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":556
+  /* "ivshmem/_core.pyx":570
  *             with cython.critical_section(self):
  *                 peers = [peer for peer, its in self.bells.items() if its is not self.own]
  *         numbers = tuple(vectors) if hasattr(vectors, "__iter__") else (vectors,)             # <<<<<<<<<<<<<<
  *         for peer in peers:
  *             for number in numbers:
 */
-  __pyx_t_3 = __Pyx_HasAttr(__pyx_v_vectors, __pyx_mstate_global->__pyx_n_u_iter); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 556, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_HasAttr(__pyx_v_vectors, __pyx_mstate_global->__pyx_n_u_iter); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 570, __pyx_L1_error)
   if (__pyx_t_3) {
-    __pyx_t_4 = __Pyx_PySequence_Tuple(__pyx_v_vectors); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 556, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PySequence_Tuple(__pyx_v_vectors); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 570, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_1 = __pyx_t_4;
     __pyx_t_4 = 0;
   } else {
-    __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 556, __pyx_L1_error)
+    __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 570, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_INCREF(__pyx_v_vectors);
     __Pyx_GIVEREF(__pyx_v_vectors);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_v_vectors) != (0)) __PYX_ERR(0, 556, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_v_vectors) != (0)) __PYX_ERR(0, 570, __pyx_L1_error);
     __pyx_t_1 = __pyx_t_4;
     __pyx_t_4 = 0;
   }
@@ -13218,7 +13412,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   __pyx_v_numbers = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":557
+  /* "ivshmem/_core.pyx":571
  *                 peers = [peer for peer, its in self.bells.items() if its is not self.own]
  *         numbers = tuple(vectors) if hasattr(vectors, "__iter__") else (vectors,)
  *         for peer in peers:             # <<<<<<<<<<<<<<
@@ -13230,9 +13424,9 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
     __pyx_t_9 = 0;
     __pyx_t_13 = NULL;
   } else {
-    __pyx_t_9 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_peers); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 557, __pyx_L1_error)
+    __pyx_t_9 = -1; __pyx_t_1 = PyObject_GetIter(__pyx_v_peers); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 571, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    __pyx_t_13 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 557, __pyx_L1_error)
+    __pyx_t_13 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_1); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 571, __pyx_L1_error)
   }
   for (;;) {
     if (likely(!__pyx_t_13)) {
@@ -13240,7 +13434,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 557, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 571, __pyx_L1_error)
           #endif
           if (__pyx_t_9 >= __pyx_temp) break;
         }
@@ -13250,7 +13444,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         {
           Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_1);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 557, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 571, __pyx_L1_error)
           #endif
           if (__pyx_t_9 >= __pyx_temp) break;
         }
@@ -13261,13 +13455,13 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
         #endif
         ++__pyx_t_9;
       }
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 557, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 571, __pyx_L1_error)
     } else {
       __pyx_t_4 = __pyx_t_13(__pyx_t_1);
       if (unlikely(!__pyx_t_4)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 557, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 571, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
@@ -13277,7 +13471,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
     __Pyx_XDECREF_SET(__pyx_v_peer, __pyx_t_4);
     __pyx_t_4 = 0;
 
-    /* "ivshmem/_core.pyx":558
+    /* "ivshmem/_core.pyx":572
  *         numbers = tuple(vectors) if hasattr(vectors, "__iter__") else (vectors,)
  *         for peer in peers:
  *             for number in numbers:             # <<<<<<<<<<<<<<
@@ -13286,7 +13480,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
 */
     if (unlikely(__pyx_v_numbers == Py_None)) {
       PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-      __PYX_ERR(0, 558, __pyx_L1_error)
+      __PYX_ERR(0, 572, __pyx_L1_error)
     }
     __pyx_t_4 = __pyx_v_numbers; __Pyx_INCREF(__pyx_t_4);
     __pyx_t_8 = 0;
@@ -13294,7 +13488,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
       {
         Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_4);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 558, __pyx_L1_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 572, __pyx_L1_error)
         #endif
         if (__pyx_t_8 >= __pyx_temp) break;
       }
@@ -13304,29 +13498,29 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
       __pyx_t_7 = __Pyx_PySequence_ITEM(__pyx_t_4, __pyx_t_8);
       #endif
       ++__pyx_t_8;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 558, __pyx_L1_error)
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 572, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_XDECREF_SET(__pyx_v_number, __pyx_t_7);
       __pyx_t_7 = 0;
 
-      /* "ivshmem/_core.pyx":559
+      /* "ivshmem/_core.pyx":573
  *         for peer in peers:
  *             for number in numbers:
  *                 bells.append(self.doorbell(peer, number))             # <<<<<<<<<<<<<<
  *         self.check()  # the caller's iterators may have closed it
  *         return bells
 */
-      __pyx_t_14 = __Pyx_PyIndex_AsSsize_t(__pyx_v_number); if (unlikely((__pyx_t_14 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 559, __pyx_L1_error)
+      __pyx_t_14 = __Pyx_PyIndex_AsSsize_t(__pyx_v_number); if (unlikely((__pyx_t_14 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 573, __pyx_L1_error)
       __pyx_t_15.__pyx_n = 1;
       __pyx_t_15.vector = __pyx_t_14;
-      __pyx_t_7 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_15)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 559, __pyx_L1_error)
+      __pyx_t_7 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_15)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 573, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
 
-      __pyx_t_16 = __Pyx_PyList_Append(__pyx_v_bells, __pyx_t_7); if (unlikely(__pyx_t_16 == ((int)-1))) __PYX_ERR(0, 559, __pyx_L1_error)
+      __pyx_t_16 = __Pyx_PyList_Append(__pyx_v_bells, __pyx_t_7); if (unlikely(__pyx_t_16 == ((int)-1))) __PYX_ERR(0, 573, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
 
 
-      /* "ivshmem/_core.pyx":558
+      /* "ivshmem/_core.pyx":572
  *         numbers = tuple(vectors) if hasattr(vectors, "__iter__") else (vectors,)
  *         for peer in peers:
  *             for number in numbers:             # <<<<<<<<<<<<<<
@@ -13336,7 +13530,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
     }
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-    /* "ivshmem/_core.pyx":557
+    /* "ivshmem/_core.pyx":571
  *                 peers = [peer for peer, its in self.bells.items() if its is not self.own]
  *         numbers = tuple(vectors) if hasattr(vectors, "__iter__") else (vectors,)
  *         for peer in peers:             # <<<<<<<<<<<<<<
@@ -13346,17 +13540,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/_core.pyx":560
+  /* "ivshmem/_core.pyx":574
  *             for number in numbers:
  *                 bells.append(self.doorbell(peer, number))
  *         self.check()  # the caller's iterators may have closed it             # <<<<<<<<<<<<<<
  *         return bells
  * 
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 560, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 574, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":561
+  /* "ivshmem/_core.pyx":575
  *                 bells.append(self.doorbell(peer, number))
  *         self.check()  # the caller's iterators may have closed it
  *         return bells             # <<<<<<<<<<<<<<
@@ -13374,7 +13568,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":545
+  /* "ivshmem/_core.pyx":559
  *         return len(entered)
  * 
  *     cdef list several(self, object peers, object vectors):             # <<<<<<<<<<<<<<
@@ -13404,7 +13598,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_several(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":563
+/* "ivshmem/_core.pyx":577
  *         return bells
  * 
  *     cdef Py_ssize_t ring_several(self, list bells) except -1:             # <<<<<<<<<<<<<<
@@ -13440,7 +13634,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring_several", 0);
 
-  /* "ivshmem/_core.pyx":566
+  /* "ivshmem/_core.pyx":580
  *         cdef Bell **targets
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t done = 0             # <<<<<<<<<<<<<<
@@ -13449,7 +13643,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/_core.pyx":567
+  /* "ivshmem/_core.pyx":581
  *         cdef Py_ssize_t i
  *         cdef Py_ssize_t done = 0
  *         cdef Py_ssize_t count = len(bells)             # <<<<<<<<<<<<<<
@@ -13458,12 +13652,12 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
   if (unlikely(__pyx_v_bells == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
-    __PYX_ERR(0, 567, __pyx_L1_error)
+    __PYX_ERR(0, 581, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyList_GET_SIZE(__pyx_v_bells); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1))) __PYX_ERR(0, 567, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyList_GET_SIZE(__pyx_v_bells); if (unlikely(__pyx_t_1 == ((Py_ssize_t)-1))) __PYX_ERR(0, 581, __pyx_L1_error)
   __pyx_v_count = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":568
+  /* "ivshmem/_core.pyx":582
  *         cdef Py_ssize_t done = 0
  *         cdef Py_ssize_t count = len(bells)
  *         cdef int code = 0             # <<<<<<<<<<<<<<
@@ -13472,7 +13666,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
   __pyx_v_code = 0;
 
-  /* "ivshmem/_core.pyx":569
+  /* "ivshmem/_core.pyx":583
  *         cdef Py_ssize_t count = len(bells)
  *         cdef int code = 0
  *         targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))             # <<<<<<<<<<<<<<
@@ -13496,7 +13690,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
   __pyx_v_targets = ((struct __pyx_t_7ivshmem_6native_4bell_Bell **)malloc((__pyx_t_3 * (sizeof(struct __pyx_t_7ivshmem_6native_4bell_Bell *)))));
 
 
-  /* "ivshmem/_core.pyx":570
+  /* "ivshmem/_core.pyx":584
  *         cdef int code = 0
  *         targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))
  *         if targets == NULL:             # <<<<<<<<<<<<<<
@@ -13508,16 +13702,16 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
   if (unlikely(__pyx_t_4)) {
 
 
-    /* "ivshmem/_core.pyx":571
+    /* "ivshmem/_core.pyx":585
  *         targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))
  *         if targets == NULL:
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         try:
  *             for i in range(count):
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 571, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 585, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":570
+    /* "ivshmem/_core.pyx":584
  *         cdef int code = 0
  *         targets = <Bell **>malloc(max(count, 1) * sizeof(Bell *))
  *         if targets == NULL:             # <<<<<<<<<<<<<<
@@ -13526,7 +13720,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
   }
 
-  /* "ivshmem/_core.pyx":572
+  /* "ivshmem/_core.pyx":586
  *         if targets == NULL:
  *             raise MemoryError
  *         try:             # <<<<<<<<<<<<<<
@@ -13535,7 +13729,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":573
+    /* "ivshmem/_core.pyx":587
  *             raise MemoryError
  *         try:
  *             for i in range(count):             # <<<<<<<<<<<<<<
@@ -13549,7 +13743,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
     for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_1; __pyx_t_5+=1) {
       __pyx_v_i = __pyx_t_5;
 
-      /* "ivshmem/_core.pyx":574
+      /* "ivshmem/_core.pyx":588
  *         try:
  *             for i in range(count):
  *                 targets[i] = &(<Doorbell>bells[i]).bell             # <<<<<<<<<<<<<<
@@ -13558,16 +13752,16 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
       if (unlikely(__pyx_v_bells == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-        __PYX_ERR(0, 574, __pyx_L5_error)
+        __PYX_ERR(0, 588, __pyx_L5_error)
       }
-      __pyx_t_6 = __Pyx_GetItemInt_List(__pyx_v_bells, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 574, __pyx_L5_error)
+      __pyx_t_6 = __Pyx_GetItemInt_List(__pyx_v_bells, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 588, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_6);
       (__pyx_v_targets[__pyx_v_i]) = (&((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_t_6)->bell);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     }
 
 
-    /* "ivshmem/_core.pyx":575
+    /* "ivshmem/_core.pyx":589
  *             for i in range(count):
  *                 targets[i] = &(<Doorbell>bells[i]).bell
  *             i = 0             # <<<<<<<<<<<<<<
@@ -13576,7 +13770,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
     __pyx_v_i = 0;
 
-    /* "ivshmem/_core.pyx":576
+    /* "ivshmem/_core.pyx":590
  *                 targets[i] = &(<Doorbell>bells[i]).bell
  *             i = 0
  *             while i < count:             # <<<<<<<<<<<<<<
@@ -13589,7 +13783,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 
       if (!__pyx_t_4) break;
 
-      /* "ivshmem/_core.pyx":577
+      /* "ivshmem/_core.pyx":591
  *             i = 0
  *             while i < count:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -13602,7 +13796,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":578
+            /* "ivshmem/_core.pyx":592
  *             while i < count:
  *                 with nogil:
  *                     while i < count:             # <<<<<<<<<<<<<<
@@ -13615,7 +13809,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 
               if (!__pyx_t_4) break;
 
-              /* "ivshmem/_core.pyx":579
+              /* "ivshmem/_core.pyx":593
  *                 with nogil:
  *                     while i < count:
  *                         code = ring_bell(targets[i], 1)             # <<<<<<<<<<<<<<
@@ -13624,7 +13818,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
               __pyx_v_code = __pyx_f_7ivshmem_6native_4bell_ring_bell((__pyx_v_targets[__pyx_v_i]), 1);
 
-              /* "ivshmem/_core.pyx":580
+              /* "ivshmem/_core.pyx":594
  *                     while i < count:
  *                         code = ring_bell(targets[i], 1)
  *                         if code == 0:             # <<<<<<<<<<<<<<
@@ -13636,7 +13830,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
               if (__pyx_t_4) {
 
 
-                /* "ivshmem/_core.pyx":581
+                /* "ivshmem/_core.pyx":595
  *                         code = ring_bell(targets[i], 1)
  *                         if code == 0:
  *                             done += 1             # <<<<<<<<<<<<<<
@@ -13645,7 +13839,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
                 __pyx_v_done = (__pyx_v_done + 1);
 
-                /* "ivshmem/_core.pyx":580
+                /* "ivshmem/_core.pyx":594
  *                     while i < count:
  *                         code = ring_bell(targets[i], 1)
  *                         if code == 0:             # <<<<<<<<<<<<<<
@@ -13655,7 +13849,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
                 goto __pyx_L18;
               }
 
-              /* "ivshmem/_core.pyx":582
+              /* "ivshmem/_core.pyx":596
  *                         if code == 0:
  *                             done += 1
  *                         elif code != ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -13667,7 +13861,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
               if (__pyx_t_4) {
 
 
-                /* "ivshmem/_core.pyx":583
+                /* "ivshmem/_core.pyx":597
  *                             done += 1
  *                         elif code != ESHUTDOWN:
  *                             break             # <<<<<<<<<<<<<<
@@ -13676,7 +13870,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
                 goto __pyx_L17_break;
 
-                /* "ivshmem/_core.pyx":582
+                /* "ivshmem/_core.pyx":596
  *                         if code == 0:
  *                             done += 1
  *                         elif code != ESHUTDOWN:             # <<<<<<<<<<<<<<
@@ -13686,7 +13880,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
               }
               __pyx_L18:;
 
-              /* "ivshmem/_core.pyx":584
+              /* "ivshmem/_core.pyx":598
  *                         elif code != ESHUTDOWN:
  *                             break
  *                         i += 1             # <<<<<<<<<<<<<<
@@ -13698,7 +13892,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
             __pyx_L17_break:;
           }
 
-          /* "ivshmem/_core.pyx":577
+          /* "ivshmem/_core.pyx":591
  *             i = 0
  *             while i < count:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -13715,7 +13909,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
           }
       }
 
-      /* "ivshmem/_core.pyx":585
+      /* "ivshmem/_core.pyx":599
  *                             break
  *                         i += 1
  *                 if i < count:             # <<<<<<<<<<<<<<
@@ -13727,7 +13921,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":586
+        /* "ivshmem/_core.pyx":600
  *                         i += 1
  *                 if i < count:
  *                     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -13739,17 +13933,17 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
         if (__pyx_t_4) {
 
 
-          /* "ivshmem/_core.pyx":587
+          /* "ivshmem/_core.pyx":601
  *                 if i < count:
  *                     if code != EINTR:
  *                         fail_with(code)             # <<<<<<<<<<<<<<
  *                     PyErr_CheckSignals()
  *         finally:
 */
-          __pyx_t_7 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 587, __pyx_L5_error)
+          __pyx_t_7 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(__pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 601, __pyx_L5_error)
 
 
-          /* "ivshmem/_core.pyx":586
+          /* "ivshmem/_core.pyx":600
  *                         i += 1
  *                 if i < count:
  *                     if code != EINTR:             # <<<<<<<<<<<<<<
@@ -13758,17 +13952,17 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
 */
         }
 
-        /* "ivshmem/_core.pyx":588
+        /* "ivshmem/_core.pyx":602
  *                     if code != EINTR:
  *                         fail_with(code)
  *                     PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         finally:
  *             free(targets)
 */
-        __pyx_t_7 = PyErr_CheckSignals(); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 588, __pyx_L5_error)
+        __pyx_t_7 = PyErr_CheckSignals(); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 602, __pyx_L5_error)
 
 
-        /* "ivshmem/_core.pyx":585
+        /* "ivshmem/_core.pyx":599
  *                             break
  *                         i += 1
  *                 if i < count:             # <<<<<<<<<<<<<<
@@ -13779,7 +13973,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
     }
   }
 
-  /* "ivshmem/_core.pyx":590
+  /* "ivshmem/_core.pyx":604
  *                     PyErr_CheckSignals()
  *         finally:
  *             free(targets)             # <<<<<<<<<<<<<<
@@ -13824,7 +14018,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
     __pyx_L6:;
   }
 
-  /* "ivshmem/_core.pyx":591
+  /* "ivshmem/_core.pyx":605
  *         finally:
  *             free(targets)
  *         return done             # <<<<<<<<<<<<<<
@@ -13837,7 +14031,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":563
+  /* "ivshmem/_core.pyx":577
  *         return bells
  * 
  *     cdef Py_ssize_t ring_several(self, list bells) except -1:             # <<<<<<<<<<<<<<
@@ -13861,7 +14055,7 @@ static Py_ssize_t __pyx_f_7ivshmem_5_core_9Doorbells_ring_several(CYTHON_UNUSED 
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":595
+/* "ivshmem/_core.pyx":609
  *     # -- waiting ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -13910,24 +14104,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_vectors,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 595, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 609, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 595, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 609, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 595, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 609, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 595, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait", 0) < (0)) __PYX_ERR(0, 609, __pyx_L3_error)
 
-      /* "ivshmem/_core.pyx":596
+      /* "ivshmem/_core.pyx":610
  * 
  *     @cython.binding(False)
  *     def wait(self, vectors=None, timeout=None, *, spin=0):             # <<<<<<<<<<<<<<
@@ -13941,11 +14135,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 595, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 609, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 595, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 609, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -13960,7 +14154,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 595, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 609, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13973,7 +14167,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_46wait(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_vectors, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/_core.pyx":595
+  /* "ivshmem/_core.pyx":609
  *     # -- waiting ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -14014,7 +14208,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/_core.pyx":626
+  /* "ivshmem/_core.pyx":640
  *             DeviceGone: the device was unplugged.
  *         """
  *         cdef int64_t wish = 0 if spin is OFF else spin_of(spin)             # <<<<<<<<<<<<<<
@@ -14026,23 +14220,23 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
 
     __pyx_t_1 = 0;
   } else {
-    __pyx_t_3 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_3 == ((int64_t)-2L))) __PYX_ERR(0, 626, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_3 == ((int64_t)-2L))) __PYX_ERR(0, 640, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_wish = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":627
+  /* "ivshmem/_core.pyx":641
  *         """
  *         cdef int64_t wish = 0 if spin is OFF else spin_of(spin)
  *         self.enter()             # <<<<<<<<<<<<<<
  *         try:
  *             if vectors is None:
 */
-  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 627, __pyx_L1_error)
+  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 641, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":628
+  /* "ivshmem/_core.pyx":642
  *         cdef int64_t wish = 0 if spin is OFF else spin_of(spin)
  *         self.enter()
  *         try:             # <<<<<<<<<<<<<<
@@ -14051,7 +14245,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":629
+    /* "ivshmem/_core.pyx":643
  *         self.enter()
  *         try:
  *             if vectors is None:             # <<<<<<<<<<<<<<
@@ -14062,14 +14256,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":630
+      /* "ivshmem/_core.pyx":644
  *         try:
  *             if vectors is None:
  *                 return self.wait_any(timeout, wish, False)             # <<<<<<<<<<<<<<
  *             if PyLong_CheckExact(vectors) or not hasattr(vectors, "__iter__"):
  *                 return self.wait_one(vectors, timeout, wish)
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_v_timeout, __pyx_v_wish, 0); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 630, __pyx_L4_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_v_timeout, __pyx_v_wish, 0); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 644, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_5);
       {
         PyObject *__pyx_temp;
@@ -14082,7 +14276,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
       __pyx_t_5 = 0;
       goto __pyx_L3_return;
 
-      /* "ivshmem/_core.pyx":629
+      /* "ivshmem/_core.pyx":643
  *         self.enter()
  *         try:
  *             if vectors is None:             # <<<<<<<<<<<<<<
@@ -14091,7 +14285,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":631
+    /* "ivshmem/_core.pyx":645
  *             if vectors is None:
  *                 return self.wait_any(timeout, wish, False)
  *             if PyLong_CheckExact(vectors) or not hasattr(vectors, "__iter__"):             # <<<<<<<<<<<<<<
@@ -14108,7 +14302,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
 
       goto __pyx_L8_bool_binop_done;
     }
-    __pyx_t_6 = __Pyx_HasAttr(__pyx_v_vectors, __pyx_mstate_global->__pyx_n_u_iter); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 631, __pyx_L4_error)
+    __pyx_t_6 = __Pyx_HasAttr(__pyx_v_vectors, __pyx_mstate_global->__pyx_n_u_iter); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 645, __pyx_L4_error)
     __pyx_t_7 = (!__pyx_t_6);
 
 
@@ -14119,15 +14313,15 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/_core.pyx":632
+      /* "ivshmem/_core.pyx":646
  *                 return self.wait_any(timeout, wish, False)
  *             if PyLong_CheckExact(vectors) or not hasattr(vectors, "__iter__"):
  *                 return self.wait_one(vectors, timeout, wish)             # <<<<<<<<<<<<<<
  *             return self.wait_some(vectors, timeout, wish)
  *         finally:
 */
-      __pyx_t_8 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vectors); if (unlikely((__pyx_t_8 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 632, __pyx_L4_error)
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_one(__pyx_v_self, __pyx_t_8, __pyx_v_timeout, __pyx_v_wish); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 632, __pyx_L4_error)
+      __pyx_t_8 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vectors); if (unlikely((__pyx_t_8 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 646, __pyx_L4_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_one(__pyx_v_self, __pyx_t_8, __pyx_v_timeout, __pyx_v_wish); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 646, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_5);
 
       {
@@ -14141,7 +14335,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
       __pyx_t_5 = 0;
       goto __pyx_L3_return;
 
-      /* "ivshmem/_core.pyx":631
+      /* "ivshmem/_core.pyx":645
  *             if vectors is None:
  *                 return self.wait_any(timeout, wish, False)
  *             if PyLong_CheckExact(vectors) or not hasattr(vectors, "__iter__"):             # <<<<<<<<<<<<<<
@@ -14150,14 +14344,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":633
+    /* "ivshmem/_core.pyx":647
  *             if PyLong_CheckExact(vectors) or not hasattr(vectors, "__iter__"):
  *                 return self.wait_one(vectors, timeout, wish)
  *             return self.wait_some(vectors, timeout, wish)             # <<<<<<<<<<<<<<
  *         finally:
  *             self.leave()
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_some(__pyx_v_self, __pyx_v_vectors, __pyx_v_timeout, __pyx_v_wish); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 633, __pyx_L4_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_some(__pyx_v_self, __pyx_v_vectors, __pyx_v_timeout, __pyx_v_wish); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 647, __pyx_L4_error)
     __Pyx_GOTREF(__pyx_t_5);
     {
       PyObject *__pyx_temp;
@@ -14171,7 +14365,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
     goto __pyx_L3_return;
   }
 
-  /* "ivshmem/_core.pyx":635
+  /* "ivshmem/_core.pyx":649
  *             return self.wait_some(vectors, timeout, wish)
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -14219,7 +14413,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
     }
   }
 
-  /* "ivshmem/_core.pyx":595
+  /* "ivshmem/_core.pyx":609
  *     # -- waiting ----------------------------------------------------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -14239,7 +14433,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_46wait(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":637
+/* "ivshmem/_core.pyx":651
  *             self.leave()
  * 
  *     cdef object wait_one(self, Py_ssize_t vector, object timeout, int64_t spin):             # <<<<<<<<<<<<<<
@@ -14265,7 +14459,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_one", 0);
 
-  /* "ivshmem/_core.pyx":638
+  /* "ivshmem/_core.pyx":652
  * 
  *     cdef object wait_one(self, Py_ssize_t vector, object timeout, int64_t spin):
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -14277,13 +14471,13 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 
     __pyx_t_1 = INT64_MAX;
   } else {
-    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 638, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 652, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":639
+  /* "ivshmem/_core.pyx":653
  *     cdef object wait_one(self, Py_ssize_t vector, object timeout, int64_t spin):
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         cdef int64_t n = 0             # <<<<<<<<<<<<<<
@@ -14292,7 +14486,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   __pyx_v_n = 0;
 
-  /* "ivshmem/_core.pyx":642
+  /* "ivshmem/_core.pyx":656
  *         cdef bint plainly
  *         cdef Turn turn
  *         if not 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -14312,17 +14506,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_core.pyx":643
+    /* "ivshmem/_core.pyx":657
  *         cdef Turn turn
  *         if not 0 <= vector < length_of(self.own):
  *             self.check_vector(vector)             # <<<<<<<<<<<<<<
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
 */
-    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 643, __pyx_L1_error)
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 657, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":642
+    /* "ivshmem/_core.pyx":656
  *         cdef bint plainly
  *         cdef Turn turn
  *         if not 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -14331,7 +14525,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":644
+  /* "ivshmem/_core.pyx":658
  *         if not 0 <= vector < length_of(self.own):
  *             self.check_vector(vector)
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)             # <<<<<<<<<<<<<<
@@ -14348,7 +14542,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_turn), __pyx_v_vector, __pyx_t_1);
 
 
-  /* "ivshmem/_core.pyx":645
+  /* "ivshmem/_core.pyx":659
  *             self.check_vector(vector)
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())             # <<<<<<<<<<<<<<
@@ -14373,7 +14567,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   __pyx_L4_bool_binop_done:;
   __pyx_v_plainly = __pyx_t_5;
 
-  /* "ivshmem/_core.pyx":646
+  /* "ivshmem/_core.pyx":660
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  *         if not plainly and not turn.left:             # <<<<<<<<<<<<<<
@@ -14399,7 +14593,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   if (__pyx_t_5) {
 
 
-    /* "ivshmem/_core.pyx":647
+    /* "ivshmem/_core.pyx":661
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  *         if not plainly and not turn.left:
  *             n = self.take(vector)             # <<<<<<<<<<<<<<
@@ -14408,7 +14602,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_vector);
 
-    /* "ivshmem/_core.pyx":648
+    /* "ivshmem/_core.pyx":662
  *         if not plainly and not turn.left:
  *             n = self.take(vector)
  *             if n == 0 and deadline == 0 and not self.urgent:             # <<<<<<<<<<<<<<
@@ -14444,7 +14638,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_core.pyx":649
+      /* "ivshmem/_core.pyx":663
  *             n = self.take(vector)
  *             if n == 0 and deadline == 0 and not self.urgent:
  *                 return None             # <<<<<<<<<<<<<<
@@ -14461,7 +14655,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":648
+      /* "ivshmem/_core.pyx":662
  *         if not plainly and not turn.left:
  *             n = self.take(vector)
  *             if n == 0 and deadline == 0 and not self.urgent:             # <<<<<<<<<<<<<<
@@ -14470,7 +14664,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":646
+    /* "ivshmem/_core.pyx":660
  *         self.spinner.begin(&turn, vector, 0 if self.uio else spin)
  *         plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  *         if not plainly and not turn.left:             # <<<<<<<<<<<<<<
@@ -14479,7 +14673,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":650
+  /* "ivshmem/_core.pyx":664
  *             if n == 0 and deadline == 0 and not self.urgent:
  *                 return None
  *         while True:             # <<<<<<<<<<<<<<
@@ -14488,7 +14682,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":651
+    /* "ivshmem/_core.pyx":665
  *                 return None
  *         while True:
  *             if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -14514,7 +14708,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_core.pyx":657
+      /* "ivshmem/_core.pyx":671
  *                     deadline,
  *                     probe_of(self, vector, plainly),
  *                     place_of(self.own, vector),             # <<<<<<<<<<<<<<
@@ -14524,18 +14718,18 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       __pyx_t_4 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_4);
 
-      /* "ivshmem/_core.pyx":652
+      /* "ivshmem/_core.pyx":666
  *         while True:
  *             if n == 0 and turn.left:
  *                 n = spin_for(             # <<<<<<<<<<<<<<
  *                     self,
  *                     vector,
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_of(__pyx_v_self, __pyx_v_vector, __pyx_v_plainly), __pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_4), __pyx_v_vector), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 652, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_of(__pyx_v_self, __pyx_v_vector, __pyx_v_plainly), __pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_4), __pyx_v_vector), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 666, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       __pyx_v_n = __pyx_t_1;
 
-      /* "ivshmem/_core.pyx":651
+      /* "ivshmem/_core.pyx":665
  *                 return None
  *         while True:
  *             if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -14544,7 +14738,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":660
+    /* "ivshmem/_core.pyx":674
  *                     &turn,
  *                 )
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -14556,7 +14750,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_core.pyx":661
+      /* "ivshmem/_core.pyx":675
  *                 )
  *             if n == 0:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -14569,7 +14763,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":663
+            /* "ivshmem/_core.pyx":677
  *                 with nogil:
  *                     # A plain read clears the flag, which the next spin would have to set again.
  *                     n = self.sleep_for(vector, deadline, plainly and turn.done == 0)             # <<<<<<<<<<<<<<
@@ -14592,7 +14786,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 
           }
 
-          /* "ivshmem/_core.pyx":661
+          /* "ivshmem/_core.pyx":675
  *                 )
  *             if n == 0:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -14609,7 +14803,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
           }
       }
 
-      /* "ivshmem/_core.pyx":664
+      /* "ivshmem/_core.pyx":678
  *                     # A plain read clears the flag, which the next spin would have to set again.
  *                     n = self.sleep_for(vector, deadline, plainly and turn.done == 0)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -14621,7 +14815,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       if (__pyx_t_5) {
 
 
-        /* "ivshmem/_core.pyx":665
+        /* "ivshmem/_core.pyx":679
  *                     n = self.sleep_for(vector, deadline, plainly and turn.done == 0)
  *                 if n == 0:
  *                     return None             # <<<<<<<<<<<<<<
@@ -14638,7 +14832,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
         }
         goto __pyx_L0;
 
-        /* "ivshmem/_core.pyx":664
+        /* "ivshmem/_core.pyx":678
  *                     # A plain read clears the flag, which the next spin would have to set again.
  *                     n = self.sleep_for(vector, deadline, plainly and turn.done == 0)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -14647,7 +14841,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":660
+      /* "ivshmem/_core.pyx":674
  *                     &turn,
  *                 )
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -14656,7 +14850,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":666
+    /* "ivshmem/_core.pyx":680
  *                 if n == 0:
  *                     return None
  *             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -14682,14 +14876,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/_core.pyx":667
+      /* "ivshmem/_core.pyx":681
  *                     return None
  *             if n > 0 and not relay_fired(self):
  *                 return n             # <<<<<<<<<<<<<<
  *             self.attend(n if n < 0 else <int64_t>NEWS)
  *             n = 0
 */
-      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 667, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 681, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       {
         PyObject *__pyx_temp;
@@ -14702,7 +14896,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       __pyx_t_4 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":666
+      /* "ivshmem/_core.pyx":680
  *                 if n == 0:
  *                     return None
  *             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -14711,7 +14905,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":668
+    /* "ivshmem/_core.pyx":682
  *             if n > 0 and not relay_fired(self):
  *                 return n
  *             self.attend(n if n < 0 else <int64_t>NEWS)             # <<<<<<<<<<<<<<
@@ -14728,11 +14922,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
       __pyx_t_1 = ((int64_t)__pyx_e_7ivshmem_5_core_NEWS);
     }
 
-    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 668, __pyx_L1_error)
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 682, __pyx_L1_error)
 
 
 
-    /* "ivshmem/_core.pyx":669
+    /* "ivshmem/_core.pyx":683
  *                 return n
  *             self.attend(n if n < 0 else <int64_t>NEWS)
  *             n = 0             # <<<<<<<<<<<<<<
@@ -14741,7 +14935,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
 */
     __pyx_v_n = 0;
 
-    /* "ivshmem/_core.pyx":671
+    /* "ivshmem/_core.pyx":685
  *             n = 0
  *             # A signal handler may have started a thread.
  *             plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())             # <<<<<<<<<<<<<<
@@ -14767,7 +14961,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
     __pyx_v_plainly = __pyx_t_5;
   }
 
-  /* "ivshmem/_core.pyx":637
+  /* "ivshmem/_core.pyx":651
  *             self.leave()
  * 
  *     cdef object wait_one(self, Py_ssize_t vector, object timeout, int64_t spin):             # <<<<<<<<<<<<<<
@@ -14792,7 +14986,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_one(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":673
+/* "ivshmem/_core.pyx":687
  *             plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -14817,7 +15011,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enter", 0);
 
-  /* "ivshmem/_core.pyx":675
+  /* "ivshmem/_core.pyx":689
  *     cdef int enter(self) except -1:
  *         """Begin a call that waits; `leave` ends it."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -14829,17 +15023,17 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":676
+    /* "ivshmem/_core.pyx":690
  *         """Begin a call that waits; `leave` ends it."""
  *         if not ivshmem_enter(&self.state):
  *             self.check()             # <<<<<<<<<<<<<<
  *         if length_of(self.own) == 0:
  *             try:
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 676, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 690, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":675
+    /* "ivshmem/_core.pyx":689
  *     cdef int enter(self) except -1:
  *         """Begin a call that waits; `leave` ends it."""
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -14848,7 +15042,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
 */
   }
 
-  /* "ivshmem/_core.pyx":677
+  /* "ivshmem/_core.pyx":691
  *         if not ivshmem_enter(&self.state):
  *             self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -14863,7 +15057,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":678
+    /* "ivshmem/_core.pyx":692
  *             self.check()
  *         if length_of(self.own) == 0:
  *             try:             # <<<<<<<<<<<<<<
@@ -14879,7 +15073,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
       __Pyx_XGOTREF(__pyx_t_6);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":679
+        /* "ivshmem/_core.pyx":693
  *         if length_of(self.own) == 0:
  *             try:
  *                 self._check_can_wait()             # <<<<<<<<<<<<<<
@@ -14893,12 +15087,12 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
           PyObject *__pyx_callargs[2] = {__pyx_t_7, NULL};
           __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_check_can_wait, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 679, __pyx_L5_error)
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 693, __pyx_L5_error)
           __Pyx_GOTREF(__pyx_t_3);
         }
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-        /* "ivshmem/_core.pyx":678
+        /* "ivshmem/_core.pyx":692
  *             self.check()
  *         if length_of(self.own) == 0:
  *             try:             # <<<<<<<<<<<<<<
@@ -14914,7 +15108,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-      /* "ivshmem/_core.pyx":680
+      /* "ivshmem/_core.pyx":694
  *             try:
  *                 self._check_can_wait()
  *             except BaseException:             # <<<<<<<<<<<<<<
@@ -14924,12 +15118,12 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
       __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
       if (__pyx_t_2) {
         __Pyx_AddTraceback("ivshmem._core.Doorbells.enter", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_7, &__pyx_t_9) < 0) __PYX_ERR(0, 680, __pyx_L7_except_error)
+        if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_7, &__pyx_t_9) < 0) __PYX_ERR(0, 694, __pyx_L7_except_error)
         __Pyx_XGOTREF(__pyx_t_3);
         __Pyx_XGOTREF(__pyx_t_7);
         __Pyx_XGOTREF(__pyx_t_9);
 
-        /* "ivshmem/_core.pyx":681
+        /* "ivshmem/_core.pyx":695
  *                 self._check_can_wait()
  *             except BaseException:
  *                 self.leave()             # <<<<<<<<<<<<<<
@@ -14938,7 +15132,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
 */
         ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
 
-        /* "ivshmem/_core.pyx":682
+        /* "ivshmem/_core.pyx":696
  *             except BaseException:
  *                 self.leave()
  *                 raise             # <<<<<<<<<<<<<<
@@ -14950,11 +15144,11 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
         __Pyx_XGIVEREF(__pyx_t_9);
         __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_7, __pyx_t_9);
         __pyx_t_3 = 0;  __pyx_t_7 = 0;  __pyx_t_9 = 0; 
-        __PYX_ERR(0, 682, __pyx_L7_except_error)
+        __PYX_ERR(0, 696, __pyx_L7_except_error)
       }
       goto __pyx_L7_except_error;
 
-      /* "ivshmem/_core.pyx":678
+      /* "ivshmem/_core.pyx":692
  *             self.check()
  *         if length_of(self.own) == 0:
  *             try:             # <<<<<<<<<<<<<<
@@ -14970,7 +15164,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
       __pyx_L10_try_end:;
     }
 
-    /* "ivshmem/_core.pyx":677
+    /* "ivshmem/_core.pyx":691
  *         if not ivshmem_enter(&self.state):
  *             self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -14979,7 +15173,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
 */
   }
 
-  /* "ivshmem/_core.pyx":683
+  /* "ivshmem/_core.pyx":697
  *                 self.leave()
  *                 raise
  *         return 0             # <<<<<<<<<<<<<<
@@ -14992,7 +15186,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":673
+  /* "ivshmem/_core.pyx":687
  *             plainly = deadline == INT64_MAX and reads_plainly(self, ivshmem_is_only_thread())
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -15013,7 +15207,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_enter(struct __pyx_obj_7ivshmem_5_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":685
+/* "ivshmem/_core.pyx":699
  *         return 0
  * 
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:             # <<<<<<<<<<<<<<
@@ -15042,7 +15236,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check_vector", 0);
 
-  /* "ivshmem/_core.pyx":686
+  /* "ivshmem/_core.pyx":700
  * 
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:
  *         if not 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -15062,7 +15256,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/_core.pyx":687
+    /* "ivshmem/_core.pyx":701
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:
  *         if not 0 <= vector < length_of(self.own):
  *             there = "1 vector" if length_of(self.own) == 1 else f"{length_of(self.own)} vectors"             # <<<<<<<<<<<<<<
@@ -15080,10 +15274,10 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
     } else {
       __pyx_t_4 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_4);
-      __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_f_7ivshmem_6native_11descriptors_length_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_4)), 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 687, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_f_7ivshmem_6native_11descriptors_length_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_4)), 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 701, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_5, __pyx_mstate_global->__pyx_kp_u_vectors_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 687, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_5, __pyx_mstate_global->__pyx_kp_u_vectors_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 701, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __pyx_t_2 = __pyx_t_4;
@@ -15093,7 +15287,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
     __pyx_v_there = ((PyObject*)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":688
+    /* "ivshmem/_core.pyx":702
  *         if not 0 <= vector < length_of(self.own):
  *             there = "1 vector" if length_of(self.own) == 1 else f"{length_of(self.own)} vectors"
  *             raise NoSuchVector(f"vector {vector}: this endpoint has {there}")             # <<<<<<<<<<<<<<
@@ -15101,11 +15295,11 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
  * 
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_NoSuchVector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 688, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_NoSuchVector); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 702, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_vector, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 688, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_vector, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 702, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_there); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 688, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_there); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 702, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_vector_2;
     __pyx_t_8[1] = __pyx_t_6;
@@ -15120,7 +15314,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
     __pyx_t_10 |= __Pyx_PyUnicode_KIND_04(__pyx_t_8[3]);
     #endif
     __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_8, 4, __pyx_t_9, __pyx_t_10);
-    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 688, __pyx_L1_error)
+    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 702, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -15142,14 +15336,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 688, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 702, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 688, __pyx_L1_error)
+    __PYX_ERR(0, 702, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":686
+    /* "ivshmem/_core.pyx":700
  * 
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:
  *         if not 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -15158,7 +15352,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":689
+  /* "ivshmem/_core.pyx":703
  *             there = "1 vector" if length_of(self.own) == 1 else f"{length_of(self.own)} vectors"
  *             raise NoSuchVector(f"vector {vector}: this endpoint has {there}")
  *         return 0             # <<<<<<<<<<<<<<
@@ -15171,7 +15365,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":685
+  /* "ivshmem/_core.pyx":699
  *         return 0
  * 
  *     cdef int check_vector(self, Py_ssize_t vector) except -1:             # <<<<<<<<<<<<<<
@@ -15196,7 +15390,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_check_vector(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":691
+/* "ivshmem/_core.pyx":705
  *         return 0
  * 
  *     cdef int attend(self, int64_t code) except -1:             # <<<<<<<<<<<<<<
@@ -15222,7 +15416,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("attend", 0);
 
-  /* "ivshmem/_core.pyx":692
+  /* "ivshmem/_core.pyx":706
  * 
  *     cdef int attend(self, int64_t code) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -15234,7 +15428,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":693
+    /* "ivshmem/_core.pyx":707
  *     cdef int attend(self, int64_t code) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint was closed while waiting")             # <<<<<<<<<<<<<<
@@ -15242,7 +15436,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
  *             code == NEWS
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 693, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 707, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -15261,14 +15455,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 693, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 707, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 693, __pyx_L1_error)
+    __PYX_ERR(0, 707, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":692
+    /* "ivshmem/_core.pyx":706
  * 
  *     cdef int attend(self, int64_t code) except -1:
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -15277,7 +15471,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":695
+  /* "ivshmem/_core.pyx":709
  *             raise ClosedError("the endpoint was closed while waiting")
  *         if (
  *             code == NEWS             # <<<<<<<<<<<<<<
@@ -15295,7 +15489,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
     goto __pyx_L5_bool_binop_done;
   }
 
-  /* "ivshmem/_core.pyx":696
+  /* "ivshmem/_core.pyx":710
  *         if (
  *             code == NEWS
  *             or code == -EIO and self.uio             # <<<<<<<<<<<<<<
@@ -15318,7 +15512,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   }
   __pyx_L7_next_or:;
 
-  /* "ivshmem/_core.pyx":697
+  /* "ivshmem/_core.pyx":711
  *             code == NEWS
  *             or code == -EIO and self.uio
  *             or code == -EINTR and self.urgent and is_readable(self.watched)             # <<<<<<<<<<<<<<
@@ -15348,7 +15542,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
 
   __pyx_L5_bool_binop_done:;
 
-  /* "ivshmem/_core.pyx":694
+  /* "ivshmem/_core.pyx":708
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint was closed while waiting")
  *         if (             # <<<<<<<<<<<<<<
@@ -15358,7 +15552,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":699
+    /* "ivshmem/_core.pyx":713
  *             or code == -EINTR and self.urgent and is_readable(self.watched)
  *         ):
  *             self._read_news()             # <<<<<<<<<<<<<<
@@ -15372,12 +15566,12 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_read_news, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 699, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 713, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":694
+    /* "ivshmem/_core.pyx":708
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             raise ClosedError("the endpoint was closed while waiting")
  *         if (             # <<<<<<<<<<<<<<
@@ -15387,7 +15581,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
     goto __pyx_L4;
   }
 
-  /* "ivshmem/_core.pyx":700
+  /* "ivshmem/_core.pyx":714
  *         ):
  *             self._read_news()
  *         elif code == -EINVAL:             # <<<<<<<<<<<<<<
@@ -15399,7 +15593,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/_core.pyx":701
+    /* "ivshmem/_core.pyx":715
  *             self._read_news()
  *         elif code == -EINVAL:
  *             what = "a UIO device" if self.uio else "an eventfd"             # <<<<<<<<<<<<<<
@@ -15416,7 +15610,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
     __pyx_v_what = ((PyObject*)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":702
+    /* "ivshmem/_core.pyx":716
  *         elif code == -EINVAL:
  *             what = "a UIO device" if self.uio else "an eventfd"
  *             raise OSError(EINVAL, f"the descriptor of this vector is not {what}")             # <<<<<<<<<<<<<<
@@ -15424,11 +15618,11 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
  *             fail_with(<int>-code)
 */
     __pyx_t_4 = NULL;
-    __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 702, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_From___pyx_anon_enum(EINVAL); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 716, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_what); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 702, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_what); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 716, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_the_descriptor_of_this_vector_is, __pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 702, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_the_descriptor_of_this_vector_is, __pyx_t_7); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 716, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_5 = 1;
@@ -15438,14 +15632,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 702, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 716, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 702, __pyx_L1_error)
+    __PYX_ERR(0, 716, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":700
+    /* "ivshmem/_core.pyx":714
  *         ):
  *             self._read_news()
  *         elif code == -EINVAL:             # <<<<<<<<<<<<<<
@@ -15454,7 +15648,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
 */
   }
 
-  /* "ivshmem/_core.pyx":703
+  /* "ivshmem/_core.pyx":717
  *             what = "a UIO device" if self.uio else "an eventfd"
  *             raise OSError(EINVAL, f"the descriptor of this vector is not {what}")
  *         elif code < 0 and code != -EINTR:             # <<<<<<<<<<<<<<
@@ -15480,17 +15674,17 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":704
+    /* "ivshmem/_core.pyx":718
  *             raise OSError(EINVAL, f"the descriptor of this vector is not {what}")
  *         elif code < 0 and code != -EINTR:
  *             fail_with(<int>-code)             # <<<<<<<<<<<<<<
  *         PyErr_CheckSignals()
  *         return 0
 */
-    __pyx_t_9 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(((int)(-__pyx_v_code))); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 704, __pyx_L1_error)
+    __pyx_t_9 = __pyx_f_7ivshmem_6native_11descriptors_fail_with(((int)(-__pyx_v_code))); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 718, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":703
+    /* "ivshmem/_core.pyx":717
  *             what = "a UIO device" if self.uio else "an eventfd"
  *             raise OSError(EINVAL, f"the descriptor of this vector is not {what}")
  *         elif code < 0 and code != -EINTR:             # <<<<<<<<<<<<<<
@@ -15500,17 +15694,17 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   }
   __pyx_L4:;
 
-  /* "ivshmem/_core.pyx":705
+  /* "ivshmem/_core.pyx":719
  *         elif code < 0 and code != -EINTR:
  *             fail_with(<int>-code)
  *         PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-  __pyx_t_9 = PyErr_CheckSignals(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 705, __pyx_L1_error)
+  __pyx_t_9 = PyErr_CheckSignals(); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 719, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":706
+  /* "ivshmem/_core.pyx":720
  *             fail_with(<int>-code)
  *         PyErr_CheckSignals()
  *         return 0             # <<<<<<<<<<<<<<
@@ -15523,7 +15717,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":691
+  /* "ivshmem/_core.pyx":705
  *         return 0
  * 
  *     cdef int attend(self, int64_t code) except -1:             # <<<<<<<<<<<<<<
@@ -15547,7 +15741,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_attend(struct __pyx_obj_7ivshmem_5
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":708
+/* "ivshmem/_core.pyx":722
  *         return 0
  * 
  *     cdef int64_t sleep_for(             # <<<<<<<<<<<<<<
@@ -15566,7 +15760,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   int __pyx_t_4;
   int64_t __pyx_t_5;
 
-  /* "ivshmem/_core.pyx":715
+  /* "ivshmem/_core.pyx":729
  *         cdef timespec left
  *         cdef int64_t n
  *         if plainly:             # <<<<<<<<<<<<<<
@@ -15575,7 +15769,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   if (__pyx_v_plainly) {
 
-    /* "ivshmem/_core.pyx":716
+    /* "ivshmem/_core.pyx":730
  *         cdef int64_t n
  *         if plainly:
  *             n = read_plainly(self, vector)             # <<<<<<<<<<<<<<
@@ -15584,7 +15778,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
     __pyx_v_n = __pyx_f_7ivshmem_5_core_read_plainly(__pyx_v_self, __pyx_v_vector);
 
-    /* "ivshmem/_core.pyx":717
+    /* "ivshmem/_core.pyx":731
  *         if plainly:
  *             n = read_plainly(self, vector)
  *             if n:             # <<<<<<<<<<<<<<
@@ -15596,7 +15790,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":718
+      /* "ivshmem/_core.pyx":732
  *             n = read_plainly(self, vector)
  *             if n:
  *                 return n             # <<<<<<<<<<<<<<
@@ -15609,7 +15803,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":717
+      /* "ivshmem/_core.pyx":731
  *         if plainly:
  *             n = read_plainly(self, vector)
  *             if n:             # <<<<<<<<<<<<<<
@@ -15618,7 +15812,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":715
+    /* "ivshmem/_core.pyx":729
  *         cdef timespec left
  *         cdef int64_t n
  *         if plainly:             # <<<<<<<<<<<<<<
@@ -15627,7 +15821,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":719
+  /* "ivshmem/_core.pyx":733
  *             if n:
  *                 return n
  *         fds[0].fd = place_of(self.own, vector)[0]             # <<<<<<<<<<<<<<
@@ -15636,7 +15830,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   (__pyx_v_fds[0]).fd = (__pyx_f_7ivshmem_6native_11descriptors_place_of(__pyx_v_self->own, __pyx_v_vector)[0]);
 
-  /* "ivshmem/_core.pyx":720
+  /* "ivshmem/_core.pyx":734
  *                 return n
  *         fds[0].fd = place_of(self.own, vector)[0]
  *         fds[1].fd = self.wake.fds[0]             # <<<<<<<<<<<<<<
@@ -15645,7 +15839,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   (__pyx_v_fds[1]).fd = (__pyx_v_self->wake->fds[0]);
 
-  /* "ivshmem/_core.pyx":721
+  /* "ivshmem/_core.pyx":735
  *         fds[0].fd = place_of(self.own, vector)[0]
  *         fds[1].fd = self.wake.fds[0]
  *         fds[2].fd = self.watched             # <<<<<<<<<<<<<<
@@ -15656,7 +15850,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 
   (__pyx_v_fds[2]).fd = __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":722
+  /* "ivshmem/_core.pyx":736
  *         fds[1].fd = self.wake.fds[0]
  *         fds[2].fd = self.watched
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN             # <<<<<<<<<<<<<<
@@ -15667,7 +15861,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   (__pyx_v_fds[1]).events = POLLIN;
   (__pyx_v_fds[2]).events = POLLIN;
 
-  /* "ivshmem/_core.pyx":723
+  /* "ivshmem/_core.pyx":737
  *         fds[2].fd = self.watched
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN
  *         n = ppoll(fds, 3 if self.urgent else 2, time_left(deadline, &left), NULL)             # <<<<<<<<<<<<<<
@@ -15684,7 +15878,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   __pyx_v_n = ppoll(__pyx_v_fds, __pyx_t_3, __pyx_f_7ivshmem_6native_11descriptors_time_left(__pyx_v_deadline, (&__pyx_v_left)), NULL);
 
 
-  /* "ivshmem/_core.pyx":724
+  /* "ivshmem/_core.pyx":738
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN
  *         n = ppoll(fds, 3 if self.urgent else 2, time_left(deadline, &left), NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -15696,7 +15890,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":725
+    /* "ivshmem/_core.pyx":739
  *         n = ppoll(fds, 3 if self.urgent else 2, time_left(deadline, &left), NULL)
  *         if n < 0:
  *             return -errno             # <<<<<<<<<<<<<<
@@ -15709,7 +15903,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":724
+    /* "ivshmem/_core.pyx":738
  *         fds[0].events = fds[1].events = fds[2].events = _POLLIN
  *         n = ppoll(fds, 3 if self.urgent else 2, time_left(deadline, &left), NULL)
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -15718,7 +15912,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":726
+  /* "ivshmem/_core.pyx":740
  *         if n < 0:
  *             return -errno
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -15730,7 +15924,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":727
+    /* "ivshmem/_core.pyx":741
  *             return -errno
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return -ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -15743,7 +15937,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":726
+    /* "ivshmem/_core.pyx":740
  *         if n < 0:
  *             return -errno
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -15752,7 +15946,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":728
+  /* "ivshmem/_core.pyx":742
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return -ESHUTDOWN
  *         if n == 0:             # <<<<<<<<<<<<<<
@@ -15764,7 +15958,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":729
+    /* "ivshmem/_core.pyx":743
  *             return -ESHUTDOWN
  *         if n == 0:
  *             return 0             # <<<<<<<<<<<<<<
@@ -15777,7 +15971,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":728
+    /* "ivshmem/_core.pyx":742
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return -ESHUTDOWN
  *         if n == 0:             # <<<<<<<<<<<<<<
@@ -15786,7 +15980,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":730
+  /* "ivshmem/_core.pyx":744
  *         if n == 0:
  *             return 0
  *         n = self.take(vector)             # <<<<<<<<<<<<<<
@@ -15795,7 +15989,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_vector);
 
-  /* "ivshmem/_core.pyx":731
+  /* "ivshmem/_core.pyx":745
  *             return 0
  *         n = self.take(vector)
  *         if n:             # <<<<<<<<<<<<<<
@@ -15807,7 +16001,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":732
+    /* "ivshmem/_core.pyx":746
  *         n = self.take(vector)
  *         if n:
  *             return n             # <<<<<<<<<<<<<<
@@ -15820,7 +16014,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":731
+    /* "ivshmem/_core.pyx":745
  *             return 0
  *         n = self.take(vector)
  *         if n:             # <<<<<<<<<<<<<<
@@ -15829,7 +16023,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":733
+  /* "ivshmem/_core.pyx":747
  *         if n:
  *             return n
  *         if self.urgent and fds[2].revents:             # <<<<<<<<<<<<<<
@@ -15851,7 +16045,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":734
+    /* "ivshmem/_core.pyx":748
  *             return n
  *         if self.urgent and fds[2].revents:
  *             return NEWS             # <<<<<<<<<<<<<<
@@ -15864,7 +16058,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":733
+    /* "ivshmem/_core.pyx":747
  *         if n:
  *             return n
  *         if self.urgent and fds[2].revents:             # <<<<<<<<<<<<<<
@@ -15873,7 +16067,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":736
+  /* "ivshmem/_core.pyx":750
  *             return NEWS
  *         # Another thread, or a hostile peer, took the count, perhaps again and again.
  *         return 0 if deadline != INT64_MAX and now() >= deadline else -EINTR             # <<<<<<<<<<<<<<
@@ -15909,7 +16103,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":708
+  /* "ivshmem/_core.pyx":722
  *         return 0
  * 
  *     cdef int64_t sleep_for(             # <<<<<<<<<<<<<<
@@ -15925,7 +16119,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_for(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":738
+/* "ivshmem/_core.pyx":752
  *         return 0 if deadline != INT64_MAX and now() >= deadline else -EINTR
  * 
  *     cdef object wait_some(self, object vectors, object timeout, int64_t spin):             # <<<<<<<<<<<<<<
@@ -15974,17 +16168,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_some", 0);
 
-  /* "ivshmem/_core.pyx":740
+  /* "ivshmem/_core.pyx":754
  *     cdef object wait_some(self, object vectors, object timeout, int64_t spin):
  *         """Wait for any of several vectors, by ppoll."""
  *         cdef int64_t deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
  *         cdef int64_t n = 0
  *         cdef Py_ssize_t i
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 740, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 754, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":741
+  /* "ivshmem/_core.pyx":755
  *         """Wait for any of several vectors, by ppoll."""
  *         cdef int64_t deadline = deadline_of(timeout)
  *         cdef int64_t n = 0             # <<<<<<<<<<<<<<
@@ -15993,19 +16187,19 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   __pyx_v_n = 0;
 
-  /* "ivshmem/_core.pyx":743
+  /* "ivshmem/_core.pyx":757
  *         cdef int64_t n = 0
  *         cdef Py_ssize_t i
  *         cdef list numbers = []             # <<<<<<<<<<<<<<
  *         cdef Polled polled
  *         cdef timespec left
 */
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 743, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 757, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_numbers = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":748
+  /* "ivshmem/_core.pyx":762
  *         cdef Turn turn
  *         cdef Py_ssize_t number
  *         for vector in vectors:             # <<<<<<<<<<<<<<
@@ -16017,9 +16211,9 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     __pyx_t_3 = 0;
     __pyx_t_4 = NULL;
   } else {
-    __pyx_t_3 = -1; __pyx_t_2 = PyObject_GetIter(__pyx_v_vectors); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 748, __pyx_L1_error)
+    __pyx_t_3 = -1; __pyx_t_2 = PyObject_GetIter(__pyx_v_vectors); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 762, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_4 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 748, __pyx_L1_error)
+    __pyx_t_4 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 762, __pyx_L1_error)
   }
   for (;;) {
     if (likely(!__pyx_t_4)) {
@@ -16027,7 +16221,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         {
           Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_2);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 748, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 762, __pyx_L1_error)
           #endif
           if (__pyx_t_3 >= __pyx_temp) break;
         }
@@ -16037,7 +16231,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         {
           Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_2);
           #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 748, __pyx_L1_error)
+          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 762, __pyx_L1_error)
           #endif
           if (__pyx_t_3 >= __pyx_temp) break;
         }
@@ -16048,13 +16242,13 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         #endif
         ++__pyx_t_3;
       }
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 748, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 762, __pyx_L1_error)
     } else {
       __pyx_t_5 = __pyx_t_4(__pyx_t_2);
       if (unlikely(!__pyx_t_5)) {
         PyObject* exc_type = PyErr_Occurred();
         if (exc_type) {
-          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 748, __pyx_L1_error)
+          if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 762, __pyx_L1_error)
           PyErr_Clear();
         }
         break;
@@ -16064,54 +16258,54 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     __Pyx_XDECREF_SET(__pyx_v_vector, __pyx_t_5);
     __pyx_t_5 = 0;
 
-    /* "ivshmem/_core.pyx":749
+    /* "ivshmem/_core.pyx":763
  *         cdef Py_ssize_t number
  *         for vector in vectors:
  *             number = vector             # <<<<<<<<<<<<<<
  *             self.check_vector(number)
  *             if number not in numbers:
 */
-    __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 749, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 763, __pyx_L1_error)
     __pyx_v_number = __pyx_t_6;
 
-    /* "ivshmem/_core.pyx":750
+    /* "ivshmem/_core.pyx":764
  *         for vector in vectors:
  *             number = vector
  *             self.check_vector(number)             # <<<<<<<<<<<<<<
  *             if number not in numbers:
  *                 numbers.append(number)
 */
-    __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_number); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 750, __pyx_L1_error)
+    __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_number); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 764, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":751
+    /* "ivshmem/_core.pyx":765
  *             number = vector
  *             self.check_vector(number)
  *             if number not in numbers:             # <<<<<<<<<<<<<<
  *                 numbers.append(number)
  *         if not numbers:
 */
-    __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_number); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 751, __pyx_L1_error)
+    __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_number); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 765, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_8 = (__Pyx_PySequence_ContainsTF(__pyx_t_5, __pyx_v_numbers, Py_NE)); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 751, __pyx_L1_error)
+    __pyx_t_8 = (__Pyx_PySequence_ContainsTF(__pyx_t_5, __pyx_v_numbers, Py_NE)); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 765, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     if (__pyx_t_8) {
 
 
-      /* "ivshmem/_core.pyx":752
+      /* "ivshmem/_core.pyx":766
  *             self.check_vector(number)
  *             if number not in numbers:
  *                 numbers.append(number)             # <<<<<<<<<<<<<<
  *         if not numbers:
  *             raise ValueError("no vector to wait for")
 */
-      __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_number); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 752, __pyx_L1_error)
+      __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_number); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 766, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_9 = __Pyx_PyList_Append(__pyx_v_numbers, __pyx_t_5); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 752, __pyx_L1_error)
+      __pyx_t_9 = __Pyx_PyList_Append(__pyx_v_numbers, __pyx_t_5); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 766, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
 
-      /* "ivshmem/_core.pyx":751
+      /* "ivshmem/_core.pyx":765
  *             number = vector
  *             self.check_vector(number)
  *             if number not in numbers:             # <<<<<<<<<<<<<<
@@ -16120,7 +16314,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     }
 
-    /* "ivshmem/_core.pyx":748
+    /* "ivshmem/_core.pyx":762
  *         cdef Turn turn
  *         cdef Py_ssize_t number
  *         for vector in vectors:             # <<<<<<<<<<<<<<
@@ -16130,7 +16324,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":753
+  /* "ivshmem/_core.pyx":767
  *             if number not in numbers:
  *                 numbers.append(number)
  *         if not numbers:             # <<<<<<<<<<<<<<
@@ -16139,7 +16333,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   {
     Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_v_numbers);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 753, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 767, __pyx_L1_error)
     __pyx_t_8 = (__pyx_temp != 0);
   }
 
@@ -16149,7 +16343,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   if (unlikely(__pyx_t_10)) {
 
 
-    /* "ivshmem/_core.pyx":754
+    /* "ivshmem/_core.pyx":768
  *                 numbers.append(number)
  *         if not numbers:
  *             raise ValueError("no vector to wait for")             # <<<<<<<<<<<<<<
@@ -16162,14 +16356,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_mstate_global->__pyx_kp_u_no_vector_to_wait_for};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 754, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 768, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 754, __pyx_L1_error)
+    __PYX_ERR(0, 768, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":753
+    /* "ivshmem/_core.pyx":767
  *             if number not in numbers:
  *                 numbers.append(number)
  *         if not numbers:             # <<<<<<<<<<<<<<
@@ -16178,18 +16372,18 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_core.pyx":755
+  /* "ivshmem/_core.pyx":769
  *         if not numbers:
  *             raise ValueError("no vector to wait for")
  *         polled.count = len(numbers) + 2             # <<<<<<<<<<<<<<
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))
  *         if polled.fds == NULL:
 */
-  __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 755, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 769, __pyx_L1_error)
   __pyx_v_polled.count = (__pyx_t_3 + 2);
 
 
-  /* "ivshmem/_core.pyx":756
+  /* "ivshmem/_core.pyx":770
  *             raise ValueError("no vector to wait for")
  *         polled.count = len(numbers) + 2
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))             # <<<<<<<<<<<<<<
@@ -16198,7 +16392,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   __pyx_v_polled.fds = ((struct pollfd *)malloc((__pyx_v_polled.count * (sizeof(struct pollfd)))));
 
-  /* "ivshmem/_core.pyx":757
+  /* "ivshmem/_core.pyx":771
  *         polled.count = len(numbers) + 2
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))
  *         if polled.fds == NULL:             # <<<<<<<<<<<<<<
@@ -16210,16 +16404,16 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   if (unlikely(__pyx_t_10)) {
 
 
-    /* "ivshmem/_core.pyx":758
+    /* "ivshmem/_core.pyx":772
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))
  *         if polled.fds == NULL:
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         try:
  *             for i in range(len(numbers)):
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 758, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 772, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":757
+    /* "ivshmem/_core.pyx":771
  *         polled.count = len(numbers) + 2
  *         polled.fds = <pollfd *>malloc(polled.count * sizeof(pollfd))
  *         if polled.fds == NULL:             # <<<<<<<<<<<<<<
@@ -16228,7 +16422,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   }
 
-  /* "ivshmem/_core.pyx":759
+  /* "ivshmem/_core.pyx":773
  *         if polled.fds == NULL:
  *             raise MemoryError
  *         try:             # <<<<<<<<<<<<<<
@@ -16237,20 +16431,20 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":760
+    /* "ivshmem/_core.pyx":774
  *             raise MemoryError
  *         try:
  *             for i in range(len(numbers)):             # <<<<<<<<<<<<<<
  *                 polled.fds[i].fd = place_of(self.own, numbers[i])[0]
  *             polled.fds[polled.count - 2].fd = self.wake.fds[0]
 */
-    __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 760, __pyx_L10_error)
+    __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 774, __pyx_L10_error)
     __pyx_t_6 = __pyx_t_3;
 
     for (__pyx_t_12 = 0; __pyx_t_12 < __pyx_t_6; __pyx_t_12+=1) {
       __pyx_v_i = __pyx_t_12;
 
-      /* "ivshmem/_core.pyx":761
+      /* "ivshmem/_core.pyx":775
  *         try:
  *             for i in range(len(numbers)):
  *                 polled.fds[i].fd = place_of(self.own, numbers[i])[0]             # <<<<<<<<<<<<<<
@@ -16259,9 +16453,9 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       __pyx_t_2 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_2);
-      __pyx_t_5 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 761, __pyx_L10_error)
+      __pyx_t_5 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 775, __pyx_L10_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 761, __pyx_L10_error)
+      __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 775, __pyx_L10_error)
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       (__pyx_v_polled.fds[__pyx_v_i]).fd = (__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_2), __pyx_t_13)[0]);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -16270,7 +16464,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 
 
 
-    /* "ivshmem/_core.pyx":762
+    /* "ivshmem/_core.pyx":776
  *             for i in range(len(numbers)):
  *                 polled.fds[i].fd = place_of(self.own, numbers[i])[0]
  *             polled.fds[polled.count - 2].fd = self.wake.fds[0]             # <<<<<<<<<<<<<<
@@ -16279,7 +16473,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     (__pyx_v_polled.fds[(__pyx_v_polled.count - 2)]).fd = (__pyx_v_self->wake->fds[0]);
 
-    /* "ivshmem/_core.pyx":763
+    /* "ivshmem/_core.pyx":777
  *                 polled.fds[i].fd = place_of(self.own, numbers[i])[0]
  *             polled.fds[polled.count - 2].fd = self.wake.fds[0]
  *             polled.fds[polled.count - 1].fd = self.watched if self.urgent else -1             # <<<<<<<<<<<<<<
@@ -16295,7 +16489,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     }
     (__pyx_v_polled.fds[(__pyx_v_polled.count - 1)]).fd = __pyx_t_7;
 
-    /* "ivshmem/_core.pyx":764
+    /* "ivshmem/_core.pyx":778
  *             polled.fds[polled.count - 2].fd = self.wake.fds[0]
  *             polled.fds[polled.count - 1].fd = self.watched if self.urgent else -1
  *             for i in range(polled.count):             # <<<<<<<<<<<<<<
@@ -16309,7 +16503,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     for (__pyx_t_12 = 0; __pyx_t_12 < __pyx_t_6; __pyx_t_12+=1) {
       __pyx_v_i = __pyx_t_12;
 
-      /* "ivshmem/_core.pyx":765
+      /* "ivshmem/_core.pyx":779
  *             polled.fds[polled.count - 1].fd = self.watched if self.urgent else -1
  *             for i in range(polled.count):
  *                 polled.fds[i].events = _POLLIN             # <<<<<<<<<<<<<<
@@ -16320,7 +16514,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     }
 
 
-    /* "ivshmem/_core.pyx":766
+    /* "ivshmem/_core.pyx":780
  *             for i in range(polled.count):
  *                 polled.fds[i].events = _POLLIN
  *             self.spinner.begin(&turn, ANY, spin)             # <<<<<<<<<<<<<<
@@ -16329,7 +16523,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_turn), __pyx_e_7ivshmem_5_core_ANY, __pyx_v_spin);
 
-    /* "ivshmem/_core.pyx":767
+    /* "ivshmem/_core.pyx":781
  *                 polled.fds[i].events = _POLLIN
  *             self.spinner.begin(&turn, ANY, spin)
  *             n = probe_poll(&polled)             # <<<<<<<<<<<<<<
@@ -16338,7 +16532,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     __pyx_v_n = __pyx_f_7ivshmem_5_core_probe_poll((&__pyx_v_polled));
 
-    /* "ivshmem/_core.pyx":768
+    /* "ivshmem/_core.pyx":782
  *             self.spinner.begin(&turn, ANY, spin)
  *             n = probe_poll(&polled)
  *             while True:             # <<<<<<<<<<<<<<
@@ -16347,7 +16541,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
     while (1) {
 
-      /* "ivshmem/_core.pyx":769
+      /* "ivshmem/_core.pyx":783
  *             n = probe_poll(&polled)
  *             while True:
  *                 if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -16373,17 +16567,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/_core.pyx":770
+        /* "ivshmem/_core.pyx":784
  *             while True:
  *                 if n == 0 and turn.left:
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)             # <<<<<<<<<<<<<<
  *                 if n == 0:
  *                     with nogil:
 */
-        __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_e_7ivshmem_5_core_ANY, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_poll, (&__pyx_v_polled), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 770, __pyx_L10_error)
+        __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_e_7ivshmem_5_core_ANY, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_poll, (&__pyx_v_polled), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 784, __pyx_L10_error)
         __pyx_v_n = __pyx_t_1;
 
-        /* "ivshmem/_core.pyx":769
+        /* "ivshmem/_core.pyx":783
  *             n = probe_poll(&polled)
  *             while True:
  *                 if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -16392,7 +16586,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       }
 
-      /* "ivshmem/_core.pyx":771
+      /* "ivshmem/_core.pyx":785
  *                 if n == 0 and turn.left:
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -16404,7 +16598,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/_core.pyx":772
+        /* "ivshmem/_core.pyx":786
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)
  *                 if n == 0:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -16417,7 +16611,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
             __Pyx_FastGIL_Remember();
             /*try:*/ {
 
-              /* "ivshmem/_core.pyx":773
+              /* "ivshmem/_core.pyx":787
  *                 if n == 0:
  *                     with nogil:
  *                         n = ppoll(polled.fds, polled.count, time_left(deadline, &left), NULL)             # <<<<<<<<<<<<<<
@@ -16426,7 +16620,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
               __pyx_v_n = ppoll(__pyx_v_polled.fds, __pyx_v_polled.count, __pyx_f_7ivshmem_6native_11descriptors_time_left(__pyx_v_deadline, (&__pyx_v_left)), NULL);
 
-              /* "ivshmem/_core.pyx":774
+              /* "ivshmem/_core.pyx":788
  *                     with nogil:
  *                         n = ppoll(polled.fds, polled.count, time_left(deadline, &left), NULL)
  *                         n = -errno if n < 0 else n             # <<<<<<<<<<<<<<
@@ -16446,7 +16640,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
               __pyx_v_n = __pyx_t_1;
             }
 
-            /* "ivshmem/_core.pyx":772
+            /* "ivshmem/_core.pyx":786
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)
  *                 if n == 0:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -16463,7 +16657,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
             }
         }
 
-        /* "ivshmem/_core.pyx":775
+        /* "ivshmem/_core.pyx":789
  *                         n = ppoll(polled.fds, polled.count, time_left(deadline, &left), NULL)
  *                         n = -errno if n < 0 else n
  *                     if n == 0:             # <<<<<<<<<<<<<<
@@ -16475,17 +16669,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         if (__pyx_t_10) {
 
 
-          /* "ivshmem/_core.pyx":776
+          /* "ivshmem/_core.pyx":790
  *                         n = -errno if n < 0 else n
  *                     if n == 0:
  *                         self.attend(-EINTR)             # <<<<<<<<<<<<<<
  *                         return None
  *                 if n > 0:
 */
-          __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, (-EINTR)); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 776, __pyx_L10_error)
+          __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, (-EINTR)); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 790, __pyx_L10_error)
 
 
-          /* "ivshmem/_core.pyx":777
+          /* "ivshmem/_core.pyx":791
  *                     if n == 0:
  *                         self.attend(-EINTR)
  *                         return None             # <<<<<<<<<<<<<<
@@ -16502,7 +16696,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
           }
           goto __pyx_L9_return;
 
-          /* "ivshmem/_core.pyx":775
+          /* "ivshmem/_core.pyx":789
  *                         n = ppoll(polled.fds, polled.count, time_left(deadline, &left), NULL)
  *                         n = -errno if n < 0 else n
  *                     if n == 0:             # <<<<<<<<<<<<<<
@@ -16511,7 +16705,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
         }
 
-        /* "ivshmem/_core.pyx":771
+        /* "ivshmem/_core.pyx":785
  *                 if n == 0 and turn.left:
  *                     n = spin_for(self, ANY, deadline, probe_poll, &polled, &turn)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -16520,7 +16714,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       }
 
-      /* "ivshmem/_core.pyx":778
+      /* "ivshmem/_core.pyx":792
  *                         self.attend(-EINTR)
  *                         return None
  *                 if n > 0:             # <<<<<<<<<<<<<<
@@ -16532,20 +16726,20 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/_core.pyx":779
+        /* "ivshmem/_core.pyx":793
  *                         return None
  *                 if n > 0:
  *                     for i in range(len(numbers)):             # <<<<<<<<<<<<<<
  *                         if polled.fds[i].revents:
  *                             n = self.take(numbers[i])
 */
-        __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 779, __pyx_L10_error)
+        __pyx_t_3 = __Pyx_PyList_GET_SIZE(__pyx_v_numbers); if (unlikely(__pyx_t_3 == ((Py_ssize_t)-1))) __PYX_ERR(0, 793, __pyx_L10_error)
         __pyx_t_6 = __pyx_t_3;
 
         for (__pyx_t_12 = 0; __pyx_t_12 < __pyx_t_6; __pyx_t_12+=1) {
           __pyx_v_i = __pyx_t_12;
 
-          /* "ivshmem/_core.pyx":780
+          /* "ivshmem/_core.pyx":794
  *                 if n > 0:
  *                     for i in range(len(numbers)):
  *                         if polled.fds[i].revents:             # <<<<<<<<<<<<<<
@@ -16557,21 +16751,21 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
           if (__pyx_t_10) {
 
 
-            /* "ivshmem/_core.pyx":781
+            /* "ivshmem/_core.pyx":795
  *                     for i in range(len(numbers)):
  *                         if polled.fds[i].revents:
  *                             n = self.take(numbers[i])             # <<<<<<<<<<<<<<
  *                             if n > 0 and not relay_fired(self):
  *                                 return Interrupt(numbers[i], n)
 */
-            __pyx_t_2 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 781, __pyx_L10_error)
+            __pyx_t_2 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 795, __pyx_L10_error)
             __Pyx_GOTREF(__pyx_t_2);
-            __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_2); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 781, __pyx_L10_error)
+            __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_2); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 795, __pyx_L10_error)
             __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
             __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_t_13);
 
 
-            /* "ivshmem/_core.pyx":782
+            /* "ivshmem/_core.pyx":796
  *                         if polled.fds[i].revents:
  *                             n = self.take(numbers[i])
  *                             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -16597,7 +16791,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
             if (__pyx_t_10) {
 
 
-              /* "ivshmem/_core.pyx":783
+              /* "ivshmem/_core.pyx":797
  *                             n = self.take(numbers[i])
  *                             if n > 0 and not relay_fired(self):
  *                                 return Interrupt(numbers[i], n)             # <<<<<<<<<<<<<<
@@ -16605,11 +16799,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
  *                                 break
 */
               __pyx_t_5 = NULL;
-              __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 783, __pyx_L10_error)
+              __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 797, __pyx_L10_error)
               __Pyx_GOTREF(__pyx_t_14);
-              __pyx_t_15 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 783, __pyx_L10_error)
+              __pyx_t_15 = __Pyx_GetItemInt_List(__pyx_v_numbers, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 797, __pyx_L10_error)
               __Pyx_GOTREF(__pyx_t_15);
-              __pyx_t_16 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 783, __pyx_L10_error)
+              __pyx_t_16 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 797, __pyx_L10_error)
               __Pyx_GOTREF(__pyx_t_16);
               __pyx_t_11 = 1;
               #if CYTHON_UNPACK_METHODS
@@ -16630,7 +16824,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
                 __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
                 __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
                 __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 783, __pyx_L10_error)
+                if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 797, __pyx_L10_error)
                 __Pyx_GOTREF(__pyx_t_2);
               }
               {
@@ -16644,7 +16838,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
               __pyx_t_2 = 0;
               goto __pyx_L9_return;
 
-              /* "ivshmem/_core.pyx":782
+              /* "ivshmem/_core.pyx":796
  *                         if polled.fds[i].revents:
  *                             n = self.take(numbers[i])
  *                             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -16653,7 +16847,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
             }
 
-            /* "ivshmem/_core.pyx":784
+            /* "ivshmem/_core.pyx":798
  *                             if n > 0 and not relay_fired(self):
  *                                 return Interrupt(numbers[i], n)
  *                             if n:             # <<<<<<<<<<<<<<
@@ -16665,7 +16859,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
             if (__pyx_t_10) {
 
 
-              /* "ivshmem/_core.pyx":785
+              /* "ivshmem/_core.pyx":799
  *                                 return Interrupt(numbers[i], n)
  *                             if n:
  *                                 break             # <<<<<<<<<<<<<<
@@ -16674,7 +16868,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
               goto __pyx_L30_break;
 
-              /* "ivshmem/_core.pyx":784
+              /* "ivshmem/_core.pyx":798
  *                             if n > 0 and not relay_fired(self):
  *                                 return Interrupt(numbers[i], n)
  *                             if n:             # <<<<<<<<<<<<<<
@@ -16683,7 +16877,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
             }
 
-            /* "ivshmem/_core.pyx":780
+            /* "ivshmem/_core.pyx":794
  *                 if n > 0:
  *                     for i in range(len(numbers)):
  *                         if polled.fds[i].revents:             # <<<<<<<<<<<<<<
@@ -16694,7 +16888,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         }
         /*else*/ {
 
-          /* "ivshmem/_core.pyx":787
+          /* "ivshmem/_core.pyx":801
  *                                 break
  *                     else:
  *                         n = NEWS if polled.fds[polled.count - 1].revents else -EINTR             # <<<<<<<<<<<<<<
@@ -16717,7 +16911,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 
 
 
-        /* "ivshmem/_core.pyx":778
+        /* "ivshmem/_core.pyx":792
  *                         self.attend(-EINTR)
  *                         return None
  *                 if n > 0:             # <<<<<<<<<<<<<<
@@ -16726,7 +16920,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       }
 
-      /* "ivshmem/_core.pyx":788
+      /* "ivshmem/_core.pyx":802
  *                     else:
  *                         n = NEWS if polled.fds[polled.count - 1].revents else -EINTR
  *                 self.attend(n if n < 0 else <int64_t>NEWS)             # <<<<<<<<<<<<<<
@@ -16743,11 +16937,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         __pyx_t_1 = ((int64_t)__pyx_e_7ivshmem_5_core_NEWS);
       }
 
-      __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 788, __pyx_L10_error)
+      __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 802, __pyx_L10_error)
 
 
 
-      /* "ivshmem/_core.pyx":789
+      /* "ivshmem/_core.pyx":803
  *                         n = NEWS if polled.fds[polled.count - 1].revents else -EINTR
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
  *                 if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -16773,7 +16967,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
       if (__pyx_t_10) {
 
 
-        /* "ivshmem/_core.pyx":790
+        /* "ivshmem/_core.pyx":804
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
  *                 if deadline != INT64_MAX and now() >= deadline:
  *                     return None             # <<<<<<<<<<<<<<
@@ -16790,7 +16984,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
         }
         goto __pyx_L9_return;
 
-        /* "ivshmem/_core.pyx":789
+        /* "ivshmem/_core.pyx":803
  *                         n = NEWS if polled.fds[polled.count - 1].revents else -EINTR
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
  *                 if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -16799,7 +16993,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
 */
       }
 
-      /* "ivshmem/_core.pyx":791
+      /* "ivshmem/_core.pyx":805
  *                 if deadline != INT64_MAX and now() >= deadline:
  *                     return None
  *                 n = 0             # <<<<<<<<<<<<<<
@@ -16810,7 +17004,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     }
   }
 
-  /* "ivshmem/_core.pyx":793
+  /* "ivshmem/_core.pyx":807
  *                 n = 0
  *         finally:
  *             free(polled.fds)             # <<<<<<<<<<<<<<
@@ -16867,7 +17061,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
     __pyx_L11:;
   }
 
-  /* "ivshmem/_core.pyx":738
+  /* "ivshmem/_core.pyx":752
  *         return 0 if deadline != INT64_MAX and now() >= deadline else -EINTR
  * 
  *     cdef object wait_some(self, object vectors, object timeout, int64_t spin):             # <<<<<<<<<<<<<<
@@ -16901,7 +17095,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_some(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":795
+/* "ivshmem/_core.pyx":809
  *             free(polled.fds)
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -16953,33 +17147,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_word,&__pyx_mstate_global->__pyx_n_u_old,&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,&__pyx_mstate_global->__pyx_n_u_sleeping,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 795, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 809, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 795, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 809, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 795, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 809, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 795, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 809, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 795, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 809, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_word", 0) < (0)) __PYX_ERR(0, 795, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_word", 0) < (0)) __PYX_ERR(0, 809, __pyx_L3_error)
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
 
-      /* "ivshmem/_core.pyx":801
+      /* "ivshmem/_core.pyx":815
  *         old,
  *         vector=0,
  *         timeout=None,             # <<<<<<<<<<<<<<
@@ -16989,7 +17183,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[3]) values[3] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_auto));
 
-      /* "ivshmem/_core.pyx":804
+      /* "ivshmem/_core.pyx":818
  *         *,
  *         spin="auto",
  *         Atomic sleeping=None,             # <<<<<<<<<<<<<<
@@ -16998,29 +17192,29 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 */
       if (!values[5]) values[5] = __Pyx_NewRef((PyObject *)((struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("wait_word", 0, 2, 4, i); __PYX_ERR(0, 795, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("wait_word", 0, 2, 4, i); __PYX_ERR(0, 809, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 795, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 809, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 795, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 809, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 795, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 809, __pyx_L3_error)
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 795, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 809, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
 
-      /* "ivshmem/_core.pyx":801
+      /* "ivshmem/_core.pyx":815
  *         old,
  *         vector=0,
  *         timeout=None,             # <<<<<<<<<<<<<<
@@ -17030,7 +17224,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[3]) values[3] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_auto));
 
-      /* "ivshmem/_core.pyx":804
+      /* "ivshmem/_core.pyx":818
  *         *,
  *         spin="auto",
  *         Atomic sleeping=None,             # <<<<<<<<<<<<<<
@@ -17048,7 +17242,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait_word", 0, 2, 4, __pyx_nargs); __PYX_ERR(0, 795, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait_word", 0, 2, 4, __pyx_nargs); __PYX_ERR(0, 809, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -17059,11 +17253,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_word), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, 0, "word", 0))) __PYX_ERR(0, 798, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_sleeping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, 1, "sleeping", 0))) __PYX_ERR(0, 804, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_word), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, 0, "word", 0))) __PYX_ERR(0, 812, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_sleeping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, 1, "sleeping", 0))) __PYX_ERR(0, 818, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_v_self), __pyx_v_word, __pyx_v_old, __pyx_v_vector, __pyx_v_timeout, __pyx_v_spin, __pyx_v_sleeping);
 
-  /* "ivshmem/_core.pyx":795
+  /* "ivshmem/_core.pyx":809
  *             free(polled.fds)
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -17121,7 +17315,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_word", 0);
 
-  /* "ivshmem/_core.pyx":833
+  /* "ivshmem/_core.pyx":847
  *             TypeError: `sleeping` is in memory that is mapped for reading only.
  *         """
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -17133,43 +17327,43 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 
     __pyx_t_1 = INT64_MAX;
   } else {
-    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 833, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 847, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":834
+  /* "ivshmem/_core.pyx":848
  *         """
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         cdef int64_t wish = spin_of(spin)             # <<<<<<<<<<<<<<
  *         cdef Py_ssize_t index = vector
  *         cdef Watched watched
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_1 == ((int64_t)-2L))) __PYX_ERR(0, 834, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_1 == ((int64_t)-2L))) __PYX_ERR(0, 848, __pyx_L1_error)
   __pyx_v_wish = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":835
+  /* "ivshmem/_core.pyx":849
  *         cdef int64_t deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         cdef int64_t wish = spin_of(spin)
  *         cdef Py_ssize_t index = vector             # <<<<<<<<<<<<<<
  *         cdef Watched watched
  *         self.enter()
 */
-  __pyx_t_4 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_4 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 835, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyIndex_AsSsize_t(__pyx_v_vector); if (unlikely((__pyx_t_4 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 849, __pyx_L1_error)
   __pyx_v_index = __pyx_t_4;
 
-  /* "ivshmem/_core.pyx":837
+  /* "ivshmem/_core.pyx":851
  *         cdef Py_ssize_t index = vector
  *         cdef Watched watched
  *         self.enter()             # <<<<<<<<<<<<<<
  *         try:
  *             self.check_vector(index)
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 837, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 851, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":838
+  /* "ivshmem/_core.pyx":852
  *         cdef Watched watched
  *         self.enter()
  *         try:             # <<<<<<<<<<<<<<
@@ -17178,27 +17372,27 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":839
+    /* "ivshmem/_core.pyx":853
  *         self.enter()
  *         try:
  *             self.check_vector(index)             # <<<<<<<<<<<<<<
  *             watched.old = old
  *             if watched.old > UINT32_MAX and not word.wide:
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_index); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 839, __pyx_L4_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_index); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 853, __pyx_L4_error)
 
 
-    /* "ivshmem/_core.pyx":840
+    /* "ivshmem/_core.pyx":854
  *         try:
  *             self.check_vector(index)
  *             watched.old = old             # <<<<<<<<<<<<<<
  *             if watched.old > UINT32_MAX and not word.wide:
  *                 raise OverflowError(f"{old} has more than the 32 bits of the word")
 */
-    __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_v_old); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 840, __pyx_L4_error)
+    __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_v_old); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 854, __pyx_L4_error)
     __pyx_v_watched.old = __pyx_t_6;
 
-    /* "ivshmem/_core.pyx":841
+    /* "ivshmem/_core.pyx":855
  *             self.check_vector(index)
  *             watched.old = old
  *             if watched.old > UINT32_MAX and not word.wide:             # <<<<<<<<<<<<<<
@@ -17224,7 +17418,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/_core.pyx":842
+      /* "ivshmem/_core.pyx":856
  *             watched.old = old
  *             if watched.old > UINT32_MAX and not word.wide:
  *                 raise OverflowError(f"{old} has more than the 32 bits of the word")             # <<<<<<<<<<<<<<
@@ -17232,9 +17426,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
  *             watched.sleeping = NULL
 */
       __pyx_t_9 = NULL;
-      __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_v_old, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 842, __pyx_L4_error)
+      __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_v_old, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 856, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_10);
-      __pyx_t_11 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_has_more_than_the_32_bits_of_th); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 842, __pyx_L4_error)
+      __pyx_t_11 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_10, __pyx_mstate_global->__pyx_kp_u_has_more_than_the_32_bits_of_th); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 856, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_11);
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __pyx_t_12 = 1;
@@ -17243,14 +17437,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
         __pyx_t_8 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OverflowError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
         __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 842, __pyx_L4_error)
+        if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 856, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_8);
       }
       __Pyx_Raise(__pyx_t_8, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      __PYX_ERR(0, 842, __pyx_L4_error)
+      __PYX_ERR(0, 856, __pyx_L4_error)
 
-      /* "ivshmem/_core.pyx":841
+      /* "ivshmem/_core.pyx":855
  *             self.check_vector(index)
  *             watched.old = old
  *             if watched.old > UINT32_MAX and not word.wide:             # <<<<<<<<<<<<<<
@@ -17259,7 +17453,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
     }
 
-    /* "ivshmem/_core.pyx":843
+    /* "ivshmem/_core.pyx":857
  *             if watched.old > UINT32_MAX and not word.wide:
  *                 raise OverflowError(f"{old} has more than the 32 bits of the word")
  *             watched.wide = word.wide             # <<<<<<<<<<<<<<
@@ -17270,7 +17464,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 
     __pyx_v_watched.wide = __pyx_t_2;
 
-    /* "ivshmem/_core.pyx":844
+    /* "ivshmem/_core.pyx":858
  *                 raise OverflowError(f"{old} has more than the 32 bits of the word")
  *             watched.wide = word.wide
  *             watched.sleeping = NULL             # <<<<<<<<<<<<<<
@@ -17279,17 +17473,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
     __pyx_v_watched.sleeping = NULL;
 
-    /* "ivshmem/_core.pyx":845
+    /* "ivshmem/_core.pyx":859
  *             watched.wide = word.wide
  *             watched.sleeping = NULL
  *             watched.address = word.pin()             # <<<<<<<<<<<<<<
  *             try:
  *                 if sleeping is None:
 */
-    __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic *)__pyx_v_word->__pyx_vtab)->pin(__pyx_v_word); if (unlikely(__pyx_t_13 == ((void *)NULL))) __PYX_ERR(0, 845, __pyx_L4_error)
+    __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic *)__pyx_v_word->__pyx_vtab)->pin(__pyx_v_word); if (unlikely(__pyx_t_13 == ((void *)NULL))) __PYX_ERR(0, 859, __pyx_L4_error)
     __pyx_v_watched.address = __pyx_t_13;
 
-    /* "ivshmem/_core.pyx":846
+    /* "ivshmem/_core.pyx":860
  *             watched.sleeping = NULL
  *             watched.address = word.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -17298,7 +17492,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
     /*try:*/ {
 
-      /* "ivshmem/_core.pyx":847
+      /* "ivshmem/_core.pyx":861
  *             watched.address = word.pin()
  *             try:
  *                 if sleeping is None:             # <<<<<<<<<<<<<<
@@ -17309,14 +17503,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
       if (__pyx_t_2) {
 
 
-        /* "ivshmem/_core.pyx":848
+        /* "ivshmem/_core.pyx":862
  *             try:
  *                 if sleeping is None:
  *                     return self.watch_word(&watched, index, deadline, wish)             # <<<<<<<<<<<<<<
  *                 watched.sleeping_wide = sleeping.wide
  *                 watched.sleeping = sleeping.pin_own()
 */
-        __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_word(__pyx_v_self, (&__pyx_v_watched), __pyx_v_index, __pyx_v_deadline, __pyx_v_wish); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 848, __pyx_L10_error)
+        __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_word(__pyx_v_self, (&__pyx_v_watched), __pyx_v_index, __pyx_v_deadline, __pyx_v_wish); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 862, __pyx_L10_error)
         __Pyx_GOTREF(__pyx_t_8);
         {
           PyObject *__pyx_temp;
@@ -17329,7 +17523,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
         __pyx_t_8 = 0;
         goto __pyx_L9_return;
 
-        /* "ivshmem/_core.pyx":847
+        /* "ivshmem/_core.pyx":861
  *             watched.address = word.pin()
  *             try:
  *                 if sleeping is None:             # <<<<<<<<<<<<<<
@@ -17338,7 +17532,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
       }
 
-      /* "ivshmem/_core.pyx":849
+      /* "ivshmem/_core.pyx":863
  *                 if sleeping is None:
  *                     return self.watch_word(&watched, index, deadline, wish)
  *                 watched.sleeping_wide = sleeping.wide             # <<<<<<<<<<<<<<
@@ -17349,17 +17543,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 
       __pyx_v_watched.sleeping_wide = __pyx_t_2;
 
-      /* "ivshmem/_core.pyx":850
+      /* "ivshmem/_core.pyx":864
  *                     return self.watch_word(&watched, index, deadline, wish)
  *                 watched.sleeping_wide = sleeping.wide
  *                 watched.sleeping = sleeping.pin_own()             # <<<<<<<<<<<<<<
  *                 try:
  *                     return self.watch_word(&watched, index, deadline, wish)
 */
-      __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic *)__pyx_v_sleeping->__pyx_vtab)->pin_own(__pyx_v_sleeping); if (unlikely(__pyx_t_13 == ((void *)NULL))) __PYX_ERR(0, 850, __pyx_L10_error)
+      __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic *)__pyx_v_sleeping->__pyx_vtab)->pin_own(__pyx_v_sleeping); if (unlikely(__pyx_t_13 == ((void *)NULL))) __PYX_ERR(0, 864, __pyx_L10_error)
       __pyx_v_watched.sleeping = __pyx_t_13;
 
-      /* "ivshmem/_core.pyx":851
+      /* "ivshmem/_core.pyx":865
  *                 watched.sleeping_wide = sleeping.wide
  *                 watched.sleeping = sleeping.pin_own()
  *                 try:             # <<<<<<<<<<<<<<
@@ -17368,14 +17562,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
 */
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":852
+        /* "ivshmem/_core.pyx":866
  *                 watched.sleeping = sleeping.pin_own()
  *                 try:
  *                     return self.watch_word(&watched, index, deadline, wish)             # <<<<<<<<<<<<<<
  *                 finally:
  *                     sleeping.unpin()
 */
-        __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_word(__pyx_v_self, (&__pyx_v_watched), __pyx_v_index, __pyx_v_deadline, __pyx_v_wish); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 852, __pyx_L14_error)
+        __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->watch_word(__pyx_v_self, (&__pyx_v_watched), __pyx_v_index, __pyx_v_deadline, __pyx_v_wish); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 866, __pyx_L14_error)
         __Pyx_GOTREF(__pyx_t_8);
         {
           PyObject *__pyx_temp;
@@ -17389,7 +17583,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
         goto __pyx_L13_return;
       }
 
-      /* "ivshmem/_core.pyx":854
+      /* "ivshmem/_core.pyx":868
  *                     return self.watch_word(&watched, index, deadline, wish)
  *                 finally:
  *                     sleeping.unpin()             # <<<<<<<<<<<<<<
@@ -17441,7 +17635,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
       }
     }
 
-    /* "ivshmem/_core.pyx":856
+    /* "ivshmem/_core.pyx":870
  *                     sleeping.unpin()
  *             finally:
  *                 word.unpin()             # <<<<<<<<<<<<<<
@@ -17493,7 +17687,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
     }
   }
 
-  /* "ivshmem/_core.pyx":858
+  /* "ivshmem/_core.pyx":872
  *                 word.unpin()
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -17544,7 +17738,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
     }
   }
 
-  /* "ivshmem/_core.pyx":795
+  /* "ivshmem/_core.pyx":809
  *             free(polled.fds)
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -17570,7 +17764,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_48wait_word(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":860
+/* "ivshmem/_core.pyx":874
  *             self.leave()
  * 
  *     cdef object watch_word(             # <<<<<<<<<<<<<<
@@ -17595,7 +17789,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("watch_word", 0);
 
-  /* "ivshmem/_core.pyx":866
+  /* "ivshmem/_core.pyx":880
  *         cdef bint plainly
  *         cdef Turn turn
  *         self.spinner.begin(&turn, vector, spin)             # <<<<<<<<<<<<<<
@@ -17604,7 +17798,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
   ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_turn), __pyx_v_vector, __pyx_v_spin);
 
-  /* "ivshmem/_core.pyx":867
+  /* "ivshmem/_core.pyx":881
  *         cdef Turn turn
  *         self.spinner.begin(&turn, vector, spin)
  *         while True:             # <<<<<<<<<<<<<<
@@ -17613,7 +17807,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":868
+    /* "ivshmem/_core.pyx":882
  *         self.spinner.begin(&turn, vector, spin)
  *         while True:
  *             n = has_changed(watched)             # <<<<<<<<<<<<<<
@@ -17622,7 +17816,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
     __pyx_v_n = __pyx_f_7ivshmem_5_core_has_changed(__pyx_v_watched);
 
-    /* "ivshmem/_core.pyx":869
+    /* "ivshmem/_core.pyx":883
  *         while True:
  *             n = has_changed(watched)
  *             if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -17648,17 +17842,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":870
+      /* "ivshmem/_core.pyx":884
  *             n = has_changed(watched)
  *             if n == 0 and turn.left:
  *                 n = spin_for(self, vector, deadline, probe_word, watched, &turn)             # <<<<<<<<<<<<<<
  *             if n == 0:
  *                 plainly = deadline == INT64_MAX
 */
-      __pyx_t_3 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_word, __pyx_v_watched, (&__pyx_v_turn)); if (unlikely(__pyx_t_3 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 870, __pyx_L1_error)
+      __pyx_t_3 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_word, __pyx_v_watched, (&__pyx_v_turn)); if (unlikely(__pyx_t_3 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 884, __pyx_L1_error)
       __pyx_v_n = __pyx_t_3;
 
-      /* "ivshmem/_core.pyx":869
+      /* "ivshmem/_core.pyx":883
  *         while True:
  *             n = has_changed(watched)
  *             if n == 0 and turn.left:             # <<<<<<<<<<<<<<
@@ -17667,7 +17861,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/_core.pyx":871
+    /* "ivshmem/_core.pyx":885
  *             if n == 0 and turn.left:
  *                 n = spin_for(self, vector, deadline, probe_word, watched, &turn)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -17679,7 +17873,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":872
+      /* "ivshmem/_core.pyx":886
  *                 n = spin_for(self, vector, deadline, probe_word, watched, &turn)
  *             if n == 0:
  *                 plainly = deadline == INT64_MAX             # <<<<<<<<<<<<<<
@@ -17688,7 +17882,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
       __pyx_v_plainly = (__pyx_v_deadline == INT64_MAX);
 
-      /* "ivshmem/_core.pyx":873
+      /* "ivshmem/_core.pyx":887
  *             if n == 0:
  *                 plainly = deadline == INT64_MAX
  *                 plainly = plainly and reads_plainly(self, ivshmem_is_only_thread())             # <<<<<<<<<<<<<<
@@ -17709,7 +17903,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       __pyx_L9_bool_binop_done:;
       __pyx_v_plainly = __pyx_t_1;
 
-      /* "ivshmem/_core.pyx":874
+      /* "ivshmem/_core.pyx":888
  *                 plainly = deadline == INT64_MAX
  *                 plainly = plainly and reads_plainly(self, ivshmem_is_only_thread())
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -17722,7 +17916,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/_core.pyx":875
+            /* "ivshmem/_core.pyx":889
  *                 plainly = plainly and reads_plainly(self, ivshmem_is_only_thread())
  *                 with nogil:
  *                     n = self.sleep_at_word(watched, vector, deadline, plainly)             # <<<<<<<<<<<<<<
@@ -17732,7 +17926,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
             __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->sleep_at_word(__pyx_v_self, __pyx_v_watched, __pyx_v_vector, __pyx_v_deadline, __pyx_v_plainly);
           }
 
-          /* "ivshmem/_core.pyx":874
+          /* "ivshmem/_core.pyx":888
  *                 plainly = deadline == INT64_MAX
  *                 plainly = plainly and reads_plainly(self, ivshmem_is_only_thread())
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -17749,7 +17943,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
           }
       }
 
-      /* "ivshmem/_core.pyx":876
+      /* "ivshmem/_core.pyx":890
  *                 with nogil:
  *                     n = self.sleep_at_word(watched, vector, deadline, plainly)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -17761,7 +17955,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/_core.pyx":877
+        /* "ivshmem/_core.pyx":891
  *                     n = self.sleep_at_word(watched, vector, deadline, plainly)
  *                 if n == 0:
  *                     return None             # <<<<<<<<<<<<<<
@@ -17778,7 +17972,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
         }
         goto __pyx_L0;
 
-        /* "ivshmem/_core.pyx":876
+        /* "ivshmem/_core.pyx":890
  *                 with nogil:
  *                     n = self.sleep_at_word(watched, vector, deadline, plainly)
  *                 if n == 0:             # <<<<<<<<<<<<<<
@@ -17787,7 +17981,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
 */
       }
 
-      /* "ivshmem/_core.pyx":871
+      /* "ivshmem/_core.pyx":885
  *             if n == 0 and turn.left:
  *                 n = spin_for(self, vector, deadline, probe_word, watched, &turn)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -17797,7 +17991,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       goto __pyx_L8;
     }
 
-    /* "ivshmem/_core.pyx":878
+    /* "ivshmem/_core.pyx":892
  *                 if n == 0:
  *                     return None
  *             elif n > 0:             # <<<<<<<<<<<<<<
@@ -17809,14 +18003,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":879
+      /* "ivshmem/_core.pyx":893
  *                     return None
  *             elif n > 0:
  *                 return watched.seen             # <<<<<<<<<<<<<<
  *             self.attend(n if n < 0 else <int64_t>NEWS if relay_fired(self) else -EINTR)
  *             # Rung without a change, perhaps again and again.
 */
-      __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_watched->seen); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 879, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_watched->seen); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 893, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       {
         PyObject *__pyx_temp;
@@ -17829,7 +18023,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       __pyx_t_4 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":878
+      /* "ivshmem/_core.pyx":892
  *                 if n == 0:
  *                     return None
  *             elif n > 0:             # <<<<<<<<<<<<<<
@@ -17839,7 +18033,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     }
     __pyx_L8:;
 
-    /* "ivshmem/_core.pyx":880
+    /* "ivshmem/_core.pyx":894
  *             elif n > 0:
  *                 return watched.seen
  *             self.attend(n if n < 0 else <int64_t>NEWS if relay_fired(self) else -EINTR)             # <<<<<<<<<<<<<<
@@ -17865,11 +18059,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       __pyx_t_3 = __pyx_t_5;
     }
 
-    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_3); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 880, __pyx_L1_error)
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_3); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 894, __pyx_L1_error)
 
 
 
-    /* "ivshmem/_core.pyx":882
+    /* "ivshmem/_core.pyx":896
  *             self.attend(n if n < 0 else <int64_t>NEWS if relay_fired(self) else -EINTR)
  *             # Rung without a change, perhaps again and again.
  *             if deadline != INT64_MAX and now() >= deadline and not has_changed(watched):             # <<<<<<<<<<<<<<
@@ -17905,7 +18099,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":883
+      /* "ivshmem/_core.pyx":897
  *             # Rung without a change, perhaps again and again.
  *             if deadline != INT64_MAX and now() >= deadline and not has_changed(watched):
  *                 return None             # <<<<<<<<<<<<<<
@@ -17922,7 +18116,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":882
+      /* "ivshmem/_core.pyx":896
  *             self.attend(n if n < 0 else <int64_t>NEWS if relay_fired(self) else -EINTR)
  *             # Rung without a change, perhaps again and again.
  *             if deadline != INT64_MAX and now() >= deadline and not has_changed(watched):             # <<<<<<<<<<<<<<
@@ -17932,7 +18126,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
     }
   }
 
-  /* "ivshmem/_core.pyx":860
+  /* "ivshmem/_core.pyx":874
  *             self.leave()
  * 
  *     cdef object watch_word(             # <<<<<<<<<<<<<<
@@ -17956,7 +18150,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_watch_word(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":885
+/* "ivshmem/_core.pyx":899
  *                 return None
  * 
  *     cdef int64_t sleep_at_word(             # <<<<<<<<<<<<<<
@@ -17970,20 +18164,20 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":889
+  /* "ivshmem/_core.pyx":903
  *     ) noexcept nogil:
  *         """Do what sleep_for does, unless the word changes first, which counts as a ring."""
  *         cdef int64_t n = 1             # <<<<<<<<<<<<<<
  *         if watched.sleeping != NULL:
- *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
+ *             word_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
 */
   __pyx_v_n = 1;
 
-  /* "ivshmem/_core.pyx":890
+  /* "ivshmem/_core.pyx":904
  *         """Do what sleep_for does, unless the word changes first, which counts as a ring."""
  *         cdef int64_t n = 1
  *         if watched.sleeping != NULL:             # <<<<<<<<<<<<<<
- *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
+ *             word_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
  *         if not has_changed(watched):
 */
   __pyx_t_1 = (__pyx_v_watched->sleeping != NULL);
@@ -17991,27 +18185,27 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":891
+    /* "ivshmem/_core.pyx":905
  *         cdef int64_t n = 1
  *         if watched.sleeping != NULL:
- *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)             # <<<<<<<<<<<<<<
+ *             word_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)             # <<<<<<<<<<<<<<
  *         if not has_changed(watched):
  *             n = self.sleep_for(vector, deadline, plainly)
 */
-    ivshmem_store(__pyx_v_watched->sleeping, __pyx_v_watched->sleeping_wide, 1, __ATOMIC_SEQ_CST);
+    word_store(__pyx_v_watched->sleeping, __pyx_v_watched->sleeping_wide, 1, __ATOMIC_SEQ_CST);
 
-    /* "ivshmem/_core.pyx":890
+    /* "ivshmem/_core.pyx":904
  *         """Do what sleep_for does, unless the word changes first, which counts as a ring."""
  *         cdef int64_t n = 1
  *         if watched.sleeping != NULL:             # <<<<<<<<<<<<<<
- *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
+ *             word_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
  *         if not has_changed(watched):
 */
   }
 
-  /* "ivshmem/_core.pyx":892
+  /* "ivshmem/_core.pyx":906
  *         if watched.sleeping != NULL:
- *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
+ *             word_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
  *         if not has_changed(watched):             # <<<<<<<<<<<<<<
  *             n = self.sleep_for(vector, deadline, plainly)
  *             if n == 0 and has_changed(watched):
@@ -18021,8 +18215,8 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":893
- *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
+    /* "ivshmem/_core.pyx":907
+ *             word_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
  *         if not has_changed(watched):
  *             n = self.sleep_for(vector, deadline, plainly)             # <<<<<<<<<<<<<<
  *             if n == 0 and has_changed(watched):
@@ -18030,7 +18224,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
     __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->sleep_for(__pyx_v_self, __pyx_v_vector, __pyx_v_deadline, __pyx_v_plainly);
 
-    /* "ivshmem/_core.pyx":894
+    /* "ivshmem/_core.pyx":908
  *         if not has_changed(watched):
  *             n = self.sleep_for(vector, deadline, plainly)
  *             if n == 0 and has_changed(watched):             # <<<<<<<<<<<<<<
@@ -18056,16 +18250,16 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":895
+      /* "ivshmem/_core.pyx":909
  *             n = self.sleep_for(vector, deadline, plainly)
  *             if n == 0 and has_changed(watched):
  *                 n = 1             # <<<<<<<<<<<<<<
  *         if watched.sleeping != NULL:
- *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 0, SEQ_CST)
+ *             word_store(watched.sleeping, watched.sleeping_wide, 0, SEQ_CST)
 */
       __pyx_v_n = 1;
 
-      /* "ivshmem/_core.pyx":894
+      /* "ivshmem/_core.pyx":908
  *         if not has_changed(watched):
  *             n = self.sleep_for(vector, deadline, plainly)
  *             if n == 0 and has_changed(watched):             # <<<<<<<<<<<<<<
@@ -18074,20 +18268,20 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
 */
     }
 
-    /* "ivshmem/_core.pyx":892
+    /* "ivshmem/_core.pyx":906
  *         if watched.sleeping != NULL:
- *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
+ *             word_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
  *         if not has_changed(watched):             # <<<<<<<<<<<<<<
  *             n = self.sleep_for(vector, deadline, plainly)
  *             if n == 0 and has_changed(watched):
 */
   }
 
-  /* "ivshmem/_core.pyx":896
+  /* "ivshmem/_core.pyx":910
  *             if n == 0 and has_changed(watched):
  *                 n = 1
  *         if watched.sleeping != NULL:             # <<<<<<<<<<<<<<
- *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 0, SEQ_CST)
+ *             word_store(watched.sleeping, watched.sleeping_wide, 0, SEQ_CST)
  *         return n
 */
   __pyx_t_1 = (__pyx_v_watched->sleeping != NULL);
@@ -18095,27 +18289,27 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":897
+    /* "ivshmem/_core.pyx":911
  *                 n = 1
  *         if watched.sleeping != NULL:
- *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 0, SEQ_CST)             # <<<<<<<<<<<<<<
+ *             word_store(watched.sleeping, watched.sleeping_wide, 0, SEQ_CST)             # <<<<<<<<<<<<<<
  *         return n
  * 
 */
-    ivshmem_store(__pyx_v_watched->sleeping, __pyx_v_watched->sleeping_wide, 0, __ATOMIC_SEQ_CST);
+    word_store(__pyx_v_watched->sleeping, __pyx_v_watched->sleeping_wide, 0, __ATOMIC_SEQ_CST);
 
-    /* "ivshmem/_core.pyx":896
+    /* "ivshmem/_core.pyx":910
  *             if n == 0 and has_changed(watched):
  *                 n = 1
  *         if watched.sleeping != NULL:             # <<<<<<<<<<<<<<
- *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 0, SEQ_CST)
+ *             word_store(watched.sleeping, watched.sleeping_wide, 0, SEQ_CST)
  *         return n
 */
   }
 
-  /* "ivshmem/_core.pyx":898
+  /* "ivshmem/_core.pyx":912
  *         if watched.sleeping != NULL:
- *             ivshmem_store(watched.sleeping, watched.sleeping_wide, 0, SEQ_CST)
+ *             word_store(watched.sleeping, watched.sleeping_wide, 0, SEQ_CST)
  *         return n             # <<<<<<<<<<<<<<
  * 
  *     def _wait_event(self, timeout=None):
@@ -18126,7 +18320,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":885
+  /* "ivshmem/_core.pyx":899
  *                 return None
  * 
  *     cdef int64_t sleep_at_word(             # <<<<<<<<<<<<<<
@@ -18140,7 +18334,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_sleep_at_word(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":900
+/* "ivshmem/_core.pyx":914
  *         return n
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -18188,24 +18382,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 900, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 914, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 900, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 914, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_wait_event", 0) < (0)) __PYX_ERR(0, 900, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_wait_event", 0) < (0)) __PYX_ERR(0, 914, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 900, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 914, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -18216,7 +18410,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_wait_event", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 900, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_wait_event", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 914, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -18255,17 +18449,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_wait_event(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_wait_event", 0);
 
-  /* "ivshmem/_core.pyx":902
+  /* "ivshmem/_core.pyx":916
  *     def _wait_event(self, timeout=None):
  *         """Wait like wait(), but return True as soon as `_read_news()` was called."""
  *         self.enter()             # <<<<<<<<<<<<<<
  *         try:
  *             return self.wait_any(timeout, 0, True)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 902, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 916, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":903
+  /* "ivshmem/_core.pyx":917
  *         """Wait like wait(), but return True as soon as `_read_news()` was called."""
  *         self.enter()
  *         try:             # <<<<<<<<<<<<<<
@@ -18274,14 +18468,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_wait_event(struct __pyx_
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":904
+    /* "ivshmem/_core.pyx":918
  *         self.enter()
  *         try:
  *             return self.wait_any(timeout, 0, True)             # <<<<<<<<<<<<<<
  *         finally:
  *             self.leave()
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_v_timeout, 0, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 904, __pyx_L4_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_any(__pyx_v_self, __pyx_v_timeout, 0, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 918, __pyx_L4_error)
     __Pyx_GOTREF(__pyx_t_2);
     {
       PyObject *__pyx_temp;
@@ -18295,7 +18489,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_wait_event(struct __pyx_
     goto __pyx_L3_return;
   }
 
-  /* "ivshmem/_core.pyx":906
+  /* "ivshmem/_core.pyx":920
  *             return self.wait_any(timeout, 0, True)
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -18343,7 +18537,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_wait_event(struct __pyx_
     }
   }
 
-  /* "ivshmem/_core.pyx":900
+  /* "ivshmem/_core.pyx":914
  *         return n
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -18362,7 +18556,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_50_wait_event(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":908
+/* "ivshmem/_core.pyx":922
  *             self.leave()
  * 
  *     cdef object wait_any(self, object timeout, int64_t spin, bint for_news):             # <<<<<<<<<<<<<<
@@ -18395,17 +18589,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_any", 0);
 
-  /* "ivshmem/_core.pyx":909
+  /* "ivshmem/_core.pyx":923
  * 
  *     cdef object wait_any(self, object timeout, int64_t spin, bint for_news):
  *         cdef int64_t deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
  *         cdef Polled polled
  *         cdef Turn turn
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 909, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 923, __pyx_L1_error)
   __pyx_v_deadline = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":912
+  /* "ivshmem/_core.pyx":926
  *         cdef Polled polled
  *         cdef Turn turn
  *         cdef int rounds = 0             # <<<<<<<<<<<<<<
@@ -18414,21 +18608,21 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   __pyx_v_rounds = 0;
 
-  /* "ivshmem/_core.pyx":915
+  /* "ivshmem/_core.pyx":929
  *         cdef uint64_t token
  *         cdef int64_t n
  *         polled.epfd = self.anything().epfd             # <<<<<<<<<<<<<<
  *         self.spinner.begin(&turn, ANY, spin)
  *         while True:
 */
-  __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 915, __pyx_L1_error)
+  __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 929, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_t_3 = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_t_2)->epfd;
 
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_v_polled.epfd = __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":916
+  /* "ivshmem/_core.pyx":930
  *         cdef int64_t n
  *         polled.epfd = self.anything().epfd
  *         self.spinner.begin(&turn, ANY, spin)             # <<<<<<<<<<<<<<
@@ -18437,7 +18631,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_turn), __pyx_e_7ivshmem_5_core_ANY, __pyx_v_spin);
 
-  /* "ivshmem/_core.pyx":917
+  /* "ivshmem/_core.pyx":931
  *         polled.epfd = self.anything().epfd
  *         self.spinner.begin(&turn, ANY, spin)
  *         while True:             # <<<<<<<<<<<<<<
@@ -18446,7 +18640,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":918
+    /* "ivshmem/_core.pyx":932
  *         self.spinner.begin(&turn, ANY, spin)
  *         while True:
  *             n = 0             # <<<<<<<<<<<<<<
@@ -18455,7 +18649,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     __pyx_v_n = 0;
 
-    /* "ivshmem/_core.pyx":919
+    /* "ivshmem/_core.pyx":933
  *         while True:
  *             n = 0
  *             if turn.left:             # <<<<<<<<<<<<<<
@@ -18467,17 +18661,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":920
+      /* "ivshmem/_core.pyx":934
  *             n = 0
  *             if turn.left:
  *                 n = spin_for(self, ANY, deadline, probe_epoll, &polled, &turn)             # <<<<<<<<<<<<<<
  *             if n == 0:
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)
 */
-      __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_e_7ivshmem_5_core_ANY, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_epoll, (&__pyx_v_polled), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 920, __pyx_L1_error)
+      __pyx_t_1 = __pyx_f_7ivshmem_5_core_spin_for(__pyx_v_self, __pyx_e_7ivshmem_5_core_ANY, __pyx_v_deadline, __pyx_f_7ivshmem_5_core_probe_epoll, (&__pyx_v_polled), (&__pyx_v_turn)); if (unlikely(__pyx_t_1 == ((int64_t)-1L) && PyErr_Occurred())) __PYX_ERR(0, 934, __pyx_L1_error)
       __pyx_v_n = __pyx_t_1;
 
-      /* "ivshmem/_core.pyx":919
+      /* "ivshmem/_core.pyx":933
  *         while True:
  *             n = 0
  *             if turn.left:             # <<<<<<<<<<<<<<
@@ -18486,7 +18680,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":921
+    /* "ivshmem/_core.pyx":935
  *             if turn.left:
  *                 n = spin_for(self, ANY, deadline, probe_epoll, &polled, &turn)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -18498,17 +18692,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":922
+      /* "ivshmem/_core.pyx":936
  *                 n = spin_for(self, ANY, deadline, probe_epoll, &polled, &turn)
  *             if n == 0:
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)             # <<<<<<<<<<<<<<
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                 raise ClosedError("the endpoint was closed while waiting")
 */
-      __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(__pyx_v_polled.epfd, (&__pyx_v_polled.event), 1, __pyx_v_deadline); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 922, __pyx_L1_error)
+      __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_epoll_sleep(__pyx_v_polled.epfd, (&__pyx_v_polled.event), 1, __pyx_v_deadline); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 936, __pyx_L1_error)
       __pyx_v_n = __pyx_t_3;
 
-      /* "ivshmem/_core.pyx":921
+      /* "ivshmem/_core.pyx":935
  *             if turn.left:
  *                 n = spin_for(self, ANY, deadline, probe_epoll, &polled, &turn)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -18517,7 +18711,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":923
+    /* "ivshmem/_core.pyx":937
  *             if n == 0:
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -18529,7 +18723,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (unlikely(__pyx_t_4)) {
 
 
-      /* "ivshmem/_core.pyx":924
+      /* "ivshmem/_core.pyx":938
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                 raise ClosedError("the endpoint was closed while waiting")             # <<<<<<<<<<<<<<
@@ -18537,7 +18731,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
  *                 return None
 */
       __pyx_t_5 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 924, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 938, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __pyx_t_7 = 1;
       #if CYTHON_UNPACK_METHODS
@@ -18556,14 +18750,14 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
         __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 924, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 938, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_Raise(__pyx_t_2, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __PYX_ERR(0, 924, __pyx_L1_error)
+      __PYX_ERR(0, 938, __pyx_L1_error)
 
-      /* "ivshmem/_core.pyx":923
+      /* "ivshmem/_core.pyx":937
  *             if n == 0:
  *                 n = epoll_sleep(polled.epfd, &polled.event, 1, deadline)
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -18572,7 +18766,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":925
+    /* "ivshmem/_core.pyx":939
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                 raise ClosedError("the endpoint was closed while waiting")
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -18584,7 +18778,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":926
+      /* "ivshmem/_core.pyx":940
  *                 raise ClosedError("the endpoint was closed while waiting")
  *             if n == 0:
  *                 return None             # <<<<<<<<<<<<<<
@@ -18601,7 +18795,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":925
+      /* "ivshmem/_core.pyx":939
  *             if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                 raise ClosedError("the endpoint was closed while waiting")
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -18610,7 +18804,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":927
+    /* "ivshmem/_core.pyx":941
  *             if n == 0:
  *                 return None
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -18622,7 +18816,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":928
+      /* "ivshmem/_core.pyx":942
  *                 return None
  *             if n > 0:
  *                 token = polled.event.data.u64             # <<<<<<<<<<<<<<
@@ -18633,7 +18827,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 
       __pyx_v_token = __pyx_t_8;
 
-      /* "ivshmem/_core.pyx":929
+      /* "ivshmem/_core.pyx":943
  *             if n > 0:
  *                 token = polled.event.data.u64
  *                 if token == TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -18645,7 +18839,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":930
+        /* "ivshmem/_core.pyx":944
  *                 token = polled.event.data.u64
  *                 if token == TOKEN_NEWS:
  *                     self._read_news()             # <<<<<<<<<<<<<<
@@ -18659,12 +18853,12 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           PyObject *__pyx_callargs[2] = {__pyx_t_6, NULL};
           __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_read_news, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 930, __pyx_L1_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 944, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":931
+        /* "ivshmem/_core.pyx":945
  *                 if token == TOKEN_NEWS:
  *                     self._read_news()
  *                     if for_news:             # <<<<<<<<<<<<<<
@@ -18673,7 +18867,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         if (__pyx_v_for_news) {
 
-          /* "ivshmem/_core.pyx":932
+          /* "ivshmem/_core.pyx":946
  *                     self._read_news()
  *                     if for_news:
  *                         return True             # <<<<<<<<<<<<<<
@@ -18691,7 +18885,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           }
           goto __pyx_L0;
 
-          /* "ivshmem/_core.pyx":931
+          /* "ivshmem/_core.pyx":945
  *                 if token == TOKEN_NEWS:
  *                     self._read_news()
  *                     if for_news:             # <<<<<<<<<<<<<<
@@ -18700,7 +18894,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":929
+        /* "ivshmem/_core.pyx":943
  *             if n > 0:
  *                 token = polled.event.data.u64
  *                 if token == TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -18710,7 +18904,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         goto __pyx_L10;
       }
 
-      /* "ivshmem/_core.pyx":933
+      /* "ivshmem/_core.pyx":947
  *                     if for_news:
  *                         return True
  *                 elif token < TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -18722,7 +18916,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":934
+        /* "ivshmem/_core.pyx":948
  *                         return True
  *                 elif token < TOKEN_NEWS:
  *                     n = self.take(token)             # <<<<<<<<<<<<<<
@@ -18731,7 +18925,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_token);
 
-        /* "ivshmem/_core.pyx":935
+        /* "ivshmem/_core.pyx":949
  *                 elif token < TOKEN_NEWS:
  *                     n = self.take(token)
  *                     if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -18757,7 +18951,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         if (__pyx_t_4) {
 
 
-          /* "ivshmem/_core.pyx":936
+          /* "ivshmem/_core.pyx":950
  *                     n = self.take(token)
  *                     if n > 0 and not relay_fired(self):
  *                         return Interrupt(token, n)             # <<<<<<<<<<<<<<
@@ -18765,11 +18959,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
  *                         self.attend(n if n < 0 else <int64_t>NEWS)
 */
           __pyx_t_6 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 936, __pyx_L1_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 950, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_5);
-          __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_token); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 936, __pyx_L1_error)
+          __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_token); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 950, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_10);
-          __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 936, __pyx_L1_error)
+          __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 950, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_11);
           __pyx_t_7 = 1;
           #if CYTHON_UNPACK_METHODS
@@ -18790,7 +18984,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
             __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 936, __pyx_L1_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 950, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           {
@@ -18804,7 +18998,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
           __pyx_t_2 = 0;
           goto __pyx_L0;
 
-          /* "ivshmem/_core.pyx":935
+          /* "ivshmem/_core.pyx":949
  *                 elif token < TOKEN_NEWS:
  *                     n = self.take(token)
  *                     if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -18813,7 +19007,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":937
+        /* "ivshmem/_core.pyx":951
  *                     if n > 0 and not relay_fired(self):
  *                         return Interrupt(token, n)
  *                     if n:             # <<<<<<<<<<<<<<
@@ -18825,7 +19019,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         if (__pyx_t_4) {
 
 
-          /* "ivshmem/_core.pyx":938
+          /* "ivshmem/_core.pyx":952
  *                         return Interrupt(token, n)
  *                     if n:
  *                         self.attend(n if n < 0 else <int64_t>NEWS)             # <<<<<<<<<<<<<<
@@ -18842,11 +19036,11 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
             __pyx_t_1 = ((int64_t)__pyx_e_7ivshmem_5_core_NEWS);
           }
 
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 938, __pyx_L1_error)
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_1); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 952, __pyx_L1_error)
 
 
 
-          /* "ivshmem/_core.pyx":937
+          /* "ivshmem/_core.pyx":951
  *                     if n > 0 and not relay_fired(self):
  *                         return Interrupt(token, n)
  *                     if n:             # <<<<<<<<<<<<<<
@@ -18855,7 +19049,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
         }
 
-        /* "ivshmem/_core.pyx":933
+        /* "ivshmem/_core.pyx":947
  *                     if for_news:
  *                         return True
  *                 elif token < TOKEN_NEWS:             # <<<<<<<<<<<<<<
@@ -18865,7 +19059,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       }
       __pyx_L10:;
 
-      /* "ivshmem/_core.pyx":927
+      /* "ivshmem/_core.pyx":941
  *             if n == 0:
  *                 return None
  *             if n > 0:             # <<<<<<<<<<<<<<
@@ -18875,7 +19069,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       goto __pyx_L9;
     }
 
-    /* "ivshmem/_core.pyx":939
+    /* "ivshmem/_core.pyx":953
  *                     if n:
  *                         self.attend(n if n < 0 else <int64_t>NEWS)
  *             elif n < -1:             # <<<<<<<<<<<<<<
@@ -18887,17 +19081,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":940
+      /* "ivshmem/_core.pyx":954
  *                         self.attend(n if n < 0 else <int64_t>NEWS)
  *             elif n < -1:
  *                 self.attend(n)             # <<<<<<<<<<<<<<
  *             # What a hostile peer keeps ready all the time cannot defeat the deadline.
  *             PyErr_CheckSignals()
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_v_n); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 940, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_v_n); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 954, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":939
+      /* "ivshmem/_core.pyx":953
  *                     if n:
  *                         self.attend(n if n < 0 else <int64_t>NEWS)
  *             elif n < -1:             # <<<<<<<<<<<<<<
@@ -18907,17 +19101,17 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     }
     __pyx_L9:;
 
-    /* "ivshmem/_core.pyx":942
+    /* "ivshmem/_core.pyx":956
  *                 self.attend(n)
  *             # What a hostile peer keeps ready all the time cannot defeat the deadline.
  *             PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *             if deadline and deadline != INT64_MAX and now() >= deadline:
  *                 deadline = 0
 */
-    __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 942, __pyx_L1_error)
+    __pyx_t_3 = PyErr_CheckSignals(); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 956, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":943
+    /* "ivshmem/_core.pyx":957
  *             # What a hostile peer keeps ready all the time cannot defeat the deadline.
  *             PyErr_CheckSignals()
  *             if deadline and deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -18953,7 +19147,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":944
+      /* "ivshmem/_core.pyx":958
  *             PyErr_CheckSignals()
  *             if deadline and deadline != INT64_MAX and now() >= deadline:
  *                 deadline = 0             # <<<<<<<<<<<<<<
@@ -18962,7 +19156,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       __pyx_v_deadline = 0;
 
-      /* "ivshmem/_core.pyx":943
+      /* "ivshmem/_core.pyx":957
  *             # What a hostile peer keeps ready all the time cannot defeat the deadline.
  *             PyErr_CheckSignals()
  *             if deadline and deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -18972,7 +19166,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       goto __pyx_L16;
     }
 
-    /* "ivshmem/_core.pyx":945
+    /* "ivshmem/_core.pyx":959
  *             if deadline and deadline != INT64_MAX and now() >= deadline:
  *                 deadline = 0
  *             elif deadline == 0:             # <<<<<<<<<<<<<<
@@ -18984,7 +19178,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":946
+      /* "ivshmem/_core.pyx":960
  *                 deadline = 0
  *             elif deadline == 0:
  *                 rounds += 1             # <<<<<<<<<<<<<<
@@ -18993,7 +19187,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       __pyx_v_rounds = (__pyx_v_rounds + 1);
 
-      /* "ivshmem/_core.pyx":947
+      /* "ivshmem/_core.pyx":961
  *             elif deadline == 0:
  *                 rounds += 1
  *                 if rounds == BATCH:             # <<<<<<<<<<<<<<
@@ -19005,7 +19199,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
       if (__pyx_t_4) {
 
 
-        /* "ivshmem/_core.pyx":948
+        /* "ivshmem/_core.pyx":962
  *                 rounds += 1
  *                 if rounds == BATCH:
  *                     return None             # <<<<<<<<<<<<<<
@@ -19022,7 +19216,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
         }
         goto __pyx_L0;
 
-        /* "ivshmem/_core.pyx":947
+        /* "ivshmem/_core.pyx":961
  *             elif deadline == 0:
  *                 rounds += 1
  *                 if rounds == BATCH:             # <<<<<<<<<<<<<<
@@ -19031,7 +19225,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
 */
       }
 
-      /* "ivshmem/_core.pyx":945
+      /* "ivshmem/_core.pyx":959
  *             if deadline and deadline != INT64_MAX and now() >= deadline:
  *                 deadline = 0
  *             elif deadline == 0:             # <<<<<<<<<<<<<<
@@ -19042,7 +19236,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
     __pyx_L16:;
   }
 
-  /* "ivshmem/_core.pyx":908
+  /* "ivshmem/_core.pyx":922
  *             self.leave()
  * 
  *     cdef object wait_any(self, object timeout, int64_t spin, bint for_news):             # <<<<<<<<<<<<<<
@@ -19073,7 +19267,7 @@ static PyObject *__pyx_f_7ivshmem_5_core_9Doorbells_wait_any(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":950
+/* "ivshmem/_core.pyx":964
  *                     return None
  * 
  *     cdef int64_t take(self, Py_ssize_t vector) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -19086,7 +19280,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshmem
   int64_t __pyx_r;
   int64_t __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":952
+  /* "ivshmem/_core.pyx":966
  *     cdef int64_t take(self, Py_ssize_t vector) noexcept nogil:
  *         """Return how often a vector was rung since the last look, 0 if it was not, or -errno."""
  *         cdef int fd = place_of(self.own, vector)[0]             # <<<<<<<<<<<<<<
@@ -19095,7 +19289,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshmem
 */
   __pyx_v_fd = (__pyx_f_7ivshmem_6native_11descriptors_place_of(__pyx_v_self->own, __pyx_v_vector)[0]);
 
-  /* "ivshmem/_core.pyx":953
+  /* "ivshmem/_core.pyx":967
  *         """Return how often a vector was rung since the last look, 0 if it was not, or -errno."""
  *         cdef int fd = place_of(self.own, vector)[0]
  *         return self.take_uio(fd) if self.uio else look(fd)             # <<<<<<<<<<<<<<
@@ -19114,7 +19308,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshmem
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":950
+  /* "ivshmem/_core.pyx":964
  *                     return None
  * 
  *     cdef int64_t take(self, Py_ssize_t vector) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -19128,7 +19322,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take(struct __pyx_obj_7ivshmem
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":955
+/* "ivshmem/_core.pyx":969
  *         return self.take_uio(fd) if self.uio else look(fd)
  * 
  *     cdef int64_t take_uio(self, int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -19145,7 +19339,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   int64_t __pyx_t_2;
   long __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":957
+  /* "ivshmem/_core.pyx":971
  *     cdef int64_t take_uio(self, int fd) noexcept nogil:
  *         cdef uint32_t count, before
  *         cdef ssize_t n = c_read(fd, &count, sizeof(count))             # <<<<<<<<<<<<<<
@@ -19154,7 +19348,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   __pyx_v_n = read(__pyx_v_fd, (&__pyx_v_count), (sizeof(__pyx_v_count)));
 
-  /* "ivshmem/_core.pyx":958
+  /* "ivshmem/_core.pyx":972
  *         cdef uint32_t count, before
  *         cdef ssize_t n = c_read(fd, &count, sizeof(count))
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -19166,7 +19360,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":959
+    /* "ivshmem/_core.pyx":973
  *         cdef ssize_t n = c_read(fd, &count, sizeof(count))
  *         if n < 0:
  *             return 0 if errno == EAGAIN or errno == EINTR else -errno             # <<<<<<<<<<<<<<
@@ -19187,7 +19381,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":958
+    /* "ivshmem/_core.pyx":972
  *         cdef uint32_t count, before
  *         cdef ssize_t n = c_read(fd, &count, sizeof(count))
  *         if n < 0:             # <<<<<<<<<<<<<<
@@ -19196,7 +19390,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":960
+  /* "ivshmem/_core.pyx":974
  *         if n < 0:
  *             return 0 if errno == EAGAIN or errno == EINTR else -errno
  *         if n != sizeof(count):             # <<<<<<<<<<<<<<
@@ -19208,7 +19402,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":961
+    /* "ivshmem/_core.pyx":975
  *             return 0 if errno == EAGAIN or errno == EINTR else -errno
  *         if n != sizeof(count):
  *             return -EINVAL             # <<<<<<<<<<<<<<
@@ -19221,7 +19415,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":960
+    /* "ivshmem/_core.pyx":974
  *         if n < 0:
  *             return 0 if errno == EAGAIN or errno == EINTR else -errno
  *         if n != sizeof(count):             # <<<<<<<<<<<<<<
@@ -19230,7 +19424,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/_core.pyx":963
+  /* "ivshmem/_core.pyx":977
  *             return -EINVAL
  *         # It counts since the driver was loaded, and wraps.
  *         before = self.uio_count if self.uio_known else count - 1             # <<<<<<<<<<<<<<
@@ -19246,7 +19440,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   }
   __pyx_v_before = __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":964
+  /* "ivshmem/_core.pyx":978
  *         # It counts since the driver was loaded, and wraps.
  *         before = self.uio_count if self.uio_known else count - 1
  *         self.uio_count = count             # <<<<<<<<<<<<<<
@@ -19255,7 +19449,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   __pyx_v_self->uio_count = __pyx_v_count;
 
-  /* "ivshmem/_core.pyx":965
+  /* "ivshmem/_core.pyx":979
  *         before = self.uio_count if self.uio_known else count - 1
  *         self.uio_count = count
  *         self.uio_known = True             # <<<<<<<<<<<<<<
@@ -19264,7 +19458,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
 */
   __pyx_v_self->uio_known = 1;
 
-  /* "ivshmem/_core.pyx":966
+  /* "ivshmem/_core.pyx":980
  *         self.uio_count = count
  *         self.uio_known = True
  *         return <uint32_t>(count - before)             # <<<<<<<<<<<<<<
@@ -19277,7 +19471,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":955
+  /* "ivshmem/_core.pyx":969
  *         return self.take_uio(fd) if self.uio else look(fd)
  * 
  *     cdef int64_t take_uio(self, int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -19293,7 +19487,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_take_uio(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":970
+/* "ivshmem/_core.pyx":984
  *     # -- loops without the interpreter ------------------------------------------------------------
  * 
  *     cdef int64_t wait_nogil(self, Py_ssize_t vector, Wait *wait) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -19309,7 +19503,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   int64_t __pyx_t_2;
   int __pyx_t_3;
 
-  /* "ivshmem/_core.pyx":972
+  /* "ivshmem/_core.pyx":986
  *     cdef int64_t wait_nogil(self, Py_ssize_t vector, Wait *wait) noexcept nogil:
  *         """Do what wait_one does, as far as that is possible without the GIL."""
  *         cdef int64_t n = 0             # <<<<<<<<<<<<<<
@@ -19318,7 +19512,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
   __pyx_v_n = 0;
 
-  /* "ivshmem/_core.pyx":974
+  /* "ivshmem/_core.pyx":988
  *         cdef int64_t n = 0
  *         cdef bint plainly
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -19330,7 +19524,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":975
+    /* "ivshmem/_core.pyx":989
  *         cdef bint plainly
  *         if not ivshmem_enter(&self.state):
  *             return -ESHUTDOWN             # <<<<<<<<<<<<<<
@@ -19343,7 +19537,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":974
+    /* "ivshmem/_core.pyx":988
  *         cdef int64_t n = 0
  *         cdef bint plainly
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -19352,7 +19546,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":976
+  /* "ivshmem/_core.pyx":990
  *         if not ivshmem_enter(&self.state):
  *             return -ESHUTDOWN
  *         if 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -19366,7 +19560,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":977
+    /* "ivshmem/_core.pyx":991
  *             return -ESHUTDOWN
  *         if 0 <= vector < length_of(self.own):
  *             if wait.turn.left < 0:             # <<<<<<<<<<<<<<
@@ -19378,7 +19572,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":978
+      /* "ivshmem/_core.pyx":992
  *         if 0 <= vector < length_of(self.own):
  *             if wait.turn.left < 0:
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)             # <<<<<<<<<<<<<<
@@ -19395,7 +19589,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
       ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->begin(__pyx_v_self->spinner, (&__pyx_v_wait->turn), __pyx_v_vector, __pyx_t_2);
 
 
-      /* "ivshmem/_core.pyx":977
+      /* "ivshmem/_core.pyx":991
  *             return -ESHUTDOWN
  *         if 0 <= vector < length_of(self.own):
  *             if wait.turn.left < 0:             # <<<<<<<<<<<<<<
@@ -19404,7 +19598,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":979
+    /* "ivshmem/_core.pyx":993
  *             if wait.turn.left < 0:
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)             # <<<<<<<<<<<<<<
@@ -19429,7 +19623,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     __pyx_L6_bool_binop_done:;
     __pyx_v_plainly = __pyx_t_1;
 
-    /* "ivshmem/_core.pyx":980
+    /* "ivshmem/_core.pyx":994
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)
  *             if not plainly and not wait.turn.left:             # <<<<<<<<<<<<<<
@@ -19455,7 +19649,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":981
+      /* "ivshmem/_core.pyx":995
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)
  *             if not plainly and not wait.turn.left:
  *                 n = self.take(vector)             # <<<<<<<<<<<<<<
@@ -19464,7 +19658,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_vector);
 
-      /* "ivshmem/_core.pyx":980
+      /* "ivshmem/_core.pyx":994
  *                 self.spinner.begin(&wait.turn, vector, 0 if self.uio else wait.spin)
  *             plainly = wait.deadline == INT64_MAX and reads_plainly(self, wait.alone)
  *             if not plainly and not wait.turn.left:             # <<<<<<<<<<<<<<
@@ -19473,7 +19667,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":982
+    /* "ivshmem/_core.pyx":996
  *             if not plainly and not wait.turn.left:
  *                 n = self.take(vector)
  *             if n == 0 and wait.turn.left:             # <<<<<<<<<<<<<<
@@ -19499,7 +19693,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":983
+      /* "ivshmem/_core.pyx":997
  *                 n = self.take(vector)
  *             if n == 0 and wait.turn.left:
  *                 ivshmem_count(&self.sleepers, 1)  # a spin by plain reads may be made to sleep             # <<<<<<<<<<<<<<
@@ -19508,7 +19702,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       (void)(ivshmem_count((&__pyx_v_self->sleepers), 1));
 
-      /* "ivshmem/_core.pyx":984
+      /* "ivshmem/_core.pyx":998
  *             if n == 0 and wait.turn.left:
  *                 ivshmem_count(&self.sleepers, 1)  # a spin by plain reads may be made to sleep
  *                 n = self.spinner.spin(             # <<<<<<<<<<<<<<
@@ -19517,7 +19711,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_self->spinner->__pyx_vtab)->spin(__pyx_v_self->spinner, __pyx_v_vector, __pyx_v_wait->deadline, __pyx_f_7ivshmem_5_core_probe_of(__pyx_v_self, __pyx_v_vector, __pyx_v_plainly), __pyx_f_7ivshmem_6native_11descriptors_place_of(__pyx_v_self->own, __pyx_v_vector), (&__pyx_v_wait->turn), (&__pyx_v_self->state));
 
-      /* "ivshmem/_core.pyx":992
+      /* "ivshmem/_core.pyx":1006
  *                     &self.state,
  *                 )
  *                 ivshmem_count(&self.sleepers, -1)             # <<<<<<<<<<<<<<
@@ -19526,7 +19720,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       (void)(ivshmem_count((&__pyx_v_self->sleepers), -1));
 
-      /* "ivshmem/_core.pyx":982
+      /* "ivshmem/_core.pyx":996
  *             if not plainly and not wait.turn.left:
  *                 n = self.take(vector)
  *             if n == 0 and wait.turn.left:             # <<<<<<<<<<<<<<
@@ -19535,7 +19729,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":993
+    /* "ivshmem/_core.pyx":1007
  *                 )
  *                 ivshmem_count(&self.sleepers, -1)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -19547,7 +19741,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":994
+      /* "ivshmem/_core.pyx":1008
  *                 ivshmem_count(&self.sleepers, -1)
  *             if n == 0:
  *                 n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)             # <<<<<<<<<<<<<<
@@ -19569,7 +19763,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
       __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->sleep_for(__pyx_v_self, __pyx_v_vector, __pyx_v_wait->deadline, __pyx_t_1);
 
 
-      /* "ivshmem/_core.pyx":993
+      /* "ivshmem/_core.pyx":1007
  *                 )
  *                 ivshmem_count(&self.sleepers, -1)
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -19578,7 +19772,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":995
+    /* "ivshmem/_core.pyx":1009
  *             if n == 0:
  *                 n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)
  *             if n > 0 and relay_fired(self):             # <<<<<<<<<<<<<<
@@ -19604,7 +19798,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":996
+      /* "ivshmem/_core.pyx":1010
  *                 n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)
  *             if n > 0 and relay_fired(self):
  *                 n = NEWS             # <<<<<<<<<<<<<<
@@ -19613,7 +19807,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
       __pyx_v_n = __pyx_e_7ivshmem_5_core_NEWS;
 
-      /* "ivshmem/_core.pyx":995
+      /* "ivshmem/_core.pyx":1009
  *             if n == 0:
  *                 n = self.sleep_for(vector, wait.deadline, plainly and wait.turn.done == 0)
  *             if n > 0 and relay_fired(self):             # <<<<<<<<<<<<<<
@@ -19622,7 +19816,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":976
+    /* "ivshmem/_core.pyx":990
  *         if not ivshmem_enter(&self.state):
  *             return -ESHUTDOWN
  *         if 0 <= vector < length_of(self.own):             # <<<<<<<<<<<<<<
@@ -19632,7 +19826,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
     goto __pyx_L4;
   }
 
-  /* "ivshmem/_core.pyx":998
+  /* "ivshmem/_core.pyx":1012
  *                 n = NEWS
  *         else:
  *             n = -EINVAL             # <<<<<<<<<<<<<<
@@ -19644,7 +19838,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   }
   __pyx_L4:;
 
-  /* "ivshmem/_core.pyx":999
+  /* "ivshmem/_core.pyx":1013
  *         else:
  *             n = -EINVAL
  *         self.leave()             # <<<<<<<<<<<<<<
@@ -19653,7 +19847,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
 */
   ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
 
-  /* "ivshmem/_core.pyx":1000
+  /* "ivshmem/_core.pyx":1014
  *             n = -EINVAL
  *         self.leave()
  *         return n             # <<<<<<<<<<<<<<
@@ -19666,7 +19860,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":970
+  /* "ivshmem/_core.pyx":984
  *     # -- loops without the interpreter ------------------------------------------------------------
  * 
  *     cdef int64_t wait_nogil(self, Py_ssize_t vector, Wait *wait) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -19681,7 +19875,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_wait_nogil(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1002
+/* "ivshmem/_core.pyx":1016
  *         return n
  * 
  *     cdef int64_t serve(             # <<<<<<<<<<<<<<
@@ -19706,7 +19900,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("serve", 0);
 
-  /* "ivshmem/_core.pyx":1012
+  /* "ivshmem/_core.pyx":1026
  *         int *stopped,
  *     ) except -1:
  *         cdef int64_t done = 0             # <<<<<<<<<<<<<<
@@ -19715,7 +19909,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/_core.pyx":1015
+  /* "ivshmem/_core.pyx":1029
  *         cdef int64_t n
  *         cdef Wait wait
  *         begin_wait(&wait, timeout, spin)             # <<<<<<<<<<<<<<
@@ -19724,17 +19918,17 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
   __pyx_f_7ivshmem_5_core_begin_wait((&__pyx_v_wait), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/_core.pyx":1016
+  /* "ivshmem/_core.pyx":1030
  *         cdef Wait wait
  *         begin_wait(&wait, timeout, spin)
  *         self.check()             # <<<<<<<<<<<<<<
  *         if length_of(self.own) == 0:
  *             self._check_can_wait()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1016, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1030, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":1017
+  /* "ivshmem/_core.pyx":1031
  *         begin_wait(&wait, timeout, spin)
  *         self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -19749,7 +19943,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1018
+    /* "ivshmem/_core.pyx":1032
  *         self.check()
  *         if length_of(self.own) == 0:
  *             self._check_can_wait()             # <<<<<<<<<<<<<<
@@ -19763,12 +19957,12 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_check_can_wait, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1018, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1032, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1017
+    /* "ivshmem/_core.pyx":1031
  *         begin_wait(&wait, timeout, spin)
  *         self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -19777,17 +19971,17 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
   }
 
-  /* "ivshmem/_core.pyx":1019
+  /* "ivshmem/_core.pyx":1033
  *         if length_of(self.own) == 0:
  *             self._check_can_wait()
  *         self.check_vector(vector)             # <<<<<<<<<<<<<<
  *         stopped[0] = 0
  *         while done < rounds and stopped[0] == 0:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1019, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1033, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":1020
+  /* "ivshmem/_core.pyx":1034
  *             self._check_can_wait()
  *         self.check_vector(vector)
  *         stopped[0] = 0             # <<<<<<<<<<<<<<
@@ -19796,7 +19990,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
   (__pyx_v_stopped[0]) = 0;
 
-  /* "ivshmem/_core.pyx":1021
+  /* "ivshmem/_core.pyx":1035
  *         self.check_vector(vector)
  *         stopped[0] = 0
  *         while done < rounds and stopped[0] == 0:             # <<<<<<<<<<<<<<
@@ -19823,7 +20017,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 
     if (!__pyx_t_3) break;
 
-    /* "ivshmem/_core.pyx":1022
+    /* "ivshmem/_core.pyx":1036
  *         stopped[0] = 0
  *         while done < rounds and stopped[0] == 0:
  *             wait.alone = ivshmem_is_only_thread()             # <<<<<<<<<<<<<<
@@ -19832,7 +20026,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
     __pyx_v_wait.alone = ivshmem_is_only_thread();
 
-    /* "ivshmem/_core.pyx":1023
+    /* "ivshmem/_core.pyx":1037
  *         while done < rounds and stopped[0] == 0:
  *             wait.alone = ivshmem_is_only_thread()
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -19845,7 +20039,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/_core.pyx":1024
+          /* "ivshmem/_core.pyx":1038
  *             wait.alone = ivshmem_is_only_thread()
  *             with nogil:
  *                 while done < rounds:             # <<<<<<<<<<<<<<
@@ -19858,7 +20052,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 
             if (!__pyx_t_3) break;
 
-            /* "ivshmem/_core.pyx":1025
+            /* "ivshmem/_core.pyx":1039
  *             with nogil:
  *                 while done < rounds:
  *                     n = self.wait_nogil(vector, &wait)             # <<<<<<<<<<<<<<
@@ -19867,7 +20061,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wait_nogil(__pyx_v_self, __pyx_v_vector, (&__pyx_v_wait));
 
-            /* "ivshmem/_core.pyx":1026
+            /* "ivshmem/_core.pyx":1040
  *                 while done < rounds:
  *                     n = self.wait_nogil(vector, &wait)
  *                     if n <= 0:             # <<<<<<<<<<<<<<
@@ -19879,7 +20073,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/_core.pyx":1027
+              /* "ivshmem/_core.pyx":1041
  *                     n = self.wait_nogil(vector, &wait)
  *                     if n <= 0:
  *                         break             # <<<<<<<<<<<<<<
@@ -19888,7 +20082,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
               goto __pyx_L14_break;
 
-              /* "ivshmem/_core.pyx":1026
+              /* "ivshmem/_core.pyx":1040
  *                 while done < rounds:
  *                     n = self.wait_nogil(vector, &wait)
  *                     if n <= 0:             # <<<<<<<<<<<<<<
@@ -19897,7 +20091,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             }
 
-            /* "ivshmem/_core.pyx":1028
+            /* "ivshmem/_core.pyx":1042
  *                     if n <= 0:
  *                         break
  *                     done += 1             # <<<<<<<<<<<<<<
@@ -19906,7 +20100,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             __pyx_v_done = (__pyx_v_done + 1);
 
-            /* "ivshmem/_core.pyx":1029
+            /* "ivshmem/_core.pyx":1043
  *                         break
  *                     done += 1
  *                     wait.turn.left = -1             # <<<<<<<<<<<<<<
@@ -19915,7 +20109,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             __pyx_v_wait.turn.left = -1L;
 
-            /* "ivshmem/_core.pyx":1030
+            /* "ivshmem/_core.pyx":1044
  *                     done += 1
  *                     wait.turn.left = -1
  *                     if timeout >= 0:             # <<<<<<<<<<<<<<
@@ -19927,7 +20121,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/_core.pyx":1031
+              /* "ivshmem/_core.pyx":1045
  *                     wait.turn.left = -1
  *                     if timeout >= 0:
  *                         wait.deadline = deadline_in(timeout)             # <<<<<<<<<<<<<<
@@ -19936,7 +20130,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
               __pyx_v_wait.deadline = __pyx_f_7ivshmem_6native_11descriptors_deadline_in(__pyx_v_timeout);
 
-              /* "ivshmem/_core.pyx":1030
+              /* "ivshmem/_core.pyx":1044
  *                     done += 1
  *                     wait.turn.left = -1
  *                     if timeout >= 0:             # <<<<<<<<<<<<<<
@@ -19945,7 +20139,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             }
 
-            /* "ivshmem/_core.pyx":1032
+            /* "ivshmem/_core.pyx":1046
  *                     if timeout >= 0:
  *                         wait.deadline = deadline_in(timeout)
  *                     stopped[0] = handler(context, n)             # <<<<<<<<<<<<<<
@@ -19954,7 +20148,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
             (__pyx_v_stopped[0]) = __pyx_v_handler(__pyx_v_context, __pyx_v_n);
 
-            /* "ivshmem/_core.pyx":1033
+            /* "ivshmem/_core.pyx":1047
  *                         wait.deadline = deadline_in(timeout)
  *                     stopped[0] = handler(context, n)
  *                     if stopped[0]:             # <<<<<<<<<<<<<<
@@ -19966,7 +20160,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/_core.pyx":1034
+              /* "ivshmem/_core.pyx":1048
  *                     stopped[0] = handler(context, n)
  *                     if stopped[0]:
  *                         break             # <<<<<<<<<<<<<<
@@ -19975,7 +20169,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
               goto __pyx_L14_break;
 
-              /* "ivshmem/_core.pyx":1033
+              /* "ivshmem/_core.pyx":1047
  *                         wait.deadline = deadline_in(timeout)
  *                     stopped[0] = handler(context, n)
  *                     if stopped[0]:             # <<<<<<<<<<<<<<
@@ -19987,7 +20181,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
           __pyx_L14_break:;
         }
 
-        /* "ivshmem/_core.pyx":1023
+        /* "ivshmem/_core.pyx":1037
  *         while done < rounds and stopped[0] == 0:
  *             wait.alone = ivshmem_is_only_thread()
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -20004,7 +20198,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
         }
     }
 
-    /* "ivshmem/_core.pyx":1035
+    /* "ivshmem/_core.pyx":1049
  *                     if stopped[0]:
  *                         break
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -20016,7 +20210,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":1036
+      /* "ivshmem/_core.pyx":1050
  *                         break
  *             if n == 0:
  *                 break             # <<<<<<<<<<<<<<
@@ -20025,7 +20219,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
       goto __pyx_L5_break;
 
-      /* "ivshmem/_core.pyx":1035
+      /* "ivshmem/_core.pyx":1049
  *                     if stopped[0]:
  *                         break
  *             if n == 0:             # <<<<<<<<<<<<<<
@@ -20034,7 +20228,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
 */
     }
 
-    /* "ivshmem/_core.pyx":1037
+    /* "ivshmem/_core.pyx":1051
  *             if n == 0:
  *                 break
  *             if n < 0:             # <<<<<<<<<<<<<<
@@ -20046,17 +20240,17 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/_core.pyx":1038
+      /* "ivshmem/_core.pyx":1052
  *                 break
  *             if n < 0:
  *                 self.attend(n)             # <<<<<<<<<<<<<<
  *         return done
  * 
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_v_n); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1038, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_v_n); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1052, __pyx_L1_error)
 
 
-      /* "ivshmem/_core.pyx":1037
+      /* "ivshmem/_core.pyx":1051
  *             if n == 0:
  *                 break
  *             if n < 0:             # <<<<<<<<<<<<<<
@@ -20067,7 +20261,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   }
   __pyx_L5_break:;
 
-  /* "ivshmem/_core.pyx":1039
+  /* "ivshmem/_core.pyx":1053
  *             if n < 0:
  *                 self.attend(n)
  *         return done             # <<<<<<<<<<<<<<
@@ -20080,7 +20274,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1002
+  /* "ivshmem/_core.pyx":1016
  *         return n
  * 
  *     cdef int64_t serve(             # <<<<<<<<<<<<<<
@@ -20103,7 +20297,7 @@ static int64_t __pyx_f_7ivshmem_5_core_9Doorbells_serve(struct __pyx_obj_7ivshme
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1041
+/* "ivshmem/_core.pyx":1055
  *         return done
  * 
  *     def echo(self, peer, Py_ssize_t vector=0, *, answer=None, rounds=None, timeout=None, spin=0):             # <<<<<<<<<<<<<<
@@ -20156,38 +20350,38 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_peer,&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_answer,&__pyx_mstate_global->__pyx_n_u_rounds,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1041, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1055, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 1041, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 1055, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1041, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1055, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "echo", 0) < (0)) __PYX_ERR(0, 1041, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "echo", 0) < (0)) __PYX_ERR(0, 1055, __pyx_L3_error)
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[3]) values[3] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[5]) values[5] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_int_0));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("echo", 0, 1, 2, i); __PYX_ERR(0, 1041, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("echo", 0, 1, 2, i); __PYX_ERR(0, 1055, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 1041, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 1055, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1041, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1055, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -20198,7 +20392,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
     }
     __pyx_v_peer = values[0];
     if (values[1]) {
-      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1041, __pyx_L3_error)
+      __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1055, __pyx_L3_error)
     } else {
       __pyx_v_vector = ((Py_ssize_t)0);
     }
@@ -20209,7 +20403,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("echo", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 1041, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("echo", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 1055, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -20267,7 +20461,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
   __Pyx_RefNannySetupContext("echo", 0);
   __Pyx_INCREF(__pyx_v_answer);
 
-  /* "ivshmem/_core.pyx":1063
+  /* "ivshmem/_core.pyx":1077
  *             ClosedError: the endpoint is closed, or another thread closed it during the call.
  *         """
  *         cdef int64_t nanoseconds = -1             # <<<<<<<<<<<<<<
@@ -20276,7 +20470,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   __pyx_v_nanoseconds = -1L;
 
-  /* "ivshmem/_core.pyx":1064
+  /* "ivshmem/_core.pyx":1078
  *         """
  *         cdef int64_t nanoseconds = -1
  *         cdef int64_t limit = INT64_MAX if rounds is None else rounds             # <<<<<<<<<<<<<<
@@ -20288,13 +20482,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 
     __pyx_t_1 = INT64_MAX;
   } else {
-    __pyx_t_3 = __Pyx_PyLong_As_int64_t(__pyx_v_rounds); if (unlikely((__pyx_t_3 == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 1064, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_As_int64_t(__pyx_v_rounds); if (unlikely((__pyx_t_3 == ((int64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 1078, __pyx_L1_error)
     __pyx_t_1 = __pyx_t_3;
   }
 
   __pyx_v_limit = __pyx_t_1;
 
-  /* "ivshmem/_core.pyx":1065
+  /* "ivshmem/_core.pyx":1079
  *         cdef int64_t nanoseconds = -1
  *         cdef int64_t limit = INT64_MAX if rounds is None else rounds
  *         cdef int stopped = 0             # <<<<<<<<<<<<<<
@@ -20303,7 +20497,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   __pyx_v_stopped = 0;
 
-  /* "ivshmem/_core.pyx":1066
+  /* "ivshmem/_core.pyx":1080
  *         cdef int64_t limit = INT64_MAX if rounds is None else rounds
  *         cdef int stopped = 0
  *         cdef int64_t done = 0             # <<<<<<<<<<<<<<
@@ -20312,7 +20506,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   __pyx_v_done = 0;
 
-  /* "ivshmem/_core.pyx":1067
+  /* "ivshmem/_core.pyx":1081
  *         cdef int stopped = 0
  *         cdef int64_t done = 0
  *         cdef Signaller own = None             # <<<<<<<<<<<<<<
@@ -20322,7 +20516,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
   __Pyx_INCREF(Py_None);
   __pyx_v_own = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)Py_None);
 
-  /* "ivshmem/_core.pyx":1070
+  /* "ivshmem/_core.pyx":1084
  *         cdef Gentle gentle
  *         cdef Doorbell bell
  *         if answer is None:             # <<<<<<<<<<<<<<
@@ -20333,19 +20527,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":1071
+    /* "ivshmem/_core.pyx":1085
  *         cdef Doorbell bell
  *         if answer is None:
  *             answer = vector             # <<<<<<<<<<<<<<
  *         if timeout is None:
  *             bell = self.doorbell(peer, answer)
 */
-    __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1071, __pyx_L1_error)
+    __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1085, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF_SET(__pyx_v_answer, __pyx_t_4);
     __pyx_t_4 = 0;
 
-    /* "ivshmem/_core.pyx":1070
+    /* "ivshmem/_core.pyx":1084
  *         cdef Gentle gentle
  *         cdef Doorbell bell
  *         if answer is None:             # <<<<<<<<<<<<<<
@@ -20354,7 +20548,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/_core.pyx":1072
+  /* "ivshmem/_core.pyx":1086
  *         if answer is None:
  *             answer = vector
  *         if timeout is None:             # <<<<<<<<<<<<<<
@@ -20365,23 +20559,23 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/_core.pyx":1073
+    /* "ivshmem/_core.pyx":1087
  *             answer = vector
  *         if timeout is None:
  *             bell = self.doorbell(peer, answer)             # <<<<<<<<<<<<<<
  *         else:
  *             bell = self._doorbell_nowait(peer, answer)
 */
-    __pyx_t_5 = __Pyx_PyIndex_AsSsize_t(__pyx_v_answer); if (unlikely((__pyx_t_5 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1073, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyIndex_AsSsize_t(__pyx_v_answer); if (unlikely((__pyx_t_5 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1087, __pyx_L1_error)
     __pyx_t_6.__pyx_n = 1;
     __pyx_t_6.vector = __pyx_t_5;
-    __pyx_t_4 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_6)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1073, __pyx_L1_error)
+    __pyx_t_4 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->doorbell(__pyx_v_self, __pyx_v_peer, 0, &__pyx_t_6)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1087, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
 
     __pyx_v_bell = ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_t_4);
     __pyx_t_4 = 0;
 
-    /* "ivshmem/_core.pyx":1072
+    /* "ivshmem/_core.pyx":1086
  *         if answer is None:
  *             answer = vector
  *         if timeout is None:             # <<<<<<<<<<<<<<
@@ -20391,7 +20585,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
     goto __pyx_L4;
   }
 
-  /* "ivshmem/_core.pyx":1075
+  /* "ivshmem/_core.pyx":1089
  *             bell = self.doorbell(peer, answer)
  *         else:
  *             bell = self._doorbell_nowait(peer, answer)             # <<<<<<<<<<<<<<
@@ -20406,14 +20600,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
       PyObject *__pyx_callargs[3] = {__pyx_t_7, __pyx_v_peer, __pyx_v_answer};
       __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_doorbell_nowait, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1075, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1089, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
-    if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 1075, __pyx_L1_error)
+    if (!(likely(((__pyx_t_4) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_4, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 1089, __pyx_L1_error)
     __pyx_v_bell = ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_t_4);
     __pyx_t_4 = 0;
 
-    /* "ivshmem/_core.pyx":1076
+    /* "ivshmem/_core.pyx":1090
  *         else:
  *             bell = self._doorbell_nowait(peer, answer)
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)             # <<<<<<<<<<<<<<
@@ -20422,7 +20616,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
 
     __pyx_t_1 = ((int64_t)0);
-    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 1076, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 1090, __pyx_L1_error)
 
     __pyx_t_9 = (__pyx_t_3 - __pyx_f_7ivshmem_6native_11descriptors_now());
 
@@ -20439,7 +20633,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
     __pyx_v_nanoseconds = __pyx_t_3;
 
 
-    /* "ivshmem/_core.pyx":1077
+    /* "ivshmem/_core.pyx":1091
  *             bell = self._doorbell_nowait(peer, answer)
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
  *             if bell.nowait:             # <<<<<<<<<<<<<<
@@ -20448,7 +20642,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
     if (__pyx_v_bell->nowait) {
 
-      /* "ivshmem/_core.pyx":1078
+      /* "ivshmem/_core.pyx":1092
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
  *             if bell.nowait:
  *                 with contextlib.suppress(OSError):  # then as ring_nowait does without one             # <<<<<<<<<<<<<<
@@ -20457,9 +20651,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
       /*with:*/ {
         __pyx_t_7 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1078, __pyx_L1_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1092, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_10);
-        __pyx_t_11 = __Pyx_PyObject_GetAttrStr(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 1078, __pyx_L1_error)
+        __pyx_t_11 = __Pyx_PyObject_GetAttrStr(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 1092, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_11);
         __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
         __pyx_t_8 = 1;
@@ -20479,13 +20673,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
           __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_11, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1078, __pyx_L1_error)
+          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1092, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_4);
         }
-        __pyx_t_12 = __Pyx_PyObject_LookupSpecial(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 1078, __pyx_L1_error)
+        __pyx_t_12 = __Pyx_PyObject_LookupSpecial(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 1092, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_12);
         __pyx_t_7 = NULL;
-        __pyx_t_10 = __Pyx_PyObject_LookupSpecial(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1078, __pyx_L6_error)
+        __pyx_t_10 = __Pyx_PyObject_LookupSpecial(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1092, __pyx_L6_error)
         __Pyx_GOTREF(__pyx_t_10);
         __pyx_t_8 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -20504,7 +20698,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
           __pyx_t_11 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_10, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 1078, __pyx_L6_error)
+          if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 1092, __pyx_L6_error)
           __Pyx_GOTREF(__pyx_t_11);
         }
         __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
@@ -20519,7 +20713,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
             __Pyx_XGOTREF(__pyx_t_15);
             /*try:*/ {
 
-              /* "ivshmem/_core.pyx":1079
+              /* "ivshmem/_core.pyx":1093
  *             if bell.nowait:
  *                 with contextlib.suppress(OSError):  # then as ring_nowait does without one
  *                     own = Signaller()             # <<<<<<<<<<<<<<
@@ -20532,13 +20726,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
                 PyObject *__pyx_callargs[2] = {__pyx_t_11, NULL};
                 __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
-                if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1079, __pyx_L10_error)
+                if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1093, __pyx_L10_error)
                 __Pyx_GOTREF((PyObject *)__pyx_t_4);
               }
               __Pyx_DECREF_SET(__pyx_v_own, ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_4));
               __pyx_t_4 = 0;
 
-              /* "ivshmem/_core.pyx":1078
+              /* "ivshmem/_core.pyx":1092
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
  *             if bell.nowait:
  *                 with contextlib.suppress(OSError):  # then as ring_nowait does without one             # <<<<<<<<<<<<<<
@@ -20557,23 +20751,23 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
             __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
             /*except:*/ {
               __Pyx_AddTraceback("ivshmem._core.Doorbells.echo", __pyx_clineno, __pyx_lineno, __pyx_filename);
-              if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_11, &__pyx_t_10) < 0) __PYX_ERR(0, 1078, __pyx_L12_except_error)
+              if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_11, &__pyx_t_10) < 0) __PYX_ERR(0, 1092, __pyx_L12_except_error)
               __Pyx_XGOTREF(__pyx_t_4);
               __Pyx_XGOTREF(__pyx_t_11);
               __Pyx_XGOTREF(__pyx_t_10);
               {
                 PyObject* __pyx_temp[3] = {__pyx_t_4, __pyx_t_11, __pyx_t_10};
-                __pyx_t_7 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 1078, __pyx_L12_except_error)
+                __pyx_t_7 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 1092, __pyx_L12_except_error)
                 __Pyx_GOTREF(__pyx_t_7);
               }
               __pyx_t_16 = __Pyx_PyObject_Call(__pyx_t_12, __pyx_t_7, NULL);
               __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
               __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-              if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 1078, __pyx_L12_except_error)
+              if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 1092, __pyx_L12_except_error)
               __Pyx_GOTREF(__pyx_t_16);
               __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_16);
               __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
-              if (__pyx_t_2 < (0)) __PYX_ERR(0, 1078, __pyx_L12_except_error)
+              if (__pyx_t_2 < (0)) __PYX_ERR(0, 1092, __pyx_L12_except_error)
               __pyx_t_17 = (!__pyx_t_2);
 
 
@@ -20584,7 +20778,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
                 __Pyx_XGIVEREF(__pyx_t_10);
                 __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_11, __pyx_t_10);
                 __pyx_t_4 = 0;  __pyx_t_11 = 0;  __pyx_t_10 = 0; 
-                __PYX_ERR(0, 1078, __pyx_L12_except_error)
+                __PYX_ERR(0, 1092, __pyx_L12_except_error)
               }
               __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
               __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
@@ -20610,7 +20804,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
             if (__pyx_t_12) {
               __pyx_t_15 = __Pyx_PyObject_Call(__pyx_t_12, __pyx_mstate_global->__pyx_tuple[0], NULL);
               __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 1078, __pyx_L1_error)
+              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 1092, __pyx_L1_error)
               __Pyx_GOTREF(__pyx_t_15);
               __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
             }
@@ -20625,7 +20819,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
         __pyx_L19:;
       }
 
-      /* "ivshmem/_core.pyx":1077
+      /* "ivshmem/_core.pyx":1091
  *             bell = self._doorbell_nowait(peer, answer)
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
  *             if bell.nowait:             # <<<<<<<<<<<<<<
@@ -20636,7 +20830,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
   }
   __pyx_L4:;
 
-  /* "ivshmem/_core.pyx":1080
+  /* "ivshmem/_core.pyx":1094
  *                 with contextlib.suppress(OSError):  # then as ring_nowait does without one
  *                     own = Signaller()
  *         gentle.bell = &bell.bell             # <<<<<<<<<<<<<<
@@ -20645,7 +20839,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   __pyx_v_gentle.bell = (&__pyx_v_bell->bell);
 
-  /* "ivshmem/_core.pyx":1081
+  /* "ivshmem/_core.pyx":1095
  *                     own = Signaller()
  *         gentle.bell = &bell.bell
  *         gentle.signaller = <void *>own             # <<<<<<<<<<<<<<
@@ -20654,7 +20848,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   __pyx_v_gentle.signaller = ((void *)__pyx_v_own);
 
-  /* "ivshmem/_core.pyx":1082
+  /* "ivshmem/_core.pyx":1096
  *         gentle.bell = &bell.bell
  *         gentle.signaller = <void *>own
  *         while True:             # <<<<<<<<<<<<<<
@@ -20663,7 +20857,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
   while (1) {
 
-    /* "ivshmem/_core.pyx":1085
+    /* "ivshmem/_core.pyx":1099
  *             done += self.serve(
  *                 vector,
  *                 ring_gently if bell.nowait else ring_bell,             # <<<<<<<<<<<<<<
@@ -20678,7 +20872,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
       __pyx_t_18 = __pyx_f_7ivshmem_6native_4bell_ring_bell;
     }
 
-    /* "ivshmem/_core.pyx":1086
+    /* "ivshmem/_core.pyx":1100
  *                 vector,
  *                 ring_gently if bell.nowait else ring_bell,
  *                 <void *>&gentle if bell.nowait else <void *>&bell.bell,             # <<<<<<<<<<<<<<
@@ -20693,30 +20887,30 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
       __pyx_t_19 = ((void *)(&__pyx_v_bell->bell));
     }
 
-    /* "ivshmem/_core.pyx":1089
+    /* "ivshmem/_core.pyx":1103
  *                 limit - done,
  *                 nanoseconds,
  *                 spin_of(spin),             # <<<<<<<<<<<<<<
  *                 &stopped,
  *             )
 */
-    __pyx_t_3 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_3 == ((int64_t)-2L))) __PYX_ERR(0, 1089, __pyx_L1_error)
+    __pyx_t_3 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_3 == ((int64_t)-2L))) __PYX_ERR(0, 1103, __pyx_L1_error)
 
-    /* "ivshmem/_core.pyx":1083
+    /* "ivshmem/_core.pyx":1097
  *         gentle.signaller = <void *>own
  *         while True:
  *             done += self.serve(             # <<<<<<<<<<<<<<
  *                 vector,
  *                 ring_gently if bell.nowait else ring_bell,
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->serve(__pyx_v_self, __pyx_v_vector, __pyx_t_18, __pyx_t_19, (__pyx_v_limit - __pyx_v_done), __pyx_v_nanoseconds, __pyx_t_3, (&__pyx_v_stopped)); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 1083, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->serve(__pyx_v_self, __pyx_v_vector, __pyx_t_18, __pyx_t_19, (__pyx_v_limit - __pyx_v_done), __pyx_v_nanoseconds, __pyx_t_3, (&__pyx_v_stopped)); if (unlikely(__pyx_t_1 == ((int64_t)-1L))) __PYX_ERR(0, 1097, __pyx_L1_error)
 
 
 
     __pyx_v_done = (__pyx_v_done + __pyx_t_1);
 
 
-    /* "ivshmem/_core.pyx":1092
+    /* "ivshmem/_core.pyx":1106
  *                 &stopped,
  *             )
  *             if stopped == 0:             # <<<<<<<<<<<<<<
@@ -20728,14 +20922,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
     if (__pyx_t_17) {
 
 
-      /* "ivshmem/_core.pyx":1093
+      /* "ivshmem/_core.pyx":1107
  *             )
  *             if stopped == 0:
  *                 return done             # <<<<<<<<<<<<<<
  *             self.attend(-EINTR)
  *             bell.ring()  # raises what stopped the loop, unless a signal did
 */
-      __pyx_t_10 = __Pyx_PyLong_From_int64_t(__pyx_v_done); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1093, __pyx_L1_error)
+      __pyx_t_10 = __Pyx_PyLong_From_int64_t(__pyx_v_done); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1107, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       {
         PyObject *__pyx_temp;
@@ -20748,7 +20942,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
       __pyx_t_10 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":1092
+      /* "ivshmem/_core.pyx":1106
  *                 &stopped,
  *             )
  *             if stopped == 0:             # <<<<<<<<<<<<<<
@@ -20757,17 +20951,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":1094
+    /* "ivshmem/_core.pyx":1108
  *             if stopped == 0:
  *                 return done
  *             self.attend(-EINTR)             # <<<<<<<<<<<<<<
  *             bell.ring()  # raises what stopped the loop, unless a signal did
  * 
 */
-    __pyx_t_20 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, (-EINTR)); if (unlikely(__pyx_t_20 == ((int)-1))) __PYX_ERR(0, 1094, __pyx_L1_error)
+    __pyx_t_20 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, (-EINTR)); if (unlikely(__pyx_t_20 == ((int)-1))) __PYX_ERR(0, 1108, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":1095
+    /* "ivshmem/_core.pyx":1109
  *                 return done
  *             self.attend(-EINTR)
  *             bell.ring()  # raises what stopped the loop, unless a signal did             # <<<<<<<<<<<<<<
@@ -20781,13 +20975,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
       PyObject *__pyx_callargs[2] = {__pyx_t_11, NULL};
       __pyx_t_10 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_ring, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
-      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1095, __pyx_L1_error)
+      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1109, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
     }
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
   }
 
-  /* "ivshmem/_core.pyx":1041
+  /* "ivshmem/_core.pyx":1055
  *         return done
  * 
  *     def echo(self, peer, Py_ssize_t vector=0, *, answer=None, rounds=None, timeout=None, spin=0):             # <<<<<<<<<<<<<<
@@ -20819,20 +21013,69 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_52echo(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1099
+/* "ivshmem/_core.pyx":1113
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
  *         """End a call; the last one in a closed endpoint closes the descriptors."""
- *         if ivshmem_leave(&self.state):
+ *         cdef Py_ssize_t i
 */
 
 static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5_core_Doorbells *__pyx_v_self) {
+  Py_ssize_t __pyx_v_i;
   int __pyx_t_1;
+  Py_ssize_t __pyx_t_2;
+  Py_ssize_t __pyx_t_3;
+  Py_ssize_t __pyx_t_4;
 
-  /* "ivshmem/_core.pyx":1101
- *     cdef void leave(self) noexcept nogil:
+  /* "ivshmem/_core.pyx":1116
  *         """End a call; the last one in a closed endpoint closes the descriptors."""
+ *         cdef Py_ssize_t i
+ *         if self.told is not None:             # <<<<<<<<<<<<<<
+ *             for i in range(length_of(self.told)):
+ *                 add_one(place_of(self.told, i)[0])
+*/
+  __pyx_t_1 = (((PyObject *)__pyx_v_self->told) != Py_None);
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_core.pyx":1117
+ *         cdef Py_ssize_t i
+ *         if self.told is not None:
+ *             for i in range(length_of(self.told)):             # <<<<<<<<<<<<<<
+ *                 add_one(place_of(self.told, i)[0])
+ *         if ivshmem_leave(&self.state):
+*/
+
+    __pyx_t_2 = __pyx_f_7ivshmem_6native_11descriptors_length_of(__pyx_v_self->told);
+    __pyx_t_3 = __pyx_t_2;
+
+    for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
+      __pyx_v_i = __pyx_t_4;
+
+      /* "ivshmem/_core.pyx":1118
+ *         if self.told is not None:
+ *             for i in range(length_of(self.told)):
+ *                 add_one(place_of(self.told, i)[0])             # <<<<<<<<<<<<<<
+ *         if ivshmem_leave(&self.state):
+ *             with gil:
+*/
+      (void)(__pyx_f_7ivshmem_6native_11descriptors_add_one((__pyx_f_7ivshmem_6native_11descriptors_place_of(__pyx_v_self->told, __pyx_v_i)[0])));
+    }
+
+
+    /* "ivshmem/_core.pyx":1116
+ *         """End a call; the last one in a closed endpoint closes the descriptors."""
+ *         cdef Py_ssize_t i
+ *         if self.told is not None:             # <<<<<<<<<<<<<<
+ *             for i in range(length_of(self.told)):
+ *                 add_one(place_of(self.told, i)[0])
+*/
+  }
+
+  /* "ivshmem/_core.pyx":1119
+ *             for i in range(length_of(self.told)):
+ *                 add_one(place_of(self.told, i)[0])
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
  *             with gil:
  *                 self.release()
@@ -20842,8 +21085,8 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1102
- *         """End a call; the last one in a closed endpoint closes the descriptors."""
+    /* "ivshmem/_core.pyx":1120
+ *                 add_one(place_of(self.told, i)[0])
  *         if ivshmem_leave(&self.state):
  *             with gil:             # <<<<<<<<<<<<<<
  *                 self.release()
@@ -20853,7 +21096,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
         PyGILState_STATE __pyx_gilstate_save = __Pyx_PyGILState_Ensure();
         /*try:*/ {
 
-          /* "ivshmem/_core.pyx":1103
+          /* "ivshmem/_core.pyx":1121
  *         if ivshmem_leave(&self.state):
  *             with gil:
  *                 self.release()             # <<<<<<<<<<<<<<
@@ -20863,8 +21106,8 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
           ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self);
         }
 
-        /* "ivshmem/_core.pyx":1102
- *         """End a call; the last one in a closed endpoint closes the descriptors."""
+        /* "ivshmem/_core.pyx":1120
+ *                 add_one(place_of(self.told, i)[0])
  *         if ivshmem_leave(&self.state):
  *             with gil:             # <<<<<<<<<<<<<<
  *                 self.release()
@@ -20873,33 +21116,34 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_leave(struct __pyx_obj_7ivshmem_5
         /*finally:*/ {
           /*normal exit:*/{
             __Pyx_PyGILState_Release(__pyx_gilstate_save);
-            goto __pyx_L6;
+            goto __pyx_L9;
           }
-          __pyx_L6:;
+          __pyx_L9:;
         }
     }
 
-    /* "ivshmem/_core.pyx":1101
- *     cdef void leave(self) noexcept nogil:
- *         """End a call; the last one in a closed endpoint closes the descriptors."""
+    /* "ivshmem/_core.pyx":1119
+ *             for i in range(length_of(self.told)):
+ *                 add_one(place_of(self.told, i)[0])
  *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
  *             with gil:
  *                 self.release()
 */
   }
 
-  /* "ivshmem/_core.pyx":1099
+  /* "ivshmem/_core.pyx":1113
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     cdef void leave(self) noexcept nogil:             # <<<<<<<<<<<<<<
  *         """End a call; the last one in a closed endpoint closes the descriptors."""
- *         if ivshmem_leave(&self.state):
+ *         cdef Py_ssize_t i
 */
 
   /* function exit code */
+
 }
 
-/* "ivshmem/_core.pyx":1105
+/* "ivshmem/_core.pyx":1123
  *                 self.release()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -20918,7 +21162,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/_core.pyx":1106
+  /* "ivshmem/_core.pyx":1124
  * 
  *     cdef void release(self) noexcept:
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -20929,7 +21173,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1107
+    /* "ivshmem/_core.pyx":1125
  *     cdef void release(self) noexcept:
  *         if self.relay is not None:
  *             self.relay.close()             # <<<<<<<<<<<<<<
@@ -20943,12 +21187,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1107, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1125, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1106
+    /* "ivshmem/_core.pyx":1124
  * 
  *     cdef void release(self) noexcept:
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -20957,7 +21201,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":1108
+  /* "ivshmem/_core.pyx":1126
  *         if self.relay is not None:
  *             self.relay.close()
  *         self.own.close()             # <<<<<<<<<<<<<<
@@ -20971,17 +21215,17 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1108, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1126, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1109
+  /* "ivshmem/_core.pyx":1127
  *             self.relay.close()
  *         self.own.close()
  *         self.wake.close()             # <<<<<<<<<<<<<<
  *         self.queued.close()
- *         if self.outer is not None:
+ *         if self.told is not None:
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_self->wake);
   __Pyx_INCREF(__pyx_t_3);
@@ -20990,17 +21234,17 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1109, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1127, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1110
+  /* "ivshmem/_core.pyx":1128
  *         self.own.close()
  *         self.wake.close()
  *         self.queued.close()             # <<<<<<<<<<<<<<
- *         if self.outer is not None:
- *             self.outer.close()
+ *         if self.told is not None:
+ *             self.told.close()
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_self->queued);
   __Pyx_INCREF(__pyx_t_3);
@@ -21009,14 +21253,53 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1110, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1128, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1111
+  /* "ivshmem/_core.pyx":1129
  *         self.wake.close()
  *         self.queued.close()
+ *         if self.told is not None:             # <<<<<<<<<<<<<<
+ *             self.told.close()
+ *         if self.outer is not None:
+*/
+  __pyx_t_1 = (((PyObject *)__pyx_v_self->told) != Py_None);
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/_core.pyx":1130
+ *         self.queued.close()
+ *         if self.told is not None:
+ *             self.told.close()             # <<<<<<<<<<<<<<
+ *         if self.outer is not None:
+ *             self.outer.close()
+*/
+    __pyx_t_3 = ((PyObject *)__pyx_v_self->told);
+    __Pyx_INCREF(__pyx_t_3);
+    __pyx_t_4 = 0;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
+      __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1130, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+    }
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+    /* "ivshmem/_core.pyx":1129
+ *         self.wake.close()
+ *         self.queued.close()
+ *         if self.told is not None:             # <<<<<<<<<<<<<<
+ *             self.told.close()
+ *         if self.outer is not None:
+*/
+  }
+
+  /* "ivshmem/_core.pyx":1131
+ *         if self.told is not None:
+ *             self.told.close()
  *         if self.outer is not None:             # <<<<<<<<<<<<<<
  *             self.outer.close()
  *         if self.epoll is not None:
@@ -21025,8 +21308,8 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1112
- *         self.queued.close()
+    /* "ivshmem/_core.pyx":1132
+ *             self.told.close()
  *         if self.outer is not None:
  *             self.outer.close()             # <<<<<<<<<<<<<<
  *         if self.epoll is not None:
@@ -21039,21 +21322,21 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1112, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1132, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1111
- *         self.wake.close()
- *         self.queued.close()
+    /* "ivshmem/_core.pyx":1131
+ *         if self.told is not None:
+ *             self.told.close()
  *         if self.outer is not None:             # <<<<<<<<<<<<<<
  *             self.outer.close()
  *         if self.epoll is not None:
 */
   }
 
-  /* "ivshmem/_core.pyx":1113
+  /* "ivshmem/_core.pyx":1133
  *         if self.outer is not None:
  *             self.outer.close()
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -21064,7 +21347,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1114
+    /* "ivshmem/_core.pyx":1134
  *             self.outer.close()
  *         if self.epoll is not None:
  *             self.epoll.close()             # <<<<<<<<<<<<<<
@@ -21078,12 +21361,12 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1114, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1134, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1113
+    /* "ivshmem/_core.pyx":1133
  *         if self.outer is not None:
  *             self.outer.close()
  *         if self.epoll is not None:             # <<<<<<<<<<<<<<
@@ -21092,7 +21375,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
 */
   }
 
-  /* "ivshmem/_core.pyx":1115
+  /* "ivshmem/_core.pyx":1135
  *         if self.epoll is not None:
  *             self.epoll.close()
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -21106,7 +21389,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_2);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":1116
+        /* "ivshmem/_core.pyx":1136
  *             self.epoll.close()
  *         with cython.critical_section(self):
  *             self.signaller = None             # <<<<<<<<<<<<<<
@@ -21119,7 +21402,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
         __Pyx_DECREF_SET(__pyx_v_self->signaller, ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)Py_None));
       }
 
-      /* "ivshmem/_core.pyx":1115
+      /* "ivshmem/_core.pyx":1135
  *         if self.epoll is not None:
  *             self.epoll.close()
  *         with cython.critical_section(self):             # <<<<<<<<<<<<<<
@@ -21129,14 +21412,14 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
       /*finally:*/ {
         /*normal exit:*/{
           __Pyx_PyCriticalSection_End(&__pyx_cs);
-          goto __pyx_L8;
+          goto __pyx_L9;
         }
-        __pyx_L8:;
+        __pyx_L9:;
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   }
 
-  /* "ivshmem/_core.pyx":1105
+  /* "ivshmem/_core.pyx":1123
  *                 self.release()
  * 
  *     cdef void release(self) noexcept:             # <<<<<<<<<<<<<<
@@ -21155,7 +21438,7 @@ static void __pyx_f_7ivshmem_5_core_9Doorbells_release(struct __pyx_obj_7ivshmem
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/_core.pyx":1118
+/* "ivshmem/_core.pyx":1138
  *             self.signaller = None
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -21232,7 +21515,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/_core.pyx":1121
+        /* "ivshmem/_core.pyx":1141
  *     def _close_bells(self):
  *         """Close all doorbells; one in use is closed when its last user is done."""
  *         for bells in self.bells.values():             # <<<<<<<<<<<<<<
@@ -21242,9 +21525,9 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
         __pyx_t_3 = 0;
         if (unlikely(__pyx_v_self->bells == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "values");
-          __PYX_ERR(0, 1121, __pyx_L4_error)
+          __PYX_ERR(0, 1141, __pyx_L4_error)
         }
-        __pyx_t_6 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_values, (&__pyx_t_4), (&__pyx_t_5)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1121, __pyx_L4_error)
+        __pyx_t_6 = __Pyx_dict_iterator(__pyx_v_self->bells, 1, __pyx_mstate_global->__pyx_n_u_values, (&__pyx_t_4), (&__pyx_t_5)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1141, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_6);
         __Pyx_XDECREF(__pyx_t_2);
         __pyx_t_2 = __pyx_t_6;
@@ -21252,12 +21535,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
         while (1) {
           __pyx_t_7 = __Pyx_dict_iter_next(__pyx_t_2, __pyx_t_4, &__pyx_t_3, NULL, &__pyx_t_6, NULL, __pyx_t_5);
           if (unlikely(__pyx_t_7 == 0)) break;
-          if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 1121, __pyx_L4_error)
+          if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 1141, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
           __Pyx_XDECREF_SET(__pyx_v_bells, __pyx_t_6);
           __pyx_t_6 = 0;
 
-          /* "ivshmem/_core.pyx":1122
+          /* "ivshmem/_core.pyx":1142
  *         """Close all doorbells; one in use is closed when its last user is done."""
  *         for bells in self.bells.values():
  *             if bells is not self.own:             # <<<<<<<<<<<<<<
@@ -21268,7 +21551,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
           if (__pyx_t_8) {
 
 
-            /* "ivshmem/_core.pyx":1123
+            /* "ivshmem/_core.pyx":1143
  *         for bells in self.bells.values():
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()             # <<<<<<<<<<<<<<
@@ -21282,12 +21565,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
               PyObject *__pyx_callargs[2] = {__pyx_t_9, NULL};
               __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_10, (1-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1123, __pyx_L4_error)
+              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1143, __pyx_L4_error)
               __Pyx_GOTREF(__pyx_t_6);
             }
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-            /* "ivshmem/_core.pyx":1122
+            /* "ivshmem/_core.pyx":1142
  *         """Close all doorbells; one in use is closed when its last user is done."""
  *         for bells in self.bells.values():
  *             if bells is not self.own:             # <<<<<<<<<<<<<<
@@ -21298,7 +21581,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
         }
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-        /* "ivshmem/_core.pyx":1124
+        /* "ivshmem/_core.pyx":1144
  *             if bells is not self.own:
  *                 (<FdArray>bells).close()
  *         self.bells.clear()             # <<<<<<<<<<<<<<
@@ -21307,13 +21590,13 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
 */
         if (unlikely(__pyx_v_self->bells == Py_None)) {
           PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "clear");
-          __PYX_ERR(0, 1124, __pyx_L4_error)
+          __PYX_ERR(0, 1144, __pyx_L4_error)
         }
-        __pyx_t_11 = __Pyx_PyDict_Clear(__pyx_v_self->bells); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 1124, __pyx_L4_error)
+        __pyx_t_11 = __Pyx_PyDict_Clear(__pyx_v_self->bells); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 1144, __pyx_L4_error)
 
       }
 
-      /* "ivshmem/_core.pyx":1118
+      /* "ivshmem/_core.pyx":1138
  *             self.signaller = None
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -21351,7 +21634,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_54_close_bells(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1126
+/* "ivshmem/_core.pyx":1146
  *         self.bells.clear()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -21423,7 +21706,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/_core.pyx":1129
+  /* "ivshmem/_core.pyx":1149
  *         """Stop ringing and listening; waiting calls raise ClosedError. May be called twice."""
  *         # As one of the users, so that no other thread closes what is signalled here.
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -21435,7 +21718,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1130
+    /* "ivshmem/_core.pyx":1150
  *         # As one of the users, so that no other thread closes what is signalled here.
  *         if not ivshmem_enter(&self.state):
  *             return             # <<<<<<<<<<<<<<
@@ -21452,7 +21735,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1129
+    /* "ivshmem/_core.pyx":1149
  *         """Stop ringing and listening; waiting calls raise ClosedError. May be called twice."""
  *         # As one of the users, so that no other thread closes what is signalled here.
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -21461,7 +21744,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":1131
+  /* "ivshmem/_core.pyx":1151
  *         if not ivshmem_enter(&self.state):
  *             return
  *         try:             # <<<<<<<<<<<<<<
@@ -21470,7 +21753,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":1132
+    /* "ivshmem/_core.pyx":1152
  *             return
  *         try:
  *             self._unwatch_news()             # <<<<<<<<<<<<<<
@@ -21484,12 +21767,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_unwatch_news, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1132, __pyx_L5_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1152, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1133
+    /* "ivshmem/_core.pyx":1153
  *         try:
  *             self._unwatch_news()
  *             ivshmem_shut(&self.state)             # <<<<<<<<<<<<<<
@@ -21498,7 +21781,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
 */
     (void)(ivshmem_shut((&__pyx_v_self->state)));
 
-    /* "ivshmem/_core.pyx":1134
+    /* "ivshmem/_core.pyx":1154
  *             self._unwatch_news()
  *             ivshmem_shut(&self.state)
  *             self._close_bells()             # <<<<<<<<<<<<<<
@@ -21512,12 +21795,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close_bells, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1134, __pyx_L5_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1154, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1136
+    /* "ivshmem/_core.pyx":1156
  *             self._close_bells()
  *             # In a forked child the other users are threads of the parent, and the eventfds too.
  *             if getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -21529,7 +21812,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1137
+      /* "ivshmem/_core.pyx":1157
  *             # In a forked child the other users are threads of the parent, and the eventfds too.
  *             if getpid() == self.pid:
  *                 self.wake.signal(0)             # <<<<<<<<<<<<<<
@@ -21543,22 +21826,22 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
         PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_0};
         __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1137, __pyx_L5_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1157, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/_core.pyx":1138
+      /* "ivshmem/_core.pyx":1158
  *             if getpid() == self.pid:
  *                 self.wake.signal(0)
  *                 self.wake_sleepers()             # <<<<<<<<<<<<<<
  *             else:
  *                 self.release()
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wake_sleepers(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 1138, __pyx_L5_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->wake_sleepers(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 1158, __pyx_L5_error)
 
 
-      /* "ivshmem/_core.pyx":1136
+      /* "ivshmem/_core.pyx":1156
  *             self._close_bells()
  *             # In a forked child the other users are threads of the parent, and the eventfds too.
  *             if getpid() == self.pid:             # <<<<<<<<<<<<<<
@@ -21568,7 +21851,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
       goto __pyx_L7;
     }
 
-    /* "ivshmem/_core.pyx":1140
+    /* "ivshmem/_core.pyx":1160
  *                 self.wake_sleepers()
  *             else:
  *                 self.release()             # <<<<<<<<<<<<<<
@@ -21581,7 +21864,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
     __pyx_L7:;
   }
 
-  /* "ivshmem/_core.pyx":1142
+  /* "ivshmem/_core.pyx":1162
  *                 self.release()
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -21627,7 +21910,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
     __pyx_L6:;
   }
 
-  /* "ivshmem/_core.pyx":1126
+  /* "ivshmem/_core.pyx":1146
  *         self.bells.clear()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -21649,7 +21932,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_56close(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1144
+/* "ivshmem/_core.pyx":1164
  *             self.leave()
  * 
  *     cdef int wake_sleepers(self) except -1:             # <<<<<<<<<<<<<<
@@ -21678,7 +21961,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wake_sleepers", 0);
 
-  /* "ivshmem/_core.pyx":1151
+  /* "ivshmem/_core.pyx":1171
  *         """
  *         cdef Signaller signaller
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -21689,7 +21972,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1152
+    /* "ivshmem/_core.pyx":1172
  *         cdef Signaller signaller
  *         if self.relay is not None:
  *             for vector in range(length_of(self.own)):             # <<<<<<<<<<<<<<
@@ -21706,7 +21989,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
     for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
       __pyx_v_vector = __pyx_t_5;
 
-      /* "ivshmem/_core.pyx":1153
+      /* "ivshmem/_core.pyx":1173
  *         if self.relay is not None:
  *             for vector in range(length_of(self.own)):
  *                 self.own.signal(vector)             # <<<<<<<<<<<<<<
@@ -21715,7 +21998,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
 */
       __pyx_t_6 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_6);
-      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 1153, __pyx_L1_error)
+      __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_vector); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 1173, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_8 = 0;
       {
@@ -21723,14 +22006,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
         __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1153, __pyx_L1_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1173, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     }
 
 
-    /* "ivshmem/_core.pyx":1151
+    /* "ivshmem/_core.pyx":1171
  *         """
  *         cdef Signaller signaller
  *         if self.relay is not None:             # <<<<<<<<<<<<<<
@@ -21740,7 +22023,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
     goto __pyx_L3;
   }
 
-  /* "ivshmem/_core.pyx":1154
+  /* "ivshmem/_core.pyx":1174
  *             for vector in range(length_of(self.own)):
  *                 self.own.signal(vector)
  *         elif ivshmem_count(&self.sleepers, 0):             # <<<<<<<<<<<<<<
@@ -21752,19 +22035,19 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1155
+    /* "ivshmem/_core.pyx":1175
  *                 self.own.signal(vector)
  *         elif ivshmem_count(&self.sleepers, 0):
  *             signaller = self.quiet()             # <<<<<<<<<<<<<<
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left
  *                 return 0
 */
-    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1155, __pyx_L1_error)
+    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->quiet(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1175, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __pyx_v_signaller = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1156
+    /* "ivshmem/_core.pyx":1176
  *         elif ivshmem_count(&self.sleepers, 0):
  *             signaller = self.quiet()
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left             # <<<<<<<<<<<<<<
@@ -21775,7 +22058,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1157
+      /* "ivshmem/_core.pyx":1177
  *             signaller = self.quiet()
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left
  *                 return 0             # <<<<<<<<<<<<<<
@@ -21788,7 +22071,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":1156
+      /* "ivshmem/_core.pyx":1176
  *         elif ivshmem_count(&self.sleepers, 0):
  *             signaller = self.quiet()
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left             # <<<<<<<<<<<<<<
@@ -21797,7 +22080,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/_core.pyx":1158
+    /* "ivshmem/_core.pyx":1178
  *             if signaller is None:  # fs.aio-max-nr is used up, or no descriptor is left
  *                 return 0
  *             signaller.signal(             # <<<<<<<<<<<<<<
@@ -21808,14 +22091,14 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
     __Pyx_INCREF(__pyx_t_7);
     { /* enter inner scope */
 
-      /* "ivshmem/_core.pyx":1159
+      /* "ivshmem/_core.pyx":1179
  *                 return 0
  *             signaller.signal(
  *                 [place_of(self.own, vector)[0] for vector in range(length_of(self.own))]             # <<<<<<<<<<<<<<
  *             )
  *         return 0
 */
-      __pyx_t_6 = PyList_New(0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1159, __pyx_L1_error)
+      __pyx_t_6 = PyList_New(0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 1179, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __pyx_t_9 = ((PyObject *)__pyx_v_self->own);
       __Pyx_INCREF(__pyx_t_9);
@@ -21828,11 +22111,11 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
         __pyx_8genexpr2__pyx_v_vector = __pyx_t_5;
         __pyx_t_9 = ((PyObject *)__pyx_v_self->own);
         __Pyx_INCREF(__pyx_t_9);
-        __pyx_t_10 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_9), __pyx_8genexpr2__pyx_v_vector)[0])); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1159, __pyx_L1_error)
+        __pyx_t_10 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_9), __pyx_8genexpr2__pyx_v_vector)[0])); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 1179, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_10);
         __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
         __Pyx_GIVEREF(__pyx_t_10);
-        if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_6, __pyx_t_10))) __PYX_ERR(0, 1159, __pyx_L1_error)
+        if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_6, __pyx_t_10))) __PYX_ERR(0, 1179, __pyx_L1_error)
         __pyx_t_10 = 0;
       }
 
@@ -21843,12 +22126,12 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1158, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1178, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1154
+    /* "ivshmem/_core.pyx":1174
  *             for vector in range(length_of(self.own)):
  *                 self.own.signal(vector)
  *         elif ivshmem_count(&self.sleepers, 0):             # <<<<<<<<<<<<<<
@@ -21858,7 +22141,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   }
   __pyx_L3:;
 
-  /* "ivshmem/_core.pyx":1161
+  /* "ivshmem/_core.pyx":1181
  *                 [place_of(self.own, vector)[0] for vector in range(length_of(self.own))]
  *             )
  *         return 0             # <<<<<<<<<<<<<<
@@ -21871,7 +22154,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1144
+  /* "ivshmem/_core.pyx":1164
  *             self.leave()
  * 
  *     cdef int wake_sleepers(self) except -1:             # <<<<<<<<<<<<<<
@@ -21897,7 +22180,7 @@ static int __pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1165
+/* "ivshmem/_core.pyx":1185
  *     # -- for event loops that watch the descriptors themselves ------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -21944,32 +22227,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_vector,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1165, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1185, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1165, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1185, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_take", 0) < (0)) __PYX_ERR(0, 1165, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_take", 0) < (0)) __PYX_ERR(0, 1185, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_take", 1, 1, 1, i); __PYX_ERR(0, 1165, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_take", 1, 1, 1, i); __PYX_ERR(0, 1185, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1165, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1185, __pyx_L3_error)
     }
-    __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1166, __pyx_L3_error)
+    __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1186, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_take", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 1165, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_take", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 1185, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -22013,7 +22296,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_take", 0);
 
-  /* "ivshmem/_core.pyx":1169
+  /* "ivshmem/_core.pyx":1189
  *         """Return how often `vector` was rung since the last look; 0: not at all. Never waits."""
  *         cdef int64_t n
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -22025,17 +22308,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1170
+    /* "ivshmem/_core.pyx":1190
  *         cdef int64_t n
  *         if not ivshmem_enter(&self.state):
  *             self.check()             # <<<<<<<<<<<<<<
  *         try:
  *             self.check_vector(vector)
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1170, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1190, __pyx_L1_error)
 
 
-    /* "ivshmem/_core.pyx":1169
+    /* "ivshmem/_core.pyx":1189
  *         """Return how often `vector` was rung since the last look; 0: not at all. Never waits."""
  *         cdef int64_t n
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
@@ -22044,7 +22327,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/_core.pyx":1171
+  /* "ivshmem/_core.pyx":1191
  *         if not ivshmem_enter(&self.state):
  *             self.check()
  *         try:             # <<<<<<<<<<<<<<
@@ -22053,17 +22336,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
   /*try:*/ {
 
-    /* "ivshmem/_core.pyx":1172
+    /* "ivshmem/_core.pyx":1192
  *             self.check()
  *         try:
  *             self.check_vector(vector)             # <<<<<<<<<<<<<<
  *             n = self.take(vector)
  *             if n > 0 and not relay_fired(self):
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1172, __pyx_L5_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_v_vector); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1192, __pyx_L5_error)
 
 
-    /* "ivshmem/_core.pyx":1173
+    /* "ivshmem/_core.pyx":1193
  *         try:
  *             self.check_vector(vector)
  *             n = self.take(vector)             # <<<<<<<<<<<<<<
@@ -22072,7 +22355,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
     __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->take(__pyx_v_self, __pyx_v_vector);
 
-    /* "ivshmem/_core.pyx":1174
+    /* "ivshmem/_core.pyx":1194
  *             self.check_vector(vector)
  *             n = self.take(vector)
  *             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -22098,14 +22381,14 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1175
+      /* "ivshmem/_core.pyx":1195
  *             n = self.take(vector)
  *             if n > 0 and not relay_fired(self):
  *                 return n             # <<<<<<<<<<<<<<
  *             if n:
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
 */
-      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1175, __pyx_L5_error)
+      __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_v_n); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1195, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_4);
       {
         PyObject *__pyx_temp;
@@ -22118,7 +22401,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
       __pyx_t_4 = 0;
       goto __pyx_L4_return;
 
-      /* "ivshmem/_core.pyx":1174
+      /* "ivshmem/_core.pyx":1194
  *             self.check_vector(vector)
  *             n = self.take(vector)
  *             if n > 0 and not relay_fired(self):             # <<<<<<<<<<<<<<
@@ -22127,7 +22410,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":1176
+    /* "ivshmem/_core.pyx":1196
  *             if n > 0 and not relay_fired(self):
  *                 return n
  *             if n:             # <<<<<<<<<<<<<<
@@ -22139,7 +22422,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/_core.pyx":1177
+      /* "ivshmem/_core.pyx":1197
  *                 return n
  *             if n:
  *                 self.attend(n if n < 0 else <int64_t>NEWS)             # <<<<<<<<<<<<<<
@@ -22156,11 +22439,11 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
         __pyx_t_5 = ((int64_t)__pyx_e_7ivshmem_5_core_NEWS);
       }
 
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_5); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1177, __pyx_L5_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->attend(__pyx_v_self, __pyx_t_5); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 1197, __pyx_L5_error)
 
 
 
-      /* "ivshmem/_core.pyx":1176
+      /* "ivshmem/_core.pyx":1196
  *             if n > 0 and not relay_fired(self):
  *                 return n
  *             if n:             # <<<<<<<<<<<<<<
@@ -22169,7 +22452,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
 */
     }
 
-    /* "ivshmem/_core.pyx":1178
+    /* "ivshmem/_core.pyx":1198
  *             if n:
  *                 self.attend(n if n < 0 else <int64_t>NEWS)
  *             return 0             # <<<<<<<<<<<<<<
@@ -22188,7 +22471,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
     goto __pyx_L4_return;
   }
 
-  /* "ivshmem/_core.pyx":1180
+  /* "ivshmem/_core.pyx":1200
  *             return 0
  *         finally:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -22236,7 +22519,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
     }
   }
 
-  /* "ivshmem/_core.pyx":1165
+  /* "ivshmem/_core.pyx":1185
  *     # -- for event loops that watch the descriptors themselves ------------------------------------
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -22256,7 +22539,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_58_take(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1182
+/* "ivshmem/_core.pyx":1202
  *             self.leave()
  * 
  *     def _descriptor(self, which):             # <<<<<<<<<<<<<<
@@ -22304,32 +22587,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_which,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1182, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 1202, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1182, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1202, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_descriptor", 0) < (0)) __PYX_ERR(0, 1182, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_descriptor", 0) < (0)) __PYX_ERR(0, 1202, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_descriptor", 1, 1, 1, i); __PYX_ERR(0, 1182, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_descriptor", 1, 1, 1, i); __PYX_ERR(0, 1202, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1182, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 1202, __pyx_L3_error)
     }
     __pyx_v_which = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_descriptor", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 1182, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_descriptor", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 1202, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -22364,17 +22647,17 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_descriptor", 0);
 
-  /* "ivshmem/_core.pyx":1189
+  /* "ivshmem/_core.pyx":1209
  *                 the subclass queued; or "urgent", for `_read_news`: -1 if nothing urgent is watched.
  *         """
  *         self.check()             # <<<<<<<<<<<<<<
  *         if length_of(self.own) == 0:
  *             self._check_can_wait()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1189, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1209, __pyx_L1_error)
 
 
-  /* "ivshmem/_core.pyx":1190
+  /* "ivshmem/_core.pyx":1210
  *         """
  *         self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -22389,7 +22672,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1191
+    /* "ivshmem/_core.pyx":1211
  *         self.check()
  *         if length_of(self.own) == 0:
  *             self._check_can_wait()             # <<<<<<<<<<<<<<
@@ -22403,12 +22686,12 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_check_can_wait, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1191, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1211, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/_core.pyx":1190
+    /* "ivshmem/_core.pyx":1210
  *         """
  *         self.check()
  *         if length_of(self.own) == 0:             # <<<<<<<<<<<<<<
@@ -22417,27 +22700,27 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":1192
+  /* "ivshmem/_core.pyx":1212
  *         if length_of(self.own) == 0:
  *             self._check_can_wait()
  *         if which == "any":             # <<<<<<<<<<<<<<
  *             return self.anything().epfd
  *         if which == "queued":
 */
-  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_any, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1192, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_any, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1212, __pyx_L1_error)
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1193
+    /* "ivshmem/_core.pyx":1213
  *             self._check_can_wait()
  *         if which == "any":
  *             return self.anything().epfd             # <<<<<<<<<<<<<<
  *         if which == "queued":
  *             return self.queued.fds[0]
 */
-    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1193, __pyx_L1_error)
+    __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->anything(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1213, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_4 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_t_2)->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1193, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From_int(((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_t_2)->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1213, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     {
@@ -22451,7 +22734,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1192
+    /* "ivshmem/_core.pyx":1212
  *         if length_of(self.own) == 0:
  *             self._check_can_wait()
  *         if which == "any":             # <<<<<<<<<<<<<<
@@ -22460,25 +22743,25 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":1194
+  /* "ivshmem/_core.pyx":1214
  *         if which == "any":
  *             return self.anything().epfd
  *         if which == "queued":             # <<<<<<<<<<<<<<
  *             return self.queued.fds[0]
  *         if which == "urgent":
 */
-  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_queued, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1194, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_queued, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1214, __pyx_L1_error)
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1195
+    /* "ivshmem/_core.pyx":1215
  *             return self.anything().epfd
  *         if which == "queued":
  *             return self.queued.fds[0]             # <<<<<<<<<<<<<<
  *         if which == "urgent":
  *             return self.watched if self.urgent else -1
 */
-    __pyx_t_4 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1195, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyLong_From_int((__pyx_v_self->queued->fds[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1215, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     {
       PyObject *__pyx_temp;
@@ -22491,7 +22774,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1194
+    /* "ivshmem/_core.pyx":1214
  *         if which == "any":
  *             return self.anything().epfd
  *         if which == "queued":             # <<<<<<<<<<<<<<
@@ -22500,18 +22783,18 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":1196
+  /* "ivshmem/_core.pyx":1216
  *         if which == "queued":
  *             return self.queued.fds[0]
  *         if which == "urgent":             # <<<<<<<<<<<<<<
  *             return self.watched if self.urgent else -1
  *         self.check_vector(which)
 */
-  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_urgent, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1196, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_CompareBoolEq_object_str(__pyx_v_which, __pyx_mstate_global->__pyx_n_u_urgent, Py_EQ); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 1216, __pyx_L1_error)
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/_core.pyx":1197
+    /* "ivshmem/_core.pyx":1217
  *             return self.queued.fds[0]
  *         if which == "urgent":
  *             return self.watched if self.urgent else -1             # <<<<<<<<<<<<<<
@@ -22519,7 +22802,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
  *         return place_of(self.own, which)[0]
 */
     if (__pyx_v_self->urgent) {
-      __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1197, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->watched); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1217, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       __pyx_t_4 = __pyx_t_2;
       __pyx_t_2 = 0;
@@ -22538,7 +22821,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
     __pyx_t_4 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1196
+    /* "ivshmem/_core.pyx":1216
  *         if which == "queued":
  *             return self.queued.fds[0]
  *         if which == "urgent":             # <<<<<<<<<<<<<<
@@ -22547,19 +22830,19 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   }
 
-  /* "ivshmem/_core.pyx":1198
+  /* "ivshmem/_core.pyx":1218
  *         if which == "urgent":
  *             return self.watched if self.urgent else -1
  *         self.check_vector(which)             # <<<<<<<<<<<<<<
  *         return place_of(self.own, which)[0]
  * 
 */
-  __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_which); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1198, __pyx_L1_error)
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_t_6); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1198, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_which); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1218, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_self->__pyx_vtab)->check_vector(__pyx_v_self, __pyx_t_6); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 1218, __pyx_L1_error)
 
 
 
-  /* "ivshmem/_core.pyx":1199
+  /* "ivshmem/_core.pyx":1219
  *             return self.watched if self.urgent else -1
  *         self.check_vector(which)
  *         return place_of(self.own, which)[0]             # <<<<<<<<<<<<<<
@@ -22568,8 +22851,8 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 */
   __pyx_t_4 = ((PyObject *)__pyx_v_self->own);
   __Pyx_INCREF(__pyx_t_4);
-  __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_which); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1199, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_4), __pyx_t_6)[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1199, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyIndex_AsSsize_t(__pyx_v_which); if (unlikely((__pyx_t_6 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 1219, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_4), __pyx_t_6)[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1219, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
@@ -22584,7 +22867,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1182
+  /* "ivshmem/_core.pyx":1202
  *             self.leave()
  * 
  *     def _descriptor(self, which):             # <<<<<<<<<<<<<<
@@ -22604,7 +22887,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1211
+/* "ivshmem/_core.pyx":1231
  * 
  * 
  * cdef int64_t probe_eventfd(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22615,7 +22898,7 @@ static PyObject *__pyx_pf_7ivshmem_5_core_9Doorbells_60_descriptor(struct __pyx_
 static int64_t __pyx_f_7ivshmem_5_core_probe_eventfd(void *__pyx_v_what) {
   int64_t __pyx_r;
 
-  /* "ivshmem/_core.pyx":1212
+  /* "ivshmem/_core.pyx":1232
  * 
  * cdef int64_t probe_eventfd(void *what) noexcept nogil:
  *     return look((<int *>what)[0])             # <<<<<<<<<<<<<<
@@ -22628,7 +22911,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_eventfd(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1211
+  /* "ivshmem/_core.pyx":1231
  * 
  * 
  * cdef int64_t probe_eventfd(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22641,29 +22924,29 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_eventfd(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1215
+/* "ivshmem/_core.pyx":1235
  * 
  * 
  * cdef inline bint has_changed(Watched *watched) noexcept nogil:             # <<<<<<<<<<<<<<
- *     watched.seen = ivshmem_load(watched.address, watched.wide, SEQ_CST)
+ *     watched.seen = word_load(watched.address, watched.wide, SEQ_CST)
  *     return watched.seen != watched.old
 */
 
 static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_has_changed(struct __pyx_t_7ivshmem_5_core_Watched *__pyx_v_watched) {
   int __pyx_r;
 
-  /* "ivshmem/_core.pyx":1216
+  /* "ivshmem/_core.pyx":1236
  * 
  * cdef inline bint has_changed(Watched *watched) noexcept nogil:
- *     watched.seen = ivshmem_load(watched.address, watched.wide, SEQ_CST)             # <<<<<<<<<<<<<<
+ *     watched.seen = word_load(watched.address, watched.wide, SEQ_CST)             # <<<<<<<<<<<<<<
  *     return watched.seen != watched.old
  * 
 */
-  __pyx_v_watched->seen = ivshmem_load(__pyx_v_watched->address, __pyx_v_watched->wide, __ATOMIC_SEQ_CST);
+  __pyx_v_watched->seen = word_load(__pyx_v_watched->address, __pyx_v_watched->wide, __ATOMIC_SEQ_CST);
 
-  /* "ivshmem/_core.pyx":1217
+  /* "ivshmem/_core.pyx":1237
  * cdef inline bint has_changed(Watched *watched) noexcept nogil:
- *     watched.seen = ivshmem_load(watched.address, watched.wide, SEQ_CST)
+ *     watched.seen = word_load(watched.address, watched.wide, SEQ_CST)
  *     return watched.seen != watched.old             # <<<<<<<<<<<<<<
  * 
  * 
@@ -22674,11 +22957,11 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_has_changed(struct __pyx_t_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1215
+  /* "ivshmem/_core.pyx":1235
  * 
  * 
  * cdef inline bint has_changed(Watched *watched) noexcept nogil:             # <<<<<<<<<<<<<<
- *     watched.seen = ivshmem_load(watched.address, watched.wide, SEQ_CST)
+ *     watched.seen = word_load(watched.address, watched.wide, SEQ_CST)
  *     return watched.seen != watched.old
 */
 
@@ -22687,7 +22970,7 @@ static CYTHON_INLINE int __pyx_f_7ivshmem_5_core_has_changed(struct __pyx_t_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1220
+/* "ivshmem/_core.pyx":1240
  * 
  * 
  * cdef int64_t probe_word(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22703,7 +22986,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   long __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/_core.pyx":1221
+  /* "ivshmem/_core.pyx":1241
  * 
  * cdef int64_t probe_word(void *what) noexcept nogil:
  *     for _ in range(LOOKS):             # <<<<<<<<<<<<<<
@@ -22717,7 +23000,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v__ = __pyx_t_3;
 
-    /* "ivshmem/_core.pyx":1222
+    /* "ivshmem/_core.pyx":1242
  * cdef int64_t probe_word(void *what) noexcept nogil:
  *     for _ in range(LOOKS):
  *         if has_changed(<Watched *>what):             # <<<<<<<<<<<<<<
@@ -22729,7 +23012,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/_core.pyx":1223
+      /* "ivshmem/_core.pyx":1243
  *     for _ in range(LOOKS):
  *         if has_changed(<Watched *>what):
  *             return 1             # <<<<<<<<<<<<<<
@@ -22742,7 +23025,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
       }
       goto __pyx_L0;
 
-      /* "ivshmem/_core.pyx":1222
+      /* "ivshmem/_core.pyx":1242
  * cdef int64_t probe_word(void *what) noexcept nogil:
  *     for _ in range(LOOKS):
  *         if has_changed(<Watched *>what):             # <<<<<<<<<<<<<<
@@ -22751,7 +23034,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
 */
     }
 
-    /* "ivshmem/_core.pyx":1224
+    /* "ivshmem/_core.pyx":1244
  *         if has_changed(<Watched *>what):
  *             return 1
  *         ivshmem_pause()             # <<<<<<<<<<<<<<
@@ -22762,7 +23045,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   }
 
 
-  /* "ivshmem/_core.pyx":1225
+  /* "ivshmem/_core.pyx":1245
  *             return 1
  *         ivshmem_pause()
  *     return 0             # <<<<<<<<<<<<<<
@@ -22775,7 +23058,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1220
+  /* "ivshmem/_core.pyx":1240
  * 
  * 
  * cdef int64_t probe_word(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22789,7 +23072,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_word(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1228
+/* "ivshmem/_core.pyx":1248
  * 
  * 
  * cdef int64_t probe_plainly(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22803,7 +23086,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
   int __pyx_t_1;
   int64_t __pyx_t_2;
 
-  /* "ivshmem/_core.pyx":1230
+  /* "ivshmem/_core.pyx":1250
  * cdef int64_t probe_plainly(void *what) noexcept nogil:
  *     cdef uint64_t count
  *     if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):             # <<<<<<<<<<<<<<
@@ -22815,7 +23098,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/_core.pyx":1231
+    /* "ivshmem/_core.pyx":1251
  *     cdef uint64_t count
  *     if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):
  *         return count_of(count)             # <<<<<<<<<<<<<<
@@ -22828,7 +23111,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
     }
     goto __pyx_L0;
 
-    /* "ivshmem/_core.pyx":1230
+    /* "ivshmem/_core.pyx":1250
  * cdef int64_t probe_plainly(void *what) noexcept nogil:
  *     cdef uint64_t count
  *     if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):             # <<<<<<<<<<<<<<
@@ -22837,7 +23120,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
 */
   }
 
-  /* "ivshmem/_core.pyx":1232
+  /* "ivshmem/_core.pyx":1252
  *     if c_read((<int *>what)[0], &count, sizeof(count)) == sizeof(count):
  *         return count_of(count)
  *     return 0 if errno == EAGAIN else -errno             # <<<<<<<<<<<<<<
@@ -22859,7 +23142,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1228
+  /* "ivshmem/_core.pyx":1248
  * 
  * 
  * cdef int64_t probe_plainly(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22873,7 +23156,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_plainly(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1235
+/* "ivshmem/_core.pyx":1255
  * 
  * 
  * cdef bint is_readable(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22886,7 +23169,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
   struct timespec __pyx_v_none;
   int __pyx_r;
 
-  /* "ivshmem/_core.pyx":1238
+  /* "ivshmem/_core.pyx":1258
  *     cdef pollfd one
  *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0             # <<<<<<<<<<<<<<
@@ -22896,7 +23179,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
   __pyx_v_none.tv_sec = 0;
   __pyx_v_none.tv_nsec = 0;
 
-  /* "ivshmem/_core.pyx":1239
+  /* "ivshmem/_core.pyx":1259
  *     cdef timespec none
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd             # <<<<<<<<<<<<<<
@@ -22905,7 +23188,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
 */
   __pyx_v_one.fd = __pyx_v_fd;
 
-  /* "ivshmem/_core.pyx":1240
+  /* "ivshmem/_core.pyx":1260
  *     none.tv_sec = none.tv_nsec = 0
  *     one.fd = fd
  *     one.events = _POLLIN             # <<<<<<<<<<<<<<
@@ -22914,7 +23197,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
 */
   __pyx_v_one.events = POLLIN;
 
-  /* "ivshmem/_core.pyx":1241
+  /* "ivshmem/_core.pyx":1261
  *     one.fd = fd
  *     one.events = _POLLIN
  *     return ppoll(&one, 1, &none, NULL) == 1             # <<<<<<<<<<<<<<
@@ -22927,7 +23210,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1235
+  /* "ivshmem/_core.pyx":1255
  * 
  * 
  * cdef bint is_readable(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22942,7 +23225,7 @@ static int __pyx_f_7ivshmem_5_core_is_readable(int __pyx_v_fd) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1244
+/* "ivshmem/_core.pyx":1264
  * 
  * 
  * cdef int64_t probe_epoll(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -22959,7 +23242,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
   int64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/_core.pyx":1245
+  /* "ivshmem/_core.pyx":1265
  * 
  * cdef int64_t probe_epoll(void *what) noexcept nogil:
  *     cdef Polled *polled = <Polled *>what             # <<<<<<<<<<<<<<
@@ -22968,7 +23251,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
 */
   __pyx_v_polled = ((struct __pyx_t_7ivshmem_5_core_Polled *)__pyx_v_what);
 
-  /* "ivshmem/_core.pyx":1246
+  /* "ivshmem/_core.pyx":1266
  * cdef int64_t probe_epoll(void *what) noexcept nogil:
  *     cdef Polled *polled = <Polled *>what
  *     cdef int n = epoll_wait(polled.epfd, &polled.event, 1, 0)             # <<<<<<<<<<<<<<
@@ -22977,7 +23260,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
 */
   __pyx_v_n = epoll_wait(__pyx_v_polled->epfd, (&__pyx_v_polled->event), 1, 0);
 
-  /* "ivshmem/_core.pyx":1247
+  /* "ivshmem/_core.pyx":1267
  *     cdef Polled *polled = <Polled *>what
  *     cdef int n = epoll_wait(polled.epfd, &polled.event, 1, 0)
  *     return n if n >= 0 else 0 if errno == EINTR else -errno             # <<<<<<<<<<<<<<
@@ -23008,7 +23291,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1244
+  /* "ivshmem/_core.pyx":1264
  * 
  * 
  * cdef int64_t probe_epoll(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -23023,7 +23306,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_epoll(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/_core.pyx":1250
+/* "ivshmem/_core.pyx":1270
  * 
  * 
  * cdef int64_t probe_poll(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -23041,7 +23324,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
   int64_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/_core.pyx":1251
+  /* "ivshmem/_core.pyx":1271
  * 
  * cdef int64_t probe_poll(void *what) noexcept nogil:
  *     cdef Polled *polled = <Polled *>what             # <<<<<<<<<<<<<<
@@ -23050,7 +23333,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
 */
   __pyx_v_polled = ((struct __pyx_t_7ivshmem_5_core_Polled *)__pyx_v_what);
 
-  /* "ivshmem/_core.pyx":1254
+  /* "ivshmem/_core.pyx":1274
  *     cdef timespec none
  *     cdef int n
  *     none.tv_sec = none.tv_nsec = 0             # <<<<<<<<<<<<<<
@@ -23060,7 +23343,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
   __pyx_v_none.tv_sec = 0;
   __pyx_v_none.tv_nsec = 0;
 
-  /* "ivshmem/_core.pyx":1255
+  /* "ivshmem/_core.pyx":1275
  *     cdef int n
  *     none.tv_sec = none.tv_nsec = 0
  *     n = ppoll(polled.fds, polled.count, &none, NULL)             # <<<<<<<<<<<<<<
@@ -23068,7 +23351,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
 */
   __pyx_v_n = ppoll(__pyx_v_polled->fds, __pyx_v_polled->count, (&__pyx_v_none), NULL);
 
-  /* "ivshmem/_core.pyx":1256
+  /* "ivshmem/_core.pyx":1276
  *     none.tv_sec = none.tv_nsec = 0
  *     n = ppoll(polled.fds, polled.count, &none, NULL)
  *     return n if n >= 0 else 0 if errno == EINTR else -errno             # <<<<<<<<<<<<<<
@@ -23097,7 +23380,7 @@ static int64_t __pyx_f_7ivshmem_5_core_probe_poll(void *__pyx_v_what) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/_core.pyx":1250
+  /* "ivshmem/_core.pyx":1270
  * 
  * 
  * cdef int64_t probe_poll(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -23123,6 +23406,7 @@ static PyObject *__pyx_tp_new__initialisation_7ivshmem_5_core_Doorbells(PyObject
   p->registers = ((struct __pyx_obj_7ivshmem_6native_7mapping_Registers *)Py_None); Py_INCREF(Py_None);
   p->wake = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)Py_None); Py_INCREF(Py_None);
   p->queued = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)Py_None); Py_INCREF(Py_None);
+  p->told = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)Py_None); Py_INCREF(Py_None);
   p->epoll = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)Py_None); Py_INCREF(Py_None);
   p->outer = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)Py_None); Py_INCREF(Py_None);
   p->relay = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *)Py_None); Py_INCREF(Py_None);
@@ -23160,6 +23444,7 @@ static void __pyx_tp_dealloc_7ivshmem_5_core_Doorbells(PyObject *o) {
   Py_CLEAR(p->registers);
   Py_CLEAR(p->wake);
   Py_CLEAR(p->queued);
+  Py_CLEAR(p->told);
   Py_CLEAR(p->epoll);
   Py_CLEAR(p->outer);
   Py_CLEAR(p->relay);
@@ -23201,6 +23486,9 @@ static int __pyx_tp_traverse_7ivshmem_5_core_Doorbells(PyObject *o, visitproc v,
   if (p->queued) {
     e = (*v)(((PyObject *)p->queued), a); if (e) return e;
   }
+  if (p->told) {
+    e = (*v)(((PyObject *)p->told), a); if (e) return e;
+  }
   if (p->epoll) {
     e = (*v)(((PyObject *)p->epoll), a); if (e) return e;
   }
@@ -23236,6 +23524,9 @@ static int __pyx_tp_clear_7ivshmem_5_core_Doorbells(PyObject *o) {
   Py_XDECREF(tmp);
   tmp = ((PyObject*)p->queued);
   p->queued = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)Py_None); Py_INCREF(Py_None);
+  Py_XDECREF(tmp);
+  tmp = ((PyObject*)p->told);
+  p->told = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)Py_None); Py_INCREF(Py_None);
   Py_XDECREF(tmp);
   tmp = ((PyObject*)p->epoll);
   p->epoll = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)Py_None); Py_INCREF(Py_None);
@@ -23466,6 +23757,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Doorbells(__pyx_mstat
   __pyx_vtable_7ivshmem_5_core_Doorbells.several = (PyObject *(*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, PyObject *, PyObject *))__pyx_f_7ivshmem_5_core_9Doorbells_several;
   __pyx_vtable_7ivshmem_5_core_Doorbells.ring_several = (Py_ssize_t (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, PyObject *))__pyx_f_7ivshmem_5_core_9Doorbells_ring_several;
   __pyx_vtable_7ivshmem_5_core_Doorbells.check_vector = (int (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, Py_ssize_t))__pyx_f_7ivshmem_5_core_9Doorbells_check_vector;
+  __pyx_vtable_7ivshmem_5_core_Doorbells.tell_after_waits = (int (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, int))__pyx_f_7ivshmem_5_core_9Doorbells_tell_after_waits;
   __pyx_vtable_7ivshmem_5_core_Doorbells.anything = (struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *(*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_anything;
   __pyx_vtable_7ivshmem_5_core_Doorbells.watch_all = (struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *(*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_watch_all;
   __pyx_vtable_7ivshmem_5_core_Doorbells.wait_one = (PyObject *(*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, Py_ssize_t, PyObject *, int64_t))__pyx_f_7ivshmem_5_core_9Doorbells_wait_one;
@@ -23480,14 +23772,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Doorbells(__pyx_mstat
   __pyx_vtable_7ivshmem_5_core_Doorbells.wake_sleepers = (int (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_wake_sleepers;
   __pyx_vtable_7ivshmem_5_core_Doorbells.release = (void (*)(struct __pyx_obj_7ivshmem_5_core_Doorbells *))__pyx_f_7ivshmem_5_core_9Doorbells_release;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Doorbells_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells)) __PYX_ERR(0, 153, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_5_core_Doorbells_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells)) __PYX_ERR(0, 154, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = &__pyx_type_7ivshmem_5_core_Doorbells;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 153, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 154, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells);
@@ -23497,8 +23789,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_5_core_Doorbells(__pyx_mstat
     __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_vtabptr_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 153, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Doorbells, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 153, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_vtabptr_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 154, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Doorbells, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) < (0)) __PYX_ERR(0, 154, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -24043,8 +24335,8 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  * from .native.spin cimport HABITS, Probe, spin_of, Spinner, Turn
  * 
  * import contextlib             # <<<<<<<<<<<<<<
+ * import os
  * from collections import namedtuple
- * 
 */
   __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_contextlib, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 35, __pyx_L1_error)
   __pyx_t_2 = __pyx_t_1;
@@ -24055,28 +24347,41 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   /* "ivshmem/_core.pyx":36
  * 
  * import contextlib
+ * import os             # <<<<<<<<<<<<<<
+ * from collections import namedtuple
+ * 
+*/
+  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_os, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 36, __pyx_L1_error)
+  __pyx_t_2 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_2);
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_os, __pyx_t_2) < (0)) __PYX_ERR(0, 36, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/_core.pyx":37
+ * import contextlib
+ * import os
  * from collections import namedtuple             # <<<<<<<<<<<<<<
  * 
  * from .errors import ClosedError, NoSuchVector, ProtocolError
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_namedtuple};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_collections, __pyx_imported_names, 1, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 36, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_collections, __pyx_imported_names, 1, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 37, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_namedtuple};
     __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 36, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 37, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 36, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 37, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":38
+  /* "ivshmem/_core.pyx":39
  * from collections import namedtuple
  * 
  * from .errors import ClosedError, NoSuchVector, ProtocolError             # <<<<<<<<<<<<<<
@@ -24085,22 +24390,22 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_NoSuchVector,__pyx_mstate_global->__pyx_n_u_ProtocolError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 3, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 38, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 3, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 39, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_NoSuchVector,__pyx_mstate_global->__pyx_n_u_ProtocolError};
     for (__pyx_t_3=0; __pyx_t_3 < 3; __pyx_t_3++) {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 38, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 39, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 38, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 39, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":40
+  /* "ivshmem/_core.pyx":41
  * from .errors import ClosedError, NoSuchVector, ProtocolError
  * 
  * Interrupt = namedtuple("Interrupt", ["vector", "rings"], module="ivshmem")             # <<<<<<<<<<<<<<
@@ -24108,11 +24413,11 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
  * 
 */
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_namedtuple); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 40, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_namedtuple); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 41, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   {
     PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_n_u_vector, __pyx_mstate_global->__pyx_n_u_rings};
-    __pyx_t_6 = __Pyx_PyList_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 40, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyList_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 41, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
   }
   #if CYTHON_VECTORCALL
@@ -24122,13 +24427,13 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
     PyObject *__pyx_callargs[4] = {__pyx_t_4, __pyx_mstate_global->__pyx_n_u_Interrupt, __pyx_t_6, __pyx_mstate_global->__pyx_n_u_ivshmem};
     #if CYTHON_VECTORCALL
     __pyx_t_8 = __pyx_mstate_global->__pyx_tuple[1];
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 40, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 41, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_8);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_module_2};
       __pyx_t_8 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+3, 1);
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 40, __pyx_L1_error)
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 41, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
     }
     #endif
@@ -24139,25 +24444,25 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
     #endif
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 40, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 41, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_Interrupt, __pyx_t_2) < (0)) __PYX_ERR(0, 40, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_Interrupt, __pyx_t_2) < (0)) __PYX_ERR(0, 41, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":41
+  /* "ivshmem/_core.pyx":42
  * 
  * Interrupt = namedtuple("Interrupt", ["vector", "rings"], module="ivshmem")
  * Interrupt.__doc__ = "A vector of this endpoint was rung `rings` times since it was last waited for."             # <<<<<<<<<<<<<<
  * 
  * cdef object OFF = 0  # the same object as a caller's 0: CPython has one of each small number
 */
-  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 41, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_Interrupt); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 42, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (__Pyx_PyObject_SetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_doc, __pyx_mstate_global->__pyx_kp_u_A_vector_of_this_endpoint_was_ru) < (0)) __PYX_ERR(0, 41, __pyx_L1_error)
+  if (__Pyx_PyObject_SetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_doc, __pyx_mstate_global->__pyx_kp_u_A_vector_of_this_endpoint_was_ru) < (0)) __PYX_ERR(0, 42, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":43
+  /* "ivshmem/_core.pyx":44
  * Interrupt.__doc__ = "A vector of this endpoint was rung `rings` times since it was last waited for."
  * 
  * cdef object OFF = 0  # the same object as a caller's 0: CPython has one of each small number             # <<<<<<<<<<<<<<
@@ -24169,361 +24474,361 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   __Pyx_DECREF_SET(__pyx_v_7ivshmem_5_core_OFF, __pyx_mstate_global->__pyx_int_0);
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_int_0);
 
-  /* "ivshmem/_core.pyx":173
+  /* "ivshmem/_core.pyx":174
  *         self.state = 0
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: connect again, or open the"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 173, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 174, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 173, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 174, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":181
+  /* "ivshmem/_core.pyx":182
  *     # The hooks, which subclasses override; see EndpointHooks.
  * 
  *     def _read_news(self):             # <<<<<<<<<<<<<<
  *         raise NotImplementedError
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_5_read_news, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__read_news, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 181, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_5_read_news, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__read_news, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 182, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_read_news, __pyx_t_2) < (0)) __PYX_ERR(0, 181, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_read_news, __pyx_t_2) < (0)) __PYX_ERR(0, 182, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":184
+  /* "ivshmem/_core.pyx":185
  *         raise NotImplementedError
  * 
  *     def _look_for(self, peer, vector):             # <<<<<<<<<<<<<<
  *         raise NotImplementedError
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_7_look_for, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__look_for, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 184, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_7_look_for, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__look_for, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 185, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_look_for, __pyx_t_2) < (0)) __PYX_ERR(0, 184, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_look_for, __pyx_t_2) < (0)) __PYX_ERR(0, 185, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":187
+  /* "ivshmem/_core.pyx":188
  *         raise NotImplementedError
  * 
  *     def _check_can_wait(self):             # <<<<<<<<<<<<<<
  *         pass
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_9_check_can_wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__check_can_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 187, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_9_check_can_wait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__check_can_wait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 188, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_check_can_wait, __pyx_t_2) < (0)) __PYX_ERR(0, 187, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_check_can_wait, __pyx_t_2) < (0)) __PYX_ERR(0, 188, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":192
+  /* "ivshmem/_core.pyx":193
  *     # Bookkeeping, called with the GIL held.
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _watch_news(self, int fd, *, bint urgent=False):
  *         """Call `_read_news()` when `fd`, which is borrowed, is readable.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 192, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 193, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/_core.pyx":193
+  /* "ivshmem/_core.pyx":194
  * 
  *     @cython.critical_section
  *     def _watch_news(self, int fd, *, bint urgent=False):             # <<<<<<<<<<<<<<
  *         """Call `_read_news()` when `fd`, which is borrowed, is readable.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_urgent, Py_False) < (0)) __PYX_ERR(0, 192, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_urgent, Py_False) < (0)) __PYX_ERR(0, 193, __pyx_L1_error)
 
-  /* "ivshmem/_core.pyx":192
+  /* "ivshmem/_core.pyx":193
  *     # Bookkeeping, called with the GIL held.
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _watch_news(self, int fd, *, bint urgent=False):
  *         """Call `_read_news()` when `fd`, which is borrowed, is readable.
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_11_watch_news, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__watch_news, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 192, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_11_watch_news, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__watch_news, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 193, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_5, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_watch_news, __pyx_t_5) < (0)) __PYX_ERR(0, 192, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_watch_news, __pyx_t_5) < (0)) __PYX_ERR(0, 193, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":203
+  /* "ivshmem/_core.pyx":204
  *             self.epoll.add(fd, TOKEN_NEWS, _EPOLLIN)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _unwatch_news(self):
  *         """Forget the descriptor of `_watch_news`, before it is closed."""
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_13_unwatch_news, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__unwatch_news, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 203, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_13_unwatch_news, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__unwatch_news, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 204, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_unwatch_news, __pyx_t_5) < (0)) __PYX_ERR(0, 203, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_unwatch_news, __pyx_t_5) < (0)) __PYX_ERR(0, 204, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":213
+  /* "ivshmem/_core.pyx":214
  *         self.urgent = False
  * 
  *     def _listen_alone(self, Relay relay not None):             # <<<<<<<<<<<<<<
  *         """Sleep in plain reads of the own eventfds: no other process has them, and they may block.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_15_listen_alone, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__listen_alone, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 213, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_15_listen_alone, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__listen_alone, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 214, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_listen_alone, __pyx_t_5) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_listen_alone, __pyx_t_5) < (0)) __PYX_ERR(0, 214, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":221
+  /* "ivshmem/_core.pyx":222
  *         self.relay = relay
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _add_vector(self, fd):
  *         """Listen on `fd`, a number or an Fd, as the next vector; owns it, also when this fails.
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_17_add_vector, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_vector, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 221, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_17_add_vector, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_vector, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 222, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_vector, __pyx_t_5) < (0)) __PYX_ERR(0, 221, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_vector, __pyx_t_5) < (0)) __PYX_ERR(0, 222, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":235
+  /* "ivshmem/_core.pyx":236
  *             self.epoll.add(number, vector, _EPOLLIN)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _add_bell(self, peer, fd):
  *         """Ring the peer's next vector through `fd`, a number or an Fd; owns it, also on failure.
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_19_add_bell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_bell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 235, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_19_add_bell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__add_bell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 236, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_bell, __pyx_t_5) < (0)) __PYX_ERR(0, 235, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_add_bell, __pyx_t_5) < (0)) __PYX_ERR(0, 236, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":258
+  /* "ivshmem/_core.pyx":259
  *         raise ProtocolError(f"what came for vector {vector} of {whose} is not an eventfd")
  * 
  *     def _listen_uio(self, int fd):             # <<<<<<<<<<<<<<
  *         """Listen on `fd`, an open UIO device in non-blocking mode, as the only vector; owns it.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_21_listen_uio, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__listen_uio, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 258, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_21_listen_uio, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__listen_uio, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 259, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_listen_uio, __pyx_t_5) < (0)) __PYX_ERR(0, 258, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_listen_uio, __pyx_t_5) < (0)) __PYX_ERR(0, 259, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":268
+  /* "ivshmem/_core.pyx":269
  *         self.uio = True
  * 
  *     def _ring_by(self, Registers registers not None, Py_ssize_t doorbell, Py_ssize_t vectors):             # <<<<<<<<<<<<<<
  *         """Ring any peer by storing peer << 16 | vector to the register at `doorbell`.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_23_ring_by, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_by, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 268, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_23_ring_by, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_by, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 269, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_by, __pyx_t_5) < (0)) __PYX_ERR(0, 268, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_by, __pyx_t_5) < (0)) __PYX_ERR(0, 269, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":277
+  /* "ivshmem/_core.pyx":278
  *         self.bells_each = vectors
  * 
  *     def _ring_self(self, peer):             # <<<<<<<<<<<<<<
  *         """Let rings of `peer`, this endpoint's own id, reach its own vectors."""
  *         self.bells[peer] = self.own
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_25_ring_self, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_self, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 277, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_25_ring_self, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__ring_self, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 278, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_self, __pyx_t_5) < (0)) __PYX_ERR(0, 277, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_self, __pyx_t_5) < (0)) __PYX_ERR(0, 278, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":281
+  /* "ivshmem/_core.pyx":282
  *         self.bells[peer] = self.own
  * 
  *     def _bells(self, peer):             # <<<<<<<<<<<<<<
  *         """Return how many doorbells `peer` has; None if it is unknown."""
  *         cdef FdArray bells = self.bells.get(peer)
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_27_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 281, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_27_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 282, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_bells, __pyx_t_5) < (0)) __PYX_ERR(0, 281, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_bells, __pyx_t_5) < (0)) __PYX_ERR(0, 282, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":286
+  /* "ivshmem/_core.pyx":287
  *         return None if bells is None else length_of(bells)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _drop_peer(self, peer):
  *         """Close the doorbells of `peer`, if it has any."""
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_29_drop_peer, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__drop_peer, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 286, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_29_drop_peer, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__drop_peer, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 287, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_drop_peer, __pyx_t_5) < (0)) __PYX_ERR(0, 286, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_drop_peer, __pyx_t_5) < (0)) __PYX_ERR(0, 287, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":308
+  /* "ivshmem/_core.pyx":309
  *         return 0
  * 
  *     def _set_queued(self, bint anything):             # <<<<<<<<<<<<<<
  *         """Note whether events were taken in that the program has not asked for yet."""
  *         if not ivshmem_enter(&self.state):
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_31_set_queued, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__set_queued, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 308, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_31_set_queued, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__set_queued, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 309, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_set_queued, __pyx_t_5) < (0)) __PYX_ERR(0, 308, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_set_queued, __pyx_t_5) < (0)) __PYX_ERR(0, 309, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":320
- *             self.leave()
+  /* "ivshmem/_core.pyx":334
+ *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def fileno(self):
  *         """Return a descriptor for an event loop: readable while `events(timeout=0)` has any.
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_33fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 320, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_33fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 334, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_5) < (0)) __PYX_ERR(0, 320, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_5) < (0)) __PYX_ERR(0, 334, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":464
+  /* "ivshmem/_core.pyx":478
  *         return bells if bells is not None and 0 <= vector < length_of(bells) else None
  * 
  *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
  *         """Look up a doorbell that is rung often: `Doorbell.ring` is a little quicker than `ring`.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_39doorbell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_doorbell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 464, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_39doorbell, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_doorbell, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 478, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_doorbell, __pyx_t_5) < (0)) __PYX_ERR(0, 464, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_doorbell, __pyx_t_5) < (0)) __PYX_ERR(0, 478, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":498
+  /* "ivshmem/_core.pyx":512
  *         return made
  * 
  *     def _doorbell_nowait(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
  *         """Return a doorbell that rings as `ring_nowait` does."""
  *         cdef Doorbell made = self.doorbell(peer, vector)
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_41_doorbell_nowait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__doorbell_nowait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 498, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_41_doorbell_nowait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__doorbell_nowait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 512, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_doorbell_nowait, __pyx_t_5) < (0)) __PYX_ERR(0, 498, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_doorbell_nowait, __pyx_t_5) < (0)) __PYX_ERR(0, 512, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":505
+  /* "ivshmem/_core.pyx":519
  *         return made
  * 
  *     def ring_all(self, peers=None, vectors=0):             # <<<<<<<<<<<<<<
  *         """Ring several doorbells in one call: each of the vectors of each of the peers.
  * 
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_43ring_all, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_ring_all, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 505, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_43ring_all, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_ring_all, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 519, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[3]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_all, __pyx_t_5) < (0)) __PYX_ERR(0, 505, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_all, __pyx_t_5) < (0)) __PYX_ERR(0, 519, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":523
+  /* "ivshmem/_core.pyx":537
  *         return self.ring_several(self.several(peers, vectors))
  * 
  *     def ring_all_nowait(self, peers=None, vectors=0):             # <<<<<<<<<<<<<<
  *         """Ring like `ring_all`, but never wait, as `ring_nowait`; one system call rings 64."""
  *         cdef list bells = self.several(peers, vectors)
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_45ring_all_nowait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_ring_all_nowait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 523, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_45ring_all_nowait, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_ring_all_nowait, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 537, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[3]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_all_nowait, __pyx_t_5) < (0)) __PYX_ERR(0, 523, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_ring_all_nowait, __pyx_t_5) < (0)) __PYX_ERR(0, 537, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":900
+  /* "ivshmem/_core.pyx":914
  *         return n
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """Wait like wait(), but return True as soon as `_read_news()` was called."""
  *         self.enter()
 */
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_51_wait_event, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__wait_event, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 900, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_51_wait_event, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__wait_event, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 914, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_5, __pyx_mstate_global->__pyx_tuple[4]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_wait_event, __pyx_t_5) < (0)) __PYX_ERR(0, 900, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_wait_event, __pyx_t_5) < (0)) __PYX_ERR(0, 914, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/_core.pyx":1041
+  /* "ivshmem/_core.pyx":1055
  *         return done
  * 
  *     def echo(self, peer, Py_ssize_t vector=0, *, answer=None, rounds=None, timeout=None, spin=0):             # <<<<<<<<<<<<<<
  *         """Answer interrupts by ringing back, in a loop without the interpreter.
  * 
 */
-  __pyx_t_5 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 1041, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 1055, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_answer, Py_None) < (0)) __PYX_ERR(0, 1041, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_rounds, Py_None) < (0)) __PYX_ERR(0, 1041, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_timeout, Py_None) < (0)) __PYX_ERR(0, 1041, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_spin, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 1041, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_53echo, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_echo, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1041, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_answer, Py_None) < (0)) __PYX_ERR(0, 1055, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_rounds, Py_None) < (0)) __PYX_ERR(0, 1055, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_timeout, Py_None) < (0)) __PYX_ERR(0, 1055, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_spin, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 1055, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_53echo, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_echo, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1055, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -24531,52 +24836,52 @@ __Pyx_RefNannySetupContext("PyInit__core", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_5);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_echo, __pyx_t_2) < (0)) __PYX_ERR(0, 1041, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_echo, __pyx_t_2) < (0)) __PYX_ERR(0, 1055, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1118
+  /* "ivshmem/_core.pyx":1138
  *             self.signaller = None
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def _close_bells(self):
  *         """Close all doorbells; one in use is closed when its last user is done."""
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_55_close_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__close_bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1118, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_55_close_bells, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__close_bells, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1138, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close_bells, __pyx_t_2) < (0)) __PYX_ERR(0, 1118, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close_bells, __pyx_t_2) < (0)) __PYX_ERR(0, 1138, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1126
+  /* "ivshmem/_core.pyx":1146
  *         self.bells.clear()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Stop ringing and listening; waiting calls raise ClosedError. May be called twice."""
  *         # As one of the users, so that no other thread closes what is signalled here.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_57close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1126, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_57close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1146, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 1126, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 1146, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/_core.pyx":1182
+  /* "ivshmem/_core.pyx":1202
  *             self.leave()
  * 
  *     def _descriptor(self, which):             # <<<<<<<<<<<<<<
  *         """Return a descriptor that is readable while there is something to take; borrowed.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_61_descriptor, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__descriptor, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1182, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_5_core_9Doorbells_61_descriptor, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Doorbells__descriptor, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem__core, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1202, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_descriptor, __pyx_t_2) < (0)) __PYX_ERR(0, 1182, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells, __pyx_mstate_global->__pyx_n_u_descriptor, __pyx_t_2) < (0)) __PYX_ERR(0, 1202, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/_core.pyx":1
@@ -24651,7 +24956,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/_core.pyx":1078
+  /* "ivshmem/_core.pyx":1092
  *             nanoseconds = max(deadline_of(timeout) - now(), <int64_t>0)
  *             if bell.nowait:
  *                 with contextlib.suppress(OSError):  # then as ring_nowait does without one             # <<<<<<<<<<<<<<
@@ -24660,12 +24965,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[3] = {Py_None, Py_None, Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 1078, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 1092, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/_core.pyx":40
+  /* "ivshmem/_core.pyx":41
  * from .errors import ClosedError, NoSuchVector, ProtocolError
  * 
  * Interrupt = namedtuple("Interrupt", ["vector", "rings"], module="ivshmem")             # <<<<<<<<<<<<<<
@@ -24674,12 +24979,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_module_2};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 40, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 41, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/_core.pyx":464
+  /* "ivshmem/_core.pyx":478
  *         return bells if bells is not None and 0 <= vector < length_of(bells) else None
  * 
  *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=0):             # <<<<<<<<<<<<<<
@@ -24688,12 +24993,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 464, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 478, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
 
-  /* "ivshmem/_core.pyx":505
+  /* "ivshmem/_core.pyx":519
  *         return made
  * 
  *     def ring_all(self, peers=None, vectors=0):             # <<<<<<<<<<<<<<
@@ -24702,12 +25007,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[2] = {Py_None, __pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 505, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 519, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[3]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[3]);
 
-  /* "ivshmem/_core.pyx":900
+  /* "ivshmem/_core.pyx":914
  *         return n
  * 
  *     def _wait_event(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -24716,7 +25021,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[4] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[4])) __PYX_ERR(0, 900, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[4] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[4])) __PYX_ERR(0, 914, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[4]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[4]);
@@ -24757,38 +25062,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{94},{38},{18},{4},{8},{1},{8},{20},{1},{78},{4},{179},{2},{12},{64},{8},{10},{7},{6},{2},{9},{14},{17},{21},{5},{37},{22},{37},{13},{7},{21},{11},{9},{20},{19},{21},{16},{25},{22},{21},{26},{20},{23},{21},{19},{20},{18},{20},{21},{23},{21},{21},{15},{18},{14},{16},{18},{25},{9},{12},{13},{20},{12},{7},{9},{8},{8},{8},{8},{10},{8},{14},{12},{10},{12},{8},{9},{11},{6},{15},{12},{11},{16},{10},{13},{13},{11},{9},{10},{8},{10},{11},{13},{11},{11},{3},{6},{3},{8},{18},{4},{4},{5},{18},{5},{6},{11},{10},{4},{8},{4},{7},{6},{8},{2},{6},{6},{3},{5},{7},{13},{5},{4},{6},{10},{11},{6},{3},{5},{3},{4},{5},{3},{6},{9},{5},{6},{4},{8},{15},{5},{6},{4},{10},{6},{9},{8},{4},{7},{5},{8},{4},{7},{6},{6},{6},{7},{5},{4}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{94},{38},{18},{4},{8},{1},{8},{20},{1},{78},{4},{179},{2},{12},{64},{8},{10},{7},{6},{2},{9},{14},{17},{21},{5},{37},{22},{37},{13},{7},{21},{11},{9},{20},{19},{21},{16},{25},{22},{21},{26},{20},{23},{21},{19},{20},{18},{20},{21},{23},{21},{21},{15},{18},{14},{16},{18},{25},{9},{12},{13},{20},{12},{7},{9},{8},{8},{8},{8},{10},{8},{14},{12},{10},{12},{8},{9},{11},{6},{15},{12},{11},{16},{10},{13},{13},{11},{9},{10},{8},{10},{11},{13},{11},{11},{3},{6},{3},{8},{18},{4},{4},{5},{18},{5},{6},{11},{10},{4},{8},{3},{4},{7},{6},{8},{2},{6},{6},{3},{5},{7},{13},{5},{4},{6},{10},{11},{6},{3},{2},{5},{3},{4},{5},{3},{6},{9},{5},{6},{4},{8},{15},{5},{6},{4},{10},{6},{9},{8},{4},{7},{5},{8},{4},{7},{6},{6},{6},{7},{5},{4}};
     const struct { const unsigned int length: 9; } bytes_length_index[] = {{370},{31},{28},{2},{7},{22},{47},{61},{15},{32},{95},{46},{35},{73},{25},{11},{22},{124},{75},{83},{95},{28},{37},{175},{263},{53},{268}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2208 bytes) */
-static const char cstring[] = "x\332\245U\317s\023G\026\226\210C\354\254L$\374\003b\226\315(`\214\t\353-\201\313f]Em\2510\006\263\273\006\305\206$\007\230\214fZ\322\340\321\2644\323#Y\273a+G\035\347\330\307>\316q\216:\362\047\350\250\243\377\004\377\ty\257{$\215\r\267\245\214\246\373u\367\353\367\276\357{\2575\323p]\312\264*\321L\332\262\211\245QOk\331\346\261C\254\0350\271.1\231f\324\r\333\275\217K\264E\\\2155\210f\221\216m\222\361J\267A<\230\200\047\030h\266\257\271\204X\340\254a\370Z\223\302\022k\030\352\334\303\007Z\325f\276Fkr\332\245\236%\367C\014\260\203t\210\313j\026\256j\035\270\231z\376F)\031\355\300\001\330I\\\253Em\227I\337\377(\047\213\312_z\271\013\313^\340\326\265_=\333\255\373\277j\314n\022_\363m\027\302\266\325\272c\3708\260\031\204Z\243\336\306\001u\311\001e2\\\246=\351\261\006u1:\2138v\225x\006#NO\363\231g\233\014\322\2249\275z\372\352\257\233\2176!xK\363\310{\010\006\356\010\252&\270\366\211L\263\032\330\016\263!\373^\213\370\033\332~M\353\321@\002\2441\252\265`_\372\000\200\342j>a\022\2355I\216\301l\352\352p\034\362X\323,\333\203K\354\016\301\323{\206\343\223\rC3\264\327\373/\023N\21417\026%\n\330c\227v\201\"\333lh-B<\000\351\304\366\331\216\346\032M\"\357QV\360\207P\031\226\245\303)2\245\303\262}\243\352\020\342\342o\335\264}5\262\354\216\337h\222\346\006\361< *\231\375M7\201\360\215V\357\304\245cr\3003\242\214\030\343U\211\200|\323\263[i\356\222\335\211\034p\323\204M\260\231\016\365\211u\316\212\034*3\246\347\020y\013\244pN\t\211\327.Rjb\306\020\305\370\252\047\362\360S\214\177\227R\257J\034\307\237\0146t\335#V`\022]O\331\020\036\034^0)\207)\343E_f\203\230\307:\224\233\216A\246\0270\206O\266O\341I\033\223!\360s\301\211\345\321\226\216\330\246l\016\220L\\\335p@\325\237\232\003\233\246\215\224\036\353\265s\227y\304\000!\220n:*\324\207^\355]\264\370\304\251\245l _\275\035\220\200X)c\340v\rf6.z\304<t\251\263s\306OwJ\230\246\3231\024S\0131\033\251\214j \00775\227q\032\351\375cK\002\346\276\0135\355\005-v@\017\003\263\361F\362\371\312\243\214\232\324\221\n\321\365W\275\023\370""\277\013\345\257\037\220\023\366#\251\351zR\242 \022\035\3701\361C\320\225\034\234@r\360\257\026\270r\301N\354Mh\232\362K\255\300\221\047\261\024\361\013e\243w\030V\027\316\332\201\341\214W\306R\324%\274c+#>\3360\026eJ\212JQ\027d\227\026[Jb\027\2055\225\223n\373X\3174\200\262\"\347\024\225\322\321D=S\315\214\2252\325GJ\025\347\264\220R@\212w\310\303p\375.\364\\\267\007\177P\320\320\230\374\236k\332tc\022\217o\004\214b\3302\037\323\301\020\001X\346\031&\251\032\346\261LV\365\007\340\320\301\266I]\037\0365\006\344AG\267 \215q\346\250\036\311\033\274[\262\235%\275\317\257YJJu\230B\367#\014Hl\216\233\335\270\003\312\236\347\330M\2335\r\213(Z\221\"\213\005-\034\271\030\010u-\337\r\232\360\220P\307\202\014\340\333u\021d\331~[\264\245\320\361H\035\221\365|\360h\364<\360\326!\210\342X\257\027t+_7\000\004\234#\314\200\262EjF\3400\337\256\273\360<\310_\007\334A\003\307\027\304\207\037\237\321V\213X\360\361\210\037\264Z\360\3533\343\230\340\023\t\201\005\036&\3331\234\200\370JL\311[,\337\020|\262\261\371\336}\325{Y\305\007O\273\267\236\221\006\370Y\317L\206\36759\237N\341\341\014`7i\001\027\212p\355\236\334$\177\2666\365\361\356d\243\252\006Z}\257o\0478\353[\256\201O\237^*M\305\353\353\207\343\034\023\177\322\r\372\373$Fe\224[\376\217K\356v\250m\255g\02017\203\025\207\345`\327t\217\322f\246f\330\216\336\265Y#\003\245\223\210(\243r\226\024L\016(\3722\026\224\214T.\255I\217 \245\300e\031\277a\200\024\365\t}\022\030\2747\311Q\301\245\252\014\344\373\331\204\221jp\373{\371\367\362h\366J\337P\037;l\217r\3710\033.\206\225\220\360\022XK\017\316\276\316\314\315\367\377\tK\263\271\376\213\320\030\315\376\251\277\331\357\206u^\301\315\227C\213\027\371&\377-\202\355\247r\355\003/\363\n\267Dq\224\233\037\315\316\215r\337\364\333\243\374b\370\214o\213\242(\235\346W\344\211\256\260\242bT:\225N\014<\234\353\357\205\305\360\021\254\265qz\223\037\211e\301\242R\004\321}\323?\t;\374P|\035\255\307\245\030\342>\273\234\231\313}\356\266|x\205\033\243\334u\236\345\005~\033\207\371p\236WN!\214Nx\310""\277@\367\030\316S~MdE\001\207\007\242x\n\237\347\274<\211\006\335\317\367\367\303#\276\014\221\032#y\372\047\276+\262\243\302\n\277#.\203M\006|\207g\325\356\277L\302\335\213\213\210\322Vx\215gG\271B\270\034B>g\263*^D\356\265\270\r\311\257\307\017c\351\230\205\233\341\tgb+Z\210\236D,.aL{|M\024`\237\274\346_\340H\301\017\216$!\377\346\005\264\274\344%\374\034\360\",\344T\310\025\030^\301\341n\370%\020)\035<\013Kc+`\214\321\375=,\313\344|D.?\314k\220\231\014z!,\217r\013\020RO\\\022\305\013\266.\"-J\027\254\277\211M\361\277\270\202\027A\\\274\250\350j\363\031\276\047\356D\331\250\240\356\376^|\013\214oF \245\025\276\312\333B&\005\322\342\263C\255\024\313\204v\303\031\010\254\362Y\225=\022\217Peg\3714\330RtI,\2501\210\255\020.\205\206\022\254t.\276\022\355h6\236\033\024\006\020\332|\377(, \006c\271\241\313\353\023d\346\024#\333\374\026\\\235\277\316\277\304\317\022@\205bz\037]\212\326\342\205\270<5\325\305QT\210nGf,\245\264\217\001#&\035\224\234\024\323p\346&\177\027\225\316\264\314\\\036<?\006\325-\212\237\243JT\217+\303\231\357A{*\024y\267\002>\013H\335\212\246\016n\213\203\030\266\255\300}\ra\210n\004\244\376\231\047\365\366_T\212:\371A\224\005`\267\030\356\362\313\240|U\016\263 \236\374\002\334{I\334\213\236\306K \272\305\033\252\0261\327\377`\035\214\362\337\312r\270*v\242\327\361j\314\006\233\203\223\217\355\244*F\213\020\245\330\216\356\305O\007K\003\3434qZ\270\301w\304\353h5\n\342\275\201$\335\007@K\303\231\037\242\307\203\371\217\357\206\207\357\206\357\364\263\373\231\271U\001%|\223\277\225\340\275\030@d7\220(H\001\315\025U\313\333\341- >\267\244\330\177\024>\004\351N\360X\026\355S\234\014\257\335\005A-\203\206rp\220\037\003\366\353\361\203\370p03\330\377XQ\334\225FK\337\361\036\352n\264\270\302\327Q\256W\372\r\220\004\343r\330\004%\225$8c\240\362\300\335wP\201\217\343,r\236\345+\240\350\017\361\363Ayp\364\021\326\226\303*\202\010\243k (\034\205\005l(\047\241\017jG#\002\375\025\256A]\302\020\no8\263\035\267U\027C\331o)}\277\000%\377 \016\243\254*\226E\376\006""\312~1z\253\360k\017gv\006E%\360\237\245F\014\325\210\222\006\360\034T\236n\303\t\365R%\200\334pi\r\224~\031\324\221\273\032\256\206\036_\340/D=:\212\257B\253\261\007\354\243\354,/\270\301;B\326\325\034\004PQ\361\276\025wA\305\206\232\374\002[\030H!Y{#{f\262r\034]\213\277\000\177\325A\026\031\331\202Kv\305\034\360p\007*laPV\315\253\370\311M\t.?\361\347 \206\311-\301x\362\006I\021\317\242\355\270\010\r\020\261\370\003q\342Xp";
-    PyObject *data = __Pyx_DecompressString(cstring, 2208, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2212 bytes) */
+static const char cstring[] = "x\332\245U\317s\023G\026\226\210C\354\254L$\374\003b\226\315(`\214\t\353-\201\313f]Em\2510\006\263\273\006\305\206$\007\230\214fZ\322\340\321\2644\323#Y\273a+G\035\347\330\307>\316q\216:\362\047\350\250\243\377\004\377\ty\257{$\215\r\267\245\214\246\373u\367\353\367\276\357{\2575\323p]\312\264*\321L\332\262\211\245QOk\331\346\261C\254\0350\271.1\231f\324\r\333\275\217K\264E\\\2155\210f\221\216m\222\361J\267A<\230\200\047\030h\266\257\271\204X\340\254a\370Z\223\302\022k\030\352\334\303\007Z\325f\276Fkr\332\245\236%\367C\014\260\203t\210\313j\026\256j\035\270\231z\376F)\031\355\300\001\330I\\\253Em\227I\337\377(\047\213\312_z\271\013\313^\340\326\265_=\333\255\373\277j\314n\022_\363m\027\302\266\325\272c\3708\260\031\204Z\243\336\306\001u\311\001e2\\\246=\351\261\006u1:\2138v\225x\006#NO\363\231g\233\014\322\2249\275z\372\352\257\233\2176!xK\363\310{\010\006\356\010\252&\270\366\211L\263\032\330\016\263!\373^\213\370\033\332~M\353\321@\002\2441\252\265`_\372\000\200\342j>a\022\2355I\216\301l\352\352p\034\362X\323,\333\203K\354\016\301\323{\206\343\223\rC3\264\327\373/\023N\21417\026%\n\330c\227v\201\"\333lh-B<\000\351\304\366\331\216\346\032M\"\357QV\360\207P\031\226\245\303)2\245\303\262}\243\352\020\342\342o\335\264}5\262\354\216\337h\222\346\006\361< *\231\375M7\201\360\215V\357\304\245cr\3003\242\214\030\343U\211\200|\323\263[i\356\222\335\211\034p\323\204M\260\231\016\365\211u\316\212\034*3\246\347\020y\013\244pN\t\211\327.Rjb\306\020\305\370\252\047\362\360S\214\177\227R\257J\034\307\237\0146t\335#V`\022]O\331\020\036\034^0)\207)\343E_f\203\230\307:\224\233\216A\246\0270\206O\266O\341I\033\223!\360s\301\211\345\321\226\216\330\246l\016\220L\\\335p@\325\237\232\003\233\246\215\224\036\353\265s\227y\304\000!\220n:*\324\207^\355]\264\370\304\251\245l _\275\035\220\200X)c\340v\rf6.z\304<t\251\263s\306OwJ\230\246\3231\024S\0131\033\251\214j \00775\227q\032\351\375cK\002\346\276\0135\355\005-v@\017\003\263\361F\362\371\312\243\214\232\324\221\n\321\365W\275\023\370""\277\013\345\257\037\220\023\366#\251\351zR\242 \022\035\3701\361C\320\225\034\234@r\360\257\026\270r\301N\354Mh\232\362K\255\300\221\047\261\024\361\013e\243w\030V\027\316\332\201\341\214W\306R\324%\274c+#>\3360\026eJ\212JQ\027d\227\026[Jb\027\2055\225\223n\373X\3174\200\262\"\347\024\225\322\321D=S\315\214\2252\325GJ\025\347\264\220R@\212w\310\303p\375.\364\\\267\007\177P\320\320\230\374\236k\332tc\022\217o\004\214b\3302\037\323\301\020\001X\346\031&\251\032\346\261LV\365\007\340\320\301\266I]\037\0365\006\344AG\267 \215q\346V\320B\001I\352\340\351\222\035-i\177~\315Rj\252\303\024\032 a\300cs\334\357\306MP\266=\307n\332\254iXD1\213,Y,h\341\310\305X\250k\371n\320\204\267\204:\026\365!\r\030u]DZ\366\340\026m)\210<RGx=\037|\032=\017\374u\010B9\026\355\005\361\312\047\016P\001\367\2105@m\221\232\0218\314\267\353.\274\021\362\327\001w\320\305\361\031\361\341\307g\264\325\"\026|<\342\007\255\026\374\372\3148&\370NB`\201\207\351v\014\047 \276RT\362 \313\207\004\337m\354\300w_\365^V\361\325\323\356\255g\244\001~\3263\223\341}M\316\247Sx=\003\330MZ@\210b]\273\0477\311\237\255M}\274;\331\250J\202V\337\353\333\t\322\372\226k\340\373\247\227JS\005\373\372\3418\307\304\237t\203\376>\211Q\031\345\226\377\343\222\273\035j[\353\031D\314\315`\331aM\3305\335\243\264\231\251\031\266\243wm\326\310@\375$2\312\250\234%\005\223\003\212\276\214\005u#\345Kk\322#\210)pY\306o\030 F}B\237\004\006\357MrTp\251R\003\r\1776a\244\032\334\376^\376\275<\232\275\3227\324\307\016\333\243\\>\314\206\213a%$\274\004\326\322\203\263\2573s\363\375\177\302\322l\256\377\"4F\263\177\352o\366\273a\235Wp\363\345\320\342E\276\311\177\213`\373\251\\\373\300\313\274\302-Q\034\345\346G\263s\243\3347\375\366(\277\030>\343\333\242(J\247\371\025y\242+\254\250\030\225N\245\023\003\017\347\372{a1|\004km\234\336\344GbY\260\250\024At\337\364O\302\016?\024_G\353q)\206\270\317.g\346r\237\273-\037^\341\306(w\235gy\201\337\306a>\234\347\225S\010\243\023\036\362/\320=\206\363\224_\023YQ\300\341\201(\236\302\3479/O\242A\367""\363\375\375\360\210/C\244\306H\236\376\211\357\212\354\250\260\302\357\210\313`\223\001\337\341Y\265\373/\223p\367\342\"\242\264\025^\343\331Q\256\020.\207\220\317\331\254\212\027\221{-nC\362\353\361\303X:f\341fx\302\231\330\212\026\242\047\021\213K\030\323\036_\023\005\330\047\257\371\0278R\360\203#I\310\277y\001-/y\t?\007\274\010\0139\025r\005\206Wp\270\033~\tDJ\007\317\302\322\330\n\030ct\177\017\31329\037\221\313\017\363\032d&\203^\010\313\243\334\002\204\324\023\227D\361\202\255\213H\213\322\005\353obS\374/\256\340E\020\027/*\272\332|\206\357\211;Q6*\250\273\277\027\337\002\343\233\021Hi\205\257\362\266\220I\201\264\370\354P+\3052\241\335p\006\002\253|Ve\217\304#T\331Y>\r\266\024]\022\013j\014b+\204K\241\241\004+\235\213\257D;\232\215\347\006\205\001\2046\337?\n\013\210\301Xn\350\362\372\004\2319\305\3106\277\005W\347\257\363/\361\263\004P\241\230\336G\227\242\265x!.OMuq\024\025\242\333\221\031K)\355c\300\210I\007%\047\3054\234\271\311\337E\2453-3\227\007\317\217Au\213\342\347\250\022\325\343\312p\346{\320\236\nE\336\255\200\317\002R\267\242\251\203\333\342 \206m+p_C\030\242\033\001\251\177\346I\275\375\027\225\242N~\020e\001\330-\206\273\3742(_\225\303,\210\047\277\000\367^\022\367\242\247\361\022\210n\361\206\252E\314\365?X\007\243\374\267\262\034\256\212\235\350u\274\032\263\301\346\340\344c;\251\212\321\"D)\266\243{\361\323\301\322\3008M\234\026n\360\035\361:Z\215\202xo I\367\001\320\322p\346\207\350\361`\376\343\273\341\341\273\341;\375\354~fnU@\t\337\344o%x/\006\020\331\r$\nR@sE\325\362vx\013\210\317-)\366\037\205\017A\272\023<\226E\373\024\047\303kwAP\313\240\241\034\034\344\307\200\375z\374 >\034\314\014\366?V\024w\245\321\322w\274\207\272\033-\256\360u\224\353\225~\003$\301\270\0346AI%\t\316\030\250<p\367\035T\340\3438\213\234g\371\n(\372C\374|P\036\034}\204\265\345\260\212 \302\350\032\010\nGa\001\033\312I\350\203\332\321\210@\177\205kP\2270\204\302\033\316l\307m\325\305P\366[J\337/@\311?\210\303(\253\212e\221\277\201\262_\214\336*\374\332\303\231""\235AQ\t\374g\251\021C5\242\244\001<\007\225\247\333pB\275T\t 7\\Z\003\245_\006u\344\256\206\253\241\307\027\370\013Q\217\216\342\253\320j\354\001\373(;\313\013n\360\216\220u5\007\001TT\274o\305]P\261\241&\277\300\026\006RH\326\336\310\236\231\254\034G\327\342/\300_u\220EF\266\340\222]1\007<\334\201\n[\030\224U\363*~rS\202\313O\3749\210arK0\236\274AR\304\263h;.B\003D,\376\000\233yZ\233";
+    PyObject *data = __Pyx_DecompressString(cstring, 2212, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2991 bytes) */
-static const char cstring[] = "\377 cannot \377be copie\377d or pic\337kled:\020\000nn\377ect agai\373n,\027\001open \377the devi{ce\022\005wher\n\000\374G\000\006\000 is ne\373edJ\000has m\335o\030\000tha2\00332\377 bits of\036B\002word+\002\201\000\037\000\277eventf\202\000f\367  vw\000ors.\3451\003\004:u\000W\000end\277point X\001?\321A \004J\003\023\twx\000ru\377ng `ring\377s` times\357 sin\264\000it n\034\001las\005\001it\365\000\377for.None\357Note\337\000at \277Cython\312\001d\377eliberat\377ely stri\357cter!\001n P\377EP-484 a?nd rej\253 a\000\267ubcX\000se\342\002b\337uilti\263 yp\377es. If y\373ou\234\" to p\363as$\n\331 n se\365t\340\"\047\230Batio\337n_typ\305\000\047 \267dir\220@iv\242\000o\377 False.a\277 a UIO\215Da\346\224Edo\355\000\331Akno\377w which \377peers ex\377ist: nam\342\347\001e\017\004\213\000\247!add\365_\220`e\205Gdisa\337bleen\002\001gc\373is\004\003divsh\177mem.err\246@\356\007\004/_c\356@.pygxno\225E\345\000wa\361 \370\341 }\001\272dscrip\001t\355`\207b\262`\354C\207e\342a\344F~\320`closed\t\nX\340A\021\003\333\001le\322@i\350 ggth\236hO\004wh\320@Qc\356\001\347@\256eCO\002E\274\001\377Doorbell\375s\000\006.__red\037uce__\t\010\233!$\001\360\004\014\250\204\0031\010<\rchec?k_can_\207!Z\010\232\323\002_k\rde\227%\205\010d\370\235\004\235@6\014drop_\364\331A\263\010l\342@en_a\357lone\005\017uio\376 \took_forn\362\010rea\206`ew\205)\356\307\205\001_by\032\ting\337_self\254(se\377t_queued\376\301(unwatch\023_nD\013\224a_\362\206\002\355(\026\021p\372B\222G\203%\244Gech\307\010\237filen\327\010\265\002a\343ll\324G\n\005\306$Int\377erruptNo\337SuchV\371\207\002Pr\277otocol\235b_\357_Pyx\001\000Dic\377t_NextRe\347f__\234\206\004\242`__d\177oc____eG\001\356\004\002xit\r\001fun\336\024\002iter\035\001ma{in\003\002odul5\0024\207\206\0017\001p_\000vt\352\205\001E\001Oqual\022\005\203\204\005_\353 ;t_(\005tes^\001\215\204\005Q_\271\206\001\263\211\003\314c_\351k_\342h\325_\331g_\312l_\306f_i\375s\314\206\001outine\261_\306i\005\005\305`_l\267d_\242\253f_\243d\002\003\234a_""\214g_\352\200i_\370G_\230gadd\377answeran\375y\000\000thinga\377syncio.c\373or\212\003sauto\314\260\206\001\263\206\002cl\237\001\326 tr\177aceback\255\207\002\364\261\207\003\301@l\263\211\001onsc\375o\347@xtlibd\307one\313\205\005\272a\263Bed\334\311\210\003\204\214\004sfd\305cge\377ntlegeti\217tems\364\210\004\372\210\005\357\210\002l\377imitmade\371m\322B\332\211\001dtupl\177enanoseu\000\377dsnumbergold\317 \005\000wn\215\212\001\356\220\212\002pop\256\205\003reg\376\265\206\001rsrelay\rrK\000ve\277\214\001\272\204\005\251\204\014\331\214\002\356\216 nds\203\206\001set\377defaults\337ignal\000\003le\337rslee\276\213\001sp\377instoppe\375d\004\000resupp\336\003\000stak\331\000me\366\350@ur\351\001valu\203es\200\216\003\205\216\004\277\213\002\257\216\001\374\215\001(\357PyOb\355\214\001 *)}\000\014\002int)\000\002\006\323, \013\002\022\005,\265\215\001uc\177t epoll\355\206\003\363 * \002%\00264_tnA\004str%\001__\212\205\001\337obj_7\343\213\004_6\377native_1\0351\226\211\007s_S\345\002\341\000I\004\204\212\002L\001 \224\r\017\003\243\002*8(\277void)\000\256!n\375\000\253\215\001one_if\377_room\000fa\377il_with\000;is\323\210\003fd\000\356\003\376\"\366(\006no\220\215\001\000dea\355d\265\204\002ofM\002_co\377unt\000shar\007ed_\266F\355\"t\001\255$\251#~\212\212\003ellint\337\017\376\347A_of\200A\200A\337\330\010\016\210a\001\003i\220\377q\330\014\020\220\001\220\024\277\220Q\220e\2301\032\0001\3772\360\n\000\t\r\210K\376\030\000\010\014\210J\220a\330\377\010\013\2104\210w\220g\373\230Q)\001\006\220d\230!_\2304\230|\250,\000\340\027\002\377}\230A\230Q\230d\240\377!\330\014\r\330\010\t\330\377\014\017\210q\330\020\024\220\377G\2307\240!\2401\340\373\020\032-\002w\240d\250!\267\2501\340o\000\006\220\177\000\340\276]\000F\220!\2208K\000q\377\200A\340\010\035\230T\240\277\026\240t\2501\250\242\000\017\377\210x\220v\230S\240\n\337\250)\2601\260\265\000\360\006\347\000\t\014\207\000]\016\020\220\016\377\230a\330\014\030\230\001\230\367\021\230$\007\001\020\220\r\230""\373Q\340\204\000v\220S\230\003\374[\001\213\001E\230\027\240\001\240\275\021\226\001N\240!\340\236\000H\363\230A\205\006[\001\r\210I\220\277T\230\026\230w\240M\000\017\377\210v\220W\230D\240\001\177\330\021\032\230&\240\006\021\000\276\254\002&\230\001\200A\211\001\036\356\246\006F\260!\242!6\220\027\377\230\001\330\014\021\220\026\220\346\315\000\360\010\252\003\266!U\240$\336\372\000)\2603\260T\002t\220\3774\220x\230t\2406\250\177\023\250C\250t\2601\252!\237F\230\047\240\021%\000\356 \014\303\210LF\000\371#i\000\214BM\230\273\021\330\216@O\2301\003\001N\353\230!\202\000\014\246AI\220Q:\215\000\016\261AD\220\005\306@<\002\307G\2201\016\005\341 \300A9\220\365A\330\002s\244A\020\320\020 \374\327\000\330@6\220\023\220A\330{\014\023\220\000y\240\002\240\302\004\272\013\006w\324A\2401\330\034\013|?\2404\240~\260Q\215\001\225\000\371\230\373\000\253Aq\230\004\230F\277\240&\250\001\250\021\214\003\"\373\240\031\357@4\250q\330\010_\032\230%\230qn\001\014\327a\277\230\010\320 1\260\314\002D\353\220\004\226\000Q\321r8\2408\236\342a\360\020\000\t\343\047\246`\013\361\210\257\004\340a\215 \021\220\025\220\375a\253\204\003K\220q\230\010\240\377\007\240q\250\010\260\t\270\373\021\270\226@\r\210T\220\021M\220\237@\014\210\351c\226!\030\341\204\001\374\225\"\253\204\002t\2207\230#\230\277Q\330\020\030\230\005\003\001\025\374\205`\311aj\250\002\250\047\260\337\023\260A\330\020\013\005g\240\377T\250\021\250$\250c\260\322\306bI\223\205\001\272!v\357a\020\220\377\006\220a\320\004\035\230^\377\2501\360 \000\t\020\210\367t\220=\363`\024\240X\250\377Q\250g\260Q\320\004\"\320\371`\364\204\003\247\205\002\363#\001\247 #\250\375Q\225\205\004\320\004$\240N\260\373!\340\263 $\230h\240a\377\240w\250a\330\010\034\230\316\366\0024\210{\246a\255C}\240\373A\240\204@\024\220D\230\006\373\230a\370\205\002\020\220\010\230\001\367\330\020\023u\000\002\240*\2507E\260\025\362`\024\033\206\206\003\230\206\001\335z\204\205\001\330\020\031\212\205\002\022\240\377:\250U\260%\260t\270\3374\270x\300q\217""\205\004\330\024\376\243\000\2407\250*\260E\270\347\025\270a\257\206\001Q\001\021\033\230\377:\240U\250%\250u\260\375F\326!\017\210s\220!\220\3771\320\004+\250=\270\r\377\300^\320S^\320^_\377\360,\000\t%\240A\330\357\010\035\230]\270\"J\270aG\330\010\033\265\204\001\300\000\023\001Q\306\206\003\3777\220#\220Q\330\014\025}\220\371B8\2203\220a\201\204\005\277\001\240\026\240q\340\222\204\001\320\353\027(\316`\026\301`\014\035\230\367Q\230k\371 )\2602\260\177S\270\004\270I\300Q\350\207\001\377t\2201\330\025\037\230y\276\364a\330\024\032\230)\253\204\001\016\353\210h\220`t\252\205\001\016\210m\273\2308\277\204\001\t\330\014\241%\020\377\021\330\020\037\230t\240=\371\260\250 \266\207\001\032\2404\240}\377\260H\270A\270T\300\021\337\330\020\026\220b\301!\021\330s\020\027\316`\314 \021\220\021\315\207\001\237x\220s\230!\020\002\265\211\001\007\266\030\001\230\021\300\211\001\005\220\330@7\323\260q\300\210\003\363\204\0016\332\204\003J\220\177d\230+\240S\250\001\247\205\003\377\024\230V\2406\250\024\250\375]\272#q\320\004:\270!\312\333\204\003X\237ba\203\210\003\372\206\004H\220\303A\330\373\211\t\364D\342b\267 \320\025\337\047\240q\250\006\233`\014\022\377\220%\220r\230\023\230J\377\240g\250T\260\022\2603\337\260i\270t\300\325\207\002J\230\357a\230v\240\271\212\002\t\230\024\376\301\212\003\005\220]\240(\250$\2766\001\020\220\005\220Y \000t\\\210`\336\212\002\005\220V\257\211\002\014\024\003\377k\250\027\260\003\2603\260\327b\270\001\216A6b\000D\240\377\t\250\021\250&\260\t\270g\023\270A\267\210\003\223 \024\220]\n\316\221$W\230H\212`E\004a\230\365u\005\005V\221A\240G\2507\377\260!\2601\330\010\017\210\001q";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2991, 4226);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2996 bytes) */
+static const char cstring[] = "\377 cannot \377be copie\377d or pic\337kled:\020\000nn\377ect agai\373n,\027\001open \377the devi{ce\022\005wher\n\000\374G\000\006\000 is ne\373edJ\000has m\335o\030\000tha2\00332\377 bits of\036B\002word+\002\201\000\037\000\277eventf\202\000f\367  vw\000ors.\3451\003\004:u\000W\000end\277point X\001?\321A \004J\003\023\twx\000ru\377ng `ring\377s` times\357 sin\264\000it n\034\001las\005\001it\365\000\377for.None\357Note\337\000at \277Cython\312\001d\377eliberat\377ely stri\357cter!\001n P\377EP-484 a?nd rej\253 a\000\267ubcX\000se\342\002b\337uilti\263 yp\377es. If y\373ou\234\" to p\363as$\n\331 n se\365t\340\"\047\230Batio\337n_typ\305\000\047 \267dir\220@iv\242\000o\377 False.a\277 a UIO\215Da\346\224Edo\355\000\331Akno\377w which \377peers ex\377ist: nam\342\347\001e\017\004\213\000\247!add\365_\220`e\205Gdisa\337bleen\002\001gc\373is\004\003divsh\177mem.err\246@\356\007\004/_c\356@.pygxno\225E\345\000wa\361 \370\341 }\001\272dscrip\001t\355`\207b\262`\354C\207e\342a\344F~\320`closed\t\nX\340A\021\003\333\001le\322@i\350 ggth\236hO\004wh\320@Qc\356\001\347@\256eCO\002E\274\001\377Doorbell\375s\000\006.__red\037uce__\t\010\233!$\001\360\004\014\250\204\0031\010<\rchec?k_can_\207!Z\010\232\323\002_k\rde\227%\205\010d\370\235\004\235@6\014drop_\364\331A\263\010l\342@en_a\357lone\005\017uio\376 \took_forn\362\010rea\206`ew\205)\356\307\205\001_by\032\ting\337_self\254(se\377t_queued\376\301(unwatch\023_nD\013\224a_\362\206\002\355(\026\021p\372B\222G\203%\244Gech\307\010\237filen\327\010\265\002a\343ll\324G\n\005\306$Int\377erruptNo\337SuchV\371\207\002Pr\277otocol\235b_\357_Pyx\001\000Dic\377t_NextRe\347f__\234\206\004\242`__d\177oc____eG\001\356\004\002xit\r\001fun\336\024\002iter\035\001ma{in\003\002odul5\0024\207\206\0017\001p_\000vt\352\205\001E\001Oqual\022\005\203\204\005_\353 ;t_(\005tes^\001\215\204\005Q_\271\206\001\263\211\003\314c_\351k_\342h\325_\331g_\312l_\306f_i\375s\314\206\001outine\261_\306i\005\005\305`_l\267d_\242\253f_\243d\002\003\234a_""\214g_\352\200i_\370G_\230gadd\377answeran\375y\000\000thinga\377syncio.c\373or\212\003sauto\314\260\206\001\263\206\002cl\237\001\326 tr\177aceback\255\207\002\364\261\207\003\301@l\263\211\001onsc\375o\347@xtlibdwone\313\205\005dup\275a\346\266Bed\314\210\003\207\214\004sfd\376\310cgentleg\177etitems\367\210\004\374\375\210\005\362\210\002limitm\317adem\325B\335\211\001dt\377uplenano\373sex\000dsnum\377beroldos\314\324 \007\000wn\222\212\001\225\212\002po\335p\263\205\003reg\272\206\001rs\277relayrM\000v\301e\304\214\001\277\204\005\256\204\014\336\214\002\223 nd\375s\210\206\001setdef\377aultsign\373al\000\003lersl\373ee\303\213\001spins\277topped\004\000r\337esupp\003\000st\333ak\333\000me\355@ur~\353\001values\205\216\003\360\212\216\004\304\213\002\264\216\001\201\216\001(PyO\275b\362\214\001 *)\000\014\002iont)\000\002\006, \013\002\372\022\005,\272\215\001uct eopoll\362\206\003 * \002\336%\00264_tA\004st\355r%\001__\217\205\001obj\373_7\350\213\004_6nat\277ive_11\233\211\007s\203_S\345\002\341\000I\004\212\002L\001 \360\224\r\017\003\243\002*8(voi\267d)\000\256!n\000\260\215\001o\377ne_if_ro\377om\000fail_\177with\000is\330\210\003\307fd\000\356\003\376\"(\006no\276\225\215\001\000dead\272\204\002o\375fM\002_count\377\000shared_\300\266F\355\"t\001\255$\251#\217\212\003el\317lint\337\017\347A_o\377f\200A\200A\330\010\016\373\210a\001\003i\220q\330\014\377\020\220\001\220\024\220Q\220\367e\2301\032\00012\360\n\337\000\t\r\210K\030\000\010\014\377\210J\220a\330\010\013\210\1774\210w\220g\230Q)\001\377\006\220d\230!\2304\230\353|\250,\000\340\027\002}\230A\377\230Q\230d\240!\330\014\377\r\330\010\t\330\014\017\210\377q\330\020\024\220G\2307\177\240!\2401\340\020\032-\002\377w\240d\250!\2501\340\326o\000\006\220\177\000\340]\000F\220\367!\2208K\000q\200A\340\377\010\035\230T\240\026\240t\367\2501\250\242\000\017\210x\220\377v\230S\240\n\250)\260\3731\260\265\000\360\006\000\t\014\374\207\000]\016\020\220\016\230a\330\377\014\030\230\001\230\021\230$~\007\001""\020\220\r\230Q\340\204\000\237v\220S\230\003[\001\213\001E\277\230\027\240\001\240\021\226\001Nw\240!\340\236\000H\230A\205\006\376[\001\r\210I\220T\230\026\367\230w\240M\000\017\210v\220\377W\230D\240\001\330\021\032\317\230&\240\006\021\000\254\002&\230\327\001\200A\211\001\036\246\006F\260\375!\242!6\220\027\230\001\330\337\014\021\220\026\220\315\000\360\010\334\252\003\266!U\240$\372\000)\260\3733\260T\002t\2204\220x\377\230t\2406\250\023\250C\357\250t\2601\252!F\230\047s\240\021%\000\356 \014\210LF\000x\371#i\000\214BM\230\021\330\216@wO\2301\003\001N\230!\202\000]\014\246AI\220Q\215\000\016\261A\347D\220\005\306@<\002G\2201\270\016\005\341 \300A9\220A\330\002s\236\244A\020\320\020 \327\000\330@6\177\220\023\220A\330\014\023\220\000Oy\240\002\240\302\004\013\006w\324A\367\2401\330\034\013|\2404\240\047~\260Q\215\001\225\000\230\373\000\253A\377q\230\004\230F\240&\250w\001\250\021\214\003\"\240\031\357@\3774\250q\330\010\032\230%\353\230qn\001\014\327a\230\010\320w 1\260\314\002D\220\004\226\000\335Q\321r8\2408\342a\360\0203\000\t\343\047\246`\013\210\257\004\340a\276\215 \021\220\025\220a\253\204\003K\377\220q\230\010\240\007\240q\177\250\010\260\t\270\021\270\226@\277\r\210T\220\021\220\237@\014\211\210\351c\226!\030\341\204\001\225\"\253\204\002t\377\2207\230#\230Q\330\020\227\030\230\005\003\001\025\205`\311aj\377\250\002\250\047\260\023\260A\373\330\020\013\005g\240T\250\021_\250$\250c\260\306bI\223\205\001\372\272!v\357a\020\220\006\220a\377\320\004\035\230^\2501\360\377 \000\t\020\210t\220=\376\363`\024\240X\250Q\250g\037\260Q\320\004\"\371`\364\204\003\247\205\002\272\363#\001\247 #\250Q\225\205\004\320\177\004$\240N\260!\340\263 \377$\230h\240a\240w\250\337a\330\010\034\230\366\0024\210y{\246a\255C}\240A\240\204@\177\024\220D\230\006\230a\370\205\002\377\020\220\010\230\001\330\020\023\376u\000\002\240*\250E\260\025\246\362`\024\033\206\206\003\230\206\001z\204\205\001\330\373\020\031\212\205\002\022\240:\250U\377\260%\260t\2704\270x\333\300q\217\205""\004\330\024\243\000\2407\377\250*\260E\270\025\270a\374\257\206\001Q\001\021\033\230:\240U\277\250%\250u\260F\326!\017\377\210s\220!\2201\320\004\377+\250=\270\r\300^\320\377S^\320^_\360,\000\377\t%\240A\330\010\035\230\375]\270\"J\270a\330\010\033\350\265\204\001\300\000\023\001Q\306\206\0037\220#\277\220Q\330\014\025\220\371B8\357\2203\220a\201\204\005\001\240\026w\240q\340\222\204\001\320\027(\316`\375\026\301`\014\035\230Q\230k\376\371 )\2602\260S\270\004\357\270I\300Q\350\207\001t\2201\337\330\025\037\230y\364a\330\024w\032\230)\253\204\001\016\210h\220`}t\252\205\001\016\210m\2308\277\204\001\367\t\330\014\241%\020\021\330\020?\037\230t\240=\260\250 \266\207\001\377\032\2404\240}\260H\270\377A\270T\300\021\330\020\026{\220b\301!\021\330\020\027\316`\356\314 \021\220\021\315\207\001x\220s\323\230!\020\002\265\211\001\007\030\001\230\021v\300\211\001\005\220\330@7\260q\300\210\003\372\363\204\0016\332\204\003J\220d\230+\357\240S\250\001\247\205\003\024\230V\277\2406\250\024\250]\272#q_\320\004:\270!\333\204\003X\237bya\203\210\003\372\206\004H\220A\330\373\211\t\370\364D\342b\267 \320\025\047\240q\373\250\006\233`\014\022\220%\220\377r\230\023\230J\240g\250\377T\260\022\2603\260i\270\373t\300\325\207\002J\230a\230v\335\240\271\212\002\t\230\024\301\212\003\005\220\337]\240(\250$6\001\020\220\227\005\220Y \000t\210`\336\212\002\005\353\220V\257\211\002\014\024\003k\250\027\377\260\003\2603\260b\270\001\372\216A6b\000D\240\t\250\021\377\250&\260\t\270\023\270A\314\267\210\003\223 \024\220]\n\221$W\230\271H\212`E\004a\230u\005\005V\376\221A\240G\2507\260!\260?1\330\010\017\210q";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2996, 4231);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (4226 bytes) */
-static const char bytes[] = " cannot be copied or pickled: connect again, or open the device again, where another is needed has more than the 32 bits of the word is not an eventfd of  vectors.1 vector: this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a a UIO devicea device does not know which peers exist: name the peers to ringadd_notean eventfddisableenablegcisenabledivshmem.errorsivshmem/_core.pyxno vector to wait forpeer the descriptor of this vector is not the endpoint is closedthe endpoint was closed while waitingthis endpointvector what came for vector ClosedErrorDoorbellsDoorbells.__reduce__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._check_can_waitDoorbells._close_bellsDoorbells._descriptorDoorbells._doorbell_nowaitDoorbells._drop_peerDoorbells._listen_aloneDoorbells._listen_uioDoorbells._look_forDoorbells._read_newsDoorbells._ring_byDoorbells._ring_selfDoorbells._set_queuedDoorbells._unwatch_newsDoorbells._wait_eventDoorbells._watch_newsDoorbells.closeDoorbells.doorbellDoorbells.echoDoorbells.filenoDoorbells.ring_allDoorbells.ring_all_nowaitInterruptNoSuchVectorProtocolError__Pyx_PyDict_NextRef__annotate____doc____enter____exit____func____iter____main____module____name____pyx_vtable____qualname____reduce____set_name____test___add_bell_add_vector_bells_check_can_wait_close_bells_descriptor_doorbell_nowait_drop_peer_is_coroutine_listen_alone_listen_uio_look_for_read_news_ring_by_ring_self_set_queued_unwatch_news_wait_event_watch_newsaddansweranyanythingasyncio.coroutinesautobellbellscline_in_tracebackcloseclosedcollectionscontextlibdonedoorbellechoenterederrorseventfdsfdfilenogentlegetitemsivshmemivshmem._corelimitmademodulenamedtuplenanosecondsnumberoldouterownpeerpeerspopqueuedregistersrelayremoveringring_allring_all_nowaitringsrou""ndsselfsetdefaultsignalsignallersleepingspinstoppedstoresuppresstaketimeouturgentvaluesvectorvectorswhichwordint (PyObject *)\000int (int)\000\000int (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int)\000int64_t (PyObject *)\000int64_t (int)\000struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *(void)\000taken\000add_one_if_room\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait\000deadline_of\000take_count\000shared_signallerint (void *, int64_t)\000ring_bellint64_t (PyObject *)\000spin_of\200A\200A\330\010\016\210a\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\33012\360\n\000\t\r\210K\220q\330\010\014\210J\220a\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230|\2501\200A\340\010\013\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\017\210q\330\020\024\220G\2307\240!\2401\340\020\032\230!\2304\230w\240d\250!\2501\340\014\020\220\006\220a\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250)\2601\260A\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\020\220\016\230a\330\014\030\230\001\230\021\230$\230a\330\014\020\220\r\230Q\340\014\017\210v\220S\230\003\2304\230q\330\020\024\220E\230\027\240\001\240\021\330\020\024\220N\240!\340\020\024\220H\230A\340\014\020\220\006\220a\200A\360\006\000\t\r\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014\210F\220&\230\001\200A\360\006\000\t\036\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\360\010\000\t\014\2104\210w\220g\230U\240$\240d\250)\2603\260a\330\014\017\210t\2204\220x\230t\2406\250\023\250C\250t\2601\330\020\024\220F\230\047\240\021\240$\240a\330\010\014\210L\230\001\330\010\014\210J\220a\200A\360\n\000\t\r\210M\230\021\330\010\014\210O\2301\330\010\014\210N""\230!\200A\360\014\000\t\r\210I\220Q\200A\360\016\000\t\r\210D\220\005\220Q\220a\330\010\014\210G\2201\200A\360\016\000\t\r\210F\220!\330\010\013\2109\220A\220T\230\026\230s\240!\330\014\020\320\020 \240\001\330\010\013\2106\220\023\220A\330\014\023\2204\220y\240\002\240!\330\010\013\2106\220\023\220A\330\014\023\2204\220w\230d\240!\2401\330\010\013\2106\220\023\220A\330\014\023\2204\220|\2404\240~\260Q\330\010\014\210M\230\021\230!\330\010\017\210x\220q\230\004\230F\240&\250\001\250\021\200A\360\016\000\t\"\240\031\250!\2504\250q\330\010\032\230%\230q\240\001\330\010\014\210K\220q\230\010\320 1\260\021\330\010\014\210D\220\004\220A\220Q\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2308\2408\2501\200A\360\020\000\t\036\230T\240\026\240t\2501\250A\340\010\013\2106\220\023\220A\330\014\024\220G\2301\330\010\021\220\025\220a\220q\330\010\014\210K\220q\230\010\240\007\240q\250\010\260\t\270\021\270!\330\010\r\210T\220\021\220!\330\010\014\210F\220!\2208\2301\200A\360\030\000\t\r\210F\220!\330\010\t\330\014\017\210t\2207\230#\230Q\330\020\030\230\005\230Q\330\020\025\220T\230\021\230$\230j\250\002\250\047\260\023\260A\330\020\025\220T\230\021\230$\230g\240T\250\021\250$\250c\260\021\330\020\024\220I\230Q\330\014\023\2204\220v\230Q\340\014\020\220\006\220a\320\004\035\230^\2501\360 \000\t\020\210t\220=\240\001\240\024\240X\250Q\250g\260Q\320\004\"\240!\340\010\014\210F\220!\330\010\t\330\014\023\2204\220y\240\001\240\031\250#\250Q\340\014\020\220\006\220a\320\004$\240N\260!\340\010\032\230$\230h\240a\240w\250a\330\010\034\230A\340\010\013\2104\210{\230\047\240\021\330\014\023\2204\220}\240A\240Q\330\010\024\220D\230\006\230a\330\010\t\330\014\020\220\010\230\001\330\020\023\220=\240\002\240*\250E\260\025\260a\330\024\033\2307\240!\2401\330\014\017\210z\230\027\240\001\330\020\031\230\027\240\001\240\022\240:\250U\260%\260t\2704\270x\300q\340\020\024\220H\230A\330\024\"\240!\2407\250*\260E\270\025\270a\340\014\020\220\010\230\001\330\021\033\230:\240U\250%""\250u\260F\270!\330\010\017\210s\220!\2201\320\004+\250=\270\r\300^\320S^\320^_\360,\000\t%\240A\330\010\035\230]\250\047\260\023\260J\270a\330\010\033\2301\330\010\034\230A\330\010\035\230Q\360\006\000\t\014\2107\220#\220Q\330\014\025\220Q\330\010\013\2108\2203\220a\330\014\023\2204\220y\240\001\240\026\240q\340\014\023\2204\320\027(\250\001\250\026\250q\330\014\035\230Q\230k\250\021\250)\2602\260S\270\004\270I\300Q\330\014\017\210t\2201\330\025\037\230y\250\001\250\021\330\024\032\230)\2401\330\010\016\210h\220a\220t\2301\330\010\016\210m\2308\2401\330\010\t\330\014\024\220D\230\006\230a\330\020\021\330\020\037\230t\240=\260\001\330\020\030\230\001\230\032\2404\240}\260H\270A\270T\300\021\330\020\026\220b\230\001\330\020\021\330\020\027\220q\230\001\330\020\021\220\021\340\014\017\210x\220s\230!\330\020\027\220q\330\014\020\220\007\220q\230\001\230\021\330\014\020\220\005\220Q\320\0047\260q\340\010\035\230T\240\031\250!\2506\260\021\330\010\014\210J\220d\230+\240S\250\001\330\010\014\210M\230\024\230V\2406\250\024\250]\270!\330\010\017\210q\320\004:\270!\360\020\000\t\036\230X\240X\250Q\250a\360\006\000\t\r\210L\230\001\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210{\230\047\240\021\330\014\020\220\006\220a\330\014\025\320\025\047\240q\250\006\250a\330\014\022\220%\220r\230\023\230J\240g\250T\260\022\2603\260i\270t\3001\330\020\024\220J\230a\230v\240Q\330\014\020\220\t\230\024\230Q\330\014\020\220\005\220]\240(\250$\250a\330\014\020\220\005\220Y\230a\230t\240:\250Q\330\014\020\220\005\220V\2304\230q\330\014\020\220\005\220Y\230k\250\027\260\003\2603\260b\270\001\340\014\023\2206\230\023\230D\240\t\250\021\250&\260\t\270\023\270A\330\020\024\220F\230!\330\020\024\220J\230a\230v\240Q\330\014\020\220\t\230\021\330\014\020\220\005\220W\230H\240A\330\014\020\220\005\220Y\230a\230u\240A\330\014\020\220\005\220V\2308\2401\240G\2507\260!\2601\330\010\017\210q";
+    #else /* compression: none (4231 bytes) */
+static const char bytes[] = " cannot be copied or pickled: connect again, or open the device again, where another is needed has more than the 32 bits of the word is not an eventfd of  vectors.1 vector: this endpoint has ?A vector of this endpoint was rung `rings` times since it was last waited for.NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a a UIO devicea device does not know which peers exist: name the peers to ringadd_notean eventfddisableenablegcisenabledivshmem.errorsivshmem/_core.pyxno vector to wait forpeer the descriptor of this vector is not the endpoint is closedthe endpoint was closed while waitingthis endpointvector what came for vector ClosedErrorDoorbellsDoorbells.__reduce__Doorbells._add_bellDoorbells._add_vectorDoorbells._bellsDoorbells._check_can_waitDoorbells._close_bellsDoorbells._descriptorDoorbells._doorbell_nowaitDoorbells._drop_peerDoorbells._listen_aloneDoorbells._listen_uioDoorbells._look_forDoorbells._read_newsDoorbells._ring_byDoorbells._ring_selfDoorbells._set_queuedDoorbells._unwatch_newsDoorbells._wait_eventDoorbells._watch_newsDoorbells.closeDoorbells.doorbellDoorbells.echoDoorbells.filenoDoorbells.ring_allDoorbells.ring_all_nowaitInterruptNoSuchVectorProtocolError__Pyx_PyDict_NextRef__annotate____doc____enter____exit____func____iter____main____module____name____pyx_vtable____qualname____reduce____set_name____test___add_bell_add_vector_bells_check_can_wait_close_bells_descriptor_doorbell_nowait_drop_peer_is_coroutine_listen_alone_listen_uio_look_for_read_news_ring_by_ring_self_set_queued_unwatch_news_wait_event_watch_newsaddansweranyanythingasyncio.coroutinesautobellbellscline_in_tracebackcloseclosedcollectionscontextlibdonedoorbelldupechoenterederrorseventfdsfdfilenogentlegetitemsivshmemivshmem._corelimitmademodulenamedtuplenanosecondsnumberoldosouterownpeerpeerspopqueuedregistersrelayremoveringring_allring_all_nowaitrin""gsroundsselfsetdefaultsignalsignallersleepingspinstoppedstoresuppresstaketimeouturgentvaluesvectorvectorswhichwordint (PyObject *)\000int (int)\000\000int (int, int)\000int (int, struct epoll_event *, int, int64_t)\000int (struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int)\000int64_t (PyObject *)\000int64_t (int)\000struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *(void)\000taken\000add_one_if_room\000fail_with\000is_eventfd\000epoll_sleep\000add_one_nowait\000deadline_of\000take_count\000shared_signallerint (void *, int64_t)\000ring_bellint64_t (PyObject *)\000spin_of\200A\200A\330\010\016\210a\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\33012\360\n\000\t\r\210K\220q\330\010\014\210J\220a\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2304\230|\2501\200A\340\010\013\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\017\210q\330\020\024\220G\2307\240!\2401\340\020\032\230!\2304\230w\240d\250!\2501\340\014\020\220\006\220a\200A\340\010\014\210F\220!\2208\2304\230q\200A\340\010\035\230T\240\026\240t\2501\250A\330\010\017\210x\220v\230S\240\n\250)\2601\260A\200A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\t\330\014\020\220\016\230a\330\014\030\230\001\230\021\230$\230a\330\014\020\220\r\230Q\340\014\017\210v\220S\230\003\2304\230q\330\020\024\220E\230\027\240\001\240\021\330\020\024\220N\240!\340\020\024\220H\230A\340\014\020\220\006\220a\200A\360\006\000\t\r\210I\220T\230\026\230w\240a\330\014\017\210v\220W\230D\240\001\330\021\032\230&\240\006\240a\330\010\014\210F\220&\230\001\200A\360\006\000\t\036\230T\240\026\240t\2501\250F\260!\330\010\013\2106\220\027\230\001\330\014\021\220\026\220q\200A\360\010\000\t\014\2104\210w\220g\230U\240$\240d\250)\2603\260a\330\014\017\210t\2204\220x\230t\2406\250\023\250C\250t\2601\330\020\024\220F\230\047\240\021\240$\240a\330\010\014\210L\230\001\330\010\014\210J\220a\200A\360\n\000\t\r\210M\230\021\330\010\014\210O\2301\330\010""\014\210N\230!\200A\360\014\000\t\r\210I\220Q\200A\360\016\000\t\r\210D\220\005\220Q\220a\330\010\014\210G\2201\200A\360\016\000\t\r\210F\220!\330\010\013\2109\220A\220T\230\026\230s\240!\330\014\020\320\020 \240\001\330\010\013\2106\220\023\220A\330\014\023\2204\220y\240\002\240!\330\010\013\2106\220\023\220A\330\014\023\2204\220w\230d\240!\2401\330\010\013\2106\220\023\220A\330\014\023\2204\220|\2404\240~\260Q\330\010\014\210M\230\021\230!\330\010\017\210x\220q\230\004\230F\240&\250\001\250\021\200A\360\016\000\t\"\240\031\250!\2504\250q\330\010\032\230%\230q\240\001\330\010\014\210K\220q\230\010\320 1\260\021\330\010\014\210D\220\004\220A\220Q\330\010\013\2104\210w\220g\230Q\330\014\020\220\006\220d\230!\2308\2408\2501\200A\360\020\000\t\036\230T\240\026\240t\2501\250A\340\010\013\2106\220\023\220A\330\014\024\220G\2301\330\010\021\220\025\220a\220q\330\010\014\210K\220q\230\010\240\007\240q\250\010\260\t\270\021\270!\330\010\r\210T\220\021\220!\330\010\014\210F\220!\2208\2301\200A\360\030\000\t\r\210F\220!\330\010\t\330\014\017\210t\2207\230#\230Q\330\020\030\230\005\230Q\330\020\025\220T\230\021\230$\230j\250\002\250\047\260\023\260A\330\020\025\220T\230\021\230$\230g\240T\250\021\250$\250c\260\021\330\020\024\220I\230Q\330\014\023\2204\220v\230Q\340\014\020\220\006\220a\320\004\035\230^\2501\360 \000\t\020\210t\220=\240\001\240\024\240X\250Q\250g\260Q\320\004\"\240!\340\010\014\210F\220!\330\010\t\330\014\023\2204\220y\240\001\240\031\250#\250Q\340\014\020\220\006\220a\320\004$\240N\260!\340\010\032\230$\230h\240a\240w\250a\330\010\034\230A\340\010\013\2104\210{\230\047\240\021\330\014\023\2204\220}\240A\240Q\330\010\024\220D\230\006\230a\330\010\t\330\014\020\220\010\230\001\330\020\023\220=\240\002\240*\250E\260\025\260a\330\024\033\2307\240!\2401\330\014\017\210z\230\027\240\001\330\020\031\230\027\240\001\240\022\240:\250U\260%\260t\2704\270x\300q\340\020\024\220H\230A\330\024\"\240!\2407\250*\260E\270\025\270a\340\014\020\220\010\230\001\330\021\033\230:""\240U\250%\250u\260F\270!\330\010\017\210s\220!\2201\320\004+\250=\270\r\300^\320S^\320^_\360,\000\t%\240A\330\010\035\230]\250\047\260\023\260J\270a\330\010\033\2301\330\010\034\230A\330\010\035\230Q\360\006\000\t\014\2107\220#\220Q\330\014\025\220Q\330\010\013\2108\2203\220a\330\014\023\2204\220y\240\001\240\026\240q\340\014\023\2204\320\027(\250\001\250\026\250q\330\014\035\230Q\230k\250\021\250)\2602\260S\270\004\270I\300Q\330\014\017\210t\2201\330\025\037\230y\250\001\250\021\330\024\032\230)\2401\330\010\016\210h\220a\220t\2301\330\010\016\210m\2308\2401\330\010\t\330\014\024\220D\230\006\230a\330\020\021\330\020\037\230t\240=\260\001\330\020\030\230\001\230\032\2404\240}\260H\270A\270T\300\021\330\020\026\220b\230\001\330\020\021\330\020\027\220q\230\001\330\020\021\220\021\340\014\017\210x\220s\230!\330\020\027\220q\330\014\020\220\007\220q\230\001\230\021\330\014\020\220\005\220Q\320\0047\260q\340\010\035\230T\240\031\250!\2506\260\021\330\010\014\210J\220d\230+\240S\250\001\330\010\014\210M\230\024\230V\2406\250\024\250]\270!\330\010\017\210q\320\004:\270!\360\020\000\t\036\230X\240X\250Q\250a\360\006\000\t\r\210L\230\001\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210{\230\047\240\021\330\014\020\220\006\220a\330\014\025\320\025\047\240q\250\006\250a\330\014\022\220%\220r\230\023\230J\240g\250T\260\022\2603\260i\270t\3001\330\020\024\220J\230a\230v\240Q\330\014\020\220\t\230\024\230Q\330\014\020\220\005\220]\240(\250$\250a\330\014\020\220\005\220Y\230a\230t\240:\250Q\330\014\020\220\005\220V\2304\230q\330\014\020\220\005\220Y\230k\250\027\260\003\2603\260b\270\001\340\014\023\2206\230\023\230D\240\t\250\021\250&\260\t\270\023\270A\330\020\024\220F\230!\330\020\024\220J\230a\230v\240Q\330\014\020\220\t\230\021\330\014\020\220\005\220W\230H\240A\330\014\020\220\005\220Y\230a\230u\240A\330\014\020\220\005\220V\2308\2401\240G\2507\260!\2601\330\010\017\210q";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 159; i++) {
+    for (int i = 0; i < 161; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 31) PyUnicode_InternInPlace(&string);
@@ -24799,8 +25104,8 @@ static const char bytes[] = " cannot be copied or pickled: connect again, or ope
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 159; i < 186; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-159].length;
+    for (int i = 161; i < 188; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-161].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -24810,14 +25115,14 @@ static const char bytes[] = " cannot be copied or pickled: connect again, or ope
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 186; i++) {
+    for (Py_ssize_t i = 0; i < 188; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 159;
+      PyObject **table = stringtab + 161;
       for (Py_ssize_t i=0; i<27; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -24904,127 +25209,127 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 173};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 174};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq_Qe1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 181};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 182};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_read_news, __pyx_mstate->__pyx_kp_b_iso88591_A_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 184};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 185};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_look_for, __pyx_mstate->__pyx_kp_b_iso88591_A_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 187};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 188};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_check_can_wait, __pyx_mstate->__pyx_kp_b_iso88591_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 192};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 193};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_urgent};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_watch_news, __pyx_mstate->__pyx_kp_b_iso88591_A12_Kq_Ja_4wgQ_d_4_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 203};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 204};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_unwatch_news, __pyx_mstate->__pyx_kp_b_iso88591_A_4wgU_d_3a_t4xt6_Ct1_F_a_L_Ja, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 213};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 214};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_relay};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_listen_alone, __pyx_mstate->__pyx_kp_b_iso88591_A_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 221};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 222};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_vector, __pyx_mstate->__pyx_n_u_number};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_vector, __pyx_mstate->__pyx_kp_b_iso88591_A_4q_q_Kq_1_D_AQ_4wgQ_d_881, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 235};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 236};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_fd, __pyx_mstate->__pyx_n_u_bells_2, __pyx_mstate->__pyx_n_u_number};
     __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_add_bell, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_6_A_G1_aq_Kq_q_T_F_81, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 258};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 259};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_fd};
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_listen_uio, __pyx_mstate->__pyx_kp_b_iso88591_A_D_Qa_G1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 268};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 269};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_registers, __pyx_mstate->__pyx_n_u_doorbell, __pyx_mstate->__pyx_n_u_vectors};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_by, __pyx_mstate->__pyx_kp_b_iso88591_A_M_O1_N, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 277};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 278};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_self, __pyx_mstate->__pyx_kp_b_iso88591_A_F_84q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 281};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 282};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_bells_2};
     __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_bells, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1A_xvS_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 286};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 287};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_bells_2};
     __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_drop_peer, __pyx_mstate->__pyx_kp_b_iso88591_A_T_t1F_6_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 308};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 309};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_anything};
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_set_queued, __pyx_mstate->__pyx_kp_b_iso88591_A_4_AQd_q_G7_1_4wd_1_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 320};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 334};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_outer};
     __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t7_Q_Q_T_j_A_T_gT_c_IQ_4vQ_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 464};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 478};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector};
     __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_doorbell, __pyx_mstate->__pyx_kp_b_iso88591_XXQa_L_HA_Ja_4_a_q_a_r_JgT_3it1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 498};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 512};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector, __pyx_mstate->__pyx_n_u_made};
     __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_doorbell_nowait, __pyx_mstate->__pyx_kp_b_iso88591_7q_T_6_Jd_S_M_V6_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 505};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 519};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peers, __pyx_mstate->__pyx_n_u_vectors};
     __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_all, __pyx_mstate->__pyx_kp_b_iso88591_1_t_XQgQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 523};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 537};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peers, __pyx_mstate->__pyx_n_u_vectors, __pyx_mstate->__pyx_n_u_bells_2, __pyx_mstate->__pyx_n_u_entered, __pyx_mstate->__pyx_n_u_signaller, __pyx_mstate->__pyx_n_u_bell, __pyx_mstate->__pyx_n_u_bell};
     __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_ring_all_nowait, __pyx_mstate->__pyx_kp_b_iso88591_N_hawa_A_4_4_AQ_D_a_E_a_7_1_z_U, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 900};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 914};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_wait_event, __pyx_mstate->__pyx_kp_b_iso88591_F_4y_Q_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 4, 14, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1041};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 4, 14, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1055};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_vector, __pyx_mstate->__pyx_n_u_answer, __pyx_mstate->__pyx_n_u_rounds, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_nanoseconds, __pyx_mstate->__pyx_n_u_limit, __pyx_mstate->__pyx_n_u_stopped, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_n_u_own, __pyx_mstate->__pyx_n_u_gentle, __pyx_mstate->__pyx_n_u_bell};
     __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_echo, __pyx_mstate->__pyx_kp_b_iso88591_S___A_Ja_1_A_Q_7_Q_Q_83a_4y_q_4, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1118};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1138};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_bells_2};
     __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close_bells, __pyx_mstate->__pyx_kp_b_iso88591_A_IT_wa_vWD_a_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1126};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1146};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4_AQd_a_a_Q_vS_4q_E_N_HA_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1182};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1202};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_which};
     __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem__core_pyx, __pyx_mstate->__pyx_n_u_descriptor, __pyx_mstate->__pyx_kp_b_iso88591_A_F_9AT_s_6_A_4y_6_A_4wd_1_6_A_4, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }

@@ -64,6 +64,7 @@ cdef class Doorbells:
     cdef uint32_t uio_count
     cdef FdArray wake  # one eventfd, written by close() to end all waits
     cdef FdArray queued  # one eventfd, readable while the subclass has events to be taken
+    cdef FdArray told  # eventfds to add to after each call that may have taken a ring, or None
     cdef Epoll epoll  # anything(), once it is needed
     cdef Epoll outer  # what fileno() returns: that and queued, once it is needed
     cdef unsigned int state  # calls that wait, and whether it is closed
@@ -104,6 +105,7 @@ cdef class Doorbells:
     cdef list several(self, object peers, object vectors)
     cdef Py_ssize_t ring_several(self, list bells) except -1
     cdef int check_vector(self, Py_ssize_t vector) except -1
+    cdef int tell_after_waits(self, int fd) except -1
     cdef Epoll anything(self)
     cdef Epoll watch_all(self)
     cdef object wait_one(self, Py_ssize_t vector, object timeout, int64_t spin)

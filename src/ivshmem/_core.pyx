@@ -22,9 +22,9 @@ from .native.descriptors cimport (
 )
 from .native.syscalls cimport (
     c_read, EAGAIN, EINTR, EINVAL, EIO, epoll_event, epoll_wait, errno, ESHUTDOWN, F_SETFL, fcntl,
-    c_close, getpid, IVSHMEM_CLOSING, ivshmem_and, ivshmem_count, ivshmem_enter,
-    ivshmem_is_only_thread, ivshmem_leave, ivshmem_load, ivshmem_or, ivshmem_pause, ivshmem_shut,
-    ivshmem_state, ivshmem_store, O_NONBLOCK, O_RDWR, pollfd, ppoll, PyNumber_AsSsize_t, RELAXED,
+    c_close, getpid, IVSHMEM_CLOSING, word_and, ivshmem_count, ivshmem_enter,
+    ivshmem_is_only_thread, ivshmem_leave, word_load, word_or, ivshmem_pause, ivshmem_shut,
+    ivshmem_state, word_store, O_NONBLOCK, O_RDWR, pollfd, ppoll, PyNumber_AsSsize_t, RELAXED,
     SEQ_CST, timespec,
 )
 from .native.syscalls cimport EPOLLIN as _EPOLLIN
@@ -33,6 +33,7 @@ from .native.mapping cimport Atomic, Registers
 from .native.spin cimport HABITS, Probe, spin_of, Spinner, Turn
 
 import contextlib
+import os
 from collections import namedtuple
 
 from .errors import ClosedError, NoSuchVector, ProtocolError
@@ -95,7 +96,7 @@ cdef inline int64_t read_plainly(Doorbells self, Py_ssize_t vector) noexcept nog
     if code != EAGAIN:
         return -code
     fcntl(fd, F_SETFL, O_RDWR)
-    ivshmem_and(&self.nonblocking, True, ~(<uint64_t>1 << vector % 64), RELAXED)
+    word_and(&self.nonblocking, True, ~(<uint64_t>1 << vector % 64), RELAXED)
     return 0
 
 
@@ -109,8 +110,8 @@ cdef inline Probe probe_of(Doorbells self, Py_ssize_t vector, bint plainly) noex
     cdef uint64_t bit = <uint64_t>1 << vector % 64
     if not plainly or self.relay is not None or vector >= 64:
         return probe_eventfd
-    if not ivshmem_load(&self.nonblocking, True, RELAXED) & bit:
-        ivshmem_or(&self.nonblocking, True, bit, RELAXED)
+    if not word_load(&self.nonblocking, True, RELAXED) & bit:
+        word_or(&self.nonblocking, True, bit, RELAXED)
         fcntl(place_of(self.own, vector)[0], F_SETFL, O_RDWR | O_NONBLOCK)
     return probe_plainly
 
@@ -316,6 +317,19 @@ cdef class Doorbells:
                 take_count(self.queued.fds[0])
         finally:
             self.leave()
+
+    cdef int tell_after_waits(self, int fd) except -1:
+        """Add 1 to `fd`, an eventfd of this process alone, after each call that may take a ring.
+
+        Channels sleep on the eventfds of vectors, too, and take no count from them. A call that
+        takes a count between a ring and a channel's look hides that ring from the channel. So it
+        tells the channel.
+        """
+        with cython.critical_section(self):
+            if self.told is None:
+                self.told = FdArray()
+            self.told.take(os.dup(fd))
+        return 0
 
     @cython.critical_section
     def fileno(self):
@@ -888,13 +902,13 @@ cdef class Doorbells:
         """Do what sleep_for does, unless the word changes first, which counts as a ring."""
         cdef int64_t n = 1
         if watched.sleeping != NULL:
-            ivshmem_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
+            word_store(watched.sleeping, watched.sleeping_wide, 1, SEQ_CST)
         if not has_changed(watched):
             n = self.sleep_for(vector, deadline, plainly)
             if n == 0 and has_changed(watched):
                 n = 1
         if watched.sleeping != NULL:
-            ivshmem_store(watched.sleeping, watched.sleeping_wide, 0, SEQ_CST)
+            word_store(watched.sleeping, watched.sleeping_wide, 0, SEQ_CST)
         return n
 
     def _wait_event(self, timeout=None):
@@ -1098,6 +1112,10 @@ cdef class Doorbells:
 
     cdef void leave(self) noexcept nogil:
         """End a call; the last one in a closed endpoint closes the descriptors."""
+        cdef Py_ssize_t i
+        if self.told is not None:
+            for i in range(length_of(self.told)):
+                add_one(place_of(self.told, i)[0])
         if ivshmem_leave(&self.state):
             with gil:
                 self.release()
@@ -1108,6 +1126,8 @@ cdef class Doorbells:
         self.own.close()
         self.wake.close()
         self.queued.close()
+        if self.told is not None:
+            self.told.close()
         if self.outer is not None:
             self.outer.close()
         if self.epoll is not None:
@@ -1213,7 +1233,7 @@ cdef int64_t probe_eventfd(void *what) noexcept nogil:
 
 
 cdef inline bint has_changed(Watched *watched) noexcept nogil:
-    watched.seen = ivshmem_load(watched.address, watched.wide, SEQ_CST)
+    watched.seen = word_load(watched.address, watched.wide, SEQ_CST)
     return watched.seen != watched.old
 
 

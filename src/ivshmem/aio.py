@@ -33,7 +33,7 @@ from .peer.directory import Directory, Publication
 from .peer.endpoint import Endpoint, Event, EventLimit
 from .peer.in_thread import close_in_thread, open_in_thread
 from .peer.names_table import Entry
-from .peer.waiting_tasks import EVENTS, STREAK, Queue, Readers, Share, Waiter
+from .peer.waiting_tasks import EVENTS, STREAK, Readers, Share, TaskQueue, Waiter
 from .system.time_limits import deadline_of, seconds_of
 from .system.uncopied import Uncopied
 
@@ -84,7 +84,7 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
         self.endpoint = endpoint
         self._loop: asyncio.AbstractEventLoop | None = None
         self._readers: Readers
-        self._queues: dict[Any, Queue] = {}  # those of _readers
+        self._queues: dict[Any, TaskQueue] = {}  # those of _readers
 
     @property
     def id(self) -> int:
@@ -221,7 +221,7 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
         queue.spare = waiter
         return waiter.found
 
-    async def _look_after_others(self, queue: Queue, what: Any) -> Any:
+    async def _look_after_others(self, queue: TaskQueue, what: Any) -> Any:
         """Look once without waiting, after other tasks have had their turn if that is due."""
         if queue.streak >= STREAK and not queue.waiters:
             queue.streak = 0
@@ -231,14 +231,14 @@ class AsyncEndpoint(Uncopied, Generic[_E]):
                 return found
         return None
 
-    def _listen(self, what: Any) -> Queue:
+    def _listen(self, what: Any) -> TaskQueue:
         if self._closing:
             raise ClosedError("the endpoint is closed")
         return self._readers.listen(what)
 
     async def _wait_some(self, vectors: Iterable[int], timeout: float | None) -> Interrupt | None:
         """Wait in the queues of several vectors at once."""
-        queues: dict[int, Queue] = {}
+        queues: dict[int, TaskQueue] = {}
         for vector in map(operator.index, vectors):
             queues[vector] = self._queues.get(vector) or self._listen(vector)
         if not queues:

@@ -17,6 +17,18 @@
      +-- DeviceGone (ConnectionError) the device was unplugged while it was in use
      +-- ClosedError (ValueError)     the object was closed before, or while, it was used
      |    +-- ServerFailed            the thread of Server.start ended by an error: its __cause__
+     +-- ChannelError                 a channel cannot do that now           ivshmem.channel
+     |    +-- NoChannels (LookupError)      the region has no room for channels
+     |    +-- NoSuchChannel (LookupError)   no channel of that name
+     |    +-- ChannelExists                 there is a channel of that name
+     |    +-- ChannelTypeError (TypeError)  another kind, or another type of messages
+     |    +-- MessageTooLong (ValueError)   longer than the channel's limit, or the buffer
+     |    +-- MessagesLost                  writers went on without this reader
+     |    +-- Overtaken                     a message was overwritten while it was looked at
+     |    +-- Redelivered                   another reader has the message, too
+     |    +-- CallFailed                    a call that has no reply
+     |    |    +-- ServerLost               its server is gone; it may have done the work
+     |    +-- ChannelCorrupt                a shared word is impossible
      +-- ConfigError (ValueError)     a configuration that cannot be served      ivshmem.config
      +-- ControlError                 a running server refused a request         ivshmem.control
      +-- MigrationError               a migration that did not happen            ivshmem.migration
@@ -147,6 +159,63 @@ class ServerFailed(ClosedError):
     """The thread that `Server.start` made ended by an error, and closed the server.
 
     `__cause__` is that error; `Server.error` has it, too.
+    """
+
+
+class ChannelError(IvshmemError):
+    """A channel cannot do that now: all slots of a role are taken, or all loans are out."""
+
+
+class NoChannels(ChannelError, LookupError):
+    """The region has no room for channels, or of a version that is not known here."""
+
+
+class NoSuchChannel(ChannelError, LookupError):
+    """No channel has that name."""
+
+
+class ChannelExists(ChannelError):
+    """A channel of that name is there already."""
+
+
+class ChannelTypeError(ChannelError, TypeError):
+    """A channel is of another kind, or its messages are of another type; the message shows both."""
+
+
+class MessageTooLong(ChannelError, ValueError):
+    """A message is longer than the channel's limit, or than the buffer for it."""
+
+
+class MessagesLost(ChannelError):
+    """A reader that blocks was silent, and writers continued without it.
+
+    `count` is how many messages of one writer it lost.
+    """
+
+    def __init__(self, message: str, count: int = 0) -> None:
+        super().__init__(message)
+        self.count = count
+
+
+class Overtaken(ChannelError):
+    """The writer overwrote a message while it was looked at: what was seen may be torn."""
+
+
+class Redelivered(ChannelError):
+    """This process was silent while it had a message of a queue: another reader has it, too."""
+
+
+class CallFailed(ChannelError):
+    """A call got no reply; the message says why."""
+
+
+class ServerLost(CallFailed):
+    """The server that had begun with a call is gone. Whether it did the work is not known."""
+
+
+class ChannelCorrupt(ChannelError):
+    """A shared word is impossible; the message names it. Any process that can write may have
+    spoiled it. The channel's other slots are not affected.
     """
 
 

@@ -330,7 +330,7 @@ class TestWhatItDoes:
     def test_a_handler_can_take_the_connection(self, unstarted: Controlled) -> None:
         taken: list[tuple[socket.socket, bytes]] = []
 
-        def take(caller: requests.Caller, message: Mapping[str, Any]) -> None:
+        def take(caller: requests.Requester, message: Mapping[str, Any]) -> None:
             taken.append(caller.detach())
 
         controlled = unstarted.begin(handlers={"take": take})
@@ -349,7 +349,7 @@ class TestWhatItDoes:
     def test_a_handler_that_fails(
         self, unstarted: Controlled, caplog: pytest.LogCaptureFixture
     ) -> None:
-        def fail(caller: requests.Caller, message: Mapping[str, Any]) -> None:
+        def fail(caller: requests.Requester, message: Mapping[str, Any]) -> None:
             raise ZeroDivisionError("oh\nno")
 
         controlled = unstarted.begin(handlers={"fail": fail})
@@ -575,7 +575,7 @@ class TestHostileCallers:
         """Every caller asks for a lot and reads nothing; what waits for them stays bounded."""
         size = 1 << 20
 
-        def much(caller: requests.Caller, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        def much(caller: requests.Requester, message: Mapping[str, Any]) -> Mapping[str, Any]:
             return {"much": "x" * size}
 
         controlled = unstarted.begin(handlers={"much": much})

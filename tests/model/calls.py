@@ -70,7 +70,7 @@ class Calls:
         return Case(processes, words, self.check, self.mortal, self.silent, spurious=self.spurious)
 
     def _call(self, c: int, without: Iterable[str]) -> Process:
-        return Caller(self, c, without).run()
+        return Requester(self, c, without).run()
 
     def _serve(self, s: int, without: Iterable[str]) -> Process:
         return Server(self, s, without).run()
@@ -93,7 +93,7 @@ class Calls:
         return None
 
 
-class Caller(Role):
+class Requester(Role):
     def __init__(self, setting: Calls, c: int, without: Iterable[str] = ()) -> None:
         super().__init__(f"c{c}", without)
         self.setting = setting

@@ -60,7 +60,7 @@ class Streams:
         return Case(processes, words | awake(*processes), self.check, self.mortal)
 
     def _connect(self, c: int, without: Iterable[str]) -> Process:
-        return Caller(self, f"c{c}", without).run()
+        return Requester(self, f"c{c}", without).run()
 
     def _accept(self, without: Iterable[str]) -> Process:
         return Acceptor(self, "s", without).run()
@@ -80,7 +80,7 @@ class Streams:
         return None
 
 
-class Caller(Role):
+class Requester(Role):
     def __init__(self, setting: Streams, name: str, without: Iterable[str] = ()) -> None:
         super().__init__(name, without)
         self.setting = setting

@@ -14,7 +14,7 @@ from support.public_names import listing
 from support.waiting import PATIENCE
 
 import ivshmem
-from ivshmem import Directory, Region, aio, guest
+from ivshmem import Directory, Region, aio, channel, guest
 from ivshmem.aio import AsyncEndpoint, close_async
 
 # In the words of the list of public names. What is not here, and not in IN_A_THREAD, never waits.
@@ -82,12 +82,37 @@ def with_a_time_limit() -> set[str]:
     return found
 
 
+def with_a_method_beside() -> set[str]:
+    """The calls of channels, whose twins are methods of the same class."""
+    kinds = {name: getattr(channel, name) for name in channel.__all__}
+    return {
+        f"{kind}.{name.removesuffix('_async')}"
+        for kind, thing in kinds.items()
+        if isinstance(thing, type)
+        for name in public_calls(thing)
+        if name.endswith("_async")
+    }
+
+
+@pytest.mark.parametrize("call", sorted(with_a_method_beside()))
+def test_a_method_beside_takes_the_same_arguments(call: str) -> None:
+    kind, _, name = call.partition(".")
+    thing = getattr(channel, kind)
+    theirs = [*inspect.signature(getattr(thing, name)).parameters]
+    ours = [*inspect.signature(getattr(thing, f"{name}_async")).parameters]
+    # A task does not spin; a connection's time limit in a thread is set by `settimeout`.
+    theirs = [each for each in theirs if each != "spin"]
+    assert ours == theirs or (kind == "Stream" and ours == [*theirs, "timeout"])
+
+
 def test_what_takes_a_time_limit_has_a_twin() -> None:
     kinds = ("Broker", "Client", "Endpoint", "GuestDevice", "Server")
     endpoints = {f"{kind}.{name}" for kind in kinds[1:4] for name in (*OF_ENDPOINTS, "echo")}
     found = with_a_time_limit()
     assert {"connect", "Client.wait", "Directory.publish", "ControlClient", "request"} <= found
-    assert found - endpoints - TWINS.keys() - IN_A_THREAD == {"Broker.step"}
+    rest = found - endpoints - TWINS.keys() - IN_A_THREAD - with_a_method_beside()
+    rest = {name for name in rest if not name.endswith("_async")}
+    assert rest == {"Broker.step", "Stream.settimeout"}
 
 
 def test_the_lists_name_what_there_is() -> None:

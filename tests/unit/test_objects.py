@@ -13,14 +13,16 @@ import pickle
 import pkgutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 
 import ivshmem
-from ivshmem import guest
+from ivshmem import channel, guest
 from ivshmem._core import Doorbells
+from ivshmem.channel.membership import Wakeup
 from ivshmem.native import descriptors
 from ivshmem.native import mapping as _memory
 
@@ -99,12 +101,63 @@ def relay() -> descriptors.Relay:
     return descriptors.Relay(bells[0], [bells[1]])
 
 
+OPENED: list[tuple[channel.Channels, ivshmem.Region]] = []
+
+
+@pytest.fixture(autouse=True)
+def close_channels() -> Iterator[None]:
+    yield
+    while OPENED:
+        for thing in OPENED.pop():
+            thing.close()
+
+
+def end_of_a_channel(kind: str) -> Any:
+    """A thing of a channel, which keeps the region as long as it lives."""
+    region = ivshmem.Region.create("1M")
+    ivshmem.Directory.create(region, slots=1, channels="512K").close()
+    channels = channel.open(region)
+    OPENED.append((channels, region))
+    messages = channels.create_messages("messages", limit=8)
+    queue = channels.create_queue("queue", limit=8)
+    queue.writer().put(b"a")
+    calls = channels.create_calls("calls", limit=8)
+    pending = calls.caller().submit(b"a")
+    makers: dict[str, Callable[[], Any]] = {
+        "Membership": lambda: channels._membership,
+        "Wakeup": lambda: Wakeup(channels._member),
+        "Writer": messages.writer,
+        "Loan": lambda: messages.writer().loan(),
+        "Reader": messages.reader,
+        "ValueReader": lambda: channels.create_value("value", limit=8).reader(),
+        "QueueReader": queue.reader,
+        "Taken": lambda: queue.reader().take(),
+        "Caller": calls.caller,
+        "PendingCall": lambda: pending,
+        "CallServer": calls.server,
+        "Call": lambda: calls.server().take(),
+        "StreamListener": lambda: channels.create_bytes("bytes", buffer=64, connections=1).listen(),
+    }
+    return makers[kind]()
+
+
 # Those whose C constructor needs something.
 MAKERS: dict[str, Callable[[], Any]] = {
     "ivshmem.native.descriptors.Relay": relay,
     "ivshmem.native.mapping.Mapping": mapping,
     "ivshmem.native.mapping.Registers": registers,
     "ivshmem.memory.region.Region": lambda: ivshmem.Region.create(4096),
+    **{
+        f"ivshmem.channel.{module}.{kind}": partial(end_of_a_channel, kind)
+        for module, kinds in {
+            "membership": ("Membership", "Wakeup"),
+            "messages": ("Writer", "Loan", "Reader", "ValueReader"),
+            "queues": ("QueueReader", "Taken"),
+            "calls": ("Caller", "PendingCall", "CallServer", "Call"),
+            "streams": ("StreamListener",),
+        }.items()
+        for kind in kinds
+    },
     # Their own __new__ refuses.
     "ivshmem.guest.device.GuestDevice": lambda: Doorbells.__new__(guest.GuestDevice),
     "ivshmem.peer.endpoint.Endpoint": lambda: Doorbells.__new__(ivshmem.Endpoint),

@@ -7,12 +7,70 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["get_include"]
+from ..errors import (
+    CallFailed,
+    ChannelCorrupt,
+    ChannelError,
+    ChannelExists,
+    ChannelTypeError,
+    MessagesLost,
+    MessageTooLong,
+    NoChannels,
+    NoSuchChannel,
+    Overtaken,
+    Redelivered,
+    ServerLost,
+)
+from .calls import Call, Caller, CallServer, PendingCall
+from .channels import Channels, open  # noqa: A004 - as guest.open
+from .info import ChannelInfo, PlaceInfo, ReaderInfo, WriterInfo
+from .kinds import Bytes, Calls, Channel, Messages, Queue, Value
+from .messages import Loan, Reader, ValueReader, View, Writer
+from .queues import QueueReader, Taken
+from .streams import Stream, StreamListener
+
+__all__ = [
+    "Bytes",
+    "Call",
+    "CallFailed",
+    "CallServer",
+    "Caller",
+    "Calls",
+    "Channel",
+    "ChannelCorrupt",
+    "ChannelError",
+    "ChannelExists",
+    "ChannelInfo",
+    "ChannelTypeError",
+    "Channels",
+    "Loan",
+    "MessageTooLong",
+    "Messages",
+    "MessagesLost",
+    "NoChannels",
+    "NoSuchChannel",
+    "Overtaken",
+    "PendingCall",
+    "PlaceInfo",
+    "Queue",
+    "QueueReader",
+    "Reader",
+    "ReaderInfo",
+    "Redelivered",
+    "ServerLost",
+    "Stream",
+    "StreamListener",
+    "Taken",
+    "Value",
+    "ValueReader",
+    "View",
+    "Writer",
+    "WriterInfo",
+    "get_include",
+    "open",
+]
 
 
 def get_include() -> str:
-    """Return the folder of `ivshmem_channel.h`, for a compiler's option `-I`.
-
-    The header is for programs in C or C++ that are one end of a channel.
-    """
+    """Return the folder of `ivshmem_channel.h`, for a compiler's -I."""
     return os.path.dirname(__file__)

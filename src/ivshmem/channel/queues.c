@@ -1249,12 +1249,357 @@ static int __Pyx_init_tpflags_variables(void) {
   #endif
 #endif
 
-#define __PYX_HAVE__ivshmem__native__areas
-#define __PYX_HAVE_API__ivshmem__native__areas
+#define __PYX_HAVE__ivshmem__channel__queues
+#define __PYX_HAVE_API__ivshmem__channel__queues
 /* Early includes */
 #include <stdint.h>
-#include "ivshmem_channel/directory.h"
-#include "ivshmem_channel/records.h"
+#include "ivshmem_channel.h"
+#include <string.h>
+#include <stdio.h>
+#include <errno.h>
+#include <time.h>
+#include <unistd.h>
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <sys/eventfd.h>
+#include <sys/timerfd.h>
+#include <poll.h>
+#include <sys/epoll.h>
+#include <sys/uio.h>
+#include <sys/socket.h>
+#include <sys/mman.h>
+
+    #include <sys/socket.h>
+
+    /* The control buffer of a message, which carries one descriptor. On 64-bit machines
+       CMSG_SPACE(sizeof(int)) has room for a second one: a receiver must look at cmsg_len. */
+    typedef union {
+        struct cmsghdr align;
+        char bytes[CMSG_SPACE(sizeof(int))];
+    } ivshmem_control;
+
+    /* Since Linux 5.14; older headers lack the name. */
+    #ifndef MADV_POPULATE_READ
+    #define MADV_POPULATE_READ 22
+    #endif
+    #ifndef MADV_POPULATE_WRITE
+    #define MADV_POPULATE_WRITE 23
+    #endif
+
+    /* Faults a page in for writing, and changes nothing that another process may be writing. */
+    static inline void ivshmem_touch(volatile char *byte)
+    {
+        __atomic_fetch_or(byte, 0, __ATOMIC_RELAXED);
+    }
+    
+#include <linux/aio_abi.h>
+
+    #include <linux/aio_abi.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    static inline long ivshmem_io_setup(unsigned int events, aio_context_t *context)
+    {
+        return syscall(SYS_io_setup, events, context);
+    }
+    static inline long ivshmem_io_submit(aio_context_t context, long count, struct iocb **requests)
+    {
+        return syscall(SYS_io_submit, context, count, requests);
+    }
+    static inline long ivshmem_io_destroy(aio_context_t context)
+    {
+        return syscall(SYS_io_destroy, context);
+    }
+
+    /* A context is the address of its ring, in which the kernel notes each request that has ended.
+       The ring begins with these fields. libaio relies on that as well. */
+    struct ivshmem_aio_ring {
+        unsigned id, nr, head, tail, magic;
+    };
+    static inline int ivshmem_io_has_ring(aio_context_t context)
+    {
+        return ((const struct ivshmem_aio_ring *)context)->magic == 0xa10a10a1;
+    }
+    static inline int ivshmem_io_any_end(aio_context_t context)
+    {
+        const struct ivshmem_aio_ring *ring = (const struct ivshmem_aio_ring *)context;
+        return __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE) != ring->head;
+    }
+
+    /* Takes the ends of `count` requests off the ring. There must be no other requests. They end
+       within io_submit, so it is enough to advance the ring's head, which user space may do. That
+       saves a system call, a third of the time. */
+    static inline void ivshmem_io_forget(aio_context_t context, long count)
+    {
+        struct ivshmem_aio_ring *ring = (struct ivshmem_aio_ring *)context;
+        struct io_event ends[64];
+        if (ivshmem_io_has_ring(context)) {
+            unsigned tail = __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE);
+            if ((tail + ring->nr - ring->head) % ring->nr == (unsigned)count) {
+                __atomic_store_n(&ring->head, tail, __ATOMIC_RELEASE);
+                return;
+            }
+        }
+        while (count > 0) {
+            long n = syscall(SYS_io_getevents, context, 1L, count < 64 ? count : 64L, ends, NULL);
+            count -= n > 0 ? n : 0;
+        }
+    }
+    
+
+    #include <stdint.h>
+
+    /* All stores before this line, also write-combined ones, come before the stores after it. */
+    static inline void ivshmem_write_barrier(void)
+    {
+    #if defined(__x86_64__) || defined(__i386__)
+        __asm__ __volatile__("sfence" ::: "memory");
+    #elif defined(__aarch64__)
+        __asm__ __volatile__("dsb st" ::: "memory");
+    #else
+        __sync_synchronize();
+    #endif
+    }
+
+    /* A device's registers are little-endian. Each access is one load or store. */
+    static inline uint32_t ivshmem_load32(const void *address)
+    {
+        uint32_t value = *(const volatile uint32_t *)address;
+    #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+        value = __builtin_bswap32(value);
+    #endif
+        return value;
+    }
+    static inline void ivshmem_store32(void *address, uint32_t value)
+    {
+    #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+        value = __builtin_bswap32(value);
+    #endif
+        ivshmem_write_barrier();
+        *(volatile uint32_t *)address = value;
+    }
+    
+
+    #include <stdint.h>
+
+    /* One operation on a word of 64 bits, or of 32 if not `wide`. */
+    #define IVSHMEM_ON(operation, ...)                    \
+        (wide ? operation((uint64_t *)word, __VA_ARGS__)  \
+              : operation((uint32_t *)word, __VA_ARGS__))
+
+    /* The compilers treat an order that is not a constant as seq_cst. So each order has a case. */
+    static inline uint64_t word_load(void *word, int wide, int order)
+    {
+        switch (order) {
+        case __ATOMIC_RELAXED: return IVSHMEM_ON(__atomic_load_n, __ATOMIC_RELAXED);
+        case __ATOMIC_ACQUIRE: return IVSHMEM_ON(__atomic_load_n, __ATOMIC_ACQUIRE);
+        default: return IVSHMEM_ON(__atomic_load_n, __ATOMIC_SEQ_CST);
+        }
+    }
+    static inline void word_store(void *word, int wide, uint64_t value, int order)
+    {
+        switch (order) {
+        case __ATOMIC_RELAXED: IVSHMEM_ON(__atomic_store_n, value, __ATOMIC_RELAXED); break;
+        case __ATOMIC_RELEASE: IVSHMEM_ON(__atomic_store_n, value, __ATOMIC_RELEASE); break;
+        default: IVSHMEM_ON(__atomic_store_n, value, __ATOMIC_SEQ_CST);
+        }
+    }
+
+    /* Operations that change the word and return its old value. */
+    #define IVSHMEM_CHANGE(name, operation)                                                      \
+        static inline uint64_t name(void *word, int wide, uint64_t value, int order)             \
+        {                                                                                        \
+            switch (order) {                                                                     \
+            case __ATOMIC_RELAXED: return IVSHMEM_ON(operation, value, __ATOMIC_RELAXED);        \
+            case __ATOMIC_ACQUIRE: return IVSHMEM_ON(operation, value, __ATOMIC_ACQUIRE);        \
+            case __ATOMIC_RELEASE: return IVSHMEM_ON(operation, value, __ATOMIC_RELEASE);        \
+            case __ATOMIC_ACQ_REL: return IVSHMEM_ON(operation, value, __ATOMIC_ACQ_REL);        \
+            default: return IVSHMEM_ON(operation, value, __ATOMIC_SEQ_CST);                      \
+            }                                                                                    \
+        }
+    IVSHMEM_CHANGE(word_exchange, __atomic_exchange_n)
+    IVSHMEM_CHANGE(word_add, __atomic_fetch_add)
+    IVSHMEM_CHANGE(word_sub, __atomic_fetch_sub)
+    IVSHMEM_CHANGE(word_and, __atomic_fetch_and)
+    IVSHMEM_CHANGE(word_or, __atomic_fetch_or)
+    IVSHMEM_CHANGE(word_xor, __atomic_fetch_xor)
+
+    /* If the word is not as expected, it is only loaded, and a load cannot have release order. */
+    #define IVSHMEM_COMPARE(type, order, otherwise)                                              \
+        {                                                                                        \
+            type seen = (type)expected;                                                          \
+            __atomic_compare_exchange_n((type *)word, &seen, (type)desired, 0, order, otherwise); \
+            return seen;                                                                         \
+        }
+    #define IVSHMEM_CASE(order, otherwise)                                                       \
+        case order:                                                                              \
+            if (wide)                                                                            \
+                IVSHMEM_COMPARE(uint64_t, order, otherwise)                                      \
+            IVSHMEM_COMPARE(uint32_t, order, otherwise)
+    static inline uint64_t word_compare_exchange(void *word, int wide, uint64_t expected,
+                                                    uint64_t desired, int order)
+    {
+        switch (order) {
+            IVSHMEM_CASE(__ATOMIC_RELAXED, __ATOMIC_RELAXED)
+            IVSHMEM_CASE(__ATOMIC_ACQUIRE, __ATOMIC_ACQUIRE)
+            IVSHMEM_CASE(__ATOMIC_RELEASE, __ATOMIC_RELAXED)
+            IVSHMEM_CASE(__ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)
+        default:
+            IVSHMEM_CASE(__ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)
+        }
+    }
+    
+
+    /* One word that counts the calls which use an object without the GIL, and says whether the
+       object is closing. The last user of a closing object frees it. Because it is one word, no
+       order of events frees the object twice, or never. */
+    #define IVSHMEM_CLOSING (1u << 31)
+
+    /* Count one user more; 0: the object is closing. */
+    static inline int ivshmem_enter(unsigned int *state)
+    {
+        unsigned int seen = __atomic_load_n(state, __ATOMIC_RELAXED);
+        do {
+            if (seen & IVSHMEM_CLOSING)
+                return 0;
+        } while (!__atomic_compare_exchange_n(state, &seen, seen + 1, 1, __ATOMIC_ACQUIRE,
+                                              __ATOMIC_RELAXED));
+        return 1;
+    }
+    /* Count one user less; 1: the caller must free the object. */
+    static inline int ivshmem_leave(unsigned int *state)
+    {
+        return __atomic_sub_fetch(state, 1, __ATOMIC_ACQ_REL) == IVSHMEM_CLOSING;
+    }
+    /* Admit no more users; 1: the caller must free the object. */
+    static inline int ivshmem_shut(unsigned int *state)
+    {
+        return __atomic_fetch_or(state, IVSHMEM_CLOSING, __ATOMIC_ACQ_REL) == 0;
+    }
+    static inline unsigned int ivshmem_state(const unsigned int *state)
+    {
+        return __atomic_load_n(state, __ATOMIC_ACQUIRE);
+    }
+
+    /* Loads and stores before this line happen before loads and stores after it. If two sides each
+       store a word, fence, and then load the other's word, at least one of them sees the other's
+       store. */
+    static inline void ivshmem_fence(void)
+    {
+        __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    }
+
+    /* Adds to a number, and returns the sum. This is a full barrier. On x86 the locked instruction
+       is one by itself. On arm64 without LSE a later load can pass the addition's store. */
+    static inline int ivshmem_count(int *number, int amount)
+    {
+    #if defined(__x86_64__) || defined(__i386__)
+        return __atomic_add_fetch(number, amount, __ATOMIC_SEQ_CST);
+    #else
+        int result;
+        ivshmem_fence();
+        result = __atomic_add_fetch(number, amount, __ATOMIC_SEQ_CST);
+        ivshmem_fence();
+        return result;
+    #endif
+    }
+
+    /* For an array that grows while other threads read it without a lock. A reader that sees a
+       length finds that many elements. A reader that sees a new address finds the old elements
+       there. */
+    static inline Py_ssize_t ivshmem_length(const Py_ssize_t *length)
+    {
+        return __atomic_load_n(length, __ATOMIC_ACQUIRE);
+    }
+    static inline void ivshmem_set_length(Py_ssize_t *length, Py_ssize_t value)
+    {
+        __atomic_store_n(length, value, __ATOMIC_RELEASE);
+    }
+    static inline int *ivshmem_elements(int *const *elements)
+    {
+        return __atomic_load_n(elements, __ATOMIC_ACQUIRE);
+    }
+    static inline void ivshmem_set_elements(int **elements, int *value)
+    {
+        __atomic_store_n(elements, value, __ATOMIC_RELEASE);
+    }
+
+    /* Tells the processor that a loop waits for memory. */
+    static inline void ivshmem_pause(void)
+    {
+    #if defined(__x86_64__) || defined(__i386__)
+        __builtin_ia32_pause();
+    #elif defined(__aarch64__)
+        __asm__ __volatile__("yield" ::: "memory");
+    #endif
+    }
+    
+
+    /* If there are no users, admit no more. Returns the state before; 0: the caller must free. */
+    static inline unsigned int ivshmem_shut_unused(unsigned int *state)
+    {
+        unsigned int seen = 0;
+        __atomic_compare_exchange_n(state, &seen, IVSHMEM_CLOSING, 0, __ATOMIC_ACQ_REL,
+                                    __ATOMIC_ACQUIRE);
+        return seen;
+    }
+
+    /* ivshmem_enter and ivshmem_leave for a call that keeps the GIL. While it does, no other thread
+       can close the object. So only a Python without a GIL has to count such calls. */
+    static inline int ivshmem_enter_held(unsigned int *state)
+    {
+    #ifdef Py_GIL_DISABLED
+        return ivshmem_enter(state);
+    #else
+        return !(*state & IVSHMEM_CLOSING);
+    #endif
+    }
+    static inline int ivshmem_leave_held(unsigned int *state)
+    {
+    #ifdef Py_GIL_DISABLED
+        return ivshmem_leave(state);
+    #else
+        (void)state;
+        return 0;
+    #endif
+    }
+    
+
+    /* Whether this is the only Python thread, so that no other can wait for the interpreter. */
+    static inline int ivshmem_is_only_thread(void)
+    {
+    #ifdef Py_GIL_DISABLED
+        return 0; /* there is no GIL: to release it costs nothing */
+    #endif
+        PyInterpreterState *interpreter = PyInterpreterState_Head();
+        return PyInterpreterState_Next(interpreter) == NULL
+               && PyThreadState_Next(PyInterpreterState_ThreadHead(interpreter)) == NULL;
+    }
+    
+
+    #include <sched.h>
+    #include <signal.h>
+    #include <sys/prctl.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    /* fork(2), but parent and child have one table of descriptors. What either of them opens or
+       closes is open or closed in both. glibc keeps the thread's number at an address that the
+       kernel clears at the thread's end. The child needs its own number there, as after fork.
+       (Kernels without checkpoint/restore do not tell the address. Only raise(3) would need it.) */
+    static inline long ivshmem_fork_sharing_files(void)
+    {
+        int *tid = 0;
+        unsigned long flags = CLONE_FILES | SIGCHLD;
+        if (prctl(PR_GET_TID_ADDRESS, &tid) == 0 && tid != 0)
+            flags |= CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID;
+    #if defined(__x86_64__)
+        return syscall(SYS_clone, flags, 0L, 0L, tid, 0L);
+    #else /* CONFIG_CLONE_BACKWARDS: the last two arguments are swapped */
+        return syscall(SYS_clone, flags, 0L, 0L, 0L, tid);
+    #endif
+    }
+    
 #ifdef _OPENMP
 #include <omp.h>
 #endif /* _OPENMP */
@@ -1472,8 +1817,16 @@ static const char * const __pyx_cfilenm = __FILE__;
 /* #### Code section: filename_table ### */
 
 static const char* const __pyx_f[] = {
-  "ivshmem/native/areas.pyx",
+  "ivshmem/channel/queues.pyx",
+  "(tree fragment)",
+  "cpython/type.pxd",
+  "ivshmem/native/descriptors.pxd",
+  "ivshmem/native/bell.pxd",
   "ivshmem/native/mapping.pxd",
+  "ivshmem/native/spin.pxd",
+  "ivshmem/_core.pxd",
+  "ivshmem/channel/membership.pxd",
+  "ivshmem/channel/roles.pxd",
 };
 /* #### Code section: utility_code_proto_before_types ### */
 /* Atomics.proto (used by UnpackUnboundCMethod) */
@@ -1649,6 +2002,9 @@ static const char* const __pyx_f[] = {
 #define __Pyx_FastGIL_Forget()
 #define __Pyx_FastGilFuncInit()
 
+/* IncludeStructmemberH.proto (used by CythonFunctionShared) */
+#include <structmember.h>
+
 /* ForceInitThreads.proto */
 #ifndef __PYX_FORCE_INIT_THREADS
   #define __PYX_FORCE_INIT_THREADS 0
@@ -1659,33 +2015,336 @@ static const char* const __pyx_f[] = {
 /* #### Code section: type_declarations ### */
 
 /*--- Type declarations ---*/
+struct __pyx_obj_7ivshmem_6native_11descriptors_Fd;
+struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray;
+struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller;
+struct __pyx_obj_7ivshmem_6native_11descriptors_Relay;
+struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll;
+struct __pyx_obj_7ivshmem_6native_4bell_Doorbell;
 struct __pyx_obj_7ivshmem_6native_7mapping_Mapping;
 struct __pyx_obj_7ivshmem_6native_7mapping_Atomic;
 struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32;
 struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64;
 struct __pyx_obj_7ivshmem_6native_7mapping_Registers;
+struct __pyx_obj_7ivshmem_6native_4spin_Spinner;
+struct __pyx_obj_7ivshmem_5_core_Doorbells;
+struct __pyx_obj_7ivshmem_7channel_10membership_Membership;
+struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup;
+struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd;
+struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd;
+struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd;
+struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd;
+struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader;
+struct __pyx_obj_7ivshmem_7channel_6queues_Taken;
 
-/* "ivshmem/native/areas.pyx":50
- * Area.__doc__ = """An area, as its header says: bytes, numbers of table entries, units of data."""
+/* "descriptors.pxd":10
+ * )
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
- *     # Bytes of an area for each place and each record, if the caller does not say how many.
- *     FOR_A_PLACE = 1 << 14
+ *     # Messages in one sendmmsg or recvmmsg call, and events in one epoll_wait: the arrays stand on
+ *     # the stack, and a default socket buffer holds no more than 278 messages anyway.
+*/
+enum  {
+  __pyx_e_7ivshmem_6native_11descriptors_BATCH = 64,
+  __pyx_e_7ivshmem_6native_11descriptors_OUTGROWN = 24
+};
+struct __pyx_t_7ivshmem_6native_4bell_Bell;
+
+/* "native/bell.pxd":8
+ * 
+ * # Called for each interrupt that Doorbells.serve takes, without the GIL; what is not 0 ends it.
+ * ctypedef int (*Handler)(void *context, int64_t rings) noexcept nogil             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+typedef int (*__pyx_t_7ivshmem_6native_4bell_Handler)(void *, int64_t);
+
+/* "native/bell.pxd":11
+ * 
+ * 
+ * cdef struct Bell:             # <<<<<<<<<<<<<<
+ *     unsigned int *state  # of what rings: either is borrowed, the other NULL
+ *     void *fds  # FdArray: the eventfd `fd` is one of these
+*/
+struct __pyx_t_7ivshmem_6native_4bell_Bell {
+  unsigned int *state;
+  void *fds;
+  void *registers;
+  int fd;
+  Py_ssize_t at;
+  uint32_t value;
+};
+struct __pyx_t_7ivshmem_6native_4spin_Habit;
+struct __pyx_t_7ivshmem_6native_4spin_Turn;
+
+/* "native/spin.pxd":5
+ * from libc.stdint cimport int64_t, uint32_t
+ * 
+ * cdef enum:             # <<<<<<<<<<<<<<
+ *     # A spin as long as the learner thinks best, where others give nanoseconds.
+ *     SPIN_AUTO = -1
 */
 enum  {
 
-  /* "ivshmem/native/areas.pyx":53
- *     # Bytes of an area for each place and each record, if the caller does not say how many.
- *     FOR_A_PLACE = 1 << 14
- *     FOR_A_RECORD = 1 << 16             # <<<<<<<<<<<<<<
+  /* "native/spin.pxd":8
+ *     # A spin as long as the learner thinks best, where others give nanoseconds.
+ *     SPIN_AUTO = -1
+ *     HABITS = 1 << 6             # <<<<<<<<<<<<<<
  * 
- * cdef int memory_of(Mapping mapping, ivshmem_memory *memory) except -1:
+ * 
 */
-  __pyx_e_7ivshmem_6native_5areas_FOR_A_PLACE = (1 << 14),
-  __pyx_e_7ivshmem_6native_5areas_FOR_A_RECORD = (1 << 16)
+  __pyx_e_7ivshmem_6native_4spin_SPIN_AUTO = -1L,
+  __pyx_e_7ivshmem_6native_4spin_HABITS = (1 << 6)
 };
 
-/* "mapping.pxd":6
+/* "native/spin.pxd":11
+ * 
+ * 
+ * cdef struct Habit:             # <<<<<<<<<<<<<<
+ *     int64_t gap  # nanoseconds from the beginning of a spin to its success, smoothed
+ *     uint32_t losses  # spins in a row that found nothing
+*/
+struct __pyx_t_7ivshmem_6native_4spin_Habit {
+  int64_t gap;
+  uint32_t losses;
+  uint32_t wins;
+  uint32_t pause;
+  uint32_t left;
+};
+
+/* "native/spin.pxd":19
+ * 
+ * 
+ * cdef struct Turn:             # <<<<<<<<<<<<<<
+ *     int64_t left  # nanoseconds that one wait may still spin
+ *     int64_t done  # and those it has
+*/
+struct __pyx_t_7ivshmem_6native_4spin_Turn {
+  int64_t left;
+  int64_t done;
+};
+
+/* "native/spin.pxd":25
+ * 
+ * # A look at something that may have come: 0 if it has not; it calls nothing of Python.
+ * ctypedef int64_t (*Probe)(void *what) noexcept nogil             # <<<<<<<<<<<<<<
+ * 
+ * cdef int64_t spin_of(object spin) except -2
+*/
+typedef int64_t (*__pyx_t_7ivshmem_6native_4spin_Probe)(void *);
+struct __pyx_t_7ivshmem_5_core_Wait;
+struct __pyx_t_7ivshmem_5_core_Watched;
+struct __pyx_opt_args_7ivshmem_5_core_9Doorbells_doorbell;
+
+/* "_core.pxd":26
+ * from .native.spin cimport Spinner, Turn
+ * 
+ * cdef enum:             # <<<<<<<<<<<<<<
+ *     # What wait_nogil returns, beside -errno, when `attend` has something to do.
+ *     NEWS = -4096
+*/
+enum  {
+  __pyx_e_7ivshmem_5_core_NEWS = -4096L
+};
+
+/* "_core.pxd":32
+ * 
+ * # One wait, until it has brought something.
+ * cdef struct Wait:             # <<<<<<<<<<<<<<
+ *     int64_t deadline
+ *     int64_t spin
+*/
+struct __pyx_t_7ivshmem_5_core_Wait {
+  int64_t deadline;
+  int64_t spin;
+  int alone;
+  struct __pyx_t_7ivshmem_6native_4spin_Turn turn;
+};
+
+/* "_core.pxd":47
+ * 
+ * 
+ * cdef struct Watched:             # <<<<<<<<<<<<<<
+ *     void *address  # of a word, pinned
+ *     bint wide  # 64 bits
+*/
+struct __pyx_t_7ivshmem_5_core_Watched {
+  void *address;
+  int wide;
+  uint64_t old;
+  uint64_t seen;
+  void *sleeping;
+  int sleeping_wide;
+};
+
+/* "_core.pxd":97
+ *         int *stopped,
+ *     ) except -1
+ *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=*)             # <<<<<<<<<<<<<<
+ * 
+ *     # The rest is internal.
+*/
+struct __pyx_opt_args_7ivshmem_5_core_9Doorbells_doorbell {
+  int __pyx_n;
+  Py_ssize_t vector;
+};
+struct __pyx_t_7ivshmem_7channel_10membership_Rings;
+
+/* "membership.pxd":12
+ * from .header cimport ivshmem_channel, ivshmem_member, ivshmem_place, ivshmem_pulse
+ * 
+ * cdef enum:             # <<<<<<<<<<<<<<
+ *     MOST_RINGS = 192
+ * 
+*/
+enum  {
+  __pyx_e_7ivshmem_7channel_10membership_MOST_RINGS = 0xC0
+};
+
+/* "membership.pxd":16
+ * 
+ * 
+ * cdef struct Rings:             # <<<<<<<<<<<<<<
+ *     uint32_t targets[MOST_RINGS]  # peer << 16 | vector, to be rung
+ *     int count
+*/
+struct __pyx_t_7ivshmem_7channel_10membership_Rings {
+  uint32_t targets[__pyx_e_7ivshmem_7channel_10membership_MOST_RINGS];
+  int count;
+};
+struct __pyx_t_7ivshmem_7channel_5roles_Held;
+
+/* "roles.pxd":8
+ * from .membership cimport ChannelEnd, Membership
+ * 
+ * cdef enum:             # <<<<<<<<<<<<<<
+ *     # Bytes from which on a copy releases the GIL, as in native/mapping.pyx.
+ *     LARGE = 1 << 18
+*/
+enum  {
+
+  /* "roles.pxd":10
+ * cdef enum:
+ *     # Bytes from which on a copy releases the GIL, as in native/mapping.pyx.
+ *     LARGE = 1 << 18             # <<<<<<<<<<<<<<
+ *     # Messages in a row that a writer may overwrite during their copies, before a call gives up.
+ *     TRIES = 64
+*/
+  __pyx_e_7ivshmem_7channel_5roles_LARGE = (1 << 18),
+  __pyx_e_7ivshmem_7channel_5roles_TRIES = 64
+};
+
+/* "roles.pxd":20
+ * 
+ * 
+ * cdef struct Held:             # <<<<<<<<<<<<<<
+ *     unsigned writer
+ *     uint64_t position
+*/
+struct __pyx_t_7ivshmem_7channel_5roles_Held {
+  unsigned int writer;
+  uint64_t position;
+};
+
+/* "descriptors.pxd":86
+ * 
+ * 
+ * cdef class Fd:             # <<<<<<<<<<<<<<
+ *     cdef int number  # -1: it is closed, or has another owner
+ * 
+*/
+struct __pyx_obj_7ivshmem_6native_11descriptors_Fd {
+  PyObject_HEAD
+  int number;
+};
+
+
+/* "descriptors.pxd":93
+ * 
+ * 
+ * cdef class FdArray:             # <<<<<<<<<<<<<<
+ *     cdef int *fds
+ *     cdef Py_ssize_t count
+*/
+struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtab;
+  int *fds;
+  Py_ssize_t count;
+  Py_ssize_t room;
+  unsigned int state;
+  int *outgrown[__pyx_e_7ivshmem_6native_11descriptors_OUTGROWN];
+  int outgrown_count;
+};
+
+
+/* "descriptors.pxd":117
+ * 
+ * 
+ * cdef class Signaller:             # <<<<<<<<<<<<<<
+ *     cdef aio_context_t context
+ *     cdef int zero
+*/
+struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtab;
+  aio_context_t context;
+  int zero;
+  int pid;
+  PyObject *__weakref__;
+};
+
+
+/* "descriptors.pxd":127
+ * 
+ * 
+ * cdef class Relay:             # <<<<<<<<<<<<<<
+ *     cdef aio_context_t context
+ *     cdef int pid
+*/
+struct __pyx_obj_7ivshmem_6native_11descriptors_Relay {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtab;
+  aio_context_t context;
+  int pid;
+};
+
+
+/* "descriptors.pxd":134
+ * 
+ * 
+ * cdef class Epoll:             # <<<<<<<<<<<<<<
+ *     cdef int epfd
+ * 
+*/
+struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll *__pyx_vtab;
+  int epfd;
+};
+
+
+/* "native/bell.pxd":23
+ * 
+ * 
+ * cdef class Doorbell:             # <<<<<<<<<<<<<<
+ *     cdef object endpoint
+ *     cdef object owner  # of what `bell` borrows
+*/
+struct __pyx_obj_7ivshmem_6native_4bell_Doorbell {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell *__pyx_vtab;
+  PyObject *endpoint;
+  PyObject *owner;
+  PyObject *peer;
+  Py_ssize_t vector;
+  struct __pyx_t_7ivshmem_6native_4bell_Bell bell;
+  int nowait;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *signaller;
+};
+
+
+/* "native/mapping.pxd":6
  * 
  * 
  * cdef class Mapping:             # <<<<<<<<<<<<<<
@@ -1703,7 +2362,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_Mapping {
 };
 
 
-/* "mapping.pxd":20
+/* "native/mapping.pxd":20
  * 
  * 
  * cdef class Atomic:             # <<<<<<<<<<<<<<
@@ -1719,7 +2378,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_Atomic {
 };
 
 
-/* "mapping.pxd":31
+/* "native/mapping.pxd":31
  * 
  * 
  * cdef class AtomicU32(Atomic):             # <<<<<<<<<<<<<<
@@ -1731,7 +2390,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32 {
 };
 
 
-/* "mapping.pxd":35
+/* "native/mapping.pxd":35
  * 
  * 
  * cdef class AtomicU64(Atomic):             # <<<<<<<<<<<<<<
@@ -1743,7 +2402,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64 {
 };
 
 
-/* "mapping.pxd":39
+/* "native/mapping.pxd":39
  * 
  * 
  * cdef class Registers:             # <<<<<<<<<<<<<<
@@ -1763,8 +2422,283 @@ struct __pyx_obj_7ivshmem_6native_7mapping_Registers {
 };
 
 
+/* "native/spin.pxd":30
+ * 
+ * 
+ * cdef class Spinner:             # <<<<<<<<<<<<<<
+ *     cdef Habit habits[HABITS]
+ * 
+*/
+struct __pyx_obj_7ivshmem_6native_4spin_Spinner {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *__pyx_vtab;
+  struct __pyx_t_7ivshmem_6native_4spin_Habit habits[__pyx_e_7ivshmem_6native_4spin_HABITS];
+};
 
-/* "mapping.pxd":6
+
+/* "_core.pxd":56
+ * 
+ * 
+ * cdef class Doorbells:             # <<<<<<<<<<<<<<
+ *     cdef dict bells  # peer -> FdArray
+ *     cdef FdArray own
+*/
+struct __pyx_obj_7ivshmem_5_core_Doorbells {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *__pyx_vtab;
+  PyObject *bells;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *own;
+  struct __pyx_obj_7ivshmem_6native_7mapping_Registers *registers;
+  Py_ssize_t register_at;
+  Py_ssize_t bells_each;
+  int uio;
+  int uio_known;
+  uint32_t uio_count;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *wake;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *queued;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *told;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *epoll;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *outer;
+  unsigned int state;
+  uint64_t nonblocking;
+  int sleepers;
+  int watched;
+  int urgent;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *relay;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *signaller;
+  int pid;
+  struct __pyx_obj_7ivshmem_6native_4spin_Spinner *spinner;
+};
+
+
+/* "membership.pxd":25
+ * 
+ * 
+ * cdef class Membership:             # <<<<<<<<<<<<<<
+ *     cdef ivshmem_member member
+ *     cdef ivshmem_pulse *pulses
+*/
+struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_vtab;
+  struct ivshmem_member member;
+  struct ivshmem_pulse *pulses;
+  struct __pyx_t_7ivshmem_7channel_10membership_Rings rings;
+  struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *mapping;
+  PyObject *endpoint;
+  struct __pyx_obj_7ivshmem_5_core_Doorbells *doorbells;
+  Py_ssize_t vector;
+  PyObject *bells;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *kick;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *ending;
+  PyObject *ends;
+  PyObject *threads;
+  PyObject *loops;
+  int told;
+  int polls;
+  int watchers;
+  unsigned int state;
+  unsigned int generation;
+  int pinned;
+  int64_t beat;
+};
+
+
+/* "membership.pxd":21
+ * 
+ * 
+ * cdef class Wakeup             # <<<<<<<<<<<<<<
+ * cdef class ChannelEnd
+ * 
+*/
+struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *__pyx_vtab;
+  struct __pyx_obj_7ivshmem_7channel_10membership_Membership *membership;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *epoll;
+  int64_t pause;
+};
+
+
+/* "membership.pxd":22
+ * 
+ * cdef class Wakeup
+ * cdef class ChannelEnd             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *__pyx_vtab;
+  struct __pyx_obj_7ivshmem_7channel_10membership_Membership *membership;
+  PyObject *channels;
+  PyObject *name;
+  struct ivshmem_channel channel;
+  struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *wakeup;
+  int asleep;
+  int awaited;
+  struct __pyx_obj_7ivshmem_6native_4spin_Spinner *spinner;
+  int watched;
+  int open;
+  PyObject *__weakref__;
+};
+
+
+/* "roles.pxd":25
+ * 
+ * 
+ * cdef class WriterEnd(ChannelEnd):             # <<<<<<<<<<<<<<
+ *     cdef ivshmem_writer writer
+ *     cdef readonly object type  # of the messages: what checks and converts them, or None
+*/
+struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd {
+  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  struct ivshmem_writer writer;
+  PyObject *type;
+  int times;
+  int claims;
+  uint64_t missed;
+};
+
+
+/* "roles.pxd":42
+ * 
+ * 
+ * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
+ *     cdef ivshmem_reader reader
+ *     cdef readonly object type
+*/
+struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd {
+  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  struct ivshmem_reader reader;
+  PyObject *type;
+  struct __pyx_t_7ivshmem_7channel_5roles_Held *held;
+  uint32_t holding;
+  uint32_t views;
+};
+
+
+/* "ivshmem/channel/queues.pxd":7
+ * 
+ * 
+ * cdef class ClaimingEnd(ReaderEnd):             # <<<<<<<<<<<<<<
+ *     cdef ivshmem_taken taken
+ *     cdef ivshmem_claim how
+*/
+struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd {
+  struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd __pyx_base;
+  struct ivshmem_taken taken;
+  enum ivshmem_claim how;
+  int slept;
+};
+
+
+/* "ivshmem/channel/queues.pxd":16
+ * 
+ * 
+ * cdef class QueueReader(ClaimingEnd):             # <<<<<<<<<<<<<<
+ *     cdef int finish(self, const ivshmem_taken *taken, char *into) except -1
+ * 
+*/
+struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader {
+  struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd __pyx_base;
+};
+
+
+/* "ivshmem/channel/queues.pxd":20
+ * 
+ * 
+ * cdef class Taken:             # <<<<<<<<<<<<<<
+ *     cdef ClaimingEnd reader
+ *     cdef ivshmem_taken taken
+*/
+struct __pyx_obj_7ivshmem_7channel_6queues_Taken {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *__pyx_vtab;
+  struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *reader;
+  struct ivshmem_taken taken;
+  int exports;
+  int live;
+};
+
+
+
+/* "descriptors.pxd":93
+ * 
+ * 
+ * cdef class FdArray:             # <<<<<<<<<<<<<<
+ *     cdef int *fds
+ *     cdef Py_ssize_t count
+*/
+
+struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray {
+  int (*add)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *, int);
+  int (*enter)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *);
+  void (*leave)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *);
+  void (*release)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *);
+};
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray;
+
+
+/* "descriptors.pxd":117
+ * 
+ * 
+ * cdef class Signaller:             # <<<<<<<<<<<<<<
+ *     cdef aio_context_t context
+ *     cdef int zero
+*/
+
+struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller {
+  int (*submit)(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long);
+  int (*send)(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long);
+};
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller;
+
+
+/* "descriptors.pxd":127
+ * 
+ * 
+ * cdef class Relay:             # <<<<<<<<<<<<<<
+ *     cdef aio_context_t context
+ *     cdef int pid
+*/
+
+struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay {
+  int (*fired)(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *);
+};
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay;
+
+
+/* "descriptors.pxd":134
+ * 
+ * 
+ * cdef class Epoll:             # <<<<<<<<<<<<<<
+ *     cdef int epfd
+ * 
+*/
+
+struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll {
+  int (*control)(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *, int, int, unsigned int, uint64_t);
+};
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll *__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll;
+
+
+/* "native/bell.pxd":23
+ * 
+ * 
+ * cdef class Doorbell:             # <<<<<<<<<<<<<<
+ *     cdef object endpoint
+ *     cdef object owner  # of what `bell` borrows
+*/
+
+struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell {
+  int (*ring_nogil)(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *);
+  int (*ring_gently)(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *);
+};
+static struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell *__pyx_vtabptr_7ivshmem_6native_4bell_Doorbell;
+
+
+/* "native/mapping.pxd":6
  * 
  * 
  * cdef class Mapping:             # <<<<<<<<<<<<<<
@@ -1782,7 +2716,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping;
 
 
-/* "mapping.pxd":20
+/* "native/mapping.pxd":20
  * 
  * 
  * cdef class Atomic:             # <<<<<<<<<<<<<<
@@ -1799,7 +2733,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic *__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic;
 
 
-/* "mapping.pxd":31
+/* "native/mapping.pxd":31
  * 
  * 
  * cdef class AtomicU32(Atomic):             # <<<<<<<<<<<<<<
@@ -1813,7 +2747,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU32 {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU32 *__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32;
 
 
-/* "mapping.pxd":35
+/* "native/mapping.pxd":35
  * 
  * 
  * cdef class AtomicU64(Atomic):             # <<<<<<<<<<<<<<
@@ -1827,7 +2761,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU64 {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU64 *__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64;
 
 
-/* "mapping.pxd":39
+/* "native/mapping.pxd":39
  * 
  * 
  * cdef class Registers:             # <<<<<<<<<<<<<<
@@ -1842,6 +2776,214 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Registers {
   void (*release)(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *);
 };
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Registers *__pyx_vtabptr_7ivshmem_6native_7mapping_Registers;
+
+
+/* "native/spin.pxd":30
+ * 
+ * 
+ * cdef class Spinner:             # <<<<<<<<<<<<<<
+ *     cdef Habit habits[HABITS]
+ * 
+*/
+
+struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner {
+  int64_t (*spin)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t, __pyx_t_7ivshmem_6native_4spin_Probe, void *, struct __pyx_t_7ivshmem_6native_4spin_Turn *, unsigned int const *);
+  void (*begin)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, struct __pyx_t_7ivshmem_6native_4spin_Turn *, Py_ssize_t, int64_t);
+  int64_t (*budget)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t);
+  void (*won)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t, int);
+  void (*lost)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t);
+};
+static struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *__pyx_vtabptr_7ivshmem_6native_4spin_Spinner;
+
+
+/* "_core.pxd":56
+ * 
+ * 
+ * cdef class Doorbells:             # <<<<<<<<<<<<<<
+ *     cdef dict bells  # peer -> FdArray
+ *     cdef FdArray own
+*/
+
+struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells {
+  int64_t (*wait_nogil)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, Py_ssize_t, struct __pyx_t_7ivshmem_5_core_Wait *);
+  int (*attend)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, int64_t);
+  int64_t (*serve)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, Py_ssize_t, __pyx_t_7ivshmem_6native_4bell_Handler, void *, int64_t, int64_t, int64_t, int *);
+  struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *(*doorbell)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, PyObject *, int __pyx_skip_dispatch, struct __pyx_opt_args_7ivshmem_5_core_9Doorbells_doorbell *__pyx_optional_args);
+  int (*check)(struct __pyx_obj_7ivshmem_5_core_Doorbells *);
+  int (*enter)(struct __pyx_obj_7ivshmem_5_core_Doorbells *);
+  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *(*bells_of)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, PyObject *, Py_ssize_t);
+  int (*check_kind)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, int, PyObject *, Py_ssize_t);
+  struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *(*quiet)(struct __pyx_obj_7ivshmem_5_core_Doorbells *);
+  PyObject *(*several)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, PyObject *, PyObject *);
+  Py_ssize_t (*ring_several)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, PyObject *);
+  int (*check_vector)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, Py_ssize_t);
+  int (*tell_after_waits)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, int);
+  struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *(*anything)(struct __pyx_obj_7ivshmem_5_core_Doorbells *);
+  struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *(*watch_all)(struct __pyx_obj_7ivshmem_5_core_Doorbells *);
+  PyObject *(*wait_one)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, Py_ssize_t, PyObject *, int64_t);
+  PyObject *(*wait_any)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, PyObject *, int64_t, int);
+  PyObject *(*wait_some)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, PyObject *, PyObject *, int64_t);
+  PyObject *(*watch_word)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, struct __pyx_t_7ivshmem_5_core_Watched *, Py_ssize_t, int64_t, int64_t);
+  int64_t (*sleep_at_word)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, struct __pyx_t_7ivshmem_5_core_Watched *, Py_ssize_t, int64_t, int);
+  int64_t (*sleep_for)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, Py_ssize_t, int64_t, int);
+  int64_t (*take)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, Py_ssize_t);
+  int64_t (*take_uio)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, int);
+  void (*leave)(struct __pyx_obj_7ivshmem_5_core_Doorbells *);
+  int (*wake_sleepers)(struct __pyx_obj_7ivshmem_5_core_Doorbells *);
+  void (*release)(struct __pyx_obj_7ivshmem_5_core_Doorbells *);
+};
+static struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *__pyx_vtabptr_7ivshmem_5_core_Doorbells;
+
+
+/* "membership.pxd":21
+ * 
+ * 
+ * cdef class Wakeup             # <<<<<<<<<<<<<<
+ * cdef class ChannelEnd
+ * 
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup {
+  int (*wait)(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *, int64_t);
+  int (*clear)(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *);
+};
+static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *__pyx_vtabptr_7ivshmem_7channel_10membership_Wakeup;
+
+
+/* "membership.pxd":22
+ * 
+ * cdef class Wakeup
+ * cdef class ChannelEnd             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd {
+  int (*enter)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*attempt)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*begin_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  void (*end_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *(*sleeper)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int64_t (*probe)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *);
+  int (*wait)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, PyObject *, PyObject *);
+  int (*mend)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*give_up)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*arm)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, int);
+};
+static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *__pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd;
+
+
+/* "membership.pxd":25
+ * 
+ * 
+ * cdef class Membership:             # <<<<<<<<<<<<<<
+ *     cdef ivshmem_member member
+ *     cdef ivshmem_pulse *pulses
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
+  int (*name_peer)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*ring)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, uint32_t);
+  void (*look_for_mutes)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*after_beat)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int);
+  int (*release)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*is_silent)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, struct ivshmem_place);
+  int (*abandon)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*check)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*flush)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*kick_all)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *(*wakeup_of_thread)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int, struct ivshmem_channel *, PyObject *);
+};
+static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_vtabptr_7ivshmem_7channel_10membership_Membership;
+
+
+/* "roles.pxd":25
+ * 
+ * 
+ * cdef class WriterEnd(ChannelEnd):             # <<<<<<<<<<<<<<
+ *     cdef ivshmem_writer writer
+ *     cdef readonly object type  # of the messages: what checks and converts them, or None
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
+  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  int (*ready)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *);
+  PyObject *(*blocked)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
+  PyObject *(*too_long)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint64_t);
+  int (*wait_again)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
+  int (*loan_cell)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t *);
+  int (*copy_in)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t, char const *, uint64_t);
+  uint64_t (*send)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t, uint32_t, uint64_t);
+  char *(*at)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t);
+};
+static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
+
+
+/* "roles.pxd":42
+ * 
+ * 
+ * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
+ *     cdef ivshmem_reader reader
+ *     cdef readonly object type
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd {
+  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  int (*hold)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *);
+  int (*forget)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t);
+  int (*let_go)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t);
+  int (*copy_to)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *, char *);
+  PyObject *(*starved)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *);
+};
+static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd;
+
+
+/* "ivshmem/channel/queues.pyx":33
+ * 
+ * 
+ * cdef class ClaimingEnd(ReaderEnd):             # <<<<<<<<<<<<<<
+ *     """A reader that claims what it takes: of a queue, or a server of calls."""
+ * 
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd {
+  struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd __pyx_base;
+  int (*claim)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, enum ivshmem_claim, PyObject *, PyObject *);
+  int (*after_sleep)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *);
+};
+static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd;
+
+
+/* "ivshmem/channel/queues.pyx":83
+ *         return code
+ * 
+ * cdef class QueueReader(ClaimingEnd):             # <<<<<<<<<<<<<<
+ *     """One reader of a queue; made by its `reader()`. It iterates over messages.
+ * 
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader {
+  struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd __pyx_base;
+  int (*finish)(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *, struct ivshmem_taken const *, char *);
+};
+static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *__pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader;
+
+
+/* "ivshmem/channel/queues.pyx":215
+ * 
+ * 
+ * cdef class Taken:             # <<<<<<<<<<<<<<
+ *     """A message of a queue that this reader has; made by `QueueReader.take`.
+ * 
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken {
+  int (*check)(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *);
+  int (*check_exports)(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *);
+};
+static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *__pyx_vtabptr_7ivshmem_7channel_6queues_Taken;
 /* #### Code section: utility_code_proto ### */
 
 /* --- Runtime support code (head) --- */
@@ -1918,22 +3060,11 @@ static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Registers *__pyx_vtabpt
 #define __Pyx_CLEAR(r)    do { PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);} while(0)
 #define __Pyx_XCLEAR(r)   do { if((r) != NULL) {PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);}} while(0)
 
-/* IgnoreException.proto (used by GetModuleGlobalName) */
-static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception);
-#define __Pyx_IgnoreException(ignorable_exception) __Pyx_IgnoreGivenException(NULL, ignorable_exception)
+/* DivInt[int64_t].proto */
+static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t, int64_t, int b_is_constant);
 
-/* FastTypeChecks.proto (used by GivenExceptionMatches) */
-#if CYTHON_COMPILING_IN_CPYTHON
-#define __Pyx_TypeCheck(obj, type) __Pyx_IsSubtype(Py_TYPE(obj), (PyTypeObject *)type)
-#define __Pyx_TypeCheck2(obj, type1, type2) __Pyx_IsAnySubtype2(Py_TYPE(obj), (PyTypeObject *)type1, (PyTypeObject *)type2)
-static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b);
-static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b);
-#define __Pyx_PyAnySet_Check(obj)  __Pyx_TypeCheck2(obj, &PySet_Type, &PyFrozenSet_Type)
-#else
-#define __Pyx_TypeCheck(obj, type) PyObject_TypeCheck(obj, (PyTypeObject *)type)
-#define __Pyx_TypeCheck2(obj, type1, type2) (PyObject_TypeCheck(obj, (PyTypeObject *)type1) || PyObject_TypeCheck(obj, (PyTypeObject *)type2))
-#define __Pyx_PyAnySet_Check(obj)  PyAnySet_Check(obj)
-#endif
+/* ModInt[int64_t].proto */
+static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t, int64_t, int b_is_constant);
 
 /* PyThreadStateGet.proto (used by PyErrFetchRestore) */
 #if CYTHON_FAST_THREAD_STATE
@@ -1953,7 +3084,7 @@ static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a,
 #define __Pyx_PyErr_CurrentExceptionType()  PyErr_Occurred()
 #endif
 
-/* PyErrFetchRestore.proto (used by GivenExceptionMatches) */
+/* PyErrFetchRestore.proto */
 #if CYTHON_FAST_THREAD_STATE
 #define __Pyx_PyErr_Clear() __Pyx_ErrRestore(NULL, NULL, NULL)
 #define __Pyx_ErrRestoreWithState(type, value, tb)  __Pyx_ErrRestoreInState(PyThreadState_GET(), type, value, tb)
@@ -1978,101 +3109,40 @@ static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject 
 #define __Pyx_ErrFetch(type, value, tb)  PyErr_Fetch(type, value, tb)
 #endif
 
-/* GivenExceptionMatches.proto (used by PyErrExceptionMatches) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches(PyObject *err, PyObject *type);
-static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *type1, PyObject *type2);
-#else
-#define __Pyx_PyErr_GivenExceptionMatches(err, type) PyErr_GivenExceptionMatches(err, type)
-static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *type1, PyObject *type2) {
-    return PyErr_GivenExceptionMatches(err, type1) || PyErr_GivenExceptionMatches(err, type2);
-}
-#endif
-#define __Pyx_PyErr_ExceptionMatches2(err1, err2)  __Pyx_PyErr_GivenExceptionMatches2(__Pyx_PyErr_CurrentExceptionType(), err1, err2)
-
-/* PyErrExceptionMatches.proto (used by PyObjectGetAttrStrNoError) */
+/* GetException.proto */
 #if CYTHON_FAST_THREAD_STATE
-#define __Pyx_PyErr_ExceptionMatches(err) __Pyx_PyErr_ExceptionMatchesInState(__pyx_tstate, err)
-static CYTHON_INLINE int __Pyx_PyErr_ExceptionMatchesInState(PyThreadState* tstate, PyObject* err);
+#define __Pyx_GetException(type, value, tb)  __Pyx__GetException(__pyx_tstate, type, value, tb)
+static int __Pyx__GetException(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
 #else
-#define __Pyx_PyErr_ExceptionMatches(err)  PyErr_ExceptionMatches(err)
+static int __Pyx_GetException(PyObject **type, PyObject **value, PyObject **tb);
 #endif
 
-/* PyObjectGetAttrStr.proto (used by PyObjectGetAttrStrNoError) */
-#if CYTHON_USE_TYPE_SLOTS
-static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStr(PyObject* obj, PyObject* attr_name);
+/* SwapException.proto */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_ExceptionSwap(type, value, tb)  __Pyx__ExceptionSwap(__pyx_tstate, type, value, tb)
+static CYTHON_INLINE void __Pyx__ExceptionSwap(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
 #else
-#define __Pyx_PyObject_GetAttrStr(o,n) PyObject_GetAttr(o,n)
+static CYTHON_INLINE void __Pyx_ExceptionSwap(PyObject **type, PyObject **value, PyObject **tb);
 #endif
 
-/* PyObjectGetAttrStrNoError.proto (used by GetBuiltinName) */
-static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, PyObject* attr_name);
+/* GetTopmostException.proto (used by SaveResetException) */
+#if CYTHON_USE_EXC_INFO_STACK && CYTHON_FAST_THREAD_STATE
+static _PyErr_StackItem * __Pyx_PyErr_GetTopmostException(PyThreadState *tstate);
+#endif
 
-/* GetBuiltinName.proto (used by GetModuleGlobalName) */
-static PyObject *__Pyx_GetBuiltinName(PyObject *name);
-
-/* PyDictVersioning.proto (used by GetModuleGlobalName) */
-#if CYTHON_USE_DICT_VERSIONS && CYTHON_USE_TYPE_SLOTS
-#define __PYX_DICT_VERSION_INIT  ((PY_UINT64_T) -1)
-#define __PYX_GET_DICT_VERSION(dict)  (((PyDictObject*)(dict))->ma_version_tag)
-#define __PYX_UPDATE_DICT_CACHE(dict, value, cache_var, version_var)\
-    (version_var) = __PYX_GET_DICT_VERSION(dict);\
-    (cache_var) = (value);
-#define __PYX_PY_DICT_LOOKUP_IF_MODIFIED(VAR, DICT, LOOKUP) {\
-    static PY_UINT64_T __pyx_dict_version = 0;\
-    static PyObject *__pyx_dict_cached_value = NULL;\
-    if (likely(__PYX_GET_DICT_VERSION(DICT) == __pyx_dict_version)) {\
-        (VAR) = __Pyx_XNewRef(__pyx_dict_cached_value);\
-    } else {\
-        (VAR) = __pyx_dict_cached_value = (LOOKUP);\
-        __pyx_dict_version = __PYX_GET_DICT_VERSION(DICT);\
-    }\
-}
-static CYTHON_INLINE PY_UINT64_T __Pyx_get_tp_dict_version(PyObject *obj);
-static CYTHON_INLINE PY_UINT64_T __Pyx_get_object_dict_version(PyObject *obj);
-static CYTHON_INLINE int __Pyx_object_dict_version_matches(PyObject* obj, PY_UINT64_T tp_dict_version, PY_UINT64_T obj_dict_version);
+/* SaveResetException.proto */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_ExceptionSave(type, value, tb)  __Pyx__ExceptionSave(__pyx_tstate, type, value, tb)
+static CYTHON_INLINE void __Pyx__ExceptionSave(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
+#define __Pyx_ExceptionReset(type, value, tb)  __Pyx__ExceptionReset(__pyx_tstate, type, value, tb)
+static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb);
 #else
-#define __PYX_GET_DICT_VERSION(dict)  (0)
-#define __PYX_UPDATE_DICT_CACHE(dict, value, cache_var, version_var)
-#define __PYX_PY_DICT_LOOKUP_IF_MODIFIED(VAR, DICT, LOOKUP)  (VAR) = (LOOKUP);
+#define __Pyx_ExceptionSave(type, value, tb)   PyErr_GetExcInfo(type, value, tb)
+#define __Pyx_ExceptionReset(type, value, tb)  PyErr_SetExcInfo(type, value, tb)
 #endif
 
-/* GetModuleGlobalName.proto */
-#if CYTHON_USE_DICT_VERSIONS
-#define __Pyx_GetModuleGlobalName(var, name)  do {\
-    static PY_UINT64_T __pyx_dict_version = 0;\
-    static PyObject *__pyx_dict_cached_value = NULL;\
-    (var) = (likely(__pyx_dict_version == __PYX_GET_DICT_VERSION(__pyx_mstate_global->__pyx_d))) ?\
-        (likely(__pyx_dict_cached_value) ? __Pyx_NewRef(__pyx_dict_cached_value) : __Pyx_GetBuiltinName(name)) :\
-        __Pyx__GetModuleGlobalName(name, &__pyx_dict_version, &__pyx_dict_cached_value);\
-} while(0)
-#define __Pyx_GetModuleGlobalNameUncached(var, name)  do {\
-    PY_UINT64_T __pyx_dict_version;\
-    PyObject *__pyx_dict_cached_value;\
-    (var) = __Pyx__GetModuleGlobalName(name, &__pyx_dict_version, &__pyx_dict_cached_value);\
-} while(0)
-static PyObject *__Pyx__GetModuleGlobalName(PyObject *name, PY_UINT64_T *dict_version, PyObject **dict_cached_value);
-#else
-#define __Pyx_GetModuleGlobalName(var, name)  (var) = __Pyx__GetModuleGlobalName(name)
-#define __Pyx_GetModuleGlobalNameUncached(var, name)  (var) = __Pyx__GetModuleGlobalName(name)
-static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name);
-#endif
-
-/* PyObjectCall.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
-#else
-#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
-#endif
-
-/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
-#endif
-
-/* PyObjectFastCall.proto */
-#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
+/* RaiseException.export */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
 
 /* CopyObjectArray.proto (used by TupleOrListFromArrayImpl) */
 #if CYTHON_COMPILING_IN_CPYTHON
@@ -2151,6 +3221,10 @@ static CYTHON_INLINE int __Pyx_PyObject_CompareBoolEq_str_str(PyObject *op1, PyO
 #define __Pyx_ArgsSlice_FASTCALL __Pyx_ArgsSlice_VARARGS
 #endif
 
+/* RaiseArgTupleInvalid.export */
+static void __Pyx_RaiseArgtupleInvalid(const char* func_name, int exact,
+    Py_ssize_t num_min, Py_ssize_t num_max, Py_ssize_t num_found);
+
 /* py_dict_items.proto (used by OwnedDictNext) */
 #define __Pyx_PyDict_items_TypePtr  (&PyDictKeys_Type)
 #define __Pyx_PyDict_items_Check(obj)  PyObject_TypeCheck((obj), __Pyx_PyDictItems_TypePtr)
@@ -2167,6 +3241,22 @@ static CYTHON_INLINE PyObject* __Pyx_PyDict_Items(PyObject* d);
 #define __Pyx_CallCFunctionFastWithKeywords(cfunc, self, args, nargs, kwnames)\
     ((__Pyx_PyCFunctionFastWithKeywords)(void(*)(void))(PyCFunction)(cfunc)->func)(self, args, nargs, kwnames)
 
+/* PyObjectCall.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
+#else
+#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
+#endif
+
+/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
+#endif
+
+/* PyObjectFastCall.proto (used by PyObjectCallOneArg) */
+#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
+
 /* PyObjectCallOneArg.proto (used by CallUnboundCMethod0) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_CallOneArg(PyObject *func, PyObject *arg);
 
@@ -2181,6 +3271,30 @@ typedef struct {
     __pyx_atomic_int_type initialized;
 #endif
 } __Pyx_CachedCFunction;
+
+/* IgnoreException.proto (used by UnpackUnboundCMethod_impl) */
+static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception);
+#define __Pyx_IgnoreException(ignorable_exception) __Pyx_IgnoreGivenException(NULL, ignorable_exception)
+
+/* FastTypeChecks.proto (used by UnpackUnboundCMethod_impl) */
+#if CYTHON_COMPILING_IN_CPYTHON
+#define __Pyx_TypeCheck(obj, type) __Pyx_IsSubtype(Py_TYPE(obj), (PyTypeObject *)type)
+#define __Pyx_TypeCheck2(obj, type1, type2) __Pyx_IsAnySubtype2(Py_TYPE(obj), (PyTypeObject *)type1, (PyTypeObject *)type2)
+static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b);
+static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b);
+#define __Pyx_PyAnySet_Check(obj)  __Pyx_TypeCheck2(obj, &PySet_Type, &PyFrozenSet_Type)
+#else
+#define __Pyx_TypeCheck(obj, type) PyObject_TypeCheck(obj, (PyTypeObject *)type)
+#define __Pyx_TypeCheck2(obj, type1, type2) (PyObject_TypeCheck(obj, (PyTypeObject *)type1) || PyObject_TypeCheck(obj, (PyTypeObject *)type2))
+#define __Pyx_PyAnySet_Check(obj)  PyAnySet_Check(obj)
+#endif
+
+/* PyObjectGetAttrStr.proto (used by UnpackUnboundCMethod_impl) */
+#if CYTHON_USE_TYPE_SLOTS
+static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStr(PyObject* obj, PyObject* attr_name);
+#else
+#define __Pyx_PyObject_GetAttrStr(o,n) PyObject_GetAttr(o,n)
+#endif
 
 /* UnpackUnboundCMethod_impl.export */
 static int __Pyx_TryUnpackUnboundCMethod(__Pyx_CachedCFunction* target);
@@ -2223,13 +3337,19 @@ static CYTHON_INLINE PyObject* __Pyx_CallUnboundCMethod0(__Pyx_CachedCFunction* 
 #define __Pyx_PyDict_values_CheckExact(obj)  Py_IS_TYPE((obj), __Pyx_PyDictValues_TypePtr)
 static CYTHON_INLINE PyObject* __Pyx_PyDict_Values(PyObject* d);
 
-/* OwnedDictNext.proto (used by ParseKeywordsImpl) */
+/* OwnedDictNext.proto (used by RejectKeywords) */
 #if CYTHON_AVOID_BORROWED_REFS
 static int __Pyx_PyDict_NextRef(PyObject *p, PyObject **ppos, PyObject **pkey, PyObject **pvalue);
 #else
 CYTHON_INLINE
 static int __Pyx_PyDict_NextRef(PyObject *p, Py_ssize_t *ppos, PyObject **pkey, PyObject **pvalue);
 #endif
+
+/* RejectKeywords.export */
+static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
+
+/* PyTypeError_Check.proto */
+#define __Pyx_PyExc_TypeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TypeError)
 
 /* RaiseDoubleKeywords.proto (used by ParseKeywordsImpl) */
 static void __Pyx_RaiseDoubleKeywordsError(const char* func_name, PyObject* kw_name);
@@ -2282,15 +3402,85 @@ static CYTHON_INLINE int __Pyx_ParseKeywords(
     int ignore_unknown_kwargs
 );
 
-/* RaiseArgTupleInvalid.export */
-static void __Pyx_RaiseArgtupleInvalid(const char* func_name, int exact,
-    Py_ssize_t num_min, Py_ssize_t num_max, Py_ssize_t num_found);
+/* PyObjectFastCallMethod.proto */
+#if CYTHON_VECTORCALL
+#define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
+#else
+static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf);
+#endif
 
-/* ArgTypeTestError.export */
-static void __Pyx_ArgTypeError(PyObject *obj, PyTypeObject *type, const char *name, int exact);
+/* GivenExceptionMatches.proto (used by PyErrExceptionMatches) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches(PyObject *err, PyObject *type);
+static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *type1, PyObject *type2);
+#else
+#define __Pyx_PyErr_GivenExceptionMatches(err, type) PyErr_GivenExceptionMatches(err, type)
+static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *type1, PyObject *type2) {
+    return PyErr_GivenExceptionMatches(err, type1) || PyErr_GivenExceptionMatches(err, type2);
+}
+#endif
+#define __Pyx_PyErr_ExceptionMatches2(err1, err2)  __Pyx_PyErr_GivenExceptionMatches2(__Pyx_PyErr_CurrentExceptionType(), err1, err2)
 
-/* ArgTypeTest.proto */
-static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, int none_allowed, const char *name, int exact);
+/* PyErrExceptionMatches.proto (used by PyObjectGetAttrStrNoError) */
+#if CYTHON_FAST_THREAD_STATE
+#define __Pyx_PyErr_ExceptionMatches(err) __Pyx_PyErr_ExceptionMatchesInState(__pyx_tstate, err)
+static CYTHON_INLINE int __Pyx_PyErr_ExceptionMatchesInState(PyThreadState* tstate, PyObject* err);
+#else
+#define __Pyx_PyErr_ExceptionMatches(err)  PyErr_ExceptionMatches(err)
+#endif
+
+/* PyObjectGetAttrStrNoError.proto (used by GetBuiltinName) */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, PyObject* attr_name);
+
+/* GetBuiltinName.proto (used by GetModuleGlobalName) */
+static PyObject *__Pyx_GetBuiltinName(PyObject *name);
+
+/* PyDictVersioning.proto (used by GetModuleGlobalName) */
+#if CYTHON_USE_DICT_VERSIONS && CYTHON_USE_TYPE_SLOTS
+#define __PYX_DICT_VERSION_INIT  ((PY_UINT64_T) -1)
+#define __PYX_GET_DICT_VERSION(dict)  (((PyDictObject*)(dict))->ma_version_tag)
+#define __PYX_UPDATE_DICT_CACHE(dict, value, cache_var, version_var)\
+    (version_var) = __PYX_GET_DICT_VERSION(dict);\
+    (cache_var) = (value);
+#define __PYX_PY_DICT_LOOKUP_IF_MODIFIED(VAR, DICT, LOOKUP) {\
+    static PY_UINT64_T __pyx_dict_version = 0;\
+    static PyObject *__pyx_dict_cached_value = NULL;\
+    if (likely(__PYX_GET_DICT_VERSION(DICT) == __pyx_dict_version)) {\
+        (VAR) = __Pyx_XNewRef(__pyx_dict_cached_value);\
+    } else {\
+        (VAR) = __pyx_dict_cached_value = (LOOKUP);\
+        __pyx_dict_version = __PYX_GET_DICT_VERSION(DICT);\
+    }\
+}
+static CYTHON_INLINE PY_UINT64_T __Pyx_get_tp_dict_version(PyObject *obj);
+static CYTHON_INLINE PY_UINT64_T __Pyx_get_object_dict_version(PyObject *obj);
+static CYTHON_INLINE int __Pyx_object_dict_version_matches(PyObject* obj, PY_UINT64_T tp_dict_version, PY_UINT64_T obj_dict_version);
+#else
+#define __PYX_GET_DICT_VERSION(dict)  (0)
+#define __PYX_UPDATE_DICT_CACHE(dict, value, cache_var, version_var)
+#define __PYX_PY_DICT_LOOKUP_IF_MODIFIED(VAR, DICT, LOOKUP)  (VAR) = (LOOKUP);
+#endif
+
+/* GetModuleGlobalName.proto */
+#if CYTHON_USE_DICT_VERSIONS
+#define __Pyx_GetModuleGlobalName(var, name)  do {\
+    static PY_UINT64_T __pyx_dict_version = 0;\
+    static PyObject *__pyx_dict_cached_value = NULL;\
+    (var) = (likely(__pyx_dict_version == __PYX_GET_DICT_VERSION(__pyx_mstate_global->__pyx_d))) ?\
+        (likely(__pyx_dict_cached_value) ? __Pyx_NewRef(__pyx_dict_cached_value) : __Pyx_GetBuiltinName(name)) :\
+        __Pyx__GetModuleGlobalName(name, &__pyx_dict_version, &__pyx_dict_cached_value);\
+} while(0)
+#define __Pyx_GetModuleGlobalNameUncached(var, name)  do {\
+    PY_UINT64_T __pyx_dict_version;\
+    PyObject *__pyx_dict_cached_value;\
+    (var) = __Pyx__GetModuleGlobalName(name, &__pyx_dict_version, &__pyx_dict_cached_value);\
+} while(0)
+static PyObject *__Pyx__GetModuleGlobalName(PyObject *name, PY_UINT64_T *dict_version, PyObject **dict_cached_value);
+#else
+#define __Pyx_GetModuleGlobalName(var, name)  (var) = __Pyx__GetModuleGlobalName(name)
+#define __Pyx_GetModuleGlobalNameUncached(var, name)  (var) = __Pyx__GetModuleGlobalName(name)
+static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name);
+#endif
 
 /* BuildPyUnicode.proto (used by COrdinalToPyUnicode) */
 static PyObject* __Pyx_PyUnicode_BuildFromAscii(Py_ssize_t ulength, const char* chars, int clength,
@@ -2309,6 +3499,127 @@ static CYTHON_INLINE PyObject* __Pyx_PyUnicode_FromOrdinal_Padded(int value, Py_
 #include <stdlib.h>
 
 /* CIntToPyUnicode.proto */
+#define __Pyx_PyUnicode_From_uint32_t(value, width, padding_char, format_char) (\
+    ((format_char) == ('c')) ?\
+        __Pyx_uchar___Pyx_PyUnicode_From_uint32_t(value, width, padding_char) :\
+        __Pyx____Pyx_PyUnicode_From_uint32_t(value, width, padding_char, format_char)\
+    )
+static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_uint32_t(uint32_t value, Py_ssize_t width, char padding_char);
+static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_uint32_t(uint32_t value, Py_ssize_t width, char padding_char, char format_char);
+
+/* CIntToPyUnicode.proto */
+#define __Pyx_PyUnicode_From_Py_ssize_t(value, width, padding_char, format_char) (\
+    ((format_char) == ('c')) ?\
+        __Pyx_uchar___Pyx_PyUnicode_From_Py_ssize_t(value, width, padding_char) :\
+        __Pyx____Pyx_PyUnicode_From_Py_ssize_t(value, width, padding_char, format_char)\
+    )
+static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_Py_ssize_t(Py_ssize_t value, Py_ssize_t width, char padding_char);
+static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_Py_ssize_t(Py_ssize_t value, Py_ssize_t width, char padding_char, char format_char);
+
+/* JoinPyUnicode.proto */
+#define __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH\
+    (!CYTHON_COMPILING_IN_GRAAL && !CYTHON_COMPILING_IN_PYPY && !CYTHON_COMPILING_IN_LIMITED_API)
+
+/* JoinPyUnicode.export */
+static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind);
+
+/* PyObjectFormatAndDecref.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f);
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObject* f);
+
+/* ArgTypeTestError.export */
+static void __Pyx_ArgTypeError(PyObject *obj, PyTypeObject *type, const char *name, int exact);
+
+/* ArgTypeTest.proto */
+static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, int none_allowed, const char *name, int exact);
+
+/* PyBaseException_Check.proto */
+#define __Pyx_PyExc_BaseException_Check(obj)  PyExceptionInstance_Check(obj)
+
+/* FormatTypeName.proto (used by RaiseErrorWithObjectType1) */
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+typedef PyObject *__Pyx_TypeName;
+#define __Pyx_FMT_TYPENAME "%N"
+#define __Pyx_PyType_GetFullyQualifiedName(tp) Py_NewRef((PyObject*)tp)
+#define __Pyx_DECREF_TypeName(obj) Py_DECREF(obj)
+#elif CYTHON_COMPILING_IN_LIMITED_API
+typedef PyObject *__Pyx_TypeName;
+#define __Pyx_FMT_TYPENAME "%U"
+#define __Pyx_DECREF_TypeName(obj) Py_XDECREF(obj)
+static __Pyx_TypeName __Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp);
+#else  // !LIMITED_API
+typedef const char *__Pyx_TypeName;
+#define __Pyx_FMT_TYPENAME "%.200s"
+#define __Pyx_PyType_GetFullyQualifiedName(tp) ((tp)->tp_name)
+#define __Pyx_DECREF_TypeName(obj)
+#endif
+
+/* RaiseErrorWithObjectType1.proto (used by RaiseUnexpectedTypeError) */
+#define __Pyx_RaiseTypeErrorWithObjectType1(message, arg, obj) __Pyx_RaiseErrorWithObjectType1(PyExc_TypeError, message, arg, obj)
+#define __Pyx_RaiseErrorWithObjectType1(exc_type, message, arg, obj) __Pyx_RaiseErrorWithType1(exc_type, message, arg, Py_TYPE(obj))
+CYTHON_UNUSED
+static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj);
+
+/* RaiseUnexpectedTypeError.proto */
+CYTHON_UNUSED
+static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj);
+
+/* PyBufferError_Check.proto */
+#define __Pyx_PyExc_BufferError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_BufferError)
+
+/* PyObjectFormatSimple.proto */
+#if CYTHON_COMPILING_IN_PYPY
+    #define __Pyx_PyObject_FormatSimple(s, f) (\
+        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
+        PyObject_Format(s, f))
+#elif CYTHON_USE_TYPE_SLOTS
+    #define __Pyx_PyObject_FormatSimple(s, f) (\
+        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
+        likely(PyLong_CheckExact(s)) ? PyLong_Type.tp_repr(s) :\
+        likely(PyFloat_CheckExact(s)) ? PyFloat_Type.tp_repr(s) :\
+        PyObject_Format(s, f))
+#else
+    #define __Pyx_PyObject_FormatSimple(s, f) (\
+        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
+        PyObject_Format(s, f))
+#endif
+
+/* UnicodeConcatInPlace.proto */
+# if CYTHON_COMPILING_IN_CPYTHON
+    #if CYTHON_REFNANNY
+        #define __Pyx_PyUnicode_ConcatInPlace(left, right, unsafe_shared) __Pyx_PyUnicode_ConcatInPlaceImpl(&left, right, unsafe_shared, __pyx_refnanny)
+    #else
+        #define __Pyx_PyUnicode_ConcatInPlace(left, right, unsafe_shared) __Pyx_PyUnicode_ConcatInPlaceImpl(&left, right, unsafe_shared)
+    #endif
+    #define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_DefinitelyUniqueInPlace(left, right) __Pyx_PyUnicode_ConcatInPlace(left, right, __Pyx_ReferenceSharing_DefinitelyUnique)
+    #define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(left, right) __Pyx_PyUnicode_ConcatInPlace(left, right, __Pyx_ReferenceSharing_OwnStrongReference)
+    #define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_FunctionArgumentInPlace(left, right) __Pyx_PyUnicode_ConcatInPlace(left, right, __Pyx_ReferenceSharing_FunctionArgument)
+    #define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_SharedReferenceInPlace(left, right) __Pyx_PyUnicode_ConcatInPlace(left, right, __Pyx_ReferenceSharing_SharedReference)
+    static CYTHON_INLINE PyObject *__Pyx_PyUnicode_ConcatInPlaceImpl(PyObject **p_left, PyObject *right, int unsafe_shared
+        #if CYTHON_REFNANNY
+        , void* __pyx_refnanny
+        #endif
+    );
+#else
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_DefinitelyUniqueInPlace __Pyx_PyUnicode_Concat
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace __Pyx_PyUnicode_Concat
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_FunctionArgumentInPlace __Pyx_PyUnicode_Concat
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_SharedReferenceInPlace __Pyx_PyUnicode_Concat
+#endif
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_DefinitelyUniqueInPlaceSafe(left, right)\
+    ((unlikely((left) == Py_None) || unlikely((right) == Py_None)) ?\
+    PyNumber_InPlaceAdd(left, right) : __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_DefinitelyUniqueInPlace(left, right))
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlaceSafe(left, right)\
+    ((unlikely((left) == Py_None) || unlikely((right) == Py_None)) ?\
+    PyNumber_InPlaceAdd(left, right) : __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(left, right))
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_FunctionArgumentInPlaceSafe(left, right)\
+    ((unlikely((left) == Py_None) || unlikely((right) == Py_None)) ?\
+    PyNumber_InPlaceAdd(left, right) : __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_FunctionArgumentInPlace(left, right))
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_SharedReferenceInPlaceSafe(left, right)\
+    ((unlikely((left) == Py_None) || unlikely((right) == Py_None)) ?\
+    PyNumber_InPlaceAdd(left, right) : __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_SharedReferenceInPlace(left, right))
+
+/* CIntToPyUnicode.proto */
 #define __Pyx_PyUnicode_From_uint64_t(value, width, padding_char, format_char) (\
     ((format_char) == ('c')) ?\
         __Pyx_uchar___Pyx_PyUnicode_From_uint64_t(value, width, padding_char) :\
@@ -2316,13 +3627,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyUnicode_FromOrdinal_Padded(int value, Py_
     )
 static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_uint64_t(uint64_t value, Py_ssize_t width, char padding_char);
 static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_uint64_t(uint64_t value, Py_ssize_t width, char padding_char, char format_char);
-
-/* PyObjectFormat.proto */
-#if CYTHON_USE_UNICODE_WRITER
-static PyObject* __Pyx_PyObject_Format(PyObject* s, PyObject* f);
-#else
-#define __Pyx_PyObject_Format(s, f) PyObject_Format(s, f)
-#endif
 
 /* CIntToPyUnicode.proto */
 #define __Pyx_PyUnicode_From_unsigned_int(value, width, padding_char, format_char) (\
@@ -2333,46 +3637,55 @@ static PyObject* __Pyx_PyObject_Format(PyObject* s, PyObject* f);
 static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_unsigned_int(unsigned int value, Py_ssize_t width, char padding_char);
 static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_unsigned_int(unsigned int value, Py_ssize_t width, char padding_char, char format_char);
 
-/* JoinPyUnicode.proto */
-#define __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH\
-    (!CYTHON_COMPILING_IN_GRAAL && !CYTHON_COMPILING_IN_PYPY && !CYTHON_COMPILING_IN_LIMITED_API)
+/* WriteUnraisableException.proto */
+static void __Pyx_WriteUnraisable(const char *name, int clineno,
+                                  int lineno, const char *filename,
+                                  int full_traceback, int nogil);
 
-/* JoinPyUnicode.export */
-static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind);
+/* PyUnicode_Unicode.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyUnicode_Unicode(PyObject *obj);
 
-/* RaiseException.export */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
+/* RaiseErrorWithObjectTypes.proto */
+#define __Pyx_RaiseErrorWithObjectTypes1(exc_type, message, arg, obj1, obj2) __Pyx_RaiseErrorWithTypes1(exc_type, message, arg, Py_TYPE(obj1), Py_TYPE(obj2))
+#define __Pyx_RaiseTypeErrorWithObjectTypes(message, obj1, obj2) __Pyx_RaiseTypeErrorWithTypes(message, Py_TYPE(obj1), Py_TYPE(obj2))
+#define __Pyx_RaiseTypeErrorWithTypes(message, type_obj1, type_obj2) __Pyx_RaiseErrorWithTypes1(PyExc_TypeError, "%.1s" message, "", type_obj1, type_obj2)
+CYTHON_UNUSED
+static void __Pyx_RaiseErrorWithTypes1(PyObject* exc_type, const char *message, const char *arg, PyTypeObject *type_obj1, PyTypeObject *type_obj2);
 
-/* GetException.proto */
-#if CYTHON_FAST_THREAD_STATE
-#define __Pyx_GetException(type, value, tb)  __Pyx__GetException(__pyx_tstate, type, value, tb)
-static int __Pyx__GetException(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
+/* CallNextTpDealloc.proto */
+static void __Pyx_call_next_tp_dealloc(PyObject* obj, destructor current_tp_dealloc);
+
+/* CallNextTpTraverse.proto */
+static int __Pyx_call_next_tp_traverse(PyObject* obj, visitproc v, void *a, traverseproc current_tp_traverse);
+
+/* CallTypeTraverse.proto */
+#if !CYTHON_USE_TYPE_SPECS
+#define __Pyx_call_type_traverse(o, always_call, visit, arg) 0
 #else
-static int __Pyx_GetException(PyObject **type, PyObject **value, PyObject **tb);
+static int __Pyx_call_type_traverse(PyObject *o, int always_call, visitproc visit, void *arg);
 #endif
 
-/* SwapException.proto */
-#if CYTHON_FAST_THREAD_STATE
-#define __Pyx_ExceptionSwap(type, value, tb)  __Pyx__ExceptionSwap(__pyx_tstate, type, value, tb)
-static CYTHON_INLINE void __Pyx__ExceptionSwap(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
-#else
-static CYTHON_INLINE void __Pyx_ExceptionSwap(PyObject **type, PyObject **value, PyObject **tb);
+/* CallNextTpClear.proto */
+static void __Pyx_call_next_tp_clear(PyObject* obj, inquiry current_tp_clear);
+
+/* AllocateExtensionType.proto */
+static PyObject *__Pyx_AllocateExtensionType(PyTypeObject *t, int is_final);
+
+/* CallSlotAsVectorcall.proto */
+#if CYTHON_VECTORCALL_TPNEW
+typedef PyObject * (*__Pyx_tpnewvectorcallfunc)(PyTypeObject* o, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames);
+static PyObject * __Pyx_CallTpnewAsVectorcall(__Pyx_tpnewvectorcallfunc f, PyTypeObject* o, PyObject *a, PyObject *k);
 #endif
 
-/* GetTopmostException.proto (used by SaveResetException) */
-#if CYTHON_USE_EXC_INFO_STACK && CYTHON_FAST_THREAD_STATE
-static _PyErr_StackItem * __Pyx_PyErr_GetTopmostException(PyThreadState *tstate);
-#endif
+/* RaiseErrorWithObjectType.proto (used by CallNewInitFromVectorcall) */
+#define __Pyx_RaiseTypeErrorWithObjectType(message, obj)  __Pyx_RaiseErrorWithObjectType(PyExc_TypeError, message, obj)
+#define __Pyx_RaiseErrorWithObjectType(exc_type, message, obj)  __Pyx_RaiseErrorWithType(exc_type, message, Py_TYPE(obj))
+CYTHON_UNUSED
+static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, PyTypeObject *type_obj);
 
-/* SaveResetException.proto */
-#if CYTHON_FAST_THREAD_STATE
-#define __Pyx_ExceptionSave(type, value, tb)  __Pyx__ExceptionSave(__pyx_tstate, type, value, tb)
-static CYTHON_INLINE void __Pyx__ExceptionSave(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb);
-#define __Pyx_ExceptionReset(type, value, tb)  __Pyx__ExceptionReset(__pyx_tstate, type, value, tb)
-static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb);
-#else
-#define __Pyx_ExceptionSave(type, value, tb)   PyErr_GetExcInfo(type, value, tb)
-#define __Pyx_ExceptionReset(type, value, tb)  PyErr_SetExcInfo(type, value, tb)
+/* CallNewInitFromVectorcall.proto */
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__Pyx_CallNewInitFromVectorcall(PyTypeObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames);
 #endif
 
 /* TypeImport.proto */
@@ -2397,6 +3710,48 @@ static PyTypeObject *__Pyx_ImportType_3_3_1(PyObject* module, const char *module
 /* GetVTable.proto */
 static int __Pyx_GetVtable(PyTypeObject *type, void** table);
 
+/* PyObjectCallMethod0.proto (used by PyType_Ready) */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethod0(PyObject* obj, PyObject* method_name);
+
+/* GetTypeDictOffset.proto (used by ValidateBasesTuple) */
+#if !CYTHON_USE_TYPE_SLOTS
+CYTHON_UNUSED static Py_ssize_t __Pyx_GetTypeDictOffset(PyObject *tp, int require_cython_valid_result);
+#endif
+
+/* ValidateBasesTuple.proto (used by PyType_Ready) */
+#if CYTHON_COMPILING_IN_CPYTHON || CYTHON_COMPILING_IN_LIMITED_API || CYTHON_USE_TYPE_SPECS
+static int __Pyx_validate_bases_tuple(const char *type_name, int has_dictoffset, PyObject *bases);
+#endif
+
+/* PyType_Ready.export */
+CYTHON_UNUSED static int __Pyx_PyType_Ready(PyTypeObject *t);
+
+/* MergeVTables.proto (used by SetVTable) */
+static int __Pyx_MergeVtables(PyTypeObject *type);
+
+/* SetVTable.export */
+static int __Pyx_SetVtable(PyTypeObject* typeptr , void* vtable);
+
+/* LimitedApiGetTypeTypeDict.proto (used by DelItemOnTypeDict) */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static PyObject *__Pyx_GetTypeTypeDict(PyTypeObject *tp);
+#endif
+
+/* DelItemOnTypeDict.proto (used by SetupReduce) */
+#define __Pyx_DelItemOnTypeDict(tp, k) __Pyx__DelItemOnTypeDict((PyTypeObject*)tp, k)
+
+/* DelItemOnTypeDict.export */
+static int __Pyx__DelItemOnTypeDict(PyTypeObject *tp, PyObject *k);
+
+/* SetItemOnTypeDict.proto (used by SetupReduce) */
+#define __Pyx_SetItemOnTypeDict(tp, k, v) __Pyx__SetItemOnTypeDict((PyTypeObject*)tp, k, v)
+
+/* SetItemOnTypeDict.export */
+static int __Pyx__SetItemOnTypeDict(PyTypeObject *tp, PyObject *k, PyObject *v);
+
+/* SetupReduce.export */
+static int __Pyx_setup_reduce(PyObject* type_obj);
+
 /* HasAttr.proto (used by ImportImpl) */
 #if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
 #define __Pyx_HasAttr(o, n)  PyObject_HasAttrWithError(o, n)
@@ -2420,24 +3775,155 @@ static CYTHON_INLINE PyObject *__Pyx_Import(PyObject *name, PyObject *const *imp
 /* ImportFrom.export */
 static PyObject* __Pyx_ImportFrom(PyObject* module, PyObject* name);
 
-/* PyObjectDelAttr.proto (used by PyObjectSetAttrStr) */
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-#define __Pyx_PyObject_DelAttr(o, n) PyObject_SetAttr(o, n, NULL)
-#else
-#define __Pyx_PyObject_DelAttr(o, n) PyObject_DelAttr(o, n)
-#endif
-
-/* PyObjectSetAttrStr.proto */
-#if CYTHON_USE_TYPE_SLOTS
-#define __Pyx_PyObject_DelAttrStr(o,n) __Pyx_PyObject_SetAttrStr(o, n, NULL)
-static CYTHON_INLINE int __Pyx_PyObject_SetAttrStr(PyObject* obj, PyObject* attr_name, PyObject* value);
-#else
-#define __Pyx_PyObject_DelAttrStr(o,n)   __Pyx_PyObject_DelAttr(o,n)
-#define __Pyx_PyObject_SetAttrStr(o,n,v) PyObject_SetAttr(o,n,v)
-#endif
-
-/* dict_setdefault.proto (used by CLineInTraceback) */
+/* dict_setdefault.proto (used by FetchCommonType) */
 static CYTHON_INLINE PyObject *__Pyx_PyDict_SetDefault(PyObject *d, PyObject *key, PyObject *default_value);
+
+/* AddModuleRef.proto (used by FetchSharedCythonModule) */
+#if ((CYTHON_COMPILING_IN_CPYTHON_FREETHREADING && PY_VERSION_HEX < 0x030F00a3) ||\
+     __PYX_LIMITED_VERSION_HEX < 0x030d0000)
+  static PyObject *__Pyx_PyImport_AddModuleRef(const char *name);
+#else
+  #define __Pyx_PyImport_AddModuleRef(name) PyImport_AddModuleRef(name)
+#endif
+
+/* FetchSharedCythonModule.proto (used by FetchCommonType) */
+static PyObject *__Pyx_FetchSharedCythonABIModule(void);
+
+/* VerifyCachedType.proto (used by FetchCommonType) */
+static int __Pyx_VerifyCachedType(PyObject *cached_type,
+                               const char *name,
+                               Py_ssize_t expected_basicsize);
+
+/* FetchCommonType.proto (used by CommonTypesMetaclass) */
+static PyTypeObject* __Pyx_FetchCommonTypeFromSpec(PyTypeObject *metaclass, PyObject *module, PyType_Spec *spec, PyObject *bases);
+
+/* CommonTypesMetaclass.proto (used by CythonFunctionShared) */
+static int __pyx_CommonTypesMetaclass_init(PyObject *module);
+#define __Pyx_CommonTypesMetaclass_USED
+
+/* CythonFunctionPerModule.proto (used by CythonFunctionShared) */
+#define __Pyx_CyFunction_USED
+#if CYTHON_OPAQUE_SHARED_TYPES
+#define __Pyx_as_CyFunctionObject(o) ((__pyx_CyFunctionObject *)PyObject_GetTypeData((o), __pyx_mstate_global->__pyx_CyFunctionType))
+#else
+#define __Pyx_as_CyFunctionObject(o) ((__pyx_CyFunctionObject *)o)
+#endif
+#define __Pyx_CYFUNCTION_STATICMETHOD  0x01
+#define __Pyx_CYFUNCTION_CLASSMETHOD   0x02
+#define __Pyx_CYFUNCTION_CCLASS        0x04
+#define __Pyx_CYFUNCTION_COROUTINE     0x08
+#define __Pyx_CyFunction_GetClosure(f)\
+    ((__Pyx_as_CyFunctionObject(f))->func_closure)
+#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL
+  #define __Pyx_CyFunction_ClassObj(f)\
+      ((f)->func_classobj)
+  #define __Pyx_CyFunction_MethodDef(cyfunc) ((cyfunc)->func_methoddef)
+  #define __Pyx_CyFunction_Module(cyfunc) ((cyfunc)->func_module)
+#else
+  #define __Pyx_CyFunction_ClassObj(f)\
+      (((PyCMethodObject *) (f))->mm_class)
+  #define __Pyx_CyFunction_MethodDef(cyfunc) (((PyCFunctionObject*)(cyfunc))->m_ml)
+  #define __Pyx_CyFunction_Module(cyfunc) (((PyCFunctionObject*)(cyfunc))->m_module)
+#endif
+#define __Pyx_CyFunction_GetClassObj(f)\
+    ((PyObject*)__Pyx_CyFunction_ClassObj(__Pyx_as_CyFunctionObject(f)))
+#define __Pyx_CyFunction_SetClassObj(f, classobj)\
+    __Pyx__CyFunction_SetClassObj(__Pyx_as_CyFunctionObject(f), (classobj))
+#define __Pyx_CyFunction_Defaults(type, f)\
+    ((type *)((__Pyx_as_CyFunctionObject(f))->defaults))
+#define __Pyx_CyFunction_SetDefaultsGetter(f, g)\
+    (__Pyx_as_CyFunctionObject(f))->defaults_getter = (g)
+typedef struct {
+#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL
+#if !CYTHON_OPAQUE_OBJECTS
+    PyObject_HEAD
+#endif
+    PyMethodDef *func_methoddef;
+    PyObject *func_module;
+#else
+    PyCMethodObject func;
+#endif
+#if (CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL) && CYTHON_VECTORCALL
+    __pyx_vectorcallfunc func_vectorcall;
+#endif
+#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL
+    PyObject *func_weakreflist;
+#endif
+#if PY_VERSION_HEX < 0x030C0000 || CYTHON_COMPILING_IN_LIMITED_API
+    PyObject *func_dict;
+#endif
+    PyObject *func_name;
+    PyObject *func_qualname;
+    PyObject *func_doc;
+    PyObject *func_globals;
+    PyObject *func_code;
+    PyObject *func_closure;
+#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL
+    PyObject *func_classobj;
+#endif
+    PyObject *defaults;
+    int flags;
+    PyObject *defaults_tuple;
+    PyObject *defaults_kwdict;
+    PyObject *(*defaults_getter)(PyObject *);
+    PyObject *func_annotations;
+#if __PYX_LIMITED_VERSION_HEX < 0x030B0000
+    PyObject *func_is_coroutine;
+#endif
+} __pyx_CyFunctionObject;
+#undef __Pyx_CyOrPyCFunction_Check
+#define __Pyx_CyFunction_Check(obj)  __Pyx_TypeCheck(obj, __pyx_mstate_global->__pyx_CyFunctionType)
+#define __Pyx_CyOrPyCFunction_Check(obj)  __Pyx_TypeCheck2(obj, __pyx_mstate_global->__pyx_CyFunctionType, &PyCFunction_Type)
+#define __Pyx_CyFunction_CheckExact(obj)  Py_IS_TYPE(obj, __pyx_mstate_global->__pyx_CyFunctionType)
+static CYTHON_INLINE int __Pyx__IsSameCyOrCFunction(PyObject *func, void (*cfunc)(void));
+#undef __Pyx_IsSameCFunction
+#define __Pyx_IsSameCFunction(func, cfunc)   __Pyx__IsSameCyOrCFunction(func, cfunc)
+static CYTHON_INLINE void __Pyx__CyFunction_SetClassObj(__pyx_CyFunctionObject* f, PyObject* classobj);
+static CYTHON_INLINE PyObject *__Pyx_CyFunction_InitDefaults(PyObject *func,
+                                                         PyTypeObject *defaults_type);
+static CYTHON_INLINE void __Pyx_CyFunction_SetDefaultsTuple(PyObject *m,
+                                                            PyObject *tuple);
+static CYTHON_INLINE void __Pyx_CyFunction_SetDefaultsKwDict(PyObject *m,
+                                                             PyObject *dict);
+static CYTHON_INLINE void __Pyx_CyFunction_SetAnnotationsDict(PyObject *m,
+                                                              PyObject *dict);
+static int __pyx_CyFunction_init(PyObject *module);
+#if CYTHON_VECTORCALL
+#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL
+#define __Pyx_CyFunction_func_vectorcall(f) ((f)->func_vectorcall)
+#else
+#define __Pyx_CyFunction_func_vectorcall(f) (((PyCFunctionObject*)f)->vectorcall)
+#endif
+#endif
+
+/* PyMethodNew.proto (used by CythonFunctionShared) */
+static PyObject *__Pyx_PyMethod_New(PyObject *func, PyObject *self, PyObject *typ);
+
+/* PyVectorcallFastCallDict.proto (used by CythonFunctionShared) */
+#if CYTHON_VECTORCALL
+static CYTHON_INLINE PyObject *__Pyx_PyVectorcall_FastCallDict(PyObject *func, __pyx_vectorcallfunc vc, PyObject *const *args, size_t nargs, PyObject *kw);
+#endif
+
+/* CythonFunctionShared.proto (used by CythonFunction) */
+static PyObject *__Pyx_CyFunction_Init(PyObject *op_in, PyMethodDef *ml,
+                                      int flags, PyObject* qualname,
+                                      PyObject *closure,
+                                      PyObject *module, PyObject *globals,
+                                      PyObject* code);
+#if CYTHON_VECTORCALL
+static PyObject * __Pyx_CyFunction_Vectorcall_NOARGS(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwnames);
+static PyObject * __Pyx_CyFunction_Vectorcall_O(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwnames);
+static PyObject * __Pyx_CyFunction_Vectorcall_FASTCALL_KEYWORDS(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwnames);
+static PyObject * __Pyx_CyFunction_Vectorcall_FASTCALL_KEYWORDS_METHOD(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwnames);
+#endif
+
+/* CythonFunction.export */
+static PyObject *__Pyx_CyFunction_New(PyMethodDef *ml,
+                                      int flags, PyObject* qualname,
+                                      PyObject *closure,
+                                      PyObject *module, PyObject *globals,
+                                      PyObject* code);
+static PyTypeObject *__Pyx_Get_CyFunction_Type(void);
 
 /* CLineInTraceback.proto (used by AddTraceback) */
 #if CYTHON_CLINE_IN_TRACEBACK && CYTHON_CLINE_IN_TRACEBACK_RUNTIME
@@ -2473,10 +3959,7 @@ static void __Pyx_AddTraceback(const char *funcname, int c_line,
                                int py_line, const char *filename);
 
 /* CIntFromPy.proto */
-static CYTHON_INLINE uint64_t __Pyx_PyLong_As_uint64_t(PyObject *);
-
-/* CIntFromPy.proto */
-static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *);
+static CYTHON_INLINE int __Pyx_PyLong_As_int(PyObject *);
 
 /* PyObjectVectorcallKwds.proto (used by PyObjectVectorcallMethodKwds) */
 #if CYTHON_VECTORCALL
@@ -2496,40 +3979,25 @@ static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *con
 #endif
 
 /* CIntToPy.proto */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value);
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint32_t(uint32_t value);
+
+/* CIntFromPy.proto */
+static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *);
 
 /* CIntToPy.proto */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint32_t(uint32_t value);
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value);
 
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_unsigned_int(unsigned int value);
 
-/* FormatTypeName.proto */
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-typedef PyObject *__Pyx_TypeName;
-#define __Pyx_FMT_TYPENAME "%N"
-#define __Pyx_PyType_GetFullyQualifiedName(tp) Py_NewRef((PyObject*)tp)
-#define __Pyx_DECREF_TypeName(obj) Py_DECREF(obj)
-#elif CYTHON_COMPILING_IN_LIMITED_API
-typedef PyObject *__Pyx_TypeName;
-#define __Pyx_FMT_TYPENAME "%U"
-#define __Pyx_DECREF_TypeName(obj) Py_XDECREF(obj)
-static __Pyx_TypeName __Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp);
-#else  // !LIMITED_API
-typedef const char *__Pyx_TypeName;
-#define __Pyx_FMT_TYPENAME "%.200s"
-#define __Pyx_PyType_GetFullyQualifiedName(tp) ((tp)->tp_name)
-#define __Pyx_DECREF_TypeName(obj)
-#endif
+/* CIntToPy.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value);
 
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_long(long value);
 
 /* CIntFromPy.proto */
 static CYTHON_INLINE long __Pyx_PyLong_As_long(PyObject *);
-
-/* CIntFromPy.proto */
-static CYTHON_INLINE int __Pyx_PyLong_As_int(PyObject *);
 
 /* GetRuntimeVersion.proto */
 #if __PYX_LIMITED_VERSION_HEX < 0x030b0000
@@ -2540,19 +4008,14 @@ static void __Pyx_init_runtime_version(void);
 #endif
 static unsigned long __Pyx_get_runtime_version(void);
 
-/* AddModuleRef.proto */
-#if ((CYTHON_COMPILING_IN_CPYTHON_FREETHREADING && PY_VERSION_HEX < 0x030F00a3) ||\
-     __PYX_LIMITED_VERSION_HEX < 0x030d0000)
-  static PyObject *__Pyx_PyImport_AddModuleRef(const char *name);
-#else
-  #define __Pyx_PyImport_AddModuleRef(name) PyImport_AddModuleRef(name)
-#endif
-
 /* CheckBinaryVersion.proto */
 static int __Pyx_check_binary_version(unsigned long ct_version, unsigned long rt_version, int allow_newer);
 
 /* DecompressString.proto */
 static PyObject *__Pyx_DecompressString(const char *s, Py_ssize_t length, int algo);
+
+/* DecompressString_LZSS.proto */
+static PyObject *__Pyx_DecompressString_LZSS(const char *s, size_t compressed_length, size_t uncompressed_length);
 
 /* MultiPhaseInitModuleState.proto */
 #if CYTHON_PEP489_MULTI_PHASE_INIT && CYTHON_USE_MODULE_STATE
@@ -2626,29 +4089,132 @@ static int __Pyx_State_RemoveModule(void*);
 #define __PYX_ABI_MODULE_NAME "_cython_" CYTHON_ABI
 #define __PYX_TYPE_MODULE_PREFIX __PYX_ABI_MODULE_NAME "."
 
+static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_begin_sleep(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self); /* proto*/
+static void __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_end_sleep(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self); /* proto*/
+static int64_t __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe); /* proto*/
+static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_mend(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, enum ivshmem_claim __pyx_v_how, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto*/
+static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, struct ivshmem_taken const *__pyx_v_taken, char *__pyx_v_into); /* proto*/
+static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto*/
 
 /* Module declarations from "libc.stdint" */
 
+/* Module declarations from "ivshmem.channel.header" */
+
+/* Module declarations from "libc.string" */
+
+/* Module declarations from "libc.stdio" */
+
+/* Module declarations from "__builtin__" */
+
+/* Module declarations from "cpython.type" */
+
+/* Module declarations from "cpython" */
+
+/* Module declarations from "cpython.object" */
+
+/* Module declarations from "cpython.ref" */
+
+/* Module declarations from "ivshmem.native.syscalls" */
+
+/* Module declarations from "ivshmem.native.descriptors" */
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void); /*proto*/
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(int64_t); /*proto*/
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t); /*proto*/
+
+/* Module declarations from "ivshmem.native.bell" */
+
 /* Module declarations from "ivshmem.native.mapping" */
 
-/* Module declarations from "ivshmem.native.areas" */
-static int __pyx_f_7ivshmem_6native_5areas_memory_of(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, struct ivshmem_memory *); /*proto*/
-static PyObject *__pyx_f_7ivshmem_6native_5areas_described(struct ivshmem_area const *); /*proto*/
+/* Module declarations from "ivshmem.native.spin" */
+
+/* Module declarations from "ivshmem._core" */
+
+/* Module declarations from "ivshmem.channel.membership" */
+
+/* Module declarations from "ivshmem.channel.roles" */
+
+/* Module declarations from "cython" */
+
+/* Module declarations from "cpython.buffer" */
+
+/* Module declarations from "cpython.bytes" */
+
+/* Module declarations from "ivshmem.channel.queues" */
+static int64_t __pyx_f_7ivshmem_7channel_6queues_probe_queue(void *); /*proto*/
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
-#define __Pyx_MODULE_NAME "ivshmem.native.areas"
-extern int __pyx_module_is_main_ivshmem__native__areas;
-int __pyx_module_is_main_ivshmem__native__areas = 0;
+#define __Pyx_MODULE_NAME "ivshmem.channel.queues"
+extern int __pyx_module_is_main_ivshmem__channel__queues;
+int __pyx_module_is_main_ivshmem__channel__queues = 0;
 
-/* Implementation of "ivshmem.native.areas" */
+/* Implementation of "ivshmem.channel.queues" */
 /* #### Code section: global_var ### */
 /* #### Code section: string_decls ### */
-static const char __pyx_k_Areas_the_parts_of_regions_that[] = "Areas: the parts of regions that hold channels; made, found, and swept.\n\nKnows: ivshmem_channel.h\047s functions for areas. Does not know: channels, or what decides where an\narea is.\n\nIt stands below the directory of names, which places an area, and below images, after whose loading\nan area is swept. So it cannot be a part of the room `channel`, which stands above them.\n\nAll memory is treated as write-combining: that is right for every mapping, and these calls are rare.\n";
+static const char __pyx_k_Internal_the_reading_end_of_a_qu[] = "Internal: the reading end of a queue: each message goes to one reader.\n\nKnows: taking a message, and acknowledging it. Does not know: the writing end, which is\nmessages.Writer; the protocol, which is in ivshmem_channel.h.\n";
 /* #### Code section: decls ### */
-static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, uint64_t __pyx_v_offset, uint64_t __pyx_v_size, unsigned int __pyx_v_places, unsigned int __pyx_v_records); /* proto */
-static PyObject *__pyx_pf_7ivshmem_6native_5areas_2area_of(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, uint64_t __pyx_v_offset); /* proto */
-static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping); /* proto */
-static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, uint64_t __pyx_v_offset); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11ClaimingEnd___reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11ClaimingEnd_2__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_buffer, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_async(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_buffer, PyObject *__pyx_v_timeout); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12__iter__(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__next__(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__aiter__(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__anext__(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_20__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_22__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static int __pyx_pf_7ivshmem_7channel_6queues_5Taken___cinit__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_reader); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4size___get__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_11redelivered___get__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6writer___get__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8position___get__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_2__getbuffer__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags); /* proto */
+static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_4__releasebuffer__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view); /* proto */
+static Py_ssize_t __pyx_pf_7ivshmem_7channel_6queues_5Taken_6__len__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8__bytes__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10get(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12done(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14give_back(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16__enter__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__exit__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, PyObject *__pyx_v_kind, CYTHON_UNUSED PyObject *__pyx_v_error); /* proto */
+static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_20__del__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_22__repr__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_24__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_26__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_6queues_ClaimingEnd(PyObject *o, PyObject *a, PyObject *k); /*proto*/
+static PyObject *__pyx_tp_new_7ivshmem_7channel_6queues_ClaimingEnd(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_6queues_QueueReader(PyObject *o, PyObject *a, PyObject *k); /*proto*/
+static PyObject *__pyx_tp_new_7ivshmem_7channel_6queues_QueueReader(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_6queues_Taken(PyObject *o, 
+#if CYTHON_VECTORCALL_TPNEW
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+); /*proto*/
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7channel_6queues_Taken(PyTypeObject *t, 
+#if CYTHON_VECTORCALL_TPNEW
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+); /*proto*/
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_new_7ivshmem_7channel_6queues_Taken(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+#endif
+#if !CYTHON_VECTORCALL_TPNEW
+#define __pyx_tp_new_7ivshmem_7channel_6queues_Taken __pyx_tp_new_vectorcall_7ivshmem_7channel_6queues_Taken
+#endif
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_vectorcall_7ivshmem_7channel_6queues_Taken(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
+#endif
 /* #### Code section: late_includes ### */
 /* #### Code section: module_state ### */
 /* SmallCodeConfig */
@@ -2672,17 +4238,49 @@ namespace {
     PyObject *__pyx_empty_tuple;
     PyObject *__pyx_empty_bytes;
     PyObject *__pyx_empty_unicode;
+    PyTypeObject *__pyx_ptype_7cpython_4type_type;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Fd;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_FdArray;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Signaller;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Relay;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Epoll;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_4bell_Doorbell;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_Mapping;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_Atomic;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_Registers;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_4spin_Spinner;
+    PyTypeObject *__pyx_ptype_7ivshmem_5_core_Doorbells;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_10membership_Wakeup;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_10membership_Membership;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd;
+    PyObject *__pyx_type_7ivshmem_7channel_6queues_ClaimingEnd;
+    PyObject *__pyx_type_7ivshmem_7channel_6queues_QueueReader;
+    PyObject *__pyx_type_7ivshmem_7channel_6queues_Taken;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_6queues_QueueReader;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_6queues_Taken;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_items;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[1];
-    PyObject *__pyx_string_tab[43];
+    PyObject *__pyx_codeobj_tab[18];
+    PyObject *__pyx_string_tab[126];
 /* #### Code section: module_state_contents ### */
+/* CommonTypesMetaclass.module_state_decls */
+PyTypeObject *__pyx_CommonTypesMetaclassType;
+
+/* CachedMethodType.module_state_decls */
+#if CYTHON_COMPILING_IN_LIMITED_API
+PyObject *__Pyx_CachedMethodType;
+#endif
+
+/* CythonFunctionPerModule.module_state_decls */
+PyTypeObject *__pyx_CyFunctionType;
+
 /* CodeObjectCache.module_state_decls */
 struct __Pyx_CodeObjectCache __pyx_code_cache;
 
@@ -2714,49 +4312,132 @@ static __pyx_mstatetype __pyx_mstate_global_static =
 static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_static;
 #endif
 /* #### Code section: constant_name_defines ### */
-#define __pyx_kp_u_bytes_can_be_made_at __pyx_string_tab[0]
-#define __pyx_kp_u_bytes_for __pyx_string_tab[1]
-#define __pyx_kp_u_channels __pyx_string_tab[2]
+#define __pyx_kp_u__2 __pyx_string_tab[0]
+#define __pyx_kp_u_bytes __pyx_string_tab[1]
+#define __pyx_kp_u_bytes_and_the_buffer_has __pyx_string_tab[2]
 #define __pyx_kp_u_of __pyx_string_tab[3]
-#define __pyx_kp_u_processes_and __pyx_string_tab[4]
-#define __pyx_kp_u_x __pyx_string_tab[5]
-#define __pyx_kp_u_ __pyx_string_tab[6]
-#define __pyx_kp_u__2 __pyx_string_tab[7]
-#define __pyx_kp_u_An_area_as_its_header_says_bytes __pyx_string_tab[8]
-#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[9]
-#define __pyx_kp_u_add_note __pyx_string_tab[10]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[11]
-#define __pyx_kp_u_no_area_of __pyx_string_tab[12]
-#define __pyx_kp_u_offset_size_places_records_unit __pyx_string_tab[13]
-#define __pyx_kp_u_the_memory_is_mapped_for_reading __pyx_string_tab[14]
-#define __pyx_n_u_Area __pyx_string_tab[15]
-#define __pyx_n_u_RegionError __pyx_string_tab[16]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[17]
-#define __pyx_n_u_doc __pyx_string_tab[18]
-#define __pyx_n_u_main __pyx_string_tab[19]
-#define __pyx_n_u_module __pyx_string_tab[20]
-#define __pyx_n_u_name __pyx_string_tab[21]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[22]
-#define __pyx_n_u_qualname __pyx_string_tab[23]
-#define __pyx_n_u_test __pyx_string_tab[24]
-#define __pyx_n_u_area_of __pyx_string_tab[25]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[26]
-#define __pyx_n_u_collections __pyx_string_tab[27]
-#define __pyx_n_u_errors __pyx_string_tab[28]
-#define __pyx_n_u_find_area __pyx_string_tab[29]
-#define __pyx_n_u_items __pyx_string_tab[30]
-#define __pyx_n_u_ivshmem_native_areas __pyx_string_tab[31]
-#define __pyx_n_u_make_area __pyx_string_tab[32]
-#define __pyx_n_u_mapping __pyx_string_tab[33]
-#define __pyx_n_u_namedtuple __pyx_string_tab[34]
-#define __pyx_n_u_offset __pyx_string_tab[35]
-#define __pyx_n_u_places __pyx_string_tab[36]
-#define __pyx_n_u_pop __pyx_string_tab[37]
-#define __pyx_n_u_records __pyx_string_tab[38]
-#define __pyx_n_u_setdefault __pyx_string_tab[39]
-#define __pyx_n_u_size __pyx_string_tab[40]
-#define __pyx_n_u_sweep __pyx_string_tab[41]
-#define __pyx_n_u_values __pyx_string_tab[42]
+#define __pyx_kp_u_of_writer __pyx_string_tab[4]
+#define __pyx_kp_u_or_arrays_of_the_message_are_in __pyx_string_tab[5]
+#define __pyx_kp_u_tree_fragment __pyx_string_tab[6]
+#define __pyx_kp_u_done_2 __pyx_string_tab[7]
+#define __pyx_kp_u__4 __pyx_string_tab[8]
+#define __pyx_kp_u_another_reader_has_it_too __pyx_string_tab[9]
+#define __pyx_kp_u_this_process_was_silent_while_i __pyx_string_tab[10]
+#define __pyx_kp_u_this_process_was_taken_for_gone __pyx_string_tab[11]
+#define __pyx_kp_u_ivshmem_channel __pyx_string_tab[12]
+#define __pyx_kp_u__3 __pyx_string_tab[13]
+#define __pyx_kp_u_ __pyx_string_tab[14]
+#define __pyx_kp_u_None __pyx_string_tab[15]
+#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[16]
+#define __pyx_kp_u_a_message_of __pyx_string_tab[17]
+#define __pyx_kp_u_add_note __pyx_string_tab[18]
+#define __pyx_kp_u_disable __pyx_string_tab[19]
+#define __pyx_kp_u_enable __pyx_string_tab[20]
+#define __pyx_kp_u_gc __pyx_string_tab[21]
+#define __pyx_kp_u_isenabled __pyx_string_tab[22]
+#define __pyx_kp_u_ivshmem_channel_2 __pyx_string_tab[23]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[24]
+#define __pyx_kp_u_ivshmem_text __pyx_string_tab[25]
+#define __pyx_kp_u_ivshmem_channel_queues_pyx __pyx_string_tab[26]
+#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[27]
+#define __pyx_kp_u_queue __pyx_string_tab[28]
+#define __pyx_kp_u_self_held_self_reader_cannot_be __pyx_string_tab[29]
+#define __pyx_kp_u_the_message_was_acknowledged_or __pyx_string_tab[30]
+#define __pyx_n_u__2 __pyx_string_tab[31]
+#define __pyx_n_u_ClaimingEnd __pyx_string_tab[32]
+#define __pyx_n_u_ClaimingEnd___reduce_cython __pyx_string_tab[33]
+#define __pyx_n_u_ClaimingEnd___setstate_cython __pyx_string_tab[34]
+#define __pyx_n_u_ClosedError __pyx_string_tab[35]
+#define __pyx_n_u_MessageTooLong __pyx_string_tab[36]
+#define __pyx_n_u_QueueReader __pyx_string_tab[37]
+#define __pyx_n_u_QueueReader___reduce_cython __pyx_string_tab[38]
+#define __pyx_n_u_QueueReader___setstate_cython __pyx_string_tab[39]
+#define __pyx_n_u_QueueReader_get __pyx_string_tab[40]
+#define __pyx_n_u_QueueReader_get_async __pyx_string_tab[41]
+#define __pyx_n_u_QueueReader_get_into __pyx_string_tab[42]
+#define __pyx_n_u_QueueReader_get_into_async __pyx_string_tab[43]
+#define __pyx_n_u_QueueReader_take __pyx_string_tab[44]
+#define __pyx_n_u_QueueReader_take_async __pyx_string_tab[45]
+#define __pyx_n_u_Redelivered __pyx_string_tab[46]
+#define __pyx_n_u_Taken __pyx_string_tab[47]
+#define __pyx_n_u_Taken___bytes __pyx_string_tab[48]
+#define __pyx_n_u_Taken___enter __pyx_string_tab[49]
+#define __pyx_n_u_Taken___exit __pyx_string_tab[50]
+#define __pyx_n_u_Taken___reduce_cython __pyx_string_tab[51]
+#define __pyx_n_u_Taken___setstate_cython __pyx_string_tab[52]
+#define __pyx_n_u_Taken_done __pyx_string_tab[53]
+#define __pyx_n_u_Taken_get __pyx_string_tab[54]
+#define __pyx_n_u_Taken_give_back __pyx_string_tab[55]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[56]
+#define __pyx_n_u_annotate __pyx_string_tab[57]
+#define __pyx_n_u_bytes_2 __pyx_string_tab[58]
+#define __pyx_n_u_enter __pyx_string_tab[59]
+#define __pyx_n_u_exit __pyx_string_tab[60]
+#define __pyx_n_u_func __pyx_string_tab[61]
+#define __pyx_n_u_getstate __pyx_string_tab[62]
+#define __pyx_n_u_main __pyx_string_tab[63]
+#define __pyx_n_u_module __pyx_string_tab[64]
+#define __pyx_n_u_name __pyx_string_tab[65]
+#define __pyx_n_u_pyx_state __pyx_string_tab[66]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[67]
+#define __pyx_n_u_qualname __pyx_string_tab[68]
+#define __pyx_n_u_reduce __pyx_string_tab[69]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[70]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[71]
+#define __pyx_n_u_set_name __pyx_string_tab[72]
+#define __pyx_n_u_setstate __pyx_string_tab[73]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[74]
+#define __pyx_n_u_test __pyx_string_tab[75]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[76]
+#define __pyx_n_u_asynchronous __pyx_string_tab[77]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[78]
+#define __pyx_n_u_buffer __pyx_string_tab[79]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[80]
+#define __pyx_n_u_closed __pyx_string_tab[81]
+#define __pyx_n_u_code __pyx_string_tab[82]
+#define __pyx_n_u_counted __pyx_string_tab[83]
+#define __pyx_n_u_data __pyx_string_tab[84]
+#define __pyx_n_u_decode __pyx_string_tab[85]
+#define __pyx_n_u_done __pyx_string_tab[86]
+#define __pyx_n_u_error __pyx_string_tab[87]
+#define __pyx_n_u_errors __pyx_string_tab[88]
+#define __pyx_n_u_get __pyx_string_tab[89]
+#define __pyx_n_u_get_async __pyx_string_tab[90]
+#define __pyx_n_u_get_into __pyx_string_tab[91]
+#define __pyx_n_u_get_into_async __pyx_string_tab[92]
+#define __pyx_n_u_give_back __pyx_string_tab[93]
+#define __pyx_n_u_items __pyx_string_tab[94]
+#define __pyx_n_u_ivshmem_channel_queues __pyx_string_tab[95]
+#define __pyx_n_u_kind __pyx_string_tab[96]
+#define __pyx_n_u_memoryview __pyx_string_tab[97]
+#define __pyx_n_u_pop __pyx_string_tab[98]
+#define __pyx_n_u_reader __pyx_string_tab[99]
+#define __pyx_n_u_self __pyx_string_tab[100]
+#define __pyx_n_u_setdefault __pyx_string_tab[101]
+#define __pyx_n_u_size __pyx_string_tab[102]
+#define __pyx_n_u_spin __pyx_string_tab[103]
+#define __pyx_n_u_take __pyx_string_tab[104]
+#define __pyx_n_u_take_async __pyx_string_tab[105]
+#define __pyx_n_u_taken __pyx_string_tab[106]
+#define __pyx_n_u_text __pyx_string_tab[107]
+#define __pyx_n_u_timeout __pyx_string_tab[108]
+#define __pyx_n_u_tobytes __pyx_string_tab[109]
+#define __pyx_n_u_until_something __pyx_string_tab[110]
+#define __pyx_n_u_values __pyx_string_tab[111]
+#define __pyx_n_u_view __pyx_string_tab[112]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[113]
+#define __pyx_kp_b_iso88591_A_5_1_Q_Q __pyx_string_tab[114]
+#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[115]
+#define __pyx_kp_b_iso88591_A_z_xq __pyx_string_tab[116]
+#define __pyx_kp_b_iso88591_A_4vQ_1_1_A_uHA_G1AW_Qa_xt6_Jd_w __pyx_string_tab[117]
+#define __pyx_kp_b_iso88591_A_4vQ_9A_1_uAQ __pyx_string_tab[118]
+#define __pyx_kp_b_iso88591_A_5Q_81F_t6_iq_q_D_uHHBj_A_AQd_1 __pyx_string_tab[119]
+#define __pyx_kp_b_iso88591_A_4t1_N_HA_4wfD_D_q_gYat1 __pyx_string_tab[120]
+#define __pyx_kp_b_iso88591_A_uAQ_xt7_T_WAQ __pyx_string_tab[121]
+#define __pyx_kp_b_iso88591_A_4t1_N_F_HA_4wiq_A_G_fA_1_Q_WA __pyx_string_tab[122]
+#define __pyx_kp_b_iso88591_1F_fA __pyx_string_tab[123]
+#define __pyx_kp_b_iso88591_1F_gQ __pyx_string_tab[124]
+#define __pyx_kp_b_iso88591_Q_1F_k __pyx_string_tab[125]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
 static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
@@ -2771,17 +4452,44 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   #if CYTHON_PEP489_MULTI_PHASE_INIT
   __Pyx_State_RemoveModule(NULL);
   #endif
+  Py_CLEAR(clear_module_state->__pyx_ptype_7cpython_4type_type);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Fd);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Relay);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_4bell_Doorbell);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Mapping);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Atomic);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Registers);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_4spin_Spinner);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_5_core_Doorbells);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Membership);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7channel_6queues_ClaimingEnd);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7channel_6queues_QueueReader);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_6queues_Taken);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7channel_6queues_Taken);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<43; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<18; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<126; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
+/* CommonTypesMetaclass.module_state_clear */
+Py_CLEAR(clear_module_state->__pyx_CommonTypesMetaclassType);
+
+/* CythonFunctionPerModule.module_state_clear */
+Py_CLEAR(clear_module_state->__pyx_CyFunctionType);
+
 /* #### Code section: module_state_clear_end ### */
 return 0;
 }
@@ -2797,93 +4505,862 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_tuple);
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_bytes);
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_unicode);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7cpython_4type_type);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Fd);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Relay);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_4bell_Doorbell);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Mapping);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Atomic);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Registers);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_4spin_Spinner);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_5_core_Doorbells);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Membership);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7channel_6queues_ClaimingEnd);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7channel_6queues_QueueReader);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_6queues_Taken);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7channel_6queues_Taken);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<43; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<18; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<126; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
+/* CommonTypesMetaclass.module_state_traverse */
+Py_VISIT(traverse_module_state->__pyx_CommonTypesMetaclassType);
+
+/* CythonFunctionPerModule.module_state_traverse */
+Py_VISIT(traverse_module_state->__pyx_CyFunctionType);
+
 /* #### Code section: module_state_traverse_end ### */
 return 0;
 }
 #endif
 /* #### Code section: module_code ### */
 
-/* "ivshmem/native/areas.pyx":55
- *     FOR_A_RECORD = 1 << 16
+/* "descriptors.pxd":28
  * 
- * cdef int memory_of(Mapping mapping, ivshmem_memory *memory) except -1:             # <<<<<<<<<<<<<<
- *     """Pin a mapping, and describe it for the header."""
- *     mapping.pin()
+ * 
+ * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
+ *     cdef timespec t
+ *     clock_gettime(CLOCK_MONOTONIC, &t)
 */
 
-static int __pyx_f_7ivshmem_6native_5areas_memory_of(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, struct ivshmem_memory *__pyx_v_memory) {
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
+  struct timespec __pyx_v_t;
+  int64_t __pyx_r;
+
+  /* "descriptors.pxd":30
+ * cdef inline int64_t now() noexcept nogil:
+ *     cdef timespec t
+ *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
+ *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec
+ * 
+*/
+  (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
+
+  /* "descriptors.pxd":31
+ *     cdef timespec t
+ *     clock_gettime(CLOCK_MONOTONIC, &t)
+ *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = ((((int64_t)__pyx_v_t.tv_sec) * 0x3B9ACA00) + __pyx_v_t.tv_nsec);
+  }
+  goto __pyx_L0;
+
+  /* "descriptors.pxd":28
+ * 
+ * 
+ * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
+ *     cdef timespec t
+ *     clock_gettime(CLOCK_MONOTONIC, &t)
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "descriptors.pxd":34
+ * 
+ * 
+ * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """When they will be over; less than 0: never."""
+ *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX
+*/
+
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(int64_t __pyx_v_nanoseconds) {
+  int64_t __pyx_r;
+  int64_t __pyx_t_1;
+  int __pyx_t_2;
+  int64_t __pyx_t_3;
+  int64_t __pyx_t_4;
+  int64_t __pyx_t_5;
+  int __pyx_t_6;
+
+  /* "descriptors.pxd":36
+ * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
+ *     """When they will be over; less than 0: never."""
+ *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_2 = (__pyx_v_nanoseconds >= 0);
+
+  if (__pyx_t_2) {
+
+    __pyx_t_3 = __Pyx_div_int64_t(((int64_t)INT64_MAX), 2, 1);
+
+    __pyx_t_4 = __pyx_v_nanoseconds;
+    __pyx_t_6 = (__pyx_t_3 < __pyx_t_4);
+
+    if (__pyx_t_6) {
+
+      __pyx_t_5 = __pyx_t_3;
+    } else {
+
+      __pyx_t_5 = __pyx_t_4;
+    }
+
+
+    __pyx_t_1 = (__pyx_f_7ivshmem_6native_11descriptors_now() + __pyx_t_5);
+
+  } else {
+
+    __pyx_t_1 = INT64_MAX;
+  }
+
+  {
+    __pyx_r = __pyx_t_1;
+  }
+  goto __pyx_L0;
+
+  /* "descriptors.pxd":34
+ * 
+ * 
+ * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """When they will be over; less than 0: never."""
+ *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+  return __pyx_r;
+}
+
+/* "descriptors.pxd":39
+ * 
+ * 
+ * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
+ *     cdef int64_t nanoseconds
+*/
+
+static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_time_left(int64_t __pyx_v_deadline, struct timespec *__pyx_v_left) {
+  int64_t __pyx_v_nanoseconds;
+  struct timespec *__pyx_r;
+  int __pyx_t_1;
+  int64_t __pyx_t_2;
+  int64_t __pyx_t_3;
+  int64_t __pyx_t_4;
+
+  /* "descriptors.pxd":42
+ *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
+ *     cdef int64_t nanoseconds
+ *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
+ *         return NULL
+ *     nanoseconds = max(deadline - now(), <int64_t>0)
+*/
+  __pyx_t_1 = (__pyx_v_deadline == INT64_MAX);
+
+  if (__pyx_t_1) {
+
+
+    /* "descriptors.pxd":43
+ *     cdef int64_t nanoseconds
+ *     if deadline == INT64_MAX:
+ *         return NULL             # <<<<<<<<<<<<<<
+ *     nanoseconds = max(deadline - now(), <int64_t>0)
+ *     left.tv_sec = nanoseconds // 1000000000
+*/
+    {
+
+      __pyx_r = NULL;
+    }
+    goto __pyx_L0;
+
+    /* "descriptors.pxd":42
+ *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
+ *     cdef int64_t nanoseconds
+ *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
+ *         return NULL
+ *     nanoseconds = max(deadline - now(), <int64_t>0)
+*/
+  }
+
+  /* "descriptors.pxd":44
+ *     if deadline == INT64_MAX:
+ *         return NULL
+ *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
+ *     left.tv_sec = nanoseconds // 1000000000
+ *     left.tv_nsec = nanoseconds % 1000000000
+*/
+
+  __pyx_t_2 = ((int64_t)0);
+
+  __pyx_t_3 = (__pyx_v_deadline - __pyx_f_7ivshmem_6native_11descriptors_now());
+  __pyx_t_1 = (__pyx_t_2 > __pyx_t_3);
+
+  if (__pyx_t_1) {
+
+    __pyx_t_4 = __pyx_t_2;
+  } else {
+
+    __pyx_t_4 = __pyx_t_3;
+  }
+
+  __pyx_v_nanoseconds = __pyx_t_4;
+
+
+  /* "descriptors.pxd":45
+ *         return NULL
+ *     nanoseconds = max(deadline - now(), <int64_t>0)
+ *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
+ *     left.tv_nsec = nanoseconds % 1000000000
+ *     return left
+*/
+  __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
+
+  /* "descriptors.pxd":46
+ *     nanoseconds = max(deadline - now(), <int64_t>0)
+ *     left.tv_sec = nanoseconds // 1000000000
+ *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
+ *     return left
+ * 
+*/
+  __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
+
+  /* "descriptors.pxd":47
+ *     left.tv_sec = nanoseconds // 1000000000
+ *     left.tv_nsec = nanoseconds % 1000000000
+ *     return left             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = __pyx_v_left;
+  }
+  goto __pyx_L0;
+
+  /* "descriptors.pxd":39
+ * 
+ * 
+ * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
+ *     cdef int64_t nanoseconds
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "descriptors.pxd":50
+ * 
+ * 
+ * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
+ *     return <int64_t>min(count, <uint64_t>INT64_MAX)
+*/
+
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t __pyx_v_count) {
+  int64_t __pyx_r;
+  uint64_t __pyx_t_1;
+  uint64_t __pyx_t_2;
+  uint64_t __pyx_t_3;
+  int __pyx_t_4;
+
+  /* "descriptors.pxd":52
+ * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
+ *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
+ *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+
+  __pyx_t_1 = ((uint64_t)INT64_MAX);
+
+  __pyx_t_2 = __pyx_v_count;
+  __pyx_t_4 = (__pyx_t_1 < __pyx_t_2);
+
+  if (__pyx_t_4) {
+
+    __pyx_t_3 = __pyx_t_1;
+  } else {
+
+    __pyx_t_3 = __pyx_t_2;
+  }
+
+  {
+
+    __pyx_r = ((int64_t)__pyx_t_3);
+  }
+
+  goto __pyx_L0;
+
+  /* "descriptors.pxd":50
+ * 
+ * 
+ * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
+ *     return <int64_t>min(count, <uint64_t>INT64_MAX)
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+  return __pyx_r;
+}
+
+/* "descriptors.pxd":55
+ * 
+ * 
+ * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """The count of an eventfd, set back to 0; 0 when nobody rang; -errno. Never blocks.
+ * 
+*/
+
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __pyx_v_fd) {
+  uint64_t __pyx_v_count;
+  struct iovec __pyx_v_iov;
+  Py_ssize_t __pyx_v_n;
+  int64_t __pyx_r;
+  int __pyx_t_1;
+
+  /* "descriptors.pxd":61
+ *     it since Linux 5.8, which is why that is the oldest kernel supported.
+ *     """
+ *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
+ *     cdef iovec iov
+ *     cdef ssize_t n
+*/
+  __pyx_v_count = 0;
+
+  /* "descriptors.pxd":64
+ *     cdef iovec iov
+ *     cdef ssize_t n
+ *     iov.iov_base = &count             # <<<<<<<<<<<<<<
+ *     iov.iov_len = sizeof(count)
+ *     while True:
+*/
+  __pyx_v_iov.iov_base = (&__pyx_v_count);
+
+  /* "descriptors.pxd":65
+ *     cdef ssize_t n
+ *     iov.iov_base = &count
+ *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
+ *     while True:
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
+*/
+  __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
+
+  /* "descriptors.pxd":66
+ *     iov.iov_base = &count
+ *     iov.iov_len = sizeof(count)
+ *     while True:             # <<<<<<<<<<<<<<
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
+ *         if n == sizeof(count):
+*/
+  while (1) {
+
+    /* "descriptors.pxd":67
+ *     iov.iov_len = sizeof(count)
+ *     while True:
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
+ *         if n == sizeof(count):
+ *             return count_of(count)
+*/
+    __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
+
+    /* "descriptors.pxd":68
+ *     while True:
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
+ *         if n == sizeof(count):             # <<<<<<<<<<<<<<
+ *             return count_of(count)
+ *         if n >= 0:
+*/
+    __pyx_t_1 = (__pyx_v_n == (sizeof(__pyx_v_count)));
+
+    if (__pyx_t_1) {
+
+
+      /* "descriptors.pxd":69
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
+ *         if n == sizeof(count):
+ *             return count_of(count)             # <<<<<<<<<<<<<<
+ *         if n >= 0:
+ *             return -EINVAL  # no eventfd
+*/
+      {
+
+        __pyx_r = __pyx_f_7ivshmem_6native_11descriptors_count_of(__pyx_v_count);
+      }
+      goto __pyx_L0;
+
+      /* "descriptors.pxd":68
+ *     while True:
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
+ *         if n == sizeof(count):             # <<<<<<<<<<<<<<
+ *             return count_of(count)
+ *         if n >= 0:
+*/
+    }
+
+    /* "descriptors.pxd":70
+ *         if n == sizeof(count):
+ *             return count_of(count)
+ *         if n >= 0:             # <<<<<<<<<<<<<<
+ *             return -EINVAL  # no eventfd
+ *         if errno == EAGAIN:
+*/
+    __pyx_t_1 = (__pyx_v_n >= 0);
+
+    if (__pyx_t_1) {
+
+
+      /* "descriptors.pxd":71
+ *             return count_of(count)
+ *         if n >= 0:
+ *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
+ *         if errno == EAGAIN:
+ *             return 0
+*/
+      {
+
+        __pyx_r = (-EINVAL);
+      }
+      goto __pyx_L0;
+
+      /* "descriptors.pxd":70
+ *         if n == sizeof(count):
+ *             return count_of(count)
+ *         if n >= 0:             # <<<<<<<<<<<<<<
+ *             return -EINVAL  # no eventfd
+ *         if errno == EAGAIN:
+*/
+    }
+
+    /* "descriptors.pxd":72
+ *         if n >= 0:
+ *             return -EINVAL  # no eventfd
+ *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
+ *             return 0
+ *         if errno != EINTR:
+*/
+    __pyx_t_1 = (errno == EAGAIN);
+
+    if (__pyx_t_1) {
+
+
+      /* "descriptors.pxd":73
+ *             return -EINVAL  # no eventfd
+ *         if errno == EAGAIN:
+ *             return 0             # <<<<<<<<<<<<<<
+ *         if errno != EINTR:
+ *             return -errno
+*/
+      {
+
+        __pyx_r = 0;
+      }
+      goto __pyx_L0;
+
+      /* "descriptors.pxd":72
+ *         if n >= 0:
+ *             return -EINVAL  # no eventfd
+ *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
+ *             return 0
+ *         if errno != EINTR:
+*/
+    }
+
+    /* "descriptors.pxd":74
+ *         if errno == EAGAIN:
+ *             return 0
+ *         if errno != EINTR:             # <<<<<<<<<<<<<<
+ *             return -errno
+ * 
+*/
+    __pyx_t_1 = (errno != EINTR);
+
+    if (__pyx_t_1) {
+
+
+      /* "descriptors.pxd":75
+ *             return 0
+ *         if errno != EINTR:
+ *             return -errno             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+      {
+
+        __pyx_r = (-errno);
+      }
+      goto __pyx_L0;
+
+      /* "descriptors.pxd":74
+ *         if errno == EAGAIN:
+ *             return 0
+ *         if errno != EINTR:             # <<<<<<<<<<<<<<
+ *             return -errno
+ * 
+*/
+    }
+  }
+
+  /* "descriptors.pxd":55
+ * 
+ * 
+ * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """The count of an eventfd, set back to 0; 0 when nobody rang; -errno. Never blocks.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_r = 0;
+  __pyx_L0:;
+
+
+
+  return __pyx_r;
+}
+
+/* "descriptors.pxd":78
+ * 
+ * 
+ * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
+ *     cdef uint64_t one = 1
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __pyx_v_fd) {
+  uint64_t __pyx_v_one;
   int __pyx_r;
   int __pyx_t_1;
-  Py_ssize_t __pyx_t_2;
-  int __pyx_t_3;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
+  int __pyx_t_2;
 
-  /* "ivshmem/native/areas.pyx":57
- * cdef int memory_of(Mapping mapping, ivshmem_memory *memory) except -1:
- *     """Pin a mapping, and describe it for the header."""
- *     mapping.pin()             # <<<<<<<<<<<<<<
- *     memory.start = <unsigned char *>mapping.start
- *     memory.size = mapping.length
+  /* "descriptors.pxd":80
+ * cdef inline int add_one(int fd) noexcept nogil:
+ *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
+ *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
+ *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
+ *         return 0
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_mapping->__pyx_vtab)->pin(__pyx_v_mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 57, __pyx_L1_error)
+  __pyx_v_one = 1;
 
-
-  /* "ivshmem/native/areas.pyx":58
- *     """Pin a mapping, and describe it for the header."""
- *     mapping.pin()
- *     memory.start = <unsigned char *>mapping.start             # <<<<<<<<<<<<<<
- *     memory.size = mapping.length
- *     memory.mapping = IVSHMEM_WRITE_COMBINING
+  /* "descriptors.pxd":81
+ *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
+ *     cdef uint64_t one = 1
+ *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
+ *         return 0
+ *     return errno
 */
-  __pyx_v_memory->start = ((unsigned char *)__pyx_v_mapping->start);
+  __pyx_t_2 = (write(__pyx_v_fd, (&__pyx_v_one), (sizeof(__pyx_v_one))) >= 0);
 
-  /* "ivshmem/native/areas.pyx":59
- *     mapping.pin()
- *     memory.start = <unsigned char *>mapping.start
- *     memory.size = mapping.length             # <<<<<<<<<<<<<<
- *     memory.mapping = IVSHMEM_WRITE_COMBINING
- *     memory.readonly = mapping.fixed
+  if (!__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (errno == EAGAIN);
+
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "descriptors.pxd":82
+ *     cdef uint64_t one = 1
+ *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
+ *         return 0             # <<<<<<<<<<<<<<
+ *     return errno
+ * 
 */
-  __pyx_t_2 = __pyx_v_mapping->length;
+    {
 
-  __pyx_v_memory->size = __pyx_t_2;
+      __pyx_r = 0;
+    }
+    goto __pyx_L0;
 
-  /* "ivshmem/native/areas.pyx":60
- *     memory.start = <unsigned char *>mapping.start
- *     memory.size = mapping.length
- *     memory.mapping = IVSHMEM_WRITE_COMBINING             # <<<<<<<<<<<<<<
- *     memory.readonly = mapping.fixed
+    /* "descriptors.pxd":81
+ *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
+ *     cdef uint64_t one = 1
+ *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
+ *         return 0
+ *     return errno
+*/
+  }
+
+  /* "descriptors.pxd":83
+ *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
+ *         return 0
+ *     return errno             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = errno;
+  }
+  goto __pyx_L0;
+
+  /* "descriptors.pxd":78
+ * 
+ * 
+ * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
+ *     cdef uint64_t one = 1
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "descriptors.pxd":107
+ * 
+ * 
+ * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """How many descriptors there are, also while another thread adds one."""
+ *     return ivshmem_length(&array.count)
+*/
+
+static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array) {
+  Py_ssize_t __pyx_r;
+
+  /* "descriptors.pxd":109
+ * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
+ *     """How many descriptors there are, also while another thread adds one."""
+ *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = ivshmem_length((&__pyx_v_array->count));
+  }
+  goto __pyx_L0;
+
+  /* "descriptors.pxd":107
+ * 
+ * 
+ * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """How many descriptors there are, also while another thread adds one."""
+ *     return ivshmem_length(&array.count)
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+  return __pyx_r;
+}
+
+/* "descriptors.pxd":112
+ * 
+ * 
+ * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
+ *     return &ivshmem_elements(&array.fds)[index]
+*/
+
+static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
+  int *__pyx_r;
+
+  /* "descriptors.pxd":114
+ * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
+ *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
+ *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = (&(ivshmem_elements((&__pyx_v_array->fds))[__pyx_v_index]));
+  }
+  goto __pyx_L0;
+
+  /* "descriptors.pxd":112
+ * 
+ * 
+ * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
+ *     return &ivshmem_elements(&array.fds)[index]
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+  return __pyx_r;
+}
+
+/* "_core.pxd":39
+ * 
+ * 
+ * cdef inline void begin_wait(Wait *wait, int64_t timeout, int64_t spin) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Both in nanoseconds; `timeout` -1: no limit; `spin` SPIN_AUTO (of native.spin): "auto"."""
+ *     wait.deadline = deadline_in(timeout)
+*/
+
+static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivshmem_5_core_Wait *__pyx_v_wait, int64_t __pyx_v_timeout, int64_t __pyx_v_spin) {
+
+  /* "_core.pxd":41
+ * cdef inline void begin_wait(Wait *wait, int64_t timeout, int64_t spin) noexcept nogil:
+ *     """Both in nanoseconds; `timeout` -1: no limit; `spin` SPIN_AUTO (of native.spin): "auto"."""
+ *     wait.deadline = deadline_in(timeout)             # <<<<<<<<<<<<<<
+ *     wait.spin = spin
+ *     wait.alone = False
+*/
+  __pyx_v_wait->deadline = __pyx_f_7ivshmem_6native_11descriptors_deadline_in(__pyx_v_timeout);
+
+  /* "_core.pxd":42
+ *     """Both in nanoseconds; `timeout` -1: no limit; `spin` SPIN_AUTO (of native.spin): "auto"."""
+ *     wait.deadline = deadline_in(timeout)
+ *     wait.spin = spin             # <<<<<<<<<<<<<<
+ *     wait.alone = False
+ *     wait.turn.left = -1
+*/
+  __pyx_v_wait->spin = __pyx_v_spin;
+
+  /* "_core.pxd":43
+ *     wait.deadline = deadline_in(timeout)
+ *     wait.spin = spin
+ *     wait.alone = False             # <<<<<<<<<<<<<<
+ *     wait.turn.left = -1
+ * 
+*/
+  __pyx_v_wait->alone = 0;
+
+  /* "_core.pxd":44
+ *     wait.spin = spin
+ *     wait.alone = False
+ *     wait.turn.left = -1             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_v_wait->turn.left = -1L;
+
+  /* "_core.pxd":39
+ * 
+ * 
+ * cdef inline void begin_wait(Wait *wait, int64_t timeout, int64_t spin) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Both in nanoseconds; `timeout` -1: no limit; `spin` SPIN_AUTO (of native.spin): "auto"."""
+ *     wait.deadline = deadline_in(timeout)
+*/
+
+  /* function exit code */
+}
+
+/* "ivshmem/channel/queues.pyx":24
+ * from . import asynchronous
+ * 
+ * cdef int64_t probe_queue(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     cdef ivshmem_reader *reader = <ivshmem_reader *>what
+ *     cdef unsigned i
+*/
+
+static int64_t __pyx_f_7ivshmem_7channel_6queues_probe_queue(void *__pyx_v_what) {
+  struct ivshmem_reader *__pyx_v_reader;
+  unsigned int __pyx_v_i;
+  int64_t __pyx_r;
+  uint32_t __pyx_t_1;
+  uint32_t __pyx_t_2;
+  unsigned int __pyx_t_3;
+  int __pyx_t_4;
+
+  /* "ivshmem/channel/queues.pyx":25
+ * 
+ * cdef int64_t probe_queue(void *what) noexcept nogil:
+ *     cdef ivshmem_reader *reader = <ivshmem_reader *>what             # <<<<<<<<<<<<<<
+ *     cdef unsigned i
+ *     for i in range(reader.channel.record.geometry.writers):
+*/
+  __pyx_v_reader = ((struct ivshmem_reader *)__pyx_v_what);
+
+  /* "ivshmem/channel/queues.pyx":27
+ *     cdef ivshmem_reader *reader = <ivshmem_reader *>what
+ *     cdef unsigned i
+ *     for i in range(reader.channel.record.geometry.writers):             # <<<<<<<<<<<<<<
+ *         if ivshmem_value(ivshmem_head(reader.channel, i)) != reader.sources[i].next:
+ *             return 1
+*/
+
+  __pyx_t_1 = __pyx_v_reader->channel->record.geometry.writers;
+  __pyx_t_2 = __pyx_t_1;
+
+  for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
+    __pyx_v_i = __pyx_t_3;
+
+    /* "ivshmem/channel/queues.pyx":28
+ *     cdef unsigned i
+ *     for i in range(reader.channel.record.geometry.writers):
+ *         if ivshmem_value(ivshmem_head(reader.channel, i)) != reader.sources[i].next:             # <<<<<<<<<<<<<<
+ *             return 1
  *     return 0
 */
-  __pyx_v_memory->mapping = IVSHMEM_WRITE_COMBINING;
+    __pyx_t_4 = (ivshmem_value(ivshmem_head(__pyx_v_reader->channel, __pyx_v_i)) != (__pyx_v_reader->sources[__pyx_v_i]).next);
 
-  /* "ivshmem/native/areas.pyx":61
- *     memory.size = mapping.length
- *     memory.mapping = IVSHMEM_WRITE_COMBINING
- *     memory.readonly = mapping.fixed             # <<<<<<<<<<<<<<
+    if (__pyx_t_4) {
+
+
+      /* "ivshmem/channel/queues.pyx":29
+ *     for i in range(reader.channel.record.geometry.writers):
+ *         if ivshmem_value(ivshmem_head(reader.channel, i)) != reader.sources[i].next:
+ *             return 1             # <<<<<<<<<<<<<<
  *     return 0
  * 
 */
-  __pyx_t_3 = __pyx_v_mapping->fixed;
+      {
 
-  __pyx_v_memory->readonly = __pyx_t_3;
+        __pyx_r = 1;
+      }
+      goto __pyx_L0;
 
-  /* "ivshmem/native/areas.pyx":62
- *     memory.mapping = IVSHMEM_WRITE_COMBINING
- *     memory.readonly = mapping.fixed
+      /* "ivshmem/channel/queues.pyx":28
+ *     cdef unsigned i
+ *     for i in range(reader.channel.record.geometry.writers):
+ *         if ivshmem_value(ivshmem_head(reader.channel, i)) != reader.sources[i].next:             # <<<<<<<<<<<<<<
+ *             return 1
+ *     return 0
+*/
+    }
+  }
+
+
+  /* "ivshmem/channel/queues.pyx":30
+ *         if ivshmem_value(ivshmem_head(reader.channel, i)) != reader.sources[i].next:
+ *             return 1
  *     return 0             # <<<<<<<<<<<<<<
  * 
  * 
@@ -2894,95 +5371,2363 @@ static int __pyx_f_7ivshmem_6native_5areas_memory_of(struct __pyx_obj_7ivshmem_6
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/areas.pyx":55
- *     FOR_A_RECORD = 1 << 16
+  /* "ivshmem/channel/queues.pyx":24
+ * from . import asynchronous
  * 
- * cdef int memory_of(Mapping mapping, ivshmem_memory *memory) except -1:             # <<<<<<<<<<<<<<
- *     """Pin a mapping, and describe it for the header."""
- *     mapping.pin()
+ * cdef int64_t probe_queue(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     cdef ivshmem_reader *reader = <ivshmem_reader *>what
+ *     cdef unsigned i
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":36
+ *     """A reader that claims what it takes: of a queue, or a server of calls."""
+ * 
+ *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
+ *         cdef int code = ivshmem_queue_take(&self.reader, self.how, False, &self.taken)
+ *         if code == IVSHMEM_AGAIN:
+*/
+
+static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self) {
+  int __pyx_v_code;
+  int __pyx_r;
+  int __pyx_t_1;
+
+  /* "ivshmem/channel/queues.pyx":37
+ * 
+ *     cdef int attempt(self) except -2:
+ *         cdef int code = ivshmem_queue_take(&self.reader, self.how, False, &self.taken)             # <<<<<<<<<<<<<<
+ *         if code == IVSHMEM_AGAIN:
+ *             code = ivshmem_queue_take(&self.reader, self.how, True, &self.taken)
+*/
+  __pyx_v_code = ivshmem_queue_take((&__pyx_v_self->__pyx_base.reader), __pyx_v_self->how, 0, (&__pyx_v_self->taken));
+
+  /* "ivshmem/channel/queues.pyx":38
+ *     cdef int attempt(self) except -2:
+ *         cdef int code = ivshmem_queue_take(&self.reader, self.how, False, &self.taken)
+ *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
+ *             code = ivshmem_queue_take(&self.reader, self.how, True, &self.taken)
+ *         return code
+*/
+  __pyx_t_1 = (__pyx_v_code == IVSHMEM_AGAIN);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/queues.pyx":39
+ *         cdef int code = ivshmem_queue_take(&self.reader, self.how, False, &self.taken)
+ *         if code == IVSHMEM_AGAIN:
+ *             code = ivshmem_queue_take(&self.reader, self.how, True, &self.taken)             # <<<<<<<<<<<<<<
+ *         return code
+ * 
+*/
+    __pyx_v_code = ivshmem_queue_take((&__pyx_v_self->__pyx_base.reader), __pyx_v_self->how, 1, (&__pyx_v_self->taken));
+
+    /* "ivshmem/channel/queues.pyx":38
+ *     cdef int attempt(self) except -2:
+ *         cdef int code = ivshmem_queue_take(&self.reader, self.how, False, &self.taken)
+ *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
+ *             code = ivshmem_queue_take(&self.reader, self.how, True, &self.taken)
+ *         return code
+*/
+  }
+
+  /* "ivshmem/channel/queues.pyx":40
+ *         if code == IVSHMEM_AGAIN:
+ *             code = ivshmem_queue_take(&self.reader, self.how, True, &self.taken)
+ *         return code             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int begin_sleep(self) except -2:
+*/
+  {
+
+    __pyx_r = __pyx_v_code;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/queues.pyx":36
+ *     """A reader that claims what it takes: of a queue, or a server of calls."""
+ * 
+ *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
+ *         cdef int code = ivshmem_queue_take(&self.reader, self.how, False, &self.taken)
+ *         if code == IVSHMEM_AGAIN:
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":42
+ *         return code
+ * 
+ *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
+ *         self.slept = True
+ *         return ivshmem_queue_sleep(&self.reader)
+*/
+
+static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_begin_sleep(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self) {
+  int __pyx_r;
+
+  /* "ivshmem/channel/queues.pyx":43
+ * 
+ *     cdef int begin_sleep(self) except -2:
+ *         self.slept = True             # <<<<<<<<<<<<<<
+ *         return ivshmem_queue_sleep(&self.reader)
+ * 
+*/
+  __pyx_v_self->slept = 1;
+
+  /* "ivshmem/channel/queues.pyx":44
+ *     cdef int begin_sleep(self) except -2:
+ *         self.slept = True
+ *         return ivshmem_queue_sleep(&self.reader)             # <<<<<<<<<<<<<<
+ * 
+ *     cdef void end_sleep(self) noexcept:
+*/
+  {
+
+    __pyx_r = ivshmem_queue_sleep((&__pyx_v_self->__pyx_base.reader));
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/queues.pyx":42
+ *         return code
+ * 
+ *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
+ *         self.slept = True
+ *         return ivshmem_queue_sleep(&self.reader)
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":46
+ *         return ivshmem_queue_sleep(&self.reader)
+ * 
+ *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
+ *         ivshmem_queue_awake(&self.reader)
+ * 
+*/
+
+static void __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_end_sleep(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self) {
+
+  /* "ivshmem/channel/queues.pyx":47
+ * 
+ *     cdef void end_sleep(self) noexcept:
+ *         ivshmem_queue_awake(&self.reader)             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
+*/
+  ivshmem_queue_awake((&__pyx_v_self->__pyx_base.reader));
+
+  /* "ivshmem/channel/queues.pyx":46
+ *         return ivshmem_queue_sleep(&self.reader)
+ * 
+ *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
+ *         ivshmem_queue_awake(&self.reader)
+ * 
+*/
+
+  /* function exit code */
+
+}
+
+/* "ivshmem/channel/queues.pyx":49
+ *         ivshmem_queue_awake(&self.reader)
+ * 
+ *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
+ *         what[0] = &self.reader
+ *         probe[0] = probe_queue
+*/
+
+static int64_t __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
+  int64_t __pyx_r;
+
+  /* "ivshmem/channel/queues.pyx":50
+ * 
+ *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
+ *         what[0] = &self.reader             # <<<<<<<<<<<<<<
+ *         probe[0] = probe_queue
+ *         return 1
+*/
+  (__pyx_v_what[0]) = (&__pyx_v_self->__pyx_base.reader);
+
+  /* "ivshmem/channel/queues.pyx":51
+ *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
+ *         what[0] = &self.reader
+ *         probe[0] = probe_queue             # <<<<<<<<<<<<<<
+ *         return 1
+ * 
+*/
+  (__pyx_v_probe[0]) = __pyx_f_7ivshmem_7channel_6queues_probe_queue;
+
+  /* "ivshmem/channel/queues.pyx":52
+ *         what[0] = &self.reader
+ *         probe[0] = probe_queue
+ *         return 1             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int mend(self) except -1:
+*/
+  {
+
+    __pyx_r = 1;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/queues.pyx":49
+ *         ivshmem_queue_awake(&self.reader)
+ * 
+ *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
+ *         what[0] = &self.reader
+ *         probe[0] = probe_queue
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":54
+ *         return 1
+ * 
+ *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
+ *         if self.awaited and ivshmem_queue_has_more(&self.reader):
+ *             self.membership.kick_all()
+*/
+
+static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_mend(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/channel/queues.pyx":55
+ * 
+ *     cdef int mend(self) except -1:
+ *         if self.awaited and ivshmem_queue_has_more(&self.reader):             # <<<<<<<<<<<<<<
+ *             self.membership.kick_all()
+ *         return 0
+*/
+  __pyx_t_2 = (__pyx_v_self->__pyx_base.__pyx_base.awaited != 0);
+
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (ivshmem_queue_has_more((&__pyx_v_self->__pyx_base.reader)) != 0);
+
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/queues.pyx":56
+ *     cdef int mend(self) except -1:
+ *         if self.awaited and ivshmem_queue_has_more(&self.reader):
+ *             self.membership.kick_all()             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 56, __pyx_L1_error)
+
+
+    /* "ivshmem/channel/queues.pyx":55
+ * 
+ *     cdef int mend(self) except -1:
+ *         if self.awaited and ivshmem_queue_has_more(&self.reader):             # <<<<<<<<<<<<<<
+ *             self.membership.kick_all()
+ *         return 0
+*/
+  }
+
+  /* "ivshmem/channel/queues.pyx":57
+ *         if self.awaited and ivshmem_queue_has_more(&self.reader):
+ *             self.membership.kick_all()
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int after_sleep(self) except -1:
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/queues.pyx":54
+ *         return 1
+ * 
+ *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
+ *         if self.awaited and ivshmem_queue_has_more(&self.reader):
+ *             self.membership.kick_all()
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.native.areas.memory_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.channel.queues.ClaimingEnd.mend", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
   return __pyx_r;
 }
 
-/* "ivshmem/native/areas.pyx":65
+/* "ivshmem/channel/queues.pyx":59
+ *         return 0
  * 
- * 
- * cdef object described(const ivshmem_area *area):             # <<<<<<<<<<<<<<
- *     return Area(area.at, area.size, area.places, area.records, area.unit, area.units)
- * 
+ *     cdef int after_sleep(self) except -1:             # <<<<<<<<<<<<<<
+ *         """A ring wakes one reader: wake another one if there is more."""
+ *         if self.slept:
 */
 
-static PyObject *__pyx_f_7ivshmem_6native_5areas_described(struct ivshmem_area const *__pyx_v_area) {
+static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/channel/queues.pyx":61
+ *     cdef int after_sleep(self) except -1:
+ *         """A ring wakes one reader: wake another one if there is more."""
+ *         if self.slept:             # <<<<<<<<<<<<<<
+ *             self.slept = False
+ *             ivshmem_queue_pass_on(&self.reader)
+*/
+  if (__pyx_v_self->slept) {
+
+    /* "ivshmem/channel/queues.pyx":62
+ *         """A ring wakes one reader: wake another one if there is more."""
+ *         if self.slept:
+ *             self.slept = False             # <<<<<<<<<<<<<<
+ *             ivshmem_queue_pass_on(&self.reader)
+ *         self.membership.flush()
+*/
+    __pyx_v_self->slept = 0;
+
+    /* "ivshmem/channel/queues.pyx":63
+ *         if self.slept:
+ *             self.slept = False
+ *             ivshmem_queue_pass_on(&self.reader)             # <<<<<<<<<<<<<<
+ *         self.membership.flush()
+ *         return 0
+*/
+    ivshmem_queue_pass_on((&__pyx_v_self->__pyx_base.reader));
+
+    /* "ivshmem/channel/queues.pyx":61
+ *     cdef int after_sleep(self) except -1:
+ *         """A ring wakes one reader: wake another one if there is more."""
+ *         if self.slept:             # <<<<<<<<<<<<<<
+ *             self.slept = False
+ *             ivshmem_queue_pass_on(&self.reader)
+*/
+  }
+
+  /* "ivshmem/channel/queues.pyx":64
+ *             self.slept = False
+ *             ivshmem_queue_pass_on(&self.reader)
+ *         self.membership.flush()             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 64, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/queues.pyx":65
+ *             ivshmem_queue_pass_on(&self.reader)
+ *         self.membership.flush()
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int claim(self, ivshmem_claim how, object timeout, object spin) except -2:
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/queues.pyx":59
+ *         return 0
+ * 
+ *     cdef int after_sleep(self) except -1:             # <<<<<<<<<<<<<<
+ *         """A ring wakes one reader: wake another one if there is more."""
+ *         if self.slept:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.queues.ClaimingEnd.after_sleep", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":67
+ *         return 0
+ * 
+ *     cdef int claim(self, ivshmem_claim how, object timeout, object spin) except -2:             # <<<<<<<<<<<<<<
+ *         """Take a message into `self.taken`; 0, or IVSHMEM_AGAIN: none came in time."""
+ *         cdef int code
+*/
+
+static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, enum ivshmem_claim __pyx_v_how, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin) {
+  int __pyx_v_code;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  char const *__pyx_t_4;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9 = NULL;
+  PyObject *__pyx_t_10 = NULL;
+  int __pyx_t_11;
+  int __pyx_t_12;
+  PyObject *__pyx_t_13 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("claim", 0);
+
+  /* "ivshmem/channel/queues.pyx":70
+ *         """Take a message into `self.taken`; 0, or IVSHMEM_AGAIN: none came in time."""
+ *         cdef int code
+ *         self.enter()             # <<<<<<<<<<<<<<
+ *         self.how = how
+ *         code = ivshmem_queue_take(&self.reader, how, False, &self.taken)
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 70, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/queues.pyx":71
+ *         cdef int code
+ *         self.enter()
+ *         self.how = how             # <<<<<<<<<<<<<<
+ *         code = ivshmem_queue_take(&self.reader, how, False, &self.taken)
+ *         if code == IVSHMEM_AGAIN:
+*/
+  __pyx_v_self->how = __pyx_v_how;
+
+  /* "ivshmem/channel/queues.pyx":72
+ *         self.enter()
+ *         self.how = how
+ *         code = ivshmem_queue_take(&self.reader, how, False, &self.taken)             # <<<<<<<<<<<<<<
+ *         if code == IVSHMEM_AGAIN:
+ *             try:
+*/
+  __pyx_v_code = ivshmem_queue_take((&__pyx_v_self->__pyx_base.reader), __pyx_v_how, 0, (&__pyx_v_self->taken));
+
+  /* "ivshmem/channel/queues.pyx":73
+ *         self.how = how
+ *         code = ivshmem_queue_take(&self.reader, how, False, &self.taken)
+ *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
+ *             try:
+ *                 code = self.wait(timeout, spin)
+*/
+  __pyx_t_2 = (__pyx_v_code == IVSHMEM_AGAIN);
+
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/channel/queues.pyx":74
+ *         code = ivshmem_queue_take(&self.reader, how, False, &self.taken)
+ *         if code == IVSHMEM_AGAIN:
+ *             try:             # <<<<<<<<<<<<<<
+ *                 code = self.wait(timeout, spin)
+ *             finally:
+*/
+    /*try:*/ {
+
+      /* "ivshmem/channel/queues.pyx":75
+ *         if code == IVSHMEM_AGAIN:
+ *             try:
+ *                 code = self.wait(timeout, spin)             # <<<<<<<<<<<<<<
+ *             finally:
+ *                 if self.open:
+*/
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 75, __pyx_L5_error)
+      __pyx_v_code = __pyx_t_1;
+    }
+
+    /* "ivshmem/channel/queues.pyx":77
+ *                 code = self.wait(timeout, spin)
+ *             finally:
+ *                 if self.open:             # <<<<<<<<<<<<<<
+ *                     self.after_sleep()
+ *         if code and code != IVSHMEM_AGAIN:
+*/
+    /*finally:*/ {
+      /*normal exit:*/{
+        if (__pyx_v_self->__pyx_base.__pyx_base.open) {
+
+          /* "ivshmem/channel/queues.pyx":78
+ *             finally:
+ *                 if self.open:
+ *                     self.after_sleep()             # <<<<<<<<<<<<<<
+ *         if code and code != IVSHMEM_AGAIN:
+ *             raise self.fail(code)
+*/
+          __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->after_sleep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 78, __pyx_L1_error)
+
+
+          /* "ivshmem/channel/queues.pyx":77
+ *                 code = self.wait(timeout, spin)
+ *             finally:
+ *                 if self.open:             # <<<<<<<<<<<<<<
+ *                     self.after_sleep()
+ *         if code and code != IVSHMEM_AGAIN:
+*/
+        }
+        goto __pyx_L6;
+      }
+      __pyx_L5_error:;
+      /*exception exit:*/{
+        __Pyx_PyThreadState_declare
+        __Pyx_PyThreadState_assign
+        __pyx_t_5 = 0; __pyx_t_6 = 0; __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0;
+         __Pyx_ExceptionSwap(&__pyx_t_8, &__pyx_t_9, &__pyx_t_10);
+        if ( unlikely(__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0)) __Pyx_ErrFetch(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7);
+        __Pyx_XGOTREF(__pyx_t_5);
+        __Pyx_XGOTREF(__pyx_t_6);
+        __Pyx_XGOTREF(__pyx_t_7);
+        __Pyx_XGOTREF(__pyx_t_8);
+        __Pyx_XGOTREF(__pyx_t_9);
+        __Pyx_XGOTREF(__pyx_t_10);
+        __pyx_t_1 = __pyx_lineno; __pyx_t_3 = __pyx_clineno; __pyx_t_4 = __pyx_filename;
+        {
+          if (__pyx_v_self->__pyx_base.__pyx_base.open) {
+
+            /* "ivshmem/channel/queues.pyx":78
+ *             finally:
+ *                 if self.open:
+ *                     self.after_sleep()             # <<<<<<<<<<<<<<
+ *         if code and code != IVSHMEM_AGAIN:
+ *             raise self.fail(code)
+*/
+            __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->after_sleep(__pyx_v_self); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 78, __pyx_L9_error)
+
+
+            /* "ivshmem/channel/queues.pyx":77
+ *                 code = self.wait(timeout, spin)
+ *             finally:
+ *                 if self.open:             # <<<<<<<<<<<<<<
+ *                     self.after_sleep()
+ *         if code and code != IVSHMEM_AGAIN:
+*/
+          }
+        }
+        __Pyx_XGIVEREF(__pyx_t_8);
+        __Pyx_XGIVEREF(__pyx_t_9);
+        __Pyx_XGIVEREF(__pyx_t_10);
+        __Pyx_ExceptionReset(__pyx_t_8, __pyx_t_9, __pyx_t_10);
+        __Pyx_XGIVEREF(__pyx_t_5);
+        __Pyx_XGIVEREF(__pyx_t_6);
+        __Pyx_XGIVEREF(__pyx_t_7);
+        __Pyx_ErrRestore(__pyx_t_5, __pyx_t_6, __pyx_t_7);
+        __pyx_t_5 = 0; __pyx_t_6 = 0; __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0;
+        __pyx_lineno = __pyx_t_1; __pyx_clineno = __pyx_t_3; __pyx_filename = __pyx_t_4;
+        goto __pyx_L1_error;
+        __pyx_L9_error:;
+        __Pyx_XGIVEREF(__pyx_t_8);
+        __Pyx_XGIVEREF(__pyx_t_9);
+        __Pyx_XGIVEREF(__pyx_t_10);
+        __Pyx_ExceptionReset(__pyx_t_8, __pyx_t_9, __pyx_t_10);
+        __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+        __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+        __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+        __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0;
+        goto __pyx_L1_error;
+      }
+      __pyx_L6:;
+    }
+
+    /* "ivshmem/channel/queues.pyx":73
+ *         self.how = how
+ *         code = ivshmem_queue_take(&self.reader, how, False, &self.taken)
+ *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
+ *             try:
+ *                 code = self.wait(timeout, spin)
+*/
+  }
+
+  /* "ivshmem/channel/queues.pyx":79
+ *                 if self.open:
+ *                     self.after_sleep()
+ *         if code and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
+ *             raise self.fail(code)
+ *         return code
+*/
+  __pyx_t_12 = (__pyx_v_code != 0);
+
+  if (__pyx_t_12) {
+
+  } else {
+
+    __pyx_t_2 = __pyx_t_12;
+
+    goto __pyx_L12_bool_binop_done;
+  }
+  __pyx_t_12 = (__pyx_v_code != IVSHMEM_AGAIN);
+
+
+  __pyx_t_2 = __pyx_t_12;
+
+  __pyx_L12_bool_binop_done:;
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "ivshmem/channel/queues.pyx":80
+ *                     self.after_sleep()
+ *         if code and code != IVSHMEM_AGAIN:
+ *             raise self.fail(code)             # <<<<<<<<<<<<<<
+ *         return code
+ * 
+*/
+    __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 80, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_13);
+    __Pyx_Raise(__pyx_t_13, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
+    __PYX_ERR(0, 80, __pyx_L1_error)
+
+    /* "ivshmem/channel/queues.pyx":79
+ *                 if self.open:
+ *                     self.after_sleep()
+ *         if code and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
+ *             raise self.fail(code)
+ *         return code
+*/
+  }
+
+  /* "ivshmem/channel/queues.pyx":81
+ *         if code and code != IVSHMEM_AGAIN:
+ *             raise self.fail(code)
+ *         return code             # <<<<<<<<<<<<<<
+ * 
+ * cdef class QueueReader(ClaimingEnd):
+*/
+  {
+
+    __pyx_r = __pyx_v_code;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/queues.pyx":67
+ *         return 0
+ * 
+ *     cdef int claim(self, ivshmem_claim how, object timeout, object spin) except -2:             # <<<<<<<<<<<<<<
+ *         """Take a message into `self.taken`; 0, or IVSHMEM_AGAIN: none came in time."""
+ *         cdef int code
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_13);
+  __Pyx_AddTraceback("ivshmem.channel.queues.ClaimingEnd.claim", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -2;
+  __pyx_L0:;
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11ClaimingEnd_1__reduce_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_11ClaimingEnd___reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_11ClaimingEnd_1__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11ClaimingEnd_1__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11ClaimingEnd___reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11ClaimingEnd_1__reduce_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__reduce_cython__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__reduce_cython__", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11ClaimingEnd___reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11ClaimingEnd___reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__reduce_cython__", 0);
+
+  /* "(tree fragment)":2
+ * def __reduce_cython__(self):
+ *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"             # <<<<<<<<<<<<<<
+ * def __setstate_cython__(self, __pyx_state):
+ *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
+*/
+  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_self_held_self_reader_cannot_be, 0, 0);
+  __PYX_ERR(1, 2, __pyx_L1_error)
+
+  /* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.queues.ClaimingEnd.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11ClaimingEnd_3__setstate_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_11ClaimingEnd_2__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_11ClaimingEnd_3__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11ClaimingEnd_3__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11ClaimingEnd_2__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11ClaimingEnd_3__setstate_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  CYTHON_UNUSED PyObject *__pyx_v___pyx_state = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[1] = {0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__setstate_cython__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 1)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+    }
+    __pyx_v___pyx_state = values[0];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem.channel.queues.ClaimingEnd.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11ClaimingEnd_2__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), __pyx_v___pyx_state);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11ClaimingEnd_2__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__setstate_cython__", 0);
+
+  /* "(tree fragment)":4
+ *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
+ * def __setstate_cython__(self, __pyx_state):
+ *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"             # <<<<<<<<<<<<<<
+*/
+  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_self_held_self_reader_cannot_be, 0, 0);
+  __PYX_ERR(1, 4, __pyx_L1_error)
+
+  /* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.queues.ClaimingEnd.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":93
+ *     """
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def get(self, timeout=None, *, spin=None):
+ *         """Return a copy of the next message, which no other reader gets: at most once.
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_1get(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_11QueueReader_get, "Return a copy of the next message, which no other reader gets: at most once.\n\n        If this process dies during the call, the message is lost.\n\n        Args:\n            timeout: seconds to wait at most; None: for ever; 0: do not wait.\n            spin: as of `Endpoint.wait`.\n\n        Returns:\n            bytes, or what the channel\047s type makes of them; None: no message came in time.\n\n        Raises:\n            Redelivered: this process was taken for gone during the copy: the message is lost.\n            RegionError: the region is mapped for reading only.\n            ChannelError: this mapping of the memory has no compare-exchange.\n            ChannelCorrupt, ClosedError: as of Reader.get.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_1get = {"get", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_1get, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_get};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_1get(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v_timeout = 0;
+  PyObject *__pyx_v_spin = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[2] = {0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("get (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 93, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 93, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get", 0) < (0)) __PYX_ERR(0, 93, __pyx_L3_error)
+
+      /* "ivshmem/channel/queues.pyx":94
+ * 
+ *     @cython.critical_section
+ *     def get(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
+ *         """Return a copy of the next message, which no other reader gets: at most once.
+ * 
+*/
+      if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
+    } else {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 93, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
+    }
+    __pyx_v_timeout = values[0];
+    __pyx_v_spin = values[1];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("get", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 93, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.get", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
+
+  /* "ivshmem/channel/queues.pyx":93
+ *     """
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def get(self, timeout=None, *, spin=None):
+ *         """Return a copy of the next message, which no other reader gets: at most once.
+*/
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin) {
+  struct ivshmem_taken __pyx_v_taken;
+  PyObject *__pyx_v_data = 0;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  struct ivshmem_taken __pyx_t_4;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  size_t __pyx_t_8;
+  PyObject *__pyx_t_9 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("get", 0);
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
+
+        /* "ivshmem/channel/queues.pyx":114
+ *         cdef ivshmem_taken taken
+ *         cdef bytes data
+ *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin):             # <<<<<<<<<<<<<<
+ *             return None
+ *         taken = self.taken
+*/
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 114, __pyx_L4_error)
+        __pyx_t_3 = (__pyx_t_2 != 0);
+
+
+        if (__pyx_t_3) {
+
+
+          /* "ivshmem/channel/queues.pyx":115
+ *         cdef bytes data
+ *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin):
+ *             return None             # <<<<<<<<<<<<<<
+ *         taken = self.taken
+ *         data = PyBytes_FromStringAndSize(NULL, taken.message.length)
+*/
+          {
+            PyObject *__pyx_temp;
+            {
+              __pyx_temp = __pyx_r;
+              __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+            }
+            __Pyx_XDECREF(__pyx_temp);
+          }
+          __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+          goto __pyx_L3_return;
+
+          /* "ivshmem/channel/queues.pyx":114
+ *         cdef ivshmem_taken taken
+ *         cdef bytes data
+ *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin):             # <<<<<<<<<<<<<<
+ *             return None
+ *         taken = self.taken
+*/
+        }
+
+        /* "ivshmem/channel/queues.pyx":116
+ *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin):
+ *             return None
+ *         taken = self.taken             # <<<<<<<<<<<<<<
+ *         data = PyBytes_FromStringAndSize(NULL, taken.message.length)
+ *         self.finish(&taken, PyBytes_AS_STRING(data))
+*/
+        __pyx_t_4 = __pyx_v_self->__pyx_base.taken;
+
+        __pyx_v_taken = __pyx_t_4;
+
+        /* "ivshmem/channel/queues.pyx":117
+ *             return None
+ *         taken = self.taken
+ *         data = PyBytes_FromStringAndSize(NULL, taken.message.length)             # <<<<<<<<<<<<<<
+ *         self.finish(&taken, PyBytes_AS_STRING(data))
+ *         return data if self.type is None else self.type.decode(data)
+*/
+        __pyx_t_5 = PyBytes_FromStringAndSize(NULL, __pyx_v_taken.message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 117, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_5);
+        __pyx_v_data = ((PyObject*)__pyx_t_5);
+        __pyx_t_5 = 0;
+
+        /* "ivshmem/channel/queues.pyx":118
+ *         taken = self.taken
+ *         data = PyBytes_FromStringAndSize(NULL, taken.message.length)
+ *         self.finish(&taken, PyBytes_AS_STRING(data))             # <<<<<<<<<<<<<<
+ *         return data if self.type is None else self.type.decode(data)
+ * 
+*/
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->finish(__pyx_v_self, (&__pyx_v_taken), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 118, __pyx_L4_error)
+
+
+        /* "ivshmem/channel/queues.pyx":119
+ *         data = PyBytes_FromStringAndSize(NULL, taken.message.length)
+ *         self.finish(&taken, PyBytes_AS_STRING(data))
+ *         return data if self.type is None else self.type.decode(data)             # <<<<<<<<<<<<<<
+ * 
+ *     @cython.critical_section
+*/
+        __pyx_t_3 = (__pyx_v_self->__pyx_base.__pyx_base.type == Py_None);
+        if (__pyx_t_3) {
+          __Pyx_INCREF(__pyx_v_data);
+          __pyx_t_5 = __pyx_v_data;
+        } else {
+          __pyx_t_7 = __pyx_v_self->__pyx_base.__pyx_base.type;
+          __Pyx_INCREF(__pyx_t_7);
+          __pyx_t_8 = 0;
+          {
+            PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_v_data};
+            __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+            if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 119, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_6);
+          }
+          __pyx_t_5 = __pyx_t_6;
+          __pyx_t_6 = 0;
+        }
+
+        {
+          PyObject *__pyx_temp;
+          {
+            __pyx_temp = __pyx_r;
+            __pyx_r = __pyx_t_5;
+          }
+          __Pyx_XDECREF(__pyx_temp);
+        }
+        __pyx_t_5 = 0;
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        goto __pyx_L3_return;
+      }
+
+      /* "ivshmem/channel/queues.pyx":93
+ *     """
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def get(self, timeout=None, *, spin=None):
+ *         """Return a copy of the next message, which no other reader gets: at most once.
+*/
+      /*finally:*/ {
+        __pyx_L3_return: {
+          __pyx_t_9 = __pyx_r;
+          __pyx_r = 0;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_9;
+          __pyx_t_9 = 0;
+          goto __pyx_L0;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.get", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+
+  __Pyx_XDECREF(__pyx_v_data);
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":121
+ *         return data if self.type is None else self.type.decode(data)
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def get_into(self, buffer, timeout=None, *, spin=None):
+ *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_3get_into(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_11QueueReader_2get_into, "Copy the next message into `buffer`, at most once; otherwise as `get`.\n\n        Returns:\n            How many bytes the message has; None: no message came in time.\n\n        Raises:\n            MessageTooLong: the message has more bytes than the buffer; it is given back.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_3get_into = {"get_into", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_3get_into, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_2get_into};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_3get_into(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v_buffer = 0;
+  PyObject *__pyx_v_timeout = 0;
+  PyObject *__pyx_v_spin = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[3] = {0,0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("get_into (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 121, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 121, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 121, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 121, __pyx_L3_error)
+
+      /* "ivshmem/channel/queues.pyx":122
+ * 
+ *     @cython.critical_section
+ *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
+ *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
+ * 
+*/
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
+      if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 121, __pyx_L3_error) }
+      }
+    } else {
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 121, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 121, __pyx_L3_error)
+        break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
+      if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
+    }
+    __pyx_v_buffer = values[0];
+    __pyx_v_timeout = values[1];
+    __pyx_v_spin = values[2];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 121, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.get_into", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_buffer, __pyx_v_timeout, __pyx_v_spin);
+
+  /* "ivshmem/channel/queues.pyx":121
+ *         return data if self.type is None else self.type.decode(data)
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def get_into(self, buffer, timeout=None, *, spin=None):
+ *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
+*/
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_buffer, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin) {
+  Py_buffer __pyx_v_view;
+  struct ivshmem_taken __pyx_v_taken;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  struct ivshmem_taken __pyx_t_4;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9 = NULL;
+  PyObject *__pyx_t_10[4];
+  Py_ssize_t __pyx_t_11;
+  PyObject *__pyx_t_12 = NULL;
+  size_t __pyx_t_13;
+  int __pyx_t_14;
+  char const *__pyx_t_15;
+  PyObject *__pyx_t_16 = NULL;
+  PyObject *__pyx_t_17 = NULL;
+  PyObject *__pyx_t_18 = NULL;
+  PyObject *__pyx_t_19 = NULL;
+  PyObject *__pyx_t_20 = NULL;
+  PyObject *__pyx_t_21 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("get_into", 0);
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
+
+        /* "ivshmem/channel/queues.pyx":133
+ *         cdef Py_buffer view
+ *         cdef ivshmem_taken taken
+ *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
+ *         try:
+ *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin):
+*/
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 133, __pyx_L4_error)
+
+
+        /* "ivshmem/channel/queues.pyx":134
+ *         cdef ivshmem_taken taken
+ *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+ *         try:             # <<<<<<<<<<<<<<
+ *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin):
+ *                 return None
+*/
+        /*try:*/ {
+
+          /* "ivshmem/channel/queues.pyx":135
+ *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+ *         try:
+ *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin):             # <<<<<<<<<<<<<<
+ *                 return None
+ *             taken = self.taken
+*/
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 135, __pyx_L7_error)
+          __pyx_t_3 = (__pyx_t_2 != 0);
+
+
+          if (__pyx_t_3) {
+
+
+            /* "ivshmem/channel/queues.pyx":136
+ *         try:
+ *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin):
+ *                 return None             # <<<<<<<<<<<<<<
+ *             taken = self.taken
+ *             if taken.message.length > <uint64_t>view.len:
+*/
+            {
+              PyObject *__pyx_temp;
+              {
+                __pyx_temp = __pyx_r;
+                __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+              }
+              __Pyx_XDECREF(__pyx_temp);
+            }
+            __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+            goto __pyx_L6_return;
+
+            /* "ivshmem/channel/queues.pyx":135
+ *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+ *         try:
+ *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin):             # <<<<<<<<<<<<<<
+ *                 return None
+ *             taken = self.taken
+*/
+          }
+
+          /* "ivshmem/channel/queues.pyx":137
+ *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin):
+ *                 return None
+ *             taken = self.taken             # <<<<<<<<<<<<<<
+ *             if taken.message.length > <uint64_t>view.len:
+ *                 ivshmem_queue_return(&self.reader, &taken)
+*/
+          __pyx_t_4 = __pyx_v_self->__pyx_base.taken;
+
+          __pyx_v_taken = __pyx_t_4;
+
+          /* "ivshmem/channel/queues.pyx":138
+ *                 return None
+ *             taken = self.taken
+ *             if taken.message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
+ *                 ivshmem_queue_return(&self.reader, &taken)
+ *                 self.membership.flush()
+*/
+          __pyx_t_3 = (__pyx_v_taken.message.length > ((uint64_t)__pyx_v_view.len));
+
+          if (unlikely(__pyx_t_3)) {
+
+
+            /* "ivshmem/channel/queues.pyx":139
+ *             taken = self.taken
+ *             if taken.message.length > <uint64_t>view.len:
+ *                 ivshmem_queue_return(&self.reader, &taken)             # <<<<<<<<<<<<<<
+ *                 self.membership.flush()
+ *                 raise MessageTooLong(
+*/
+            (void)(ivshmem_queue_return((&__pyx_v_self->__pyx_base.__pyx_base.reader), (&__pyx_v_taken)));
+
+            /* "ivshmem/channel/queues.pyx":140
+ *             if taken.message.length > <uint64_t>view.len:
+ *                 ivshmem_queue_return(&self.reader, &taken)
+ *                 self.membership.flush()             # <<<<<<<<<<<<<<
+ *                 raise MessageTooLong(
+ *                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"
+*/
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 140, __pyx_L7_error)
+
+
+            /* "ivshmem/channel/queues.pyx":141
+ *                 ivshmem_queue_return(&self.reader, &taken)
+ *                 self.membership.flush()
+ *                 raise MessageTooLong(             # <<<<<<<<<<<<<<
+ *                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"
+ *                 )
+*/
+            __pyx_t_6 = NULL;
+            __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 141, __pyx_L7_error)
+            __Pyx_GOTREF(__pyx_t_7);
+
+            /* "ivshmem/channel/queues.pyx":142
+ *                 self.membership.flush()
+ *                 raise MessageTooLong(
+ *                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"             # <<<<<<<<<<<<<<
+ *                 )
+ *             self.finish(&taken, <char *>view.buf)
+*/
+            __pyx_t_8 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_taken.message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 142, __pyx_L7_error)
+            __Pyx_GOTREF(__pyx_t_8);
+            __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 142, __pyx_L7_error)
+            __Pyx_GOTREF(__pyx_t_9);
+            __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_a_message_of;
+            __pyx_t_10[1] = __pyx_t_8;
+            __pyx_t_10[2] = __pyx_mstate_global->__pyx_kp_u_bytes_and_the_buffer_has;
+            __pyx_t_10[3] = __pyx_t_9;
+            __pyx_t_11 = 40;
+            #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+            __pyx_t_11 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_10[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_10[3]);
+            #endif
+            __pyx_t_2 = 0;
+            __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_10, 4, __pyx_t_11, __pyx_t_2);
+            if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 142, __pyx_L7_error)
+            __Pyx_GOTREF(__pyx_t_12);
+            __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+            __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+            __pyx_t_13 = 1;
+            #if CYTHON_UNPACK_METHODS
+            if (unlikely(PyMethod_Check(__pyx_t_7))) {
+              __pyx_t_6 = PyMethod_GET_SELF(__pyx_t_7);
+              assert(__pyx_t_6);
+              PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_7);
+              __Pyx_INCREF(__pyx_t_6);
+              __Pyx_INCREF(__pyx__function);
+              __Pyx_DECREF_SET(__pyx_t_7, __pyx__function);
+              __pyx_t_13 = 0;
+            }
+            #endif
+            {
+              PyObject *__pyx_callargs[2] = {__pyx_t_6, __pyx_t_12};
+              __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_13, (2-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+              __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+              __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+              __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+              if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 141, __pyx_L7_error)
+              __Pyx_GOTREF(__pyx_t_5);
+            }
+            __Pyx_Raise(__pyx_t_5, 0, 0, 0);
+            __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+            __PYX_ERR(0, 141, __pyx_L7_error)
+
+            /* "ivshmem/channel/queues.pyx":138
+ *                 return None
+ *             taken = self.taken
+ *             if taken.message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
+ *                 ivshmem_queue_return(&self.reader, &taken)
+ *                 self.membership.flush()
+*/
+          }
+
+          /* "ivshmem/channel/queues.pyx":144
+ *                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"
+ *                 )
+ *             self.finish(&taken, <char *>view.buf)             # <<<<<<<<<<<<<<
+ *             return taken.message.length
+ *         finally:
+*/
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->finish(__pyx_v_self, (&__pyx_v_taken), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 144, __pyx_L7_error)
+
+
+          /* "ivshmem/channel/queues.pyx":145
+ *                 )
+ *             self.finish(&taken, <char *>view.buf)
+ *             return taken.message.length             # <<<<<<<<<<<<<<
+ *         finally:
+ *             PyBuffer_Release(&view)
+*/
+          __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_v_taken.message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 145, __pyx_L7_error)
+          __Pyx_GOTREF(__pyx_t_5);
+          {
+            PyObject *__pyx_temp;
+            {
+              __pyx_temp = __pyx_r;
+              __pyx_r = __pyx_t_5;
+            }
+            __Pyx_XDECREF(__pyx_temp);
+          }
+          __pyx_t_5 = 0;
+          __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+          goto __pyx_L6_return;
+        }
+
+        /* "ivshmem/channel/queues.pyx":147
+ *             return taken.message.length
+ *         finally:
+ *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int finish(self, const ivshmem_taken *taken, char *into) except -1:
+*/
+        /*finally:*/ {
+          __pyx_L7_error:;
+          /*exception exit:*/{
+            __Pyx_PyThreadState_declare
+            __Pyx_PyThreadState_assign
+            __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0; __pyx_t_20 = 0; __pyx_t_21 = 0;
+            __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
+            __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+            __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+            __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+            __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
+            __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
+             __Pyx_ExceptionSwap(&__pyx_t_19, &__pyx_t_20, &__pyx_t_21);
+            if ( unlikely(__Pyx_GetException(&__pyx_t_16, &__pyx_t_17, &__pyx_t_18) < 0)) __Pyx_ErrFetch(&__pyx_t_16, &__pyx_t_17, &__pyx_t_18);
+            __Pyx_XGOTREF(__pyx_t_16);
+            __Pyx_XGOTREF(__pyx_t_17);
+            __Pyx_XGOTREF(__pyx_t_18);
+            __Pyx_XGOTREF(__pyx_t_19);
+            __Pyx_XGOTREF(__pyx_t_20);
+            __Pyx_XGOTREF(__pyx_t_21);
+            __pyx_t_2 = __pyx_lineno; __pyx_t_14 = __pyx_clineno; __pyx_t_15 = __pyx_filename;
+            {
+              PyBuffer_Release((&__pyx_v_view));
+            }
+            __Pyx_XGIVEREF(__pyx_t_19);
+            __Pyx_XGIVEREF(__pyx_t_20);
+            __Pyx_XGIVEREF(__pyx_t_21);
+            __Pyx_ExceptionReset(__pyx_t_19, __pyx_t_20, __pyx_t_21);
+            __Pyx_XGIVEREF(__pyx_t_16);
+            __Pyx_XGIVEREF(__pyx_t_17);
+            __Pyx_XGIVEREF(__pyx_t_18);
+            __Pyx_ErrRestore(__pyx_t_16, __pyx_t_17, __pyx_t_18);
+            __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0; __pyx_t_20 = 0; __pyx_t_21 = 0;
+            __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_14; __pyx_filename = __pyx_t_15;
+            goto __pyx_L4_error;
+          }
+          __pyx_L6_return: {
+            __pyx_t_21 = __pyx_r;
+            __pyx_r = 0;
+            PyBuffer_Release((&__pyx_v_view));
+            __pyx_r = __pyx_t_21;
+            __pyx_t_21 = 0;
+            goto __pyx_L3_return;
+          }
+        }
+      }
+
+      /* "ivshmem/channel/queues.pyx":121
+ *         return data if self.type is None else self.type.decode(data)
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def get_into(self, buffer, timeout=None, *, spin=None):
+ *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
+*/
+      /*finally:*/ {
+        __pyx_L3_return: {
+          __pyx_t_21 = __pyx_r;
+          __pyx_r = 0;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_21;
+          __pyx_t_21 = 0;
+          goto __pyx_L0;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_XDECREF(__pyx_t_12);
+  __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.get_into", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+
+
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":149
+ *             PyBuffer_Release(&view)
+ * 
+ *     cdef int finish(self, const ivshmem_taken *taken, char *into) except -1:             # <<<<<<<<<<<<<<
+ *         """Copy a message out, and give its memory back."""
+ *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
+*/
+
+static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, struct ivshmem_taken const *__pyx_v_taken, char *__pyx_v_into) {
+  char const *__pyx_v_at;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  char const *__pyx_t_4;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9 = NULL;
+  PyObject *__pyx_t_10 = NULL;
+  PyObject *__pyx_t_11 = NULL;
+  PyObject *__pyx_t_12 = NULL;
+  PyObject *__pyx_t_13 = NULL;
+  PyObject *__pyx_t_14 = NULL;
+  PyObject *__pyx_t_15[3];
+  Py_ssize_t __pyx_t_16;
+  PyObject *__pyx_t_17 = NULL;
+  size_t __pyx_t_18;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("finish", 0);
+
+  /* "ivshmem/channel/queues.pyx":151
+ *     cdef int finish(self, const ivshmem_taken *taken, char *into) except -1:
+ *         """Copy a message out, and give its memory back."""
+ *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset             # <<<<<<<<<<<<<<
+ *         if taken.message.length < LARGE:
+ *             ivshmem_copy_payload(into, at, taken.message.length)
+*/
+  __pyx_v_at = (((char const *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.channel.area.memory.start) + __pyx_v_taken->message.offset);
+
+  /* "ivshmem/channel/queues.pyx":152
+ *         """Copy a message out, and give its memory back."""
+ *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
+ *         if taken.message.length < LARGE:             # <<<<<<<<<<<<<<
+ *             ivshmem_copy_payload(into, at, taken.message.length)
+ *         else:
+*/
+  __pyx_t_1 = (__pyx_v_taken->message.length < __pyx_e_7ivshmem_7channel_5roles_LARGE);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/queues.pyx":153
+ *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
+ *         if taken.message.length < LARGE:
+ *             ivshmem_copy_payload(into, at, taken.message.length)             # <<<<<<<<<<<<<<
+ *         else:
+ *             self.membership.mapping.pin()
+*/
+    ivshmem_copy_payload(__pyx_v_into, __pyx_v_at, __pyx_v_taken->message.length);
+
+    /* "ivshmem/channel/queues.pyx":152
+ *         """Copy a message out, and give its memory back."""
+ *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
+ *         if taken.message.length < LARGE:             # <<<<<<<<<<<<<<
+ *             ivshmem_copy_payload(into, at, taken.message.length)
+ *         else:
+*/
+    goto __pyx_L3;
+  }
+
+  /* "ivshmem/channel/queues.pyx":155
+ *             ivshmem_copy_payload(into, at, taken.message.length)
+ *         else:
+ *             self.membership.mapping.pin()             # <<<<<<<<<<<<<<
+ *             try:
+ *                 with nogil:
+*/
+  /*else*/ {
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 155, __pyx_L1_error)
+
+
+    /* "ivshmem/channel/queues.pyx":156
+ *         else:
+ *             self.membership.mapping.pin()
+ *             try:             # <<<<<<<<<<<<<<
+ *                 with nogil:
+ *                     ivshmem_copy_payload(into, at, taken.message.length)
+*/
+    /*try:*/ {
+
+      /* "ivshmem/channel/queues.pyx":157
+ *             self.membership.mapping.pin()
+ *             try:
+ *                 with nogil:             # <<<<<<<<<<<<<<
+ *                     ivshmem_copy_payload(into, at, taken.message.length)
+ *                 self.enter()
+*/
+      {
+          PyThreadState * _save;
+          _save = PyEval_SaveThread();
+          __Pyx_FastGIL_Remember();
+          /*try:*/ {
+
+            /* "ivshmem/channel/queues.pyx":158
+ *             try:
+ *                 with nogil:
+ *                     ivshmem_copy_payload(into, at, taken.message.length)             # <<<<<<<<<<<<<<
+ *                 self.enter()
+ *             finally:
+*/
+            ivshmem_copy_payload(__pyx_v_into, __pyx_v_at, __pyx_v_taken->message.length);
+          }
+
+          /* "ivshmem/channel/queues.pyx":157
+ *             self.membership.mapping.pin()
+ *             try:
+ *                 with nogil:             # <<<<<<<<<<<<<<
+ *                     ivshmem_copy_payload(into, at, taken.message.length)
+ *                 self.enter()
+*/
+          /*finally:*/ {
+            /*normal exit:*/{
+              __Pyx_FastGIL_Forget();
+              PyEval_RestoreThread(_save);
+              goto __pyx_L9;
+            }
+            __pyx_L9:;
+          }
+      }
+
+      /* "ivshmem/channel/queues.pyx":159
+ *                 with nogil:
+ *                     ivshmem_copy_payload(into, at, taken.message.length)
+ *                 self.enter()             # <<<<<<<<<<<<<<
+ *             finally:
+ *                 self.membership.mapping.unpin()
+*/
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 159, __pyx_L5_error)
+
+    }
+
+    /* "ivshmem/channel/queues.pyx":161
+ *                 self.enter()
+ *             finally:
+ *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
+ *         if ivshmem_queue_done(&self.reader, taken):
+ *             raise Redelivered(
+*/
+    /*finally:*/ {
+      /*normal exit:*/{
+        ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping);
+        goto __pyx_L6;
+      }
+      __pyx_L5_error:;
+      /*exception exit:*/{
+        __Pyx_PyThreadState_declare
+        __Pyx_PyThreadState_assign
+        __pyx_t_5 = 0; __pyx_t_6 = 0; __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0;
+         __Pyx_ExceptionSwap(&__pyx_t_8, &__pyx_t_9, &__pyx_t_10);
+        if ( unlikely(__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0)) __Pyx_ErrFetch(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7);
+        __Pyx_XGOTREF(__pyx_t_5);
+        __Pyx_XGOTREF(__pyx_t_6);
+        __Pyx_XGOTREF(__pyx_t_7);
+        __Pyx_XGOTREF(__pyx_t_8);
+        __Pyx_XGOTREF(__pyx_t_9);
+        __Pyx_XGOTREF(__pyx_t_10);
+        __pyx_t_2 = __pyx_lineno; __pyx_t_3 = __pyx_clineno; __pyx_t_4 = __pyx_filename;
+        {
+          ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping);
+        }
+        __Pyx_XGIVEREF(__pyx_t_8);
+        __Pyx_XGIVEREF(__pyx_t_9);
+        __Pyx_XGIVEREF(__pyx_t_10);
+        __Pyx_ExceptionReset(__pyx_t_8, __pyx_t_9, __pyx_t_10);
+        __Pyx_XGIVEREF(__pyx_t_5);
+        __Pyx_XGIVEREF(__pyx_t_6);
+        __Pyx_XGIVEREF(__pyx_t_7);
+        __Pyx_ErrRestore(__pyx_t_5, __pyx_t_6, __pyx_t_7);
+        __pyx_t_5 = 0; __pyx_t_6 = 0; __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0;
+        __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_3; __pyx_filename = __pyx_t_4;
+        goto __pyx_L1_error;
+      }
+      __pyx_L6:;
+    }
+  }
+  __pyx_L3:;
+
+  /* "ivshmem/channel/queues.pyx":162
+ *             finally:
+ *                 self.membership.mapping.unpin()
+ *         if ivshmem_queue_done(&self.reader, taken):             # <<<<<<<<<<<<<<
+ *             raise Redelivered(
+ *                 f"queue {self.name!r}: this process was taken for gone while it copied a message,"
+*/
+  __pyx_t_1 = (ivshmem_queue_done((&__pyx_v_self->__pyx_base.__pyx_base.reader), __pyx_v_taken) != 0);
+
+  if (unlikely(__pyx_t_1)) {
+
+
+    /* "ivshmem/channel/queues.pyx":163
+ *                 self.membership.mapping.unpin()
+ *         if ivshmem_queue_done(&self.reader, taken):
+ *             raise Redelivered(             # <<<<<<<<<<<<<<
+ *                 f"queue {self.name!r}: this process was taken for gone while it copied a message,"
+ *                 " which is lost"
+*/
+    __pyx_t_12 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_13, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 163, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_13);
+
+    /* "ivshmem/channel/queues.pyx":164
+ *         if ivshmem_queue_done(&self.reader, taken):
+ *             raise Redelivered(
+ *                 f"queue {self.name!r}: this process was taken for gone while it copied a message,"             # <<<<<<<<<<<<<<
+ *                 " which is lost"
+ *             )
+*/
+    __pyx_t_14 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 164, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_14);
+    __pyx_t_15[0] = __pyx_mstate_global->__pyx_kp_u_queue;
+    __pyx_t_15[1] = __pyx_t_14;
+    __pyx_t_15[2] = __pyx_mstate_global->__pyx_kp_u_this_process_was_taken_for_gone;
+    __pyx_t_16 = 80;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_16 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_15[1]);
+    #endif
+    __pyx_t_3 = 0;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_15[1]);
+    #endif
+    __pyx_t_17 = __Pyx_PyUnicode_Join(__pyx_t_15, 3, __pyx_t_16, __pyx_t_3);
+    if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 164, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_17);
+    __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
+    __pyx_t_18 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_13))) {
+      __pyx_t_12 = PyMethod_GET_SELF(__pyx_t_13);
+      assert(__pyx_t_12);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_13);
+      __Pyx_INCREF(__pyx_t_12);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_13, __pyx__function);
+      __pyx_t_18 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_12, __pyx_t_17};
+      __pyx_t_11 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_13, __pyx_callargs+__pyx_t_18, (2-__pyx_t_18) | (__pyx_t_18*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
+      __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
+      __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
+      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 163, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_11);
+    }
+    __Pyx_Raise(__pyx_t_11, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+    __PYX_ERR(0, 163, __pyx_L1_error)
+
+    /* "ivshmem/channel/queues.pyx":162
+ *             finally:
+ *                 self.membership.mapping.unpin()
+ *         if ivshmem_queue_done(&self.reader, taken):             # <<<<<<<<<<<<<<
+ *             raise Redelivered(
+ *                 f"queue {self.name!r}: this process was taken for gone while it copied a message,"
+*/
+  }
+
+  /* "ivshmem/channel/queues.pyx":167
+ *                 " which is lost"
+ *             )
+ *         return self.membership.flush()             # <<<<<<<<<<<<<<
+ * 
+ *     @cython.critical_section
+*/
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 167, __pyx_L1_error)
+  {
+    __pyx_r = __pyx_t_3;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/queues.pyx":149
+ *             PyBuffer_Release(&view)
+ * 
+ *     cdef int finish(self, const ivshmem_taken *taken, char *into) except -1:             # <<<<<<<<<<<<<<
+ *         """Copy a message out, and give its memory back."""
+ *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_11);
+  __Pyx_XDECREF(__pyx_t_12);
+  __Pyx_XDECREF(__pyx_t_13);
+  __Pyx_XDECREF(__pyx_t_14);
+  __Pyx_XDECREF(__pyx_t_17);
+  __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.finish", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":169
+ *         return self.membership.flush()
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def take(self, timeout=None, *, spin=None):
+ *         """Take the next message, and acknowledge it later: at least once.
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_5take(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_11QueueReader_4take, "Take the next message, and acknowledge it later: at least once.\n\n        If this process dies, or is silent for the lease, before it has acknowledged the message,\n        another reader gets the message, marked `redelivered`.\n\n        Args:\n            timeout, spin: as of `get`.\n\n        Returns:\n            A Taken: the end of its `with` acknowledges it, an exception gives it back. None: no\n            message came in time.\n\n        Raises:\n            As of `get`.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_5take = {"take", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_5take, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_4take};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_5take(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v_timeout = 0;
+  PyObject *__pyx_v_spin = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[2] = {0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("take (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 169, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 169, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 169, __pyx_L3_error)
+
+      /* "ivshmem/channel/queues.pyx":170
+ * 
+ *     @cython.critical_section
+ *     def take(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
+ *         """Take the next message, and acknowledge it later: at least once.
+ * 
+*/
+      if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
+    } else {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 169, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
+    }
+    __pyx_v_timeout = values[0];
+    __pyx_v_spin = values[1];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("take", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 169, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.take", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
+
+  /* "ivshmem/channel/queues.pyx":169
+ *         return self.membership.flush()
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def take(self, timeout=None, *, spin=None):
+ *         """Take the next message, and acknowledge it later: at least once.
+*/
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  size_t __pyx_t_6;
+  PyObject *__pyx_t_7 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("take", 0);
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
+
+        /* "ivshmem/channel/queues.pyx":186
+ *             As of `get`.
+ *         """
+ *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin):             # <<<<<<<<<<<<<<
+ *             return None
+ *         return Taken(self)
+*/
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 186, __pyx_L4_error)
+        __pyx_t_3 = (__pyx_t_2 != 0);
+
+
+        if (__pyx_t_3) {
+
+
+          /* "ivshmem/channel/queues.pyx":187
+ *         """
+ *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin):
+ *             return None             # <<<<<<<<<<<<<<
+ *         return Taken(self)
+ * 
+*/
+          {
+            PyObject *__pyx_temp;
+            {
+              __pyx_temp = __pyx_r;
+              __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+            }
+            __Pyx_XDECREF(__pyx_temp);
+          }
+          __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+          goto __pyx_L3_return;
+
+          /* "ivshmem/channel/queues.pyx":186
+ *             As of `get`.
+ *         """
+ *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin):             # <<<<<<<<<<<<<<
+ *             return None
+ *         return Taken(self)
+*/
+        }
+
+        /* "ivshmem/channel/queues.pyx":188
+ *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin):
+ *             return None
+ *         return Taken(self)             # <<<<<<<<<<<<<<
+ * 
+ *     def get_async(self, timeout=None):
+*/
+        __pyx_t_5 = NULL;
+        __pyx_t_6 = 1;
+        {
+          PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self)};
+          __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+          __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 188, __pyx_L4_error)
+          __Pyx_GOTREF((PyObject *)__pyx_t_4);
+        }
+        {
+          PyObject *__pyx_temp;
+          {
+            __pyx_temp = __pyx_r;
+            __pyx_r = ((PyObject *)__pyx_t_4);
+          }
+          __Pyx_XDECREF(__pyx_temp);
+        }
+        __pyx_t_4 = 0;
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        goto __pyx_L3_return;
+      }
+
+      /* "ivshmem/channel/queues.pyx":169
+ *         return self.membership.flush()
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def take(self, timeout=None, *, spin=None):
+ *         """Take the next message, and acknowledge it later: at least once.
+*/
+      /*finally:*/ {
+        __pyx_L3_return: {
+          __pyx_t_7 = __pyx_r;
+          __pyx_r = 0;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_7;
+          __pyx_t_7 = 0;
+          goto __pyx_L0;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.take", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":190
+ *         return Taken(self)
+ * 
+ *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
+ *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
+ *         return asynchronous.until_something(self, self.get, timeout)
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_7get_async(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_11QueueReader_6get_async, "The twin of `get` for asyncio: a coroutine. To cancel it takes nothing.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_7get_async = {"get_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_7get_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_6get_async};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_7get_async(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v_timeout = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[1] = {0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("get_async (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 190, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 190, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 190, __pyx_L3_error)
+      if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
+    } else {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 190, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
+    }
+    __pyx_v_timeout = values[0];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 190, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.get_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_timeout);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_timeout) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
   PyObject *__pyx_t_3 = NULL;
   PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
-  PyObject *__pyx_t_6 = NULL;
-  PyObject *__pyx_t_7 = NULL;
-  PyObject *__pyx_t_8 = NULL;
-  PyObject *__pyx_t_9 = NULL;
-  size_t __pyx_t_10;
+  size_t __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("described", 0);
+  __Pyx_RefNannySetupContext("get_async", 0);
 
-  /* "ivshmem/native/areas.pyx":66
+  /* "ivshmem/channel/queues.pyx":192
+ *     def get_async(self, timeout=None):
+ *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
+ *         return asynchronous.until_something(self, self.get, timeout)             # <<<<<<<<<<<<<<
  * 
- * cdef object described(const ivshmem_area *area):
- *     return Area(area.at, area.size, area.places, area.records, area.unit, area.units)             # <<<<<<<<<<<<<<
- * 
- * 
+ *     def get_into_async(self, buffer, timeout=None):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Area); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 66, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 192, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->at); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 66, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 192, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->size); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 66, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->places); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 66, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_6);
-  __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->records); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 66, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->unit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 66, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_8);
-  __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->units); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 66, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_9);
-  __pyx_t_10 = 1;
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 192, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
-  if (unlikely(PyMethod_Check(__pyx_t_3))) {
-    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_3);
+  if (unlikely(PyMethod_Check(__pyx_t_4))) {
+    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_4);
     assert(__pyx_t_2);
-    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
     __Pyx_INCREF(__pyx_t_2);
     __Pyx_INCREF(__pyx__function);
-    __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
-    __pyx_t_10 = 0;
+    __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
+    __pyx_t_5 = 0;
   }
   #endif
   {
-    PyObject *__pyx_callargs[7] = {__pyx_t_2, __pyx_t_4, __pyx_t_5, __pyx_t_6, __pyx_t_7, __pyx_t_8, __pyx_t_9};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_10, (7-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    PyObject *__pyx_callargs[4] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_t_3, __pyx_v_timeout};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (4-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 66, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 192, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -2996,12 +7741,12 @@ static PyObject *__pyx_f_7ivshmem_6native_5areas_described(struct ivshmem_area c
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/areas.pyx":65
+  /* "ivshmem/channel/queues.pyx":190
+ *         return Taken(self)
  * 
- * 
- * cdef object described(const ivshmem_area *area):             # <<<<<<<<<<<<<<
- *     return Area(area.at, area.size, area.places, area.records, area.unit, area.units)
- * 
+ *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
+ *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
+ *         return asynchronous.until_something(self, self.get, timeout)
 */
 
   /* function exit code */
@@ -3010,665 +7755,41 @@ static PyObject *__pyx_f_7ivshmem_6native_5areas_described(struct ivshmem_area c
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_6);
-  __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_XDECREF(__pyx_t_9);
-  __Pyx_AddTraceback("ivshmem.native.areas.described", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = 0;
+  __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.get_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/native/areas.pyx":69
+/* "ivshmem/channel/queues.pyx":194
+ *         return asynchronous.until_something(self, self.get, timeout)
  * 
- * 
- * def make_area(Mapping mapping not None, uint64_t offset, uint64_t size, unsigned places=0,             # <<<<<<<<<<<<<<
- *               unsigned records=0):
- *     """Make an area of `size` bytes at an offset, a multiple of 4096 from 8192 on.
+ *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
+ *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
+ *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_6native_5areas_1make_area(PyObject *__pyx_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_9get_into_async(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_5areas_make_area, "make_area(mapping, offset, size, places=0, records=0)\n--\n\nMake an area of `size` bytes at an offset, a multiple of 4096 from 8192 on.\n\nArgs:\n    places: how many processes can take part, up to 1024; 0: 16 to 256, by the size.\n    records: how many channels there can be, up to 1024; 0: 8 to 256, by the size.\n\nRaises:\n    RegionError: the tables and one unit of data do not fit, or the mapping is read-only.");
-static PyMethodDef __pyx_mdef_7ivshmem_6native_5areas_1make_area = {"make_area", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_5areas_1make_area, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_5areas_make_area};
-static PyObject *__pyx_pw_7ivshmem_6native_5areas_1make_area(PyObject *__pyx_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_11QueueReader_8get_into_async, "The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_9get_into_async = {"get_into_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_9get_into_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_8get_into_async};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_9get_into_async(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ) {
-  struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping = 0;
-  uint64_t __pyx_v_offset;
-  uint64_t __pyx_v_size;
-  unsigned int __pyx_v_places;
-  unsigned int __pyx_v_records;
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[5] = {0,0,0,0,0};
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("make_area (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_places,&__pyx_mstate_global->__pyx_n_u_records,0};
-    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 69, __pyx_L3_error)
-    if (__pyx_kwds_len > 0) {
-      switch (__pyx_nargs) {
-        case  5:
-        values[4] = __Pyx_ArgRef_FASTCALL(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 69, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  4:
-        values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 69, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  3:
-        values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 69, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  2:
-        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 69, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  1:
-        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 69, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  0: break;
-        default: goto __pyx_L5_argtuple_error;
-      }
-      const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "make_area", 0) < (0)) __PYX_ERR(0, 69, __pyx_L3_error)
-      for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("make_area", 0, 3, 5, i); __PYX_ERR(0, 69, __pyx_L3_error) }
-      }
-    } else {
-      switch (__pyx_nargs) {
-        case  5:
-        values[4] = __Pyx_ArgRef_FASTCALL(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 69, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  4:
-        values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 69, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  3:
-        values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 69, __pyx_L3_error)
-        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 69, __pyx_L3_error)
-        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 69, __pyx_L3_error)
-        break;
-        default: goto __pyx_L5_argtuple_error;
-      }
-    }
-    __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
-    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 69, __pyx_L3_error)
-    __pyx_v_size = __Pyx_PyLong_As_uint64_t(values[2]); if (unlikely((__pyx_v_size == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 69, __pyx_L3_error)
-    if (values[3]) {
-      __pyx_v_places = __Pyx_PyLong_As_unsigned_int(values[3]); if (unlikely((__pyx_v_places == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 69, __pyx_L3_error)
-    } else {
-      __pyx_v_places = ((unsigned int)0);
-    }
-    if (values[4]) {
-      __pyx_v_records = __Pyx_PyLong_As_unsigned_int(values[4]); if (unlikely((__pyx_v_records == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 70, __pyx_L3_error)
-    } else {
-      __pyx_v_records = ((unsigned int)0);
-    }
-  }
-  goto __pyx_L6_skip;
-  __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("make_area", 0, 3, 5, __pyx_nargs); __PYX_ERR(0, 69, __pyx_L3_error)
-  __pyx_L6_skip:;
-  goto __pyx_L4_argument_unpacking_done;
-  __pyx_L3_error:;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_AddTraceback("ivshmem.native.areas.make_area", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __Pyx_RefNannyFinishContext();
-  return NULL;
-  __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 69, __pyx_L1_error)
-  __pyx_r = __pyx_pf_7ivshmem_6native_5areas_make_area(__pyx_self, __pyx_v_mapping, __pyx_v_offset, __pyx_v_size, __pyx_v_places, __pyx_v_records);
-
-  /* function exit code */
-  goto __pyx_L0;
-  __pyx_L1_error:;
-  __pyx_r = NULL;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  goto __pyx_L7_cleaned_up;
-  __pyx_L0:;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __pyx_L7_cleaned_up:;
-
-
-
-
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, uint64_t __pyx_v_offset, uint64_t __pyx_v_size, unsigned int __pyx_v_places, unsigned int __pyx_v_records) {
-  struct ivshmem_memory __pyx_v_memory;
-  struct ivshmem_area __pyx_v_area;
-  int __pyx_v_code;
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  long __pyx_t_2;
-  long __pyx_t_3;
-  uint64_t __pyx_t_4;
-  uint64_t __pyx_t_5;
-  int __pyx_t_6;
-  PyObject *__pyx_t_7 = NULL;
-  PyObject *__pyx_t_8 = NULL;
-  PyObject *__pyx_t_9 = NULL;
-  PyObject *__pyx_t_10 = NULL;
-  PyObject *__pyx_t_11 = NULL;
-  PyObject *__pyx_t_12 = NULL;
-  PyObject *__pyx_t_13 = NULL;
-  PyObject *__pyx_t_14 = NULL;
-  PyObject *__pyx_t_15[11];
-  Py_ssize_t __pyx_t_16;
-  PyObject *__pyx_t_17 = NULL;
-  size_t __pyx_t_18;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("make_area", 0);
-
-
-
-  /* "ivshmem/native/areas.pyx":83
- *     cdef ivshmem_area area
- *     cdef int code
- *     if places == 0:             # <<<<<<<<<<<<<<
- *         places = min(max(size // FOR_A_PLACE, 16), 256)
- *     if records == 0:
-*/
-  __pyx_t_1 = (__pyx_v_places == 0);
-
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/native/areas.pyx":84
- *     cdef int code
- *     if places == 0:
- *         places = min(max(size // FOR_A_PLACE, 16), 256)             # <<<<<<<<<<<<<<
- *     if records == 0:
- *         records = min(max(size // FOR_A_RECORD, 8), 256)
-*/
-
-    __pyx_t_2 = 0x100;
-
-    __pyx_t_3 = 16;
-    if (unlikely(__pyx_e_7ivshmem_6native_5areas_FOR_A_PLACE == 0)) {
-      PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-      __PYX_ERR(0, 84, __pyx_L1_error)
-    }
-
-    __pyx_t_4 = (__pyx_v_size / __pyx_e_7ivshmem_6native_5areas_FOR_A_PLACE);
-    __pyx_t_1 = (__pyx_t_3 > __pyx_t_4);
-
-    if (__pyx_t_1) {
-
-      __pyx_t_5 = __pyx_t_3;
-    } else {
-
-      __pyx_t_5 = __pyx_t_4;
-    }
-
-
-    __pyx_t_4 = __pyx_t_5;
-
-    __pyx_t_1 = (__pyx_t_2 < __pyx_t_4);
-
-    if (__pyx_t_1) {
-
-      __pyx_t_5 = __pyx_t_2;
-    } else {
-
-      __pyx_t_5 = __pyx_t_4;
-    }
-
-    __pyx_v_places = __pyx_t_5;
-
-
-    /* "ivshmem/native/areas.pyx":83
- *     cdef ivshmem_area area
- *     cdef int code
- *     if places == 0:             # <<<<<<<<<<<<<<
- *         places = min(max(size // FOR_A_PLACE, 16), 256)
- *     if records == 0:
-*/
-  }
-
-  /* "ivshmem/native/areas.pyx":85
- *     if places == 0:
- *         places = min(max(size // FOR_A_PLACE, 16), 256)
- *     if records == 0:             # <<<<<<<<<<<<<<
- *         records = min(max(size // FOR_A_RECORD, 8), 256)
- *     memory_of(mapping, &memory)
-*/
-  __pyx_t_1 = (__pyx_v_records == 0);
-
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/native/areas.pyx":86
- *         places = min(max(size // FOR_A_PLACE, 16), 256)
- *     if records == 0:
- *         records = min(max(size // FOR_A_RECORD, 8), 256)             # <<<<<<<<<<<<<<
- *     memory_of(mapping, &memory)
- *     try:
-*/
-
-    __pyx_t_2 = 0x100;
-
-    __pyx_t_3 = 8;
-    if (unlikely(__pyx_e_7ivshmem_6native_5areas_FOR_A_RECORD == 0)) {
-      PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-      __PYX_ERR(0, 86, __pyx_L1_error)
-    }
-
-    __pyx_t_5 = (__pyx_v_size / __pyx_e_7ivshmem_6native_5areas_FOR_A_RECORD);
-    __pyx_t_1 = (__pyx_t_3 > __pyx_t_5);
-
-    if (__pyx_t_1) {
-
-      __pyx_t_4 = __pyx_t_3;
-    } else {
-
-      __pyx_t_4 = __pyx_t_5;
-    }
-
-
-    __pyx_t_5 = __pyx_t_4;
-
-    __pyx_t_1 = (__pyx_t_2 < __pyx_t_5);
-
-    if (__pyx_t_1) {
-
-      __pyx_t_4 = __pyx_t_2;
-    } else {
-
-      __pyx_t_4 = __pyx_t_5;
-    }
-
-    __pyx_v_records = __pyx_t_4;
-
-
-    /* "ivshmem/native/areas.pyx":85
- *     if places == 0:
- *         places = min(max(size // FOR_A_PLACE, 16), 256)
- *     if records == 0:             # <<<<<<<<<<<<<<
- *         records = min(max(size // FOR_A_RECORD, 8), 256)
- *     memory_of(mapping, &memory)
-*/
-  }
-
-  /* "ivshmem/native/areas.pyx":87
- *     if records == 0:
- *         records = min(max(size // FOR_A_RECORD, 8), 256)
- *     memory_of(mapping, &memory)             # <<<<<<<<<<<<<<
- *     try:
- *         with nogil:
-*/
-  __pyx_t_6 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 87, __pyx_L1_error)
-
-
-  /* "ivshmem/native/areas.pyx":88
- *         records = min(max(size // FOR_A_RECORD, 8), 256)
- *     memory_of(mapping, &memory)
- *     try:             # <<<<<<<<<<<<<<
- *         with nogil:
- *             code = ivshmem_area_make(&area, &memory, offset, size, places, records)
-*/
-  /*try:*/ {
-
-    /* "ivshmem/native/areas.pyx":89
- *     memory_of(mapping, &memory)
- *     try:
- *         with nogil:             # <<<<<<<<<<<<<<
- *             code = ivshmem_area_make(&area, &memory, offset, size, places, records)
- *     finally:
-*/
-    {
-        PyThreadState * _save;
-        _save = PyEval_SaveThread();
-        __Pyx_FastGIL_Remember();
-        /*try:*/ {
-
-          /* "ivshmem/native/areas.pyx":90
- *     try:
- *         with nogil:
- *             code = ivshmem_area_make(&area, &memory, offset, size, places, records)             # <<<<<<<<<<<<<<
- *     finally:
- *         mapping.unpin()
-*/
-          __pyx_v_code = ivshmem_area_make((&__pyx_v_area), (&__pyx_v_memory), __pyx_v_offset, __pyx_v_size, __pyx_v_places, __pyx_v_records);
-        }
-
-        /* "ivshmem/native/areas.pyx":89
- *     memory_of(mapping, &memory)
- *     try:
- *         with nogil:             # <<<<<<<<<<<<<<
- *             code = ivshmem_area_make(&area, &memory, offset, size, places, records)
- *     finally:
-*/
-        /*finally:*/ {
-          /*normal exit:*/{
-            __Pyx_FastGIL_Forget();
-            PyEval_RestoreThread(_save);
-            goto __pyx_L10;
-          }
-          __pyx_L10:;
-        }
-    }
-  }
-
-  /* "ivshmem/native/areas.pyx":92
- *             code = ivshmem_area_make(&area, &memory, offset, size, places, records)
- *     finally:
- *         mapping.unpin()             # <<<<<<<<<<<<<<
- *     if code == 0:
- *         return described(&area)
-*/
-  /*finally:*/ {
-    /*normal exit:*/{
-      ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_mapping->__pyx_vtab)->unpin(__pyx_v_mapping);
-      goto __pyx_L7;
-    }
-    __pyx_L7:;
-  }
-
-  /* "ivshmem/native/areas.pyx":93
- *     finally:
- *         mapping.unpin()
- *     if code == 0:             # <<<<<<<<<<<<<<
- *         return described(&area)
- *     if code == IVSHMEM_NO_ROOM:
-*/
-  __pyx_t_1 = (__pyx_v_code == 0);
-
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/native/areas.pyx":94
- *         mapping.unpin()
- *     if code == 0:
- *         return described(&area)             # <<<<<<<<<<<<<<
- *     if code == IVSHMEM_NO_ROOM:
- *         raise RegionError(
-*/
-    __pyx_t_7 = __pyx_f_7ivshmem_6native_5areas_described((&__pyx_v_area)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 94, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_7);
-    {
-      PyObject *__pyx_temp;
-      {
-        __pyx_temp = __pyx_r;
-        __pyx_r = __pyx_t_7;
-      }
-      __Pyx_XDECREF(__pyx_temp);
-    }
-    __pyx_t_7 = 0;
-    goto __pyx_L0;
-
-    /* "ivshmem/native/areas.pyx":93
- *     finally:
- *         mapping.unpin()
- *     if code == 0:             # <<<<<<<<<<<<<<
- *         return described(&area)
- *     if code == IVSHMEM_NO_ROOM:
-*/
-  }
-
-  /* "ivshmem/native/areas.pyx":95
- *     if code == 0:
- *         return described(&area)
- *     if code == IVSHMEM_NO_ROOM:             # <<<<<<<<<<<<<<
- *         raise RegionError(
- *             f"no area of {size} bytes can be made at {offset:#x} of {memory.size} bytes, for"
-*/
-  __pyx_t_1 = (__pyx_v_code == IVSHMEM_NO_ROOM);
-
-  if (unlikely(__pyx_t_1)) {
-
-
-    /* "ivshmem/native/areas.pyx":96
- *         return described(&area)
- *     if code == IVSHMEM_NO_ROOM:
- *         raise RegionError(             # <<<<<<<<<<<<<<
- *             f"no area of {size} bytes can be made at {offset:#x} of {memory.size} bytes, for"
- *             f" {places} processes and {records} channels"
-*/
-    __pyx_t_8 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 96, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_9);
-
-    /* "ivshmem/native/areas.pyx":97
- *     if code == IVSHMEM_NO_ROOM:
- *         raise RegionError(
- *             f"no area of {size} bytes can be made at {offset:#x} of {memory.size} bytes, for"             # <<<<<<<<<<<<<<
- *             f" {places} processes and {records} channels"
- *         )
-*/
-    __pyx_t_10 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 97, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_11 = __Pyx_PyLong_From_uint64_t(__pyx_v_offset); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 97, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_12 = __Pyx_PyObject_Format(__pyx_t_11, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 97, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_12);
-    __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-    __pyx_t_11 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_memory.size, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 97, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_11);
-
-    /* "ivshmem/native/areas.pyx":98
- *         raise RegionError(
- *             f"no area of {size} bytes can be made at {offset:#x} of {memory.size} bytes, for"
- *             f" {places} processes and {records} channels"             # <<<<<<<<<<<<<<
- *         )
- *     raise RegionError("the memory is mapped for reading only: no area can be made in it")
-*/
-    __pyx_t_13 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_places, 0, ' ', 'd'); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 98, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_13);
-    __pyx_t_14 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_records, 0, ' ', 'd'); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 98, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_14);
-    __pyx_t_15[0] = __pyx_mstate_global->__pyx_kp_u_no_area_of;
-    __pyx_t_15[1] = __pyx_t_10;
-    __pyx_t_15[2] = __pyx_mstate_global->__pyx_kp_u_bytes_can_be_made_at;
-    __pyx_t_15[3] = __pyx_t_12;
-    __pyx_t_15[4] = __pyx_mstate_global->__pyx_kp_u_of;
-    __pyx_t_15[5] = __pyx_t_11;
-    __pyx_t_15[6] = __pyx_mstate_global->__pyx_kp_u_bytes_for;
-    __pyx_t_15[7] = __pyx_t_13;
-    __pyx_t_15[8] = __pyx_mstate_global->__pyx_kp_u_processes_and;
-    __pyx_t_15[9] = __pyx_t_14;
-    __pyx_t_15[10] = __pyx_mstate_global->__pyx_kp_u_channels;
-
-    /* "ivshmem/native/areas.pyx":97
- *     if code == IVSHMEM_NO_ROOM:
- *         raise RegionError(
- *             f"no area of {size} bytes can be made at {offset:#x} of {memory.size} bytes, for"             # <<<<<<<<<<<<<<
- *             f" {places} processes and {records} channels"
- *         )
-*/
-    __pyx_t_16 = 73;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    for (Py_ssize_t i=1; i <= 9; i += 2) {
-      Py_ssize_t l = __Pyx_PyUnicode_GET_LENGTH(__pyx_t_15[i]);
-      __pyx_t_16 += l;
-    }
-    #endif
-    __pyx_t_6 = 0;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_15[3]);
-    #endif
-    __pyx_t_17 = __Pyx_PyUnicode_Join(__pyx_t_15, 11, __pyx_t_16, __pyx_t_6);
-    if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 97, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_17);
-    __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-    __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-    __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-    __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-    __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    __pyx_t_18 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_9))) {
-      __pyx_t_8 = PyMethod_GET_SELF(__pyx_t_9);
-      assert(__pyx_t_8);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_9);
-      __Pyx_INCREF(__pyx_t_8);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_9, __pyx__function);
-      __pyx_t_18 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_8, __pyx_t_17};
-      __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_9, __pyx_callargs+__pyx_t_18, (2-__pyx_t_18) | (__pyx_t_18*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
-      __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
-      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 96, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_7);
-    }
-    __Pyx_Raise(__pyx_t_7, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __PYX_ERR(0, 96, __pyx_L1_error)
-
-    /* "ivshmem/native/areas.pyx":95
- *     if code == 0:
- *         return described(&area)
- *     if code == IVSHMEM_NO_ROOM:             # <<<<<<<<<<<<<<
- *         raise RegionError(
- *             f"no area of {size} bytes can be made at {offset:#x} of {memory.size} bytes, for"
-*/
-  }
-
-  /* "ivshmem/native/areas.pyx":100
- *             f" {places} processes and {records} channels"
- *         )
- *     raise RegionError("the memory is mapped for reading only: no area can be made in it")             # <<<<<<<<<<<<<<
- * 
- * 
-*/
-  __pyx_t_9 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_17, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 100, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_17);
-  __pyx_t_18 = 1;
-  #if CYTHON_UNPACK_METHODS
-  if (unlikely(PyMethod_Check(__pyx_t_17))) {
-    __pyx_t_9 = PyMethod_GET_SELF(__pyx_t_17);
-    assert(__pyx_t_9);
-    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_17);
-    __Pyx_INCREF(__pyx_t_9);
-    __Pyx_INCREF(__pyx__function);
-    __Pyx_DECREF_SET(__pyx_t_17, __pyx__function);
-    __pyx_t_18 = 0;
-  }
-  #endif
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_9, __pyx_mstate_global->__pyx_kp_u_the_memory_is_mapped_for_reading};
-    __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_17, __pyx_callargs+__pyx_t_18, (2-__pyx_t_18) | (__pyx_t_18*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-    __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 100, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_7);
-  }
-  __Pyx_Raise(__pyx_t_7, 0, 0, 0);
-  __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-  __PYX_ERR(0, 100, __pyx_L1_error)
-
-  /* "ivshmem/native/areas.pyx":69
- * 
- * 
- * def make_area(Mapping mapping not None, uint64_t offset, uint64_t size, unsigned places=0,             # <<<<<<<<<<<<<<
- *               unsigned records=0):
- *     """Make an area of `size` bytes at an offset, a multiple of 4096 from 8192 on.
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_XDECREF(__pyx_t_9);
-  __Pyx_XDECREF(__pyx_t_10);
-  __Pyx_XDECREF(__pyx_t_11);
-  __Pyx_XDECREF(__pyx_t_12);
-  __Pyx_XDECREF(__pyx_t_13);
-  __Pyx_XDECREF(__pyx_t_14);
-  __Pyx_XDECREF(__pyx_t_17);
-  __Pyx_AddTraceback("ivshmem.native.areas.make_area", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-
-
-
-
-
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/native/areas.pyx":103
- * 
- * 
- * def area_of(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
- *     """Return the Area whose header is at an offset; None: there is none, or of another version."""
- *     cdef ivshmem_memory memory
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_6native_5areas_3area_of(PyObject *__pyx_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_5areas_2area_of, "area_of(mapping, offset)\n--\n\nReturn the Area whose header is at an offset; None: there is none, or of another version.");
-static PyMethodDef __pyx_mdef_7ivshmem_6native_5areas_3area_of = {"area_of", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_5areas_3area_of, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_5areas_2area_of};
-static PyObject *__pyx_pw_7ivshmem_6native_5areas_3area_of(PyObject *__pyx_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping = 0;
-  uint64_t __pyx_v_offset;
+  PyObject *__pyx_v_buffer = 0;
+  PyObject *__pyx_v_timeout = 0;
   #if !CYTHON_VECTORCALL
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
   #endif
@@ -3679,7 +7800,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   int __pyx_clineno = 0;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("area_of (wrapper)", 0);
+  __Pyx_RefNannySetupContext("get_into_async (wrapper)", 0);
   #if !CYTHON_VECTORCALL
   #if CYTHON_ASSUME_SAFE_SIZE
   __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
@@ -3689,241 +7810,176 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   #endif
   __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
   {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,&__pyx_mstate_global->__pyx_n_u_offset,0};
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 103, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 194, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 103, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 194, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 103, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 194, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "area_of", 0) < (0)) __PYX_ERR(0, 103, __pyx_L3_error)
-      for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("area_of", 1, 2, 2, i); __PYX_ERR(0, 103, __pyx_L3_error) }
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 194, __pyx_L3_error)
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 194, __pyx_L3_error) }
       }
-    } else if (unlikely(__pyx_nargs != 2)) {
-      goto __pyx_L5_argtuple_error;
     } else {
-      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 103, __pyx_L3_error)
-      values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 103, __pyx_L3_error)
+      switch (__pyx_nargs) {
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 194, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 194, __pyx_L3_error)
+        break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
     }
-    __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
-    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 103, __pyx_L3_error)
+    __pyx_v_buffer = values[0];
+    __pyx_v_timeout = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("area_of", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 103, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 194, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem.native.areas.area_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.get_into_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 103, __pyx_L1_error)
-  __pyx_r = __pyx_pf_7ivshmem_6native_5areas_2area_of(__pyx_self, __pyx_v_mapping, __pyx_v_offset);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_async(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_buffer, __pyx_v_timeout);
 
   /* function exit code */
-  goto __pyx_L0;
-  __pyx_L1_error:;
-  __pyx_r = NULL;
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  goto __pyx_L7_cleaned_up;
-  __pyx_L0:;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __pyx_L7_cleaned_up:;
-
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_6native_5areas_2area_of(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, uint64_t __pyx_v_offset) {
-  struct ivshmem_memory __pyx_v_memory;
-  struct ivshmem_area __pyx_v_area;
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_async(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_buffer, PyObject *__pyx_v_timeout) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
+  PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
-  int __pyx_t_3;
+  PyObject *__pyx_t_3 = NULL;
   PyObject *__pyx_t_4 = NULL;
-  int __pyx_t_5;
-  char const *__pyx_t_6;
-  PyObject *__pyx_t_7 = NULL;
-  PyObject *__pyx_t_8 = NULL;
-  PyObject *__pyx_t_9 = NULL;
-  PyObject *__pyx_t_10 = NULL;
-  PyObject *__pyx_t_11 = NULL;
-  PyObject *__pyx_t_12 = NULL;
+  size_t __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("area_of", 0);
+  __Pyx_RefNannySetupContext("get_into_async", 0);
 
-  /* "ivshmem/native/areas.pyx":107
- *     cdef ivshmem_memory memory
- *     cdef ivshmem_area area
- *     memory_of(mapping, &memory)             # <<<<<<<<<<<<<<
- *     try:
- *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None
+  /* "ivshmem/channel/queues.pyx":196
+ *     def get_into_async(self, buffer, timeout=None):
+ *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
+ *         return asynchronous.until_something(self, self.get_into, timeout, buffer)             # <<<<<<<<<<<<<<
+ * 
+ *     def take_async(self, timeout=None):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 107, __pyx_L1_error)
-
-
-  /* "ivshmem/native/areas.pyx":108
- *     cdef ivshmem_area area
- *     memory_of(mapping, &memory)
- *     try:             # <<<<<<<<<<<<<<
- *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None
- *     finally:
-*/
-  /*try:*/ {
-
-    /* "ivshmem/native/areas.pyx":109
- *     memory_of(mapping, &memory)
- *     try:
- *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None             # <<<<<<<<<<<<<<
- *     finally:
- *         mapping.unpin()
-*/
-    __pyx_t_3 = (ivshmem_area_open((&__pyx_v_area), (&__pyx_v_memory), __pyx_v_offset) == 0);
-
-    if (__pyx_t_3) {
-      __pyx_t_4 = __pyx_f_7ivshmem_6native_5areas_described((&__pyx_v_area)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 109, __pyx_L4_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_2 = __pyx_t_4;
-      __pyx_t_4 = 0;
-    } else {
-      __Pyx_INCREF(Py_None);
-      __pyx_t_2 = Py_None;
-    }
-
+  __pyx_t_2 = NULL;
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 196, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 196, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 196, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_5 = 1;
+  #if CYTHON_UNPACK_METHODS
+  if (unlikely(PyMethod_Check(__pyx_t_4))) {
+    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_4);
+    assert(__pyx_t_2);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
+    __Pyx_INCREF(__pyx_t_2);
+    __Pyx_INCREF(__pyx__function);
+    __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
+    __pyx_t_5 = 0;
+  }
+  #endif
+  {
+    PyObject *__pyx_callargs[5] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_t_3, __pyx_v_timeout, __pyx_v_buffer};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (5-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 196, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  {
+    PyObject *__pyx_temp;
     {
-      PyObject *__pyx_temp;
-      {
-        __pyx_temp = __pyx_r;
-        __pyx_r = __pyx_t_2;
-      }
-      __Pyx_XDECREF(__pyx_temp);
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
     }
-    __pyx_t_2 = 0;
-    goto __pyx_L3_return;
+    __Pyx_XDECREF(__pyx_temp);
   }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
 
-  /* "ivshmem/native/areas.pyx":111
- *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None
- *     finally:
- *         mapping.unpin()             # <<<<<<<<<<<<<<
+  /* "ivshmem/channel/queues.pyx":194
+ *         return asynchronous.until_something(self, self.get, timeout)
  * 
- * 
-*/
-  /*finally:*/ {
-    __pyx_L4_error:;
-    /*exception exit:*/{
-      __Pyx_PyThreadState_declare
-      __Pyx_PyThreadState_assign
-      __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0;
-      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-       __Pyx_ExceptionSwap(&__pyx_t_10, &__pyx_t_11, &__pyx_t_12);
-      if ( unlikely(__Pyx_GetException(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9) < 0)) __Pyx_ErrFetch(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9);
-      __Pyx_XGOTREF(__pyx_t_7);
-      __Pyx_XGOTREF(__pyx_t_8);
-      __Pyx_XGOTREF(__pyx_t_9);
-      __Pyx_XGOTREF(__pyx_t_10);
-      __Pyx_XGOTREF(__pyx_t_11);
-      __Pyx_XGOTREF(__pyx_t_12);
-      __pyx_t_1 = __pyx_lineno; __pyx_t_5 = __pyx_clineno; __pyx_t_6 = __pyx_filename;
-      {
-        ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_mapping->__pyx_vtab)->unpin(__pyx_v_mapping);
-      }
-      __Pyx_XGIVEREF(__pyx_t_10);
-      __Pyx_XGIVEREF(__pyx_t_11);
-      __Pyx_XGIVEREF(__pyx_t_12);
-      __Pyx_ExceptionReset(__pyx_t_10, __pyx_t_11, __pyx_t_12);
-      __Pyx_XGIVEREF(__pyx_t_7);
-      __Pyx_XGIVEREF(__pyx_t_8);
-      __Pyx_XGIVEREF(__pyx_t_9);
-      __Pyx_ErrRestore(__pyx_t_7, __pyx_t_8, __pyx_t_9);
-      __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0;
-      __pyx_lineno = __pyx_t_1; __pyx_clineno = __pyx_t_5; __pyx_filename = __pyx_t_6;
-      goto __pyx_L1_error;
-    }
-    __pyx_L3_return: {
-      __pyx_t_12 = __pyx_r;
-      __pyx_r = 0;
-      ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_mapping->__pyx_vtab)->unpin(__pyx_v_mapping);
-      __pyx_r = __pyx_t_12;
-      __pyx_t_12 = 0;
-      goto __pyx_L0;
-    }
-  }
-
-  /* "ivshmem/native/areas.pyx":103
- * 
- * 
- * def area_of(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
- *     """Return the Area whose header is at an offset; None: there is none, or of another version."""
- *     cdef ivshmem_memory memory
+ *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
+ *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
+ *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
 */
 
   /* function exit code */
   __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem.native.areas.area_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.get_into_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
-
-
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/native/areas.pyx":114
+/* "ivshmem/channel/queues.pyx":198
+ *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
  * 
- * 
- * def find_area(Mapping mapping not None):             # <<<<<<<<<<<<<<
- *     """Return the Area that the region's directory of names tells of; None: there is none."""
- *     cdef ivshmem_memory memory
+ *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
+ *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
+ *         return asynchronous.until_something(self, self.take, timeout)
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_6native_5areas_5find_area(PyObject *__pyx_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_11take_async(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_5areas_4find_area, "find_area(mapping)\n--\n\nReturn the Area that the region\047s directory of names tells of; None: there is none.");
-static PyMethodDef __pyx_mdef_7ivshmem_6native_5areas_5find_area = {"find_area", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_5areas_5find_area, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_5areas_4find_area};
-static PyObject *__pyx_pw_7ivshmem_6native_5areas_5find_area(PyObject *__pyx_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_11QueueReader_10take_async, "The twin of `take` for asyncio: a coroutine. To cancel it takes nothing.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_11take_async = {"take_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_11take_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_10take_async};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_11take_async(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ) {
-  struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping = 0;
+  PyObject *__pyx_v_timeout = 0;
   #if !CYTHON_VECTORCALL
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
   #endif
@@ -3934,7 +7990,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   int __pyx_clineno = 0;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("find_area (wrapper)", 0);
+  __Pyx_RefNannySetupContext("take_async (wrapper)", 0);
   #if !CYTHON_VECTORCALL
   #if CYTHON_ASSUME_SAFE_SIZE
   __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
@@ -3944,285 +8000,542 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   #endif
   __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
   {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,0};
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 114, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 198, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 114, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 198, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "find_area", 0) < (0)) __PYX_ERR(0, 114, __pyx_L3_error)
-      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("find_area", 1, 1, 1, i); __PYX_ERR(0, 114, __pyx_L3_error) }
-      }
-    } else if (unlikely(__pyx_nargs != 1)) {
-      goto __pyx_L5_argtuple_error;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take_async", 0) < (0)) __PYX_ERR(0, 198, __pyx_L3_error)
+      if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
-      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 114, __pyx_L3_error)
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 198, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     }
-    __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
+    __pyx_v_timeout = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("find_area", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 114, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 198, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem.native.areas.find_area", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.take_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 114, __pyx_L1_error)
-  __pyx_r = __pyx_pf_7ivshmem_6native_5areas_4find_area(__pyx_self, __pyx_v_mapping);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_timeout);
 
   /* function exit code */
-  goto __pyx_L0;
-  __pyx_L1_error:;
-  __pyx_r = NULL;
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  goto __pyx_L7_cleaned_up;
-  __pyx_L0:;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __pyx_L7_cleaned_up:;
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping) {
-  struct ivshmem_memory __pyx_v_memory;
-  struct ivshmem_area __pyx_v_area;
-  uint64_t __pyx_v_offset;
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_timeout) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  int __pyx_t_2;
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
   PyObject *__pyx_t_3 = NULL;
   PyObject *__pyx_t_4 = NULL;
-  int __pyx_t_5;
-  char const *__pyx_t_6;
-  PyObject *__pyx_t_7 = NULL;
-  PyObject *__pyx_t_8 = NULL;
-  PyObject *__pyx_t_9 = NULL;
-  PyObject *__pyx_t_10 = NULL;
-  PyObject *__pyx_t_11 = NULL;
-  PyObject *__pyx_t_12 = NULL;
+  size_t __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("find_area", 0);
+  __Pyx_RefNannySetupContext("take_async", 0);
 
-  /* "ivshmem/native/areas.pyx":119
- *     cdef ivshmem_area area
- *     cdef uint64_t offset
- *     memory_of(mapping, &memory)             # <<<<<<<<<<<<<<
- *     try:
- *         if ivshmem_find_area(&memory, &offset) != 0:
+  /* "ivshmem/channel/queues.pyx":200
+ *     def take_async(self, timeout=None):
+ *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
+ *         return asynchronous.until_something(self, self.take, timeout)             # <<<<<<<<<<<<<<
+ * 
+ *     def __iter__(self):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 119, __pyx_L1_error)
-
-
-  /* "ivshmem/native/areas.pyx":120
- *     cdef uint64_t offset
- *     memory_of(mapping, &memory)
- *     try:             # <<<<<<<<<<<<<<
- *         if ivshmem_find_area(&memory, &offset) != 0:
- *             return None
-*/
-  /*try:*/ {
-
-    /* "ivshmem/native/areas.pyx":121
- *     memory_of(mapping, &memory)
- *     try:
- *         if ivshmem_find_area(&memory, &offset) != 0:             # <<<<<<<<<<<<<<
- *             return None
- *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None
-*/
-    __pyx_t_2 = (ivshmem_find_area((&__pyx_v_memory), (&__pyx_v_offset)) != 0);
-
-    if (__pyx_t_2) {
-
-
-      /* "ivshmem/native/areas.pyx":122
- *     try:
- *         if ivshmem_find_area(&memory, &offset) != 0:
- *             return None             # <<<<<<<<<<<<<<
- *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None
- *     finally:
-*/
-      {
-        PyObject *__pyx_temp;
-        {
-          __pyx_temp = __pyx_r;
-          __pyx_r = Py_None; __Pyx_INCREF(Py_None);
-        }
-        __Pyx_XDECREF(__pyx_temp);
-      }
-      goto __pyx_L3_return;
-
-      /* "ivshmem/native/areas.pyx":121
- *     memory_of(mapping, &memory)
- *     try:
- *         if ivshmem_find_area(&memory, &offset) != 0:             # <<<<<<<<<<<<<<
- *             return None
- *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None
-*/
-    }
-
-    /* "ivshmem/native/areas.pyx":123
- *         if ivshmem_find_area(&memory, &offset) != 0:
- *             return None
- *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None             # <<<<<<<<<<<<<<
- *     finally:
- *         mapping.unpin()
-*/
-    __pyx_t_2 = (ivshmem_area_open((&__pyx_v_area), (&__pyx_v_memory), __pyx_v_offset) == 0);
-
-    if (__pyx_t_2) {
-      __pyx_t_4 = __pyx_f_7ivshmem_6native_5areas_described((&__pyx_v_area)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 123, __pyx_L4_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_3 = __pyx_t_4;
-      __pyx_t_4 = 0;
-    } else {
-      __Pyx_INCREF(Py_None);
-      __pyx_t_3 = Py_None;
-    }
-
+  __pyx_t_2 = NULL;
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 200, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 200, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 200, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_5 = 1;
+  #if CYTHON_UNPACK_METHODS
+  if (unlikely(PyMethod_Check(__pyx_t_4))) {
+    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_4);
+    assert(__pyx_t_2);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
+    __Pyx_INCREF(__pyx_t_2);
+    __Pyx_INCREF(__pyx__function);
+    __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
+    __pyx_t_5 = 0;
+  }
+  #endif
+  {
+    PyObject *__pyx_callargs[4] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_t_3, __pyx_v_timeout};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (4-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 200, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  {
+    PyObject *__pyx_temp;
     {
-      PyObject *__pyx_temp;
-      {
-        __pyx_temp = __pyx_r;
-        __pyx_r = __pyx_t_3;
-      }
-      __Pyx_XDECREF(__pyx_temp);
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
     }
-    __pyx_t_3 = 0;
-    goto __pyx_L3_return;
+    __Pyx_XDECREF(__pyx_temp);
   }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
 
-  /* "ivshmem/native/areas.pyx":125
- *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None
- *     finally:
- *         mapping.unpin()             # <<<<<<<<<<<<<<
+  /* "ivshmem/channel/queues.pyx":198
+ *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
  * 
- * 
-*/
-  /*finally:*/ {
-    __pyx_L4_error:;
-    /*exception exit:*/{
-      __Pyx_PyThreadState_declare
-      __Pyx_PyThreadState_assign
-      __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0;
-      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-       __Pyx_ExceptionSwap(&__pyx_t_10, &__pyx_t_11, &__pyx_t_12);
-      if ( unlikely(__Pyx_GetException(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9) < 0)) __Pyx_ErrFetch(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9);
-      __Pyx_XGOTREF(__pyx_t_7);
-      __Pyx_XGOTREF(__pyx_t_8);
-      __Pyx_XGOTREF(__pyx_t_9);
-      __Pyx_XGOTREF(__pyx_t_10);
-      __Pyx_XGOTREF(__pyx_t_11);
-      __Pyx_XGOTREF(__pyx_t_12);
-      __pyx_t_1 = __pyx_lineno; __pyx_t_5 = __pyx_clineno; __pyx_t_6 = __pyx_filename;
-      {
-        ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_mapping->__pyx_vtab)->unpin(__pyx_v_mapping);
-      }
-      __Pyx_XGIVEREF(__pyx_t_10);
-      __Pyx_XGIVEREF(__pyx_t_11);
-      __Pyx_XGIVEREF(__pyx_t_12);
-      __Pyx_ExceptionReset(__pyx_t_10, __pyx_t_11, __pyx_t_12);
-      __Pyx_XGIVEREF(__pyx_t_7);
-      __Pyx_XGIVEREF(__pyx_t_8);
-      __Pyx_XGIVEREF(__pyx_t_9);
-      __Pyx_ErrRestore(__pyx_t_7, __pyx_t_8, __pyx_t_9);
-      __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0;
-      __pyx_lineno = __pyx_t_1; __pyx_clineno = __pyx_t_5; __pyx_filename = __pyx_t_6;
-      goto __pyx_L1_error;
-    }
-    __pyx_L3_return: {
-      __pyx_t_12 = __pyx_r;
-      __pyx_r = 0;
-      ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_mapping->__pyx_vtab)->unpin(__pyx_v_mapping);
-      __pyx_r = __pyx_t_12;
-      __pyx_t_12 = 0;
-      goto __pyx_L0;
-    }
-  }
-
-  /* "ivshmem/native/areas.pyx":114
- * 
- * 
- * def find_area(Mapping mapping not None):             # <<<<<<<<<<<<<<
- *     """Return the Area that the region's directory of names tells of; None: there is none."""
- *     cdef ivshmem_memory memory
+ *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
+ *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
+ *         return asynchronous.until_something(self, self.take, timeout)
 */
 
   /* function exit code */
   __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem.native.areas.find_area", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.take_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
-
-
-
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/native/areas.pyx":128
+/* "ivshmem/channel/queues.pyx":202
+ *         return asynchronous.until_something(self, self.take, timeout)
  * 
- * 
- * def sweep(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
- *     """Free all places of an area, and return how many there were; 0 if there is no area.
+ *     def __iter__(self):             # <<<<<<<<<<<<<<
+ *         return self
  * 
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_6native_5areas_7sweep(PyObject *__pyx_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_13__iter__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_13__iter__(PyObject *__pyx_v_self) {
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__iter__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12__iter__(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12__iter__(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__iter__", 0);
+
+  /* "ivshmem/channel/queues.pyx":203
+ * 
+ *     def __iter__(self):
+ *         return self             # <<<<<<<<<<<<<<
+ * 
+ *     def __next__(self):
+*/
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __Pyx_INCREF((PyObject *)__pyx_v_self);
+      __pyx_r = ((PyObject *)__pyx_v_self);
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/queues.pyx":202
+ *         return asynchronous.until_something(self, self.take, timeout)
+ * 
+ *     def __iter__(self):             # <<<<<<<<<<<<<<
+ *         return self
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":205
+ *         return self
+ * 
+ *     def __next__(self):             # <<<<<<<<<<<<<<
+ *         return self.get()
+ * 
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_15__next__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_15__next__(PyObject *__pyx_v_self) {
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__next__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__next__(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__next__(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  size_t __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__next__", 0);
+
+  /* "ivshmem/channel/queues.pyx":206
+ * 
+ *     def __next__(self):
+ *         return self.get()             # <<<<<<<<<<<<<<
+ * 
+ *     def __aiter__(self):
+*/
+  __pyx_t_2 = ((PyObject *)__pyx_v_self);
+  __Pyx_INCREF(__pyx_t_2);
+  __pyx_t_3 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
+    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 206, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/queues.pyx":205
+ *         return self
+ * 
+ *     def __next__(self):             # <<<<<<<<<<<<<<
+ *         return self.get()
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.__next__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":208
+ *         return self.get()
+ * 
+ *     def __aiter__(self):             # <<<<<<<<<<<<<<
+ *         return self
+ * 
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_17__aiter__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_17__aiter__(PyObject *__pyx_v_self) {
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__aiter__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__aiter__(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__aiter__(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__aiter__", 0);
+
+  /* "ivshmem/channel/queues.pyx":209
+ * 
+ *     def __aiter__(self):
+ *         return self             # <<<<<<<<<<<<<<
+ * 
+ *     def __anext__(self):
+*/
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __Pyx_INCREF((PyObject *)__pyx_v_self);
+      __pyx_r = ((PyObject *)__pyx_v_self);
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/queues.pyx":208
+ *         return self.get()
+ * 
+ *     def __aiter__(self):             # <<<<<<<<<<<<<<
+ *         return self
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":211
+ *         return self
+ * 
+ *     def __anext__(self):             # <<<<<<<<<<<<<<
+ *         return self.get_async()
+ * 
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_19__anext__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_19__anext__(PyObject *__pyx_v_self) {
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__anext__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__anext__(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__anext__(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  size_t __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__anext__", 0);
+
+  /* "ivshmem/channel/queues.pyx":212
+ * 
+ *     def __anext__(self):
+ *         return self.get_async()             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_2 = ((PyObject *)__pyx_v_self);
+  __Pyx_INCREF(__pyx_t_2);
+  __pyx_t_3 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
+    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 212, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/queues.pyx":211
+ *         return self
+ * 
+ *     def __anext__(self):             # <<<<<<<<<<<<<<
+ *         return self.get_async()
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.__anext__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_21__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_5areas_6sweep, "sweep(mapping, offset)\n--\n\nFree all places of an area, and return how many there were; 0 if there is no area.\n\nThe caller knows that none of their processes is left: no other process has the memory, or its\ncontents came from a file or from another machine.");
-static PyMethodDef __pyx_mdef_7ivshmem_6native_5areas_7sweep = {"sweep", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_5areas_7sweep, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_5areas_6sweep};
-static PyObject *__pyx_pw_7ivshmem_6native_5areas_7sweep(PyObject *__pyx_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_11QueueReader_20__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_21__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_21__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_20__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_21__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ) {
-  struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping = 0;
-  uint64_t __pyx_v_offset;
   #if !CYTHON_VECTORCALL
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
   #endif
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[2] = {0,0};
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__reduce_cython__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__reduce_cython__", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_20__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_20__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__reduce_cython__", 0);
+
+  /* "(tree fragment)":2
+ * def __reduce_cython__(self):
+ *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"             # <<<<<<<<<<<<<<
+ * def __setstate_cython__(self, __pyx_state):
+ *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
+*/
+  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_self_held_self_reader_cannot_be, 0, 0);
+  __PYX_ERR(1, 2, __pyx_L1_error)
+
+  /* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_23__setstate_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_11QueueReader_22__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_23__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_23__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_22__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_23__setstate_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  CYTHON_UNUSED PyObject *__pyx_v___pyx_state = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[1] = {0};
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("sweep (wrapper)", 0);
+  __Pyx_RefNannySetupContext("__setstate_cython__ (wrapper)", 0);
   #if !CYTHON_VECTORCALL
   #if CYTHON_ASSUME_SAFE_SIZE
   __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
@@ -4232,58 +8545,175 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   #endif
   __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
   {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,&__pyx_mstate_global->__pyx_n_u_offset,0};
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 128, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
-        case  2:
-        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 128, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 128, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sweep", 0) < (0)) __PYX_ERR(0, 128, __pyx_L3_error)
-      for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sweep", 1, 2, 2, i); __PYX_ERR(0, 128, __pyx_L3_error) }
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
       }
-    } else if (unlikely(__pyx_nargs != 2)) {
+    } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 128, __pyx_L3_error)
-      values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 128, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
     }
-    __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
-    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 128, __pyx_L3_error)
+    __pyx_v___pyx_state = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("sweep", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 128, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem.native.areas.sweep", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 128, __pyx_L1_error)
-  __pyx_r = __pyx_pf_7ivshmem_6native_5areas_6sweep(__pyx_self, __pyx_v_mapping, __pyx_v_offset);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_22__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v___pyx_state);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_22__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__setstate_cython__", 0);
+
+  /* "(tree fragment)":4
+ *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
+ * def __setstate_cython__(self, __pyx_state):
+ *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"             # <<<<<<<<<<<<<<
+*/
+  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_self_held_self_reader_cannot_be, 0, 0);
+  __PYX_ERR(1, 4, __pyx_L1_error)
+
+  /* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":228
+ *     """
+ * 
+ *     def __cinit__(self, ClaimingEnd reader not None):             # <<<<<<<<<<<<<<
+ *         self.reader = reader
+ *         self.taken = reader.taken
+*/
+
+/* Python wrapper */
+static int __pyx_pw_7ivshmem_7channel_6queues_5Taken_1__cinit__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL_TPNEW
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+static int __pyx_pw_7ivshmem_7channel_6queues_5Taken_1__cinit__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL_TPNEW
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_reader = 0;
+  #if !CYTHON_VECTORCALL_TPNEW
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[1] = {0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__cinit__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL_TPNEW
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return -1;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL_TPNEW(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_reader,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 228, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 228, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 228, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, i); __PYX_ERR(0, 228, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 1)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 228, __pyx_L3_error)
+    }
+    __pyx_v_reader = ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)values[0]);
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 228, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return -1;
+  __pyx_L4_argument_unpacking_done:;
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_reader), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd, 0, "reader", 0))) __PYX_ERR(0, 228, __pyx_L1_error)
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken___cinit__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self), __pyx_v_reader);
 
   /* function exit code */
   goto __pyx_L0;
   __pyx_L1_error:;
-  __pyx_r = NULL;
+  __pyx_r = -1;
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
@@ -4293,184 +8723,3041 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
     Py_XDECREF(values[__pyx_temp]);
   }
   __pyx_L7_cleaned_up:;
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static int __pyx_pf_7ivshmem_7channel_6queues_5Taken___cinit__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_reader) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  struct ivshmem_taken __pyx_t_1;
+  __Pyx_RefNannySetupContext("__cinit__", 0);
+
+  /* "ivshmem/channel/queues.pyx":229
+ * 
+ *     def __cinit__(self, ClaimingEnd reader not None):
+ *         self.reader = reader             # <<<<<<<<<<<<<<
+ *         self.taken = reader.taken
+ *         self.live = True
+*/
+  __Pyx_INCREF((PyObject *)__pyx_v_reader);
+  __Pyx_GIVEREF((PyObject *)__pyx_v_reader);
+  __Pyx_GOTREF((PyObject *)__pyx_v_self->reader);
+  __Pyx_DECREF_SET(__pyx_v_self->reader, __pyx_v_reader);
+
+  /* "ivshmem/channel/queues.pyx":230
+ *     def __cinit__(self, ClaimingEnd reader not None):
+ *         self.reader = reader
+ *         self.taken = reader.taken             # <<<<<<<<<<<<<<
+ *         self.live = True
+ * 
+*/
+  __pyx_t_1 = __pyx_v_reader->taken;
+
+  __pyx_v_self->taken = __pyx_t_1;
+
+  /* "ivshmem/channel/queues.pyx":231
+ *         self.reader = reader
+ *         self.taken = reader.taken
+ *         self.live = True             # <<<<<<<<<<<<<<
+ * 
+ *     @property
+*/
+  __pyx_v_self->live = 1;
+
+  /* "ivshmem/channel/queues.pyx":228
+ *     """
+ * 
+ *     def __cinit__(self, ClaimingEnd reader not None):             # <<<<<<<<<<<<<<
+ *         self.reader = reader
+ *         self.taken = reader.taken
+*/
+
+  /* function exit code */
+  __pyx_r = 0;
 
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, uint64_t __pyx_v_offset) {
-  struct ivshmem_memory __pyx_v_memory;
-  struct ivshmem_area __pyx_v_area;
-  unsigned int __pyx_v_freed;
+/* "ivshmem/channel/queues.pyx":233
+ *         self.live = True
+ * 
+ *     @property             # <<<<<<<<<<<<<<
+ *     def size(self):
+ *         return self.taken.message.length
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_4size_1__get__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_4size_1__get__(PyObject *__pyx_v_self) {
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_4size___get__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4size___get__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  int __pyx_t_2;
-  int __pyx_t_3;
-  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_1 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("sweep", 0);
+  __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/native/areas.pyx":136
- *     cdef ivshmem_memory memory
- *     cdef ivshmem_area area
- *     cdef unsigned freed = 0             # <<<<<<<<<<<<<<
- *     memory_of(mapping, &memory)
- *     try:
+  /* "ivshmem/channel/queues.pyx":235
+ *     @property
+ *     def size(self):
+ *         return self.taken.message.length             # <<<<<<<<<<<<<<
+ * 
+ *     @property
 */
-  __pyx_v_freed = 0;
-
-  /* "ivshmem/native/areas.pyx":137
- *     cdef ivshmem_area area
- *     cdef unsigned freed = 0
- *     memory_of(mapping, &memory)             # <<<<<<<<<<<<<<
- *     try:
- *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:
-*/
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 137, __pyx_L1_error)
-
-
-  /* "ivshmem/native/areas.pyx":138
- *     cdef unsigned freed = 0
- *     memory_of(mapping, &memory)
- *     try:             # <<<<<<<<<<<<<<
- *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:
- *             with nogil:
-*/
-  /*try:*/ {
-
-    /* "ivshmem/native/areas.pyx":139
- *     memory_of(mapping, &memory)
- *     try:
- *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:             # <<<<<<<<<<<<<<
- *             with nogil:
- *                 freed = ivshmem_area_sweep(&area)
-*/
-    __pyx_t_3 = (!(__pyx_v_memory.readonly != 0));
-
-    if (__pyx_t_3) {
-
-    } else {
-
-      __pyx_t_2 = __pyx_t_3;
-
-      goto __pyx_L7_bool_binop_done;
-    }
-    __pyx_t_3 = (ivshmem_area_open((&__pyx_v_area), (&__pyx_v_memory), __pyx_v_offset) == 0);
-
-
-    __pyx_t_2 = __pyx_t_3;
-
-    __pyx_L7_bool_binop_done:;
-    if (__pyx_t_2) {
-
-
-      /* "ivshmem/native/areas.pyx":140
- *     try:
- *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:
- *             with nogil:             # <<<<<<<<<<<<<<
- *                 freed = ivshmem_area_sweep(&area)
- *     finally:
-*/
-      {
-          PyThreadState * _save;
-          _save = PyEval_SaveThread();
-          __Pyx_FastGIL_Remember();
-          /*try:*/ {
-
-            /* "ivshmem/native/areas.pyx":141
- *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:
- *             with nogil:
- *                 freed = ivshmem_area_sweep(&area)             # <<<<<<<<<<<<<<
- *     finally:
- *         mapping.unpin()
-*/
-            __pyx_v_freed = ivshmem_area_sweep((&__pyx_v_area));
-          }
-
-          /* "ivshmem/native/areas.pyx":140
- *     try:
- *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:
- *             with nogil:             # <<<<<<<<<<<<<<
- *                 freed = ivshmem_area_sweep(&area)
- *     finally:
-*/
-          /*finally:*/ {
-            /*normal exit:*/{
-              __Pyx_FastGIL_Forget();
-              PyEval_RestoreThread(_save);
-              goto __pyx_L11;
-            }
-            __pyx_L11:;
-          }
-      }
-
-      /* "ivshmem/native/areas.pyx":139
- *     memory_of(mapping, &memory)
- *     try:
- *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:             # <<<<<<<<<<<<<<
- *             with nogil:
- *                 freed = ivshmem_area_sweep(&area)
-*/
-    }
-  }
-
-  /* "ivshmem/native/areas.pyx":143
- *                 freed = ivshmem_area_sweep(&area)
- *     finally:
- *         mapping.unpin()             # <<<<<<<<<<<<<<
- *     return freed
-*/
-  /*finally:*/ {
-    /*normal exit:*/{
-      ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_mapping->__pyx_vtab)->unpin(__pyx_v_mapping);
-      goto __pyx_L5;
-    }
-    __pyx_L5:;
-  }
-
-  /* "ivshmem/native/areas.pyx":144
- *     finally:
- *         mapping.unpin()
- *     return freed             # <<<<<<<<<<<<<<
-*/
-  __pyx_t_4 = __Pyx_PyLong_From_unsigned_int(__pyx_v_freed); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 144, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->taken.message.length); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 235, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_4;
+      __pyx_r = __pyx_t_1;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_4 = 0;
+  __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/areas.pyx":128
+  /* "ivshmem/channel/queues.pyx":233
+ *         self.live = True
  * 
+ *     @property             # <<<<<<<<<<<<<<
+ *     def size(self):
+ *         return self.taken.message.length
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.size.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":237
+ *         return self.taken.message.length
  * 
- * def sweep(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
- *     """Free all places of an area, and return how many there were; 0 if there is no area.
+ *     @property             # <<<<<<<<<<<<<<
+ *     def redelivered(self):
+ *         return self.taken.redelivered != 0
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_11redelivered_1__get__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_11redelivered_1__get__(PyObject *__pyx_v_self) {
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_11redelivered___get__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_11redelivered___get__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__get__", 0);
+
+  /* "ivshmem/channel/queues.pyx":239
+ *     @property
+ *     def redelivered(self):
+ *         return self.taken.redelivered != 0             # <<<<<<<<<<<<<<
+ * 
+ *     @property
+*/
+  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->taken.redelivered != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 239, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/queues.pyx":237
+ *         return self.taken.message.length
+ * 
+ *     @property             # <<<<<<<<<<<<<<
+ *     def redelivered(self):
+ *         return self.taken.redelivered != 0
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.redelivered.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":241
+ *         return self.taken.redelivered != 0
+ * 
+ *     @property             # <<<<<<<<<<<<<<
+ *     def writer(self):
+ *         return self.taken.message.writer
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_6writer_1__get__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_6writer_1__get__(PyObject *__pyx_v_self) {
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_6writer___get__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6writer___get__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__get__", 0);
+
+  /* "ivshmem/channel/queues.pyx":243
+ *     @property
+ *     def writer(self):
+ *         return self.taken.message.writer             # <<<<<<<<<<<<<<
+ * 
+ *     @property
+*/
+  __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_self->taken.message.writer); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 243, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/queues.pyx":241
+ *         return self.taken.redelivered != 0
+ * 
+ *     @property             # <<<<<<<<<<<<<<
+ *     def writer(self):
+ *         return self.taken.message.writer
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.writer.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":245
+ *         return self.taken.message.writer
+ * 
+ *     @property             # <<<<<<<<<<<<<<
+ *     def position(self):
+ *         return self.taken.message.position
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_8position_1__get__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_8position_1__get__(PyObject *__pyx_v_self) {
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_8position___get__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8position___get__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__get__", 0);
+
+  /* "ivshmem/channel/queues.pyx":247
+ *     @property
+ *     def position(self):
+ *         return self.taken.message.position             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int check(self) except -1:
+*/
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->taken.message.position); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 247, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/queues.pyx":245
+ *         return self.taken.message.writer
+ * 
+ *     @property             # <<<<<<<<<<<<<<
+ *     def position(self):
+ *         return self.taken.message.position
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.position.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":249
+ *         return self.taken.message.position
+ * 
+ *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
+ *         if not self.live:
+ *             raise ClosedError("the message was acknowledged or given back")
+*/
+
+static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_t_6;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("check", 0);
+
+  /* "ivshmem/channel/queues.pyx":250
+ * 
+ *     cdef int check(self) except -1:
+ *         if not self.live:             # <<<<<<<<<<<<<<
+ *             raise ClosedError("the message was acknowledged or given back")
+ *         return self.reader.enter()
+*/
+  __pyx_t_1 = (!__pyx_v_self->live);
+
+  if (unlikely(__pyx_t_1)) {
+
+
+    /* "ivshmem/channel/queues.pyx":251
+ *     cdef int check(self) except -1:
+ *         if not self.live:
+ *             raise ClosedError("the message was acknowledged or given back")             # <<<<<<<<<<<<<<
+ *         return self.reader.enter()
+ * 
+*/
+    __pyx_t_3 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 251, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_5 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_4))) {
+      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
+      assert(__pyx_t_3);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
+      __Pyx_INCREF(__pyx_t_3);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
+      __pyx_t_5 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_message_was_acknowledged_or};
+      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 251, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+    }
+    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __PYX_ERR(0, 251, __pyx_L1_error)
+
+    /* "ivshmem/channel/queues.pyx":250
+ * 
+ *     cdef int check(self) except -1:
+ *         if not self.live:             # <<<<<<<<<<<<<<
+ *             raise ClosedError("the message was acknowledged or given back")
+ *         return self.reader.enter()
+*/
+  }
+
+  /* "ivshmem/channel/queues.pyx":252
+ *         if not self.live:
+ *             raise ClosedError("the message was acknowledged or given back")
+ *         return self.reader.enter()             # <<<<<<<<<<<<<<
+ * 
+ *     def __getbuffer__(self, Py_buffer *view, int flags):
+*/
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->reader->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->reader)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 252, __pyx_L1_error)
+  {
+    __pyx_r = __pyx_t_6;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/queues.pyx":249
+ *         return self.taken.message.position
+ * 
+ *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
+ *         if not self.live:
+ *             raise ClosedError("the message was acknowledged or given back")
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.check", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":254
+ *         return self.reader.enter()
+ * 
+ *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
+ *         cdef char *start
+ *         self.check()
+*/
+
+/* Python wrapper */
+CYTHON_UNUSED static int __pyx_pw_7ivshmem_7channel_6queues_5Taken_3__getbuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags); /*proto*/
+CYTHON_UNUSED static int __pyx_pw_7ivshmem_7channel_6queues_5Taken_3__getbuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__getbuffer__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_2__getbuffer__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self), ((Py_buffer *)__pyx_v_view), ((int)__pyx_v_flags));
+
+  /* function exit code */
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_2__getbuffer__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
+  char *__pyx_v_start;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  if (unlikely(__pyx_v_view == NULL)) {
+    PyErr_SetString(PyExc_BufferError, "PyObject_GetBuffer: view==NULL argument is obsolete");
+    return -1;
+  }
+  __Pyx_RefNannySetupContext("__getbuffer__", 0);
+  __pyx_v_view->obj = Py_None; __Pyx_INCREF(Py_None);
+  __Pyx_GIVEREF(__pyx_v_view->obj);
+
+  /* "ivshmem/channel/queues.pyx":256
+ *     def __getbuffer__(self, Py_buffer *view, int flags):
+ *         cdef char *start
+ *         self.check()             # <<<<<<<<<<<<<<
+ *         self.reader.membership.mapping.pin()
+ *         start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 256, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/queues.pyx":257
+ *         cdef char *start
+ *         self.check()
+ *         self.reader.membership.mapping.pin()             # <<<<<<<<<<<<<<
+ *         start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset
+ *         try:
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->reader->__pyx_base.__pyx_base.membership->mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 257, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/queues.pyx":258
+ *         self.check()
+ *         self.reader.membership.mapping.pin()
+ *         start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset             # <<<<<<<<<<<<<<
+ *         try:
+ *             PyBuffer_FillInfo(view, self, start, self.taken.message.length, True, flags)
+*/
+  __pyx_v_start = (((char *)__pyx_v_self->reader->__pyx_base.__pyx_base.channel.area.memory.start) + __pyx_v_self->taken.message.offset);
+
+  /* "ivshmem/channel/queues.pyx":259
+ *         self.reader.membership.mapping.pin()
+ *         start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset
+ *         try:             # <<<<<<<<<<<<<<
+ *             PyBuffer_FillInfo(view, self, start, self.taken.message.length, True, flags)
+ *         except BaseException:
+*/
+  {
+    __Pyx_PyThreadState_declare
+    __Pyx_PyThreadState_assign
+    __Pyx_ExceptionSave(&__pyx_t_2, &__pyx_t_3, &__pyx_t_4);
+    __Pyx_XGOTREF(__pyx_t_2);
+    __Pyx_XGOTREF(__pyx_t_3);
+    __Pyx_XGOTREF(__pyx_t_4);
+    /*try:*/ {
+
+      /* "ivshmem/channel/queues.pyx":260
+ *         start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset
+ *         try:
+ *             PyBuffer_FillInfo(view, self, start, self.taken.message.length, True, flags)             # <<<<<<<<<<<<<<
+ *         except BaseException:
+ *             self.reader.membership.mapping.unpin()
+*/
+      __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_start, __pyx_v_self->taken.message.length, 1, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 260, __pyx_L3_error)
+
+
+      /* "ivshmem/channel/queues.pyx":259
+ *         self.reader.membership.mapping.pin()
+ *         start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset
+ *         try:             # <<<<<<<<<<<<<<
+ *             PyBuffer_FillInfo(view, self, start, self.taken.message.length, True, flags)
+ *         except BaseException:
+*/
+    }
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    goto __pyx_L8_try_end;
+    __pyx_L3_error:;
+
+    /* "ivshmem/channel/queues.pyx":261
+ *         try:
+ *             PyBuffer_FillInfo(view, self, start, self.taken.message.length, True, flags)
+ *         except BaseException:             # <<<<<<<<<<<<<<
+ *             self.reader.membership.mapping.unpin()
+ *             raise
+*/
+    __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
+    if (__pyx_t_1) {
+      __Pyx_AddTraceback("ivshmem.channel.queues.Taken.__getbuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 261, __pyx_L5_except_error)
+      __Pyx_XGOTREF(__pyx_t_5);
+      __Pyx_XGOTREF(__pyx_t_6);
+      __Pyx_XGOTREF(__pyx_t_7);
+
+      /* "ivshmem/channel/queues.pyx":262
+ *             PyBuffer_FillInfo(view, self, start, self.taken.message.length, True, flags)
+ *         except BaseException:
+ *             self.reader.membership.mapping.unpin()             # <<<<<<<<<<<<<<
+ *             raise
+ *         self.exports += 1
+*/
+      ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->reader->__pyx_base.__pyx_base.membership->mapping);
+
+      /* "ivshmem/channel/queues.pyx":263
+ *         except BaseException:
+ *             self.reader.membership.mapping.unpin()
+ *             raise             # <<<<<<<<<<<<<<
+ *         self.exports += 1
+ * 
+*/
+      __Pyx_GIVEREF(__pyx_t_5);
+      __Pyx_GIVEREF(__pyx_t_6);
+      __Pyx_XGIVEREF(__pyx_t_7);
+      __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_6, __pyx_t_7);
+      __pyx_t_5 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
+      __PYX_ERR(0, 263, __pyx_L5_except_error)
+    }
+    goto __pyx_L5_except_error;
+
+    /* "ivshmem/channel/queues.pyx":259
+ *         self.reader.membership.mapping.pin()
+ *         start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset
+ *         try:             # <<<<<<<<<<<<<<
+ *             PyBuffer_FillInfo(view, self, start, self.taken.message.length, True, flags)
+ *         except BaseException:
+*/
+    __pyx_L5_except_error:;
+    __Pyx_XGIVEREF(__pyx_t_2);
+    __Pyx_XGIVEREF(__pyx_t_3);
+    __Pyx_XGIVEREF(__pyx_t_4);
+    __Pyx_ExceptionReset(__pyx_t_2, __pyx_t_3, __pyx_t_4);
+    goto __pyx_L1_error;
+    __pyx_L8_try_end:;
+  }
+
+  /* "ivshmem/channel/queues.pyx":264
+ *             self.reader.membership.mapping.unpin()
+ *             raise
+ *         self.exports += 1             # <<<<<<<<<<<<<<
+ * 
+ *     def __releasebuffer__(self, Py_buffer *view):
+*/
+  __pyx_v_self->exports = (__pyx_v_self->exports + 1);
+
+  /* "ivshmem/channel/queues.pyx":254
+ *         return self.reader.enter()
+ * 
+ *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
+ *         cdef char *start
+ *         self.check()
+*/
+
+  /* function exit code */
+  __pyx_r = 0;
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.__getbuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  if (__pyx_v_view->obj != NULL) {
+    __Pyx_GOTREF(__pyx_v_view->obj);
+    __Pyx_DECREF(__pyx_v_view->obj); __pyx_v_view->obj = 0;
+  }
+  goto __pyx_L2;
+  __pyx_L0:;
+  if (__pyx_v_view->obj == Py_None) {
+    __Pyx_GOTREF(__pyx_v_view->obj);
+    __Pyx_DECREF(__pyx_v_view->obj); __pyx_v_view->obj = 0;
+  }
+  __pyx_L2:;
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":266
+ *         self.exports += 1
+ * 
+ *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
+ *         self.exports -= 1
+ *         self.reader.membership.mapping.unpin()
+*/
+
+/* Python wrapper */
+CYTHON_UNUSED static void __pyx_pw_7ivshmem_7channel_6queues_5Taken_5__releasebuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view); /*proto*/
+CYTHON_UNUSED static void __pyx_pw_7ivshmem_7channel_6queues_5Taken_5__releasebuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view) {
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__releasebuffer__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_pf_7ivshmem_7channel_6queues_5Taken_4__releasebuffer__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self), ((Py_buffer *)__pyx_v_view));
+
+  /* function exit code */
+
+  __Pyx_RefNannyFinishContext();
+}
+
+static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_4__releasebuffer__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view) {
+
+  /* "ivshmem/channel/queues.pyx":267
+ * 
+ *     def __releasebuffer__(self, Py_buffer *view):
+ *         self.exports -= 1             # <<<<<<<<<<<<<<
+ *         self.reader.membership.mapping.unpin()
+ * 
+*/
+  __pyx_v_self->exports = (__pyx_v_self->exports - 1);
+
+  /* "ivshmem/channel/queues.pyx":268
+ *     def __releasebuffer__(self, Py_buffer *view):
+ *         self.exports -= 1
+ *         self.reader.membership.mapping.unpin()             # <<<<<<<<<<<<<<
+ * 
+ *     def __len__(self):
+*/
+  ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->reader->__pyx_base.__pyx_base.membership->mapping);
+
+  /* "ivshmem/channel/queues.pyx":266
+ *         self.exports += 1
+ * 
+ *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
+ *         self.exports -= 1
+ *         self.reader.membership.mapping.unpin()
+*/
+
+  /* function exit code */
+
+}
+
+/* "ivshmem/channel/queues.pyx":270
+ *         self.reader.membership.mapping.unpin()
+ * 
+ *     def __len__(self):             # <<<<<<<<<<<<<<
+ *         return self.taken.message.length
+ * 
+*/
+
+/* Python wrapper */
+static Py_ssize_t __pyx_pw_7ivshmem_7channel_6queues_5Taken_7__len__(PyObject *__pyx_v_self); /*proto*/
+static Py_ssize_t __pyx_pw_7ivshmem_7channel_6queues_5Taken_7__len__(PyObject *__pyx_v_self) {
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  Py_ssize_t __pyx_r;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__len__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_6__len__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static Py_ssize_t __pyx_pf_7ivshmem_7channel_6queues_5Taken_6__len__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+  Py_ssize_t __pyx_r;
+
+  /* "ivshmem/channel/queues.pyx":271
+ * 
+ *     def __len__(self):
+ *         return self.taken.message.length             # <<<<<<<<<<<<<<
+ * 
+ *     def __bytes__(self):
+*/
+  {
+
+    __pyx_r = __pyx_v_self->taken.message.length;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/queues.pyx":270
+ *         self.reader.membership.mapping.unpin()
+ * 
+ *     def __len__(self):             # <<<<<<<<<<<<<<
+ *         return self.taken.message.length
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":273
+ *         return self.taken.message.length
+ * 
+ *     def __bytes__(self):             # <<<<<<<<<<<<<<
+ *         return memoryview(self).tobytes()
+ * 
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_9__bytes__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_8__bytes__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_9__bytes__ = {"__bytes__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_9__bytes__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_8__bytes__};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_9__bytes__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__bytes__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__bytes__", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__bytes__", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_8__bytes__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8__bytes__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  size_t __pyx_t_4;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__bytes__", 0);
+
+  /* "ivshmem/channel/queues.pyx":274
+ * 
+ *     def __bytes__(self):
+ *         return memoryview(self).tobytes()             # <<<<<<<<<<<<<<
+ * 
+ *     def get(self):
+*/
+  __pyx_t_3 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 274, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_2 = __pyx_t_3;
+  __Pyx_INCREF(__pyx_t_2);
+  __pyx_t_4 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
+    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_tobytes, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 274, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 274, __pyx_L1_error)
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/queues.pyx":273
+ *         return self.taken.message.length
+ * 
+ *     def __bytes__(self):             # <<<<<<<<<<<<<<
+ *         return memoryview(self).tobytes()
  * 
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem.native.areas.sweep", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.__bytes__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":276
+ *         return memoryview(self).tobytes()
+ * 
+ *     def get(self):             # <<<<<<<<<<<<<<
+ *         """Return a copy: bytes, or what the channel's type makes of them."""
+ *         data = bytes(self)
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_11get(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_10get, "Return a copy: bytes, or what the channel\047s type makes of them.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_11get = {"get", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_11get, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_10get};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_11get(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("get (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("get", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("get", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_10get(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10get(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+  PyObject *__pyx_v_data = NULL;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  size_t __pyx_t_3;
+  int __pyx_t_4;
+  PyObject *__pyx_t_5 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("get", 0);
+
+  /* "ivshmem/channel/queues.pyx":278
+ *     def get(self):
+ *         """Return a copy: bytes, or what the channel's type makes of them."""
+ *         data = bytes(self)             # <<<<<<<<<<<<<<
+ *         return data if self.reader.type is None else self.reader.type.decode(data)
+ * 
+*/
+  __pyx_t_2 = NULL;
+  __pyx_t_3 = 1;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, ((PyObject *)__pyx_v_self)};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(&PyBytes_Type), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 278, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  __pyx_v_data = ((PyObject*)__pyx_t_1);
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/channel/queues.pyx":279
+ *         """Return a copy: bytes, or what the channel's type makes of them."""
+ *         data = bytes(self)
+ *         return data if self.reader.type is None else self.reader.type.decode(data)             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int check_exports(self) except -1:
+*/
+  __pyx_t_4 = (__pyx_v_self->reader->__pyx_base.type == Py_None);
+  if (__pyx_t_4) {
+    __Pyx_INCREF(__pyx_v_data);
+    __pyx_t_1 = __pyx_v_data;
+  } else {
+    __pyx_t_5 = __pyx_v_self->reader->__pyx_base.type;
+    __Pyx_INCREF(__pyx_t_5);
+    __pyx_t_3 = 0;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_v_data};
+      __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 279, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+    }
+    __pyx_t_1 = __pyx_t_2;
+    __pyx_t_2 = 0;
+  }
+
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/queues.pyx":276
+ *         return memoryview(self).tobytes()
+ * 
+ *     def get(self):             # <<<<<<<<<<<<<<
+ *         """Return a copy: bytes, or what the channel's type makes of them."""
+ *         data = bytes(self)
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.get", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XDECREF(__pyx_v_data);
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":281
+ *         return data if self.reader.type is None else self.reader.type.decode(data)
+ * 
+ *     cdef int check_exports(self) except -1:             # <<<<<<<<<<<<<<
+ *         if self.exports:
+ *             raise BufferError(
+*/
+
+static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  size_t __pyx_t_8;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("check_exports", 0);
+
+  /* "ivshmem/channel/queues.pyx":282
+ * 
+ *     cdef int check_exports(self) except -1:
+ *         if self.exports:             # <<<<<<<<<<<<<<
+ *             raise BufferError(
+ *                 f"{counted(self.exports, 'memoryview')} or arrays of the message are in use:"
+*/
+  __pyx_t_1 = (__pyx_v_self->exports != 0);
+
+  if (unlikely(__pyx_t_1)) {
 
 
+    /* "ivshmem/channel/queues.pyx":283
+ *     cdef int check_exports(self) except -1:
+ *         if self.exports:
+ *             raise BufferError(             # <<<<<<<<<<<<<<
+ *                 f"{counted(self.exports, 'memoryview')} or arrays of the message are in use:"
+ *                 " release them first (del)"
+*/
+    __pyx_t_3 = NULL;
+
+    /* "ivshmem/channel/queues.pyx":284
+ *         if self.exports:
+ *             raise BufferError(
+ *                 f"{counted(self.exports, 'memoryview')} or arrays of the message are in use:"             # <<<<<<<<<<<<<<
+ *                 " release them first (del)"
+ *             )
+*/
+    __pyx_t_5 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 284, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 284, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_8 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_6))) {
+      __pyx_t_5 = PyMethod_GET_SELF(__pyx_t_6);
+      assert(__pyx_t_5);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_6);
+      __Pyx_INCREF(__pyx_t_5);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_6, __pyx__function);
+      __pyx_t_8 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[3] = {__pyx_t_5, __pyx_t_7, __pyx_mstate_global->__pyx_n_u_memoryview};
+      __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 284, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+    }
+    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 284, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_or_arrays_of_the_message_are_in); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 284, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __pyx_t_8 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_4};
+      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 283, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+    }
+    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __PYX_ERR(0, 283, __pyx_L1_error)
+
+    /* "ivshmem/channel/queues.pyx":282
+ * 
+ *     cdef int check_exports(self) except -1:
+ *         if self.exports:             # <<<<<<<<<<<<<<
+ *             raise BufferError(
+ *                 f"{counted(self.exports, 'memoryview')} or arrays of the message are in use:"
+*/
+  }
+
+  /* "ivshmem/channel/queues.pyx":287
+ *                 " release them first (del)"
+ *             )
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     def done(self):
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/queues.pyx":281
+ *         return data if self.reader.type is None else self.reader.type.decode(data)
+ * 
+ *     cdef int check_exports(self) except -1:             # <<<<<<<<<<<<<<
+ *         if self.exports:
+ *             raise BufferError(
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.check_exports", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":289
+ *         return 0
+ * 
+ *     def done(self):             # <<<<<<<<<<<<<<
+ *         """Acknowledge it: no other reader gets it. May be called twice.
+ * 
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_13done(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_12done, "Acknowledge it: no other reader gets it. May be called twice.\n\n        Raises:\n            Redelivered: this process was silent, and another reader has the message, too; what was\n                seen of it may be torn.\n            BufferError: a memoryview or an array of it is alive.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_13done = {"done", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_13done, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_12done};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_13done(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("done (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("done", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("done", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_12done(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12done(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+  int __pyx_v_code;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9[7];
+  Py_ssize_t __pyx_t_10;
+  PyObject *__pyx_t_11 = NULL;
+  size_t __pyx_t_12;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("done", 0);
+
+  /* "ivshmem/channel/queues.pyx":298
+ *         """
+ *         cdef int code
+ *         if not self.live:             # <<<<<<<<<<<<<<
+ *             return
+ *         self.check_exports()
+*/
+  __pyx_t_1 = (!__pyx_v_self->live);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/queues.pyx":299
+ *         cdef int code
+ *         if not self.live:
+ *             return             # <<<<<<<<<<<<<<
+ *         self.check_exports()
+ *         self.check()
+*/
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/queues.pyx":298
+ *         """
+ *         cdef int code
+ *         if not self.live:             # <<<<<<<<<<<<<<
+ *             return
+ *         self.check_exports()
+*/
+  }
+
+  /* "ivshmem/channel/queues.pyx":300
+ *         if not self.live:
+ *             return
+ *         self.check_exports()             # <<<<<<<<<<<<<<
+ *         self.check()
+ *         self.live = False
+*/
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_vtab)->check_exports(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 300, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/queues.pyx":301
+ *             return
+ *         self.check_exports()
+ *         self.check()             # <<<<<<<<<<<<<<
+ *         self.live = False
+ *         code = ivshmem_queue_done(&self.reader.reader, &self.taken)
+*/
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 301, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/queues.pyx":302
+ *         self.check_exports()
+ *         self.check()
+ *         self.live = False             # <<<<<<<<<<<<<<
+ *         code = ivshmem_queue_done(&self.reader.reader, &self.taken)
+ *         self.reader.membership.flush()
+*/
+  __pyx_v_self->live = 0;
+
+  /* "ivshmem/channel/queues.pyx":303
+ *         self.check()
+ *         self.live = False
+ *         code = ivshmem_queue_done(&self.reader.reader, &self.taken)             # <<<<<<<<<<<<<<
+ *         self.reader.membership.flush()
+ *         if code:
+*/
+  __pyx_v_code = ivshmem_queue_done((&__pyx_v_self->reader->__pyx_base.reader), (&__pyx_v_self->taken));
+
+  /* "ivshmem/channel/queues.pyx":304
+ *         self.live = False
+ *         code = ivshmem_queue_done(&self.reader.reader, &self.taken)
+ *         self.reader.membership.flush()             # <<<<<<<<<<<<<<
+ *         if code:
+ *             raise Redelivered(
+*/
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->reader->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->reader->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 304, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/queues.pyx":305
+ *         code = ivshmem_queue_done(&self.reader.reader, &self.taken)
+ *         self.reader.membership.flush()
+ *         if code:             # <<<<<<<<<<<<<<
+ *             raise Redelivered(
+ *                 f"queue {self.reader.name!r}: this process was silent while it had message"
+*/
+  __pyx_t_1 = (__pyx_v_code != 0);
+
+  if (unlikely(__pyx_t_1)) {
+
+
+    /* "ivshmem/channel/queues.pyx":306
+ *         self.reader.membership.flush()
+ *         if code:
+ *             raise Redelivered(             # <<<<<<<<<<<<<<
+ *                 f"queue {self.reader.name!r}: this process was silent while it had message"
+ *                 f" {self.taken.message.position} of writer {self.taken.message.writer}: another"
+*/
+    __pyx_t_4 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 306, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+
+    /* "ivshmem/channel/queues.pyx":307
+ *         if code:
+ *             raise Redelivered(
+ *                 f"queue {self.reader.name!r}: this process was silent while it had message"             # <<<<<<<<<<<<<<
+ *                 f" {self.taken.message.position} of writer {self.taken.message.writer}: another"
+ *                 " reader has it, too"
+*/
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->reader->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 307, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+
+    /* "ivshmem/channel/queues.pyx":308
+ *             raise Redelivered(
+ *                 f"queue {self.reader.name!r}: this process was silent while it had message"
+ *                 f" {self.taken.message.position} of writer {self.taken.message.writer}: another"             # <<<<<<<<<<<<<<
+ *                 " reader has it, too"
+ *             )
+*/
+    __pyx_t_7 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->taken.message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 308, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_8 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_self->taken.message.writer, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 308, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
+    __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_queue;
+    __pyx_t_9[1] = __pyx_t_6;
+    __pyx_t_9[2] = __pyx_mstate_global->__pyx_kp_u_this_process_was_silent_while_i;
+    __pyx_t_9[3] = __pyx_t_7;
+    __pyx_t_9[4] = __pyx_mstate_global->__pyx_kp_u_of_writer;
+    __pyx_t_9[5] = __pyx_t_8;
+    __pyx_t_9[6] = __pyx_mstate_global->__pyx_kp_u_another_reader_has_it_too;
+
+    /* "ivshmem/channel/queues.pyx":307
+ *         if code:
+ *             raise Redelivered(
+ *                 f"queue {self.reader.name!r}: this process was silent while it had message"             # <<<<<<<<<<<<<<
+ *                 f" {self.taken.message.position} of writer {self.taken.message.writer}: another"
+ *                 " reader has it, too"
+*/
+    __pyx_t_10 = 92;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_10 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[3]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[5]);
+    #endif
+    __pyx_t_2 = 0;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]);
+    #endif
+    __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 7, __pyx_t_10, __pyx_t_2);
+    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 307, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_11);
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __pyx_t_12 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_5))) {
+      __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_5);
+      assert(__pyx_t_4);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
+      __Pyx_INCREF(__pyx_t_4);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
+      __pyx_t_12 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_11};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 306, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(0, 306, __pyx_L1_error)
+
+    /* "ivshmem/channel/queues.pyx":305
+ *         code = ivshmem_queue_done(&self.reader.reader, &self.taken)
+ *         self.reader.membership.flush()
+ *         if code:             # <<<<<<<<<<<<<<
+ *             raise Redelivered(
+ *                 f"queue {self.reader.name!r}: this process was silent while it had message"
+*/
+  }
+
+  /* "ivshmem/channel/queues.pyx":289
+ *         return 0
+ * 
+ *     def done(self):             # <<<<<<<<<<<<<<
+ *         """Acknowledge it: no other reader gets it. May be called twice.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_11);
+  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.done", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
 
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
+
+/* "ivshmem/channel/queues.pyx":312
+ *             )
+ * 
+ *     def give_back(self):             # <<<<<<<<<<<<<<
+ *         """Give it to another reader, marked `redelivered`. May be called twice."""
+ *         if not self.live:
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_15give_back(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_14give_back, "Give it to another reader, marked `redelivered`. May be called twice.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_15give_back = {"give_back", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_15give_back, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_14give_back};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_15give_back(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("give_back (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("give_back", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("give_back", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_14give_back(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14give_back(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  int __pyx_t_4;
+  int __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("give_back", 0);
+
+  /* "ivshmem/channel/queues.pyx":314
+ *     def give_back(self):
+ *         """Give it to another reader, marked `redelivered`. May be called twice."""
+ *         if not self.live:             # <<<<<<<<<<<<<<
+ *             return
+ *         self.check_exports()
+*/
+  __pyx_t_1 = (!__pyx_v_self->live);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/queues.pyx":315
+ *         """Give it to another reader, marked `redelivered`. May be called twice."""
+ *         if not self.live:
+ *             return             # <<<<<<<<<<<<<<
+ *         self.check_exports()
+ *         self.live = False
+*/
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/queues.pyx":314
+ *     def give_back(self):
+ *         """Give it to another reader, marked `redelivered`. May be called twice."""
+ *         if not self.live:             # <<<<<<<<<<<<<<
+ *             return
+ *         self.check_exports()
+*/
+  }
+
+  /* "ivshmem/channel/queues.pyx":316
+ *         if not self.live:
+ *             return
+ *         self.check_exports()             # <<<<<<<<<<<<<<
+ *         self.live = False
+ *         if self.reader.open and not self.reader.closed:
+*/
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_vtab)->check_exports(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 316, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/queues.pyx":317
+ *             return
+ *         self.check_exports()
+ *         self.live = False             # <<<<<<<<<<<<<<
+ *         if self.reader.open and not self.reader.closed:
+ *             ivshmem_queue_return(&self.reader.reader, &self.taken)
+*/
+  __pyx_v_self->live = 0;
+
+  /* "ivshmem/channel/queues.pyx":318
+ *         self.check_exports()
+ *         self.live = False
+ *         if self.reader.open and not self.reader.closed:             # <<<<<<<<<<<<<<
+ *             ivshmem_queue_return(&self.reader.reader, &self.taken)
+ *             self.reader.membership.flush()
+*/
+  if (__pyx_v_self->reader->__pyx_base.__pyx_base.open) {
+  } else {
+
+    __pyx_t_1 = __pyx_v_self->reader->__pyx_base.__pyx_base.open;
+    goto __pyx_L5_bool_binop_done;
+  }
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->reader), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 318, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 318, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  __pyx_t_5 = (!__pyx_t_4);
+
+
+
+  __pyx_t_1 = __pyx_t_5;
+
+  __pyx_L5_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/queues.pyx":319
+ *         self.live = False
+ *         if self.reader.open and not self.reader.closed:
+ *             ivshmem_queue_return(&self.reader.reader, &self.taken)             # <<<<<<<<<<<<<<
+ *             self.reader.membership.flush()
+ * 
+*/
+    (void)(ivshmem_queue_return((&__pyx_v_self->reader->__pyx_base.reader), (&__pyx_v_self->taken)));
+
+    /* "ivshmem/channel/queues.pyx":320
+ *         if self.reader.open and not self.reader.closed:
+ *             ivshmem_queue_return(&self.reader.reader, &self.taken)
+ *             self.reader.membership.flush()             # <<<<<<<<<<<<<<
+ * 
+ *     def __enter__(self):
+*/
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->reader->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->reader->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 320, __pyx_L1_error)
+
+
+    /* "ivshmem/channel/queues.pyx":318
+ *         self.check_exports()
+ *         self.live = False
+ *         if self.reader.open and not self.reader.closed:             # <<<<<<<<<<<<<<
+ *             ivshmem_queue_return(&self.reader.reader, &self.taken)
+ *             self.reader.membership.flush()
+*/
+  }
+
+  /* "ivshmem/channel/queues.pyx":312
+ *             )
+ * 
+ *     def give_back(self):             # <<<<<<<<<<<<<<
+ *         """Give it to another reader, marked `redelivered`. May be called twice."""
+ *         if not self.live:
+*/
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.give_back", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":322
+ *             self.reader.membership.flush()
+ * 
+ *     def __enter__(self):             # <<<<<<<<<<<<<<
+ *         return self
+ * 
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_17__enter__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_16__enter__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_17__enter__ = {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_17__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_16__enter__};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_17__enter__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__enter__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__enter__", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__enter__", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_16__enter__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16__enter__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__enter__", 0);
+
+  /* "ivshmem/channel/queues.pyx":323
+ * 
+ *     def __enter__(self):
+ *         return self             # <<<<<<<<<<<<<<
+ * 
+ *     def __exit__(self, kind, *error):
+*/
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __Pyx_INCREF((PyObject *)__pyx_v_self);
+      __pyx_r = ((PyObject *)__pyx_v_self);
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/queues.pyx":322
+ *             self.reader.membership.flush()
+ * 
+ *     def __enter__(self):             # <<<<<<<<<<<<<<
+ *         return self
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":325
+ *         return self
+ * 
+ *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
+ *         if kind is None:
+ *             self.done()
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_19__exit__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_18__exit__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_19__exit__ = {"__exit__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_19__exit__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_18__exit__};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_19__exit__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  PyObject *__pyx_v_kind = 0;
+  CYTHON_UNUSED PyObject *__pyx_v_error = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[1] = {0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__exit__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  __pyx_v_error = __Pyx_ArgsSlice_FASTCALL(__pyx_args, 1, __pyx_nargs);
+  if (unlikely(!__pyx_v_error)) {
+    __Pyx_RefNannyFinishContext();
+    return NULL;
+  }
+  __Pyx_GOTREF(__pyx_v_error);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 325, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        default:
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 325, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      const Py_ssize_t used_pos_args = (kwd_pos_args < 1) ? kwd_pos_args : 1;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 325, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 325, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs < 1)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 325, __pyx_L3_error)
+    }
+    __pyx_v_kind = values[0];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 325, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_DECREF(__pyx_v_error); __pyx_v_error = 0;
+  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.__exit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_18__exit__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self), __pyx_v_kind, __pyx_v_error);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_DECREF(__pyx_v_error);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__exit__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, PyObject *__pyx_v_kind, CYTHON_UNUSED PyObject *__pyx_v_error) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  size_t __pyx_t_4;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__exit__", 0);
+
+  /* "ivshmem/channel/queues.pyx":326
+ * 
+ *     def __exit__(self, kind, *error):
+ *         if kind is None:             # <<<<<<<<<<<<<<
+ *             self.done()
+ *         elif self.exports == 0:
+*/
+  __pyx_t_1 = (__pyx_v_kind == Py_None);
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/queues.pyx":327
+ *     def __exit__(self, kind, *error):
+ *         if kind is None:
+ *             self.done()             # <<<<<<<<<<<<<<
+ *         elif self.exports == 0:
+ *             self.give_back()
+*/
+    __pyx_t_3 = ((PyObject *)__pyx_v_self);
+    __Pyx_INCREF(__pyx_t_3);
+    __pyx_t_4 = 0;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
+      __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_done, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 327, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+    }
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+    /* "ivshmem/channel/queues.pyx":326
+ * 
+ *     def __exit__(self, kind, *error):
+ *         if kind is None:             # <<<<<<<<<<<<<<
+ *             self.done()
+ *         elif self.exports == 0:
+*/
+    goto __pyx_L3;
+  }
+
+  /* "ivshmem/channel/queues.pyx":328
+ *         if kind is None:
+ *             self.done()
+ *         elif self.exports == 0:             # <<<<<<<<<<<<<<
+ *             self.give_back()
+ * 
+*/
+  __pyx_t_1 = (__pyx_v_self->exports == 0);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/queues.pyx":329
+ *             self.done()
+ *         elif self.exports == 0:
+ *             self.give_back()             # <<<<<<<<<<<<<<
+ * 
+ *     def __del__(self):
+*/
+    __pyx_t_3 = ((PyObject *)__pyx_v_self);
+    __Pyx_INCREF(__pyx_t_3);
+    __pyx_t_4 = 0;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
+      __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_give_back, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 329, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+    }
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+    /* "ivshmem/channel/queues.pyx":328
+ *         if kind is None:
+ *             self.done()
+ *         elif self.exports == 0:             # <<<<<<<<<<<<<<
+ *             self.give_back()
+ * 
+*/
+  }
+  __pyx_L3:;
+
+  /* "ivshmem/channel/queues.pyx":325
+ *         return self
+ * 
+ *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
+ *         if kind is None:
+ *             self.done()
+*/
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.__exit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":331
+ *             self.give_back()
+ * 
+ *     def __del__(self):             # <<<<<<<<<<<<<<
+ *         if self.live and self.exports == 0:
+ *             self.give_back()
+*/
+
+/* Python wrapper */
+static void __pyx_pw_7ivshmem_7channel_6queues_5Taken_21__del__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_7channel_6queues_5Taken_21__del__(PyObject *__pyx_v_self) {
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__del__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_pf_7ivshmem_7channel_6queues_5Taken_20__del__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+}
+
+static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_20__del__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__del__", 0);
+
+  /* "ivshmem/channel/queues.pyx":332
+ * 
+ *     def __del__(self):
+ *         if self.live and self.exports == 0:             # <<<<<<<<<<<<<<
+ *             self.give_back()
+ * 
+*/
+  if (__pyx_v_self->live) {
+  } else {
+
+    __pyx_t_1 = __pyx_v_self->live;
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (__pyx_v_self->exports == 0);
+
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/queues.pyx":333
+ *     def __del__(self):
+ *         if self.live and self.exports == 0:
+ *             self.give_back()             # <<<<<<<<<<<<<<
+ * 
+ *     def __repr__(self):
+*/
+    __pyx_t_4 = ((PyObject *)__pyx_v_self);
+    __Pyx_INCREF(__pyx_t_4);
+    __pyx_t_5 = 0;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
+      __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_give_back, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 333, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+
+    /* "ivshmem/channel/queues.pyx":332
+ * 
+ *     def __del__(self):
+ *         if self.live and self.exports == 0:             # <<<<<<<<<<<<<<
+ *             self.give_back()
+ * 
+*/
+  }
+
+  /* "ivshmem/channel/queues.pyx":331
+ *             self.give_back()
+ * 
+ *     def __del__(self):             # <<<<<<<<<<<<<<
+ *         if self.live and self.exports == 0:
+ *             self.give_back()
+*/
+
+  /* function exit code */
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_WriteUnraisable("ivshmem.channel.queues.Taken.__del__", __pyx_clineno, __pyx_lineno, __pyx_filename, 1, 0);
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+}
+
+/* "ivshmem/channel/queues.pyx":335
+ *             self.give_back()
+ * 
+ *     def __repr__(self):             # <<<<<<<<<<<<<<
+ *         state = "" if self.live else ", done"
+ *         return f"<ivshmem.channel.{type(self).__name__} of {self.size} bytes{state}>"
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_23__repr__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_23__repr__(PyObject *__pyx_v_self) {
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__repr__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_22__repr__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_22__repr__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+  PyObject *__pyx_v_state = NULL;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4[7];
+  Py_ssize_t __pyx_t_5;
+  int __pyx_t_6;
+  PyObject *__pyx_t_7 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__repr__", 0);
+
+  /* "ivshmem/channel/queues.pyx":336
+ * 
+ *     def __repr__(self):
+ *         state = "" if self.live else ", done"             # <<<<<<<<<<<<<<
+ *         return f"<ivshmem.channel.{type(self).__name__} of {self.size} bytes{state}>"
+*/
+  if (__pyx_v_self->live) {
+    __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u__2);
+    __pyx_t_1 = __pyx_mstate_global->__pyx_kp_u__2;
+  } else {
+    __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_done_2);
+    __pyx_t_1 = __pyx_mstate_global->__pyx_kp_u_done_2;
+  }
+  __pyx_v_state = ((PyObject*)__pyx_t_1);
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/channel/queues.pyx":337
+ *     def __repr__(self):
+ *         state = "" if self.live else ", done"
+ *         return f"<ivshmem.channel.{type(self).__name__} of {self.size} bytes{state}>"             # <<<<<<<<<<<<<<
+*/
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 337, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 337, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_size); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 337, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 337, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 337, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel;
+  __pyx_t_4[1] = __pyx_t_2;
+  __pyx_t_4[2] = __pyx_mstate_global->__pyx_kp_u_of;
+  __pyx_t_4[3] = __pyx_t_3;
+  __pyx_t_4[4] = __pyx_mstate_global->__pyx_kp_u_bytes;
+  __pyx_t_4[5] = __pyx_t_1;
+  __pyx_t_4[6] = __pyx_mstate_global->__pyx_kp_u__3;
+  __pyx_t_5 = 28;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_5 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_4[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_4[3]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_4[5]);
+  #endif
+  __pyx_t_6 = 0;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_4[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_4[5]);
+  #endif
+  __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_4, 7, __pyx_t_5, __pyx_t_6);
+  if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 337, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_7);
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_7;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_7 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/queues.pyx":335
+ *             self.give_back()
+ * 
+ *     def __repr__(self):             # <<<<<<<<<<<<<<
+ *         state = "" if self.live else ", done"
+ *         return f"<ivshmem.channel.{type(self).__name__} of {self.size} bytes{state}>"
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.__repr__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XDECREF(__pyx_v_state);
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_25__reduce_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_24__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_25__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_25__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_24__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_25__reduce_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__reduce_cython__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__reduce_cython__", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_24__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_24__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__reduce_cython__", 0);
+
+  /* "(tree fragment)":2
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
+ * def __setstate_cython__(self, __pyx_state):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
+  __PYX_ERR(1, 2, __pyx_L1_error)
+
+  /* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_27__setstate_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_26__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_27__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_27__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_26__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_27__setstate_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  CYTHON_UNUSED PyObject *__pyx_v___pyx_state = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[1] = {0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__setstate_cython__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 1)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+    }
+    __pyx_v___pyx_state = values[0];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_26__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self), __pyx_v___pyx_state);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_26__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__setstate_cython__", 0);
+
+  /* "(tree fragment)":4
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
+*/
+  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
+  __PYX_ERR(1, 4, __pyx_L1_error)
+
+  /* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
 /* #### Code section: module_exttypes ### */
+static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd;
+
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_6queues_ClaimingEnd(PyObject *o, CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k) {
+  struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *p = ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)o);
+  p->__pyx_base.__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd*)__pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd;
+  return o;
+}
+
+static PyObject *__pyx_tp_new_7ivshmem_7channel_6queues_ClaimingEnd(PyTypeObject *t, PyObject *a, PyObject *k) {
+  PyObject *o;
+  newfunc base_tp_new = __Pyx_PyType_TryGetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, tp_new, newfunc);
+  #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_VEX < 0x030A0000
+  if (unlikely(!base_tp_new)) {
+    __Pyx_RaiseTypeErrorWithTypes("Type " __Pyx_FMT_TYPENAME " cannot be instantiated because it cannot access tp_new of its base " __Pyx_FMT_TYPENAME ". This is probably because the base is not a heap type and is a restriction of the Limited API in Python<=3.9", t, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd);
+    o = NULL;
+  } else
+  #endif
+  o = base_tp_new(t, a, k);
+  if (unlikely(!o)) return 0;
+  return __pyx_tp_new__initialisation_7ivshmem_7channel_6queues_ClaimingEnd(o, a, k);
+}
+
+static void __pyx_tp_dealloc_7ivshmem_7channel_6queues_ClaimingEnd(PyObject *o) {
+  #if CYTHON_USE_TP_FINALIZE
+  if (unlikely(__Pyx_PyObject_GetSlot(o, tp_finalize, destructor)) && !__Pyx_PyObject_GC_IsFinalized(o)) {
+    if (__Pyx_PyObject_GetSlot(o, tp_dealloc, destructor) == __pyx_tp_dealloc_7ivshmem_7channel_6queues_ClaimingEnd) {
+      if (PyObject_CallFinalizerFromDealloc(o)) return;
+    }
+  }
+  #endif
+  PyObject_GC_UnTrack(o);
+  #if CYTHON_USE_TYPE_SPECS
+  PyObject *tp = (PyObject*)Py_TYPE(o);
+  #endif
+  if (PyType_IS_GC(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd)) PyObject_GC_Track(o);
+  #if !CYTHON_USE_MODULE_STATE
+  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd)) __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, tp_dealloc, destructor)(o); else
+  #endif
+  __Pyx_call_next_tp_dealloc(o, __pyx_tp_dealloc_7ivshmem_7channel_6queues_ClaimingEnd);
+  #if CYTHON_USE_TYPE_SPECS
+  if (!__Pyx_PyType_HasFeature(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, Py_TPFLAGS_HEAPTYPE)) {
+    Py_DECREF(tp);
+  }
+  #endif
+}
+
+static int __pyx_tp_traverse_7ivshmem_7channel_6queues_ClaimingEnd(PyObject *o, visitproc v, void *a) {
+  int e;
+  #if !CYTHON_USE_MODULE_STATE
+  e = 0;
+  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd)) {
+    traverseproc traverse = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, tp_traverse, traverseproc);
+    if (traverse) { e = traverse(o, v, a); }
+  } else
+  #endif
+  { e = __Pyx_call_next_tp_traverse(o, v, a, __pyx_tp_traverse_7ivshmem_7channel_6queues_ClaimingEnd); }
+  if (e) return e;
+  {
+    e = __Pyx_call_type_traverse(o, 0, v, a);
+    if (e) return e;
+  }
+  return 0;
+}
+
+static int __pyx_tp_clear_7ivshmem_7channel_6queues_ClaimingEnd(PyObject *o) {
+  #if !CYTHON_USE_MODULE_STATE
+  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd)) {
+    inquiry clear = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, tp_clear, inquiry);
+    if (clear) clear(o);
+  } else
+  #endif
+  { __Pyx_call_next_tp_clear(o, __pyx_tp_clear_7ivshmem_7channel_6queues_ClaimingEnd); }
+  return 0;
+}
+
+static PyMethodDef __pyx_methods_7ivshmem_7channel_6queues_ClaimingEnd[] = {
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11ClaimingEnd_1__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11ClaimingEnd___reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11ClaimingEnd_3__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11ClaimingEnd_2__setstate_cython__},
+  {0, 0, 0, 0}
+};
+#if CYTHON_USE_TYPE_SPECS
+static PyType_Slot __pyx_type_7ivshmem_7channel_6queues_ClaimingEnd_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_6queues_ClaimingEnd},
+  {Py_tp_doc, (void *)PyDoc_STR("A reader that claims what it takes: of a queue, or a server of calls.")},
+  {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_6queues_ClaimingEnd},
+  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7channel_6queues_ClaimingEnd},
+  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_6queues_ClaimingEnd},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_6queues_ClaimingEnd},
+  {0, 0},
+};
+static PyType_Spec __pyx_type_7ivshmem_7channel_6queues_ClaimingEnd_spec = {
+  "ivshmem.channel.queues.ClaimingEnd",
+  sizeof(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd),
+  0,
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC,
+  __pyx_type_7ivshmem_7channel_6queues_ClaimingEnd_slots,
+};
+#else
+
+static PyTypeObject __pyx_type_7ivshmem_7channel_6queues_ClaimingEnd = {
+  PyVarObject_HEAD_INIT(0, 0)
+  "ivshmem.channel.queues.""ClaimingEnd", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd), /*tp_basicsize*/
+  0, /*tp_itemsize*/
+  __pyx_tp_dealloc_7ivshmem_7channel_6queues_ClaimingEnd, /*tp_dealloc*/
+  0, /*tp_vectorcall_offset*/
+  0, /*tp_getattr*/
+  0, /*tp_setattr*/
+  0, /*tp_as_async*/
+  0, /*tp_repr*/
+  0, /*tp_as_number*/
+  0, /*tp_as_sequence*/
+  0, /*tp_as_mapping*/
+  0, /*tp_hash*/
+  0, /*tp_call*/
+  0, /*tp_str*/
+  0, /*tp_getattro*/
+  0, /*tp_setattro*/
+  0, /*tp_as_buffer*/
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
+  PyDoc_STR("A reader that claims what it takes: of a queue, or a server of calls."), /*tp_doc*/
+  __pyx_tp_traverse_7ivshmem_7channel_6queues_ClaimingEnd, /*tp_traverse*/
+  __pyx_tp_clear_7ivshmem_7channel_6queues_ClaimingEnd, /*tp_clear*/
+  0, /*tp_richcompare*/
+  0, /*tp_weaklistoffset*/
+  0, /*tp_iter*/
+  0, /*tp_iternext*/
+  __pyx_methods_7ivshmem_7channel_6queues_ClaimingEnd, /*tp_methods*/
+  0, /*tp_members*/
+  0, /*tp_getset*/
+  0, /*tp_base*/
+  0, /*tp_dict*/
+  0, /*tp_descr_get*/
+  0, /*tp_descr_set*/
+  #if !CYTHON_USE_TYPE_SPECS
+  0, /*tp_dictoffset*/
+  #endif
+  0, /*tp_init*/
+  0, /*tp_alloc*/
+  __pyx_tp_new_7ivshmem_7channel_6queues_ClaimingEnd, /*tp_new*/
+  0, /*tp_free*/
+  0, /*tp_is_gc*/
+  0, /*tp_bases*/
+  0, /*tp_mro*/
+  0, /*tp_cache*/
+  0, /*tp_subclasses*/
+  0, /*tp_weaklist*/
+  0, /*tp_del*/
+  0, /*tp_version_tag*/
+  #if CYTHON_USE_TP_FINALIZE
+  0, /*tp_finalize*/
+  #else
+  NULL, /*tp_finalize*/
+  #endif
+  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
+  #if CYTHON_VECTORCALL_TPNEW
+  0, /*tp_vectorcall*/
+  #else
+  NULL, /*tp_vectorcall*/
+  #endif
+  #endif
+  #if __PYX_NEED_TP_PRINT_SLOT == 1
+  0, /*tp_print*/
+  #endif
+  #if PY_VERSION_HEX >= 0x030C0000
+  0, /*tp_watched*/
+  #endif
+  #if PY_VERSION_HEX >= 0x030d00A4
+  0, /*tp_versions_used*/
+  #endif
+  #if CYTHON_COMPILING_IN_PYPY && PY_VERSION_HEX < 0x030a0000
+  0, /*tp_pypy_flags*/
+  #endif
+};
+#endif
+static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader __pyx_vtable_7ivshmem_7channel_6queues_QueueReader;
+
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_6queues_QueueReader(PyObject *o, CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k) {
+  struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *p = ((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)o);
+  p->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd*)__pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader;
+  return o;
+}
+
+static PyObject *__pyx_tp_new_7ivshmem_7channel_6queues_QueueReader(PyTypeObject *t, PyObject *a, PyObject *k) {
+  PyObject *o;
+  o = __pyx_tp_new_7ivshmem_7channel_6queues_ClaimingEnd(t, a, k);
+  if (unlikely(!o)) return 0;
+  return __pyx_tp_new__initialisation_7ivshmem_7channel_6queues_QueueReader(o, a, k);
+}
+
+static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_6queues_11QueueReader_15__next__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
+  PyObject *res = __pyx_pw_7ivshmem_7channel_6queues_11QueueReader_15__next__(self);
+  if (!res && !PyErr_Occurred()) { PyErr_SetNone(PyExc_StopIteration); }
+  return res;
+}
+static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_6queues_11QueueReader_17__aiter__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
+  return __pyx_pw_7ivshmem_7channel_6queues_11QueueReader_17__aiter__(self);
+}
+static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_6queues_11QueueReader_19__anext__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
+  return __pyx_pw_7ivshmem_7channel_6queues_11QueueReader_19__anext__(self);
+}
+
+static PyMethodDef __pyx_methods_7ivshmem_7channel_6queues_QueueReader[] = {
+  {"get", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_1get, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_get},
+  {"get_into", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_3get_into, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_2get_into},
+  {"take", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_5take, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_4take},
+  {"get_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_7get_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_6get_async},
+  {"get_into_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_9get_into_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_8get_into_async},
+  {"take_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_11take_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_10take_async},
+  {"__next__", (PyCFunction)__pyx_specialmethod___pyx_pw_7ivshmem_7channel_6queues_11QueueReader_15__next__, METH_NOARGS|METH_COEXIST, 0},
+  {"__aiter__", (PyCFunction)__pyx_specialmethod___pyx_pw_7ivshmem_7channel_6queues_11QueueReader_17__aiter__, METH_NOARGS|METH_COEXIST, 0},
+  {"__anext__", (PyCFunction)__pyx_specialmethod___pyx_pw_7ivshmem_7channel_6queues_11QueueReader_19__anext__, METH_NOARGS|METH_COEXIST, 0},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_21__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_20__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_23__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_22__setstate_cython__},
+  {0, 0, 0, 0}
+};
+#if CYTHON_USE_TYPE_SPECS
+static PyType_Slot __pyx_type_7ivshmem_7channel_6queues_QueueReader_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_6queues_ClaimingEnd},
+  #if defined(Py_am_aiter)
+  {Py_am_aiter, (void *)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_17__aiter__},
+  #endif
+  #if defined(Py_am_anext)
+  {Py_am_anext, (void *)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_19__anext__},
+  #endif
+  {Py_tp_doc, (void *)PyDoc_STR("One reader of a queue; made by its `reader()`. It iterates over messages.\n\n    `get` copies a message and is done with it: at most once. `take` acknowledges at the end: at\n    least once.\n\n    Attributes:\n        name: of the channel.\n    ")},
+  {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_6queues_ClaimingEnd},
+  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7channel_6queues_ClaimingEnd},
+  {Py_tp_iter, (void *)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_13__iter__},
+  {Py_tp_iternext, (void *)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_15__next__},
+  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_6queues_QueueReader},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_6queues_QueueReader},
+  {0, 0},
+};
+static PyType_Spec __pyx_type_7ivshmem_7channel_6queues_QueueReader_spec = {
+  "ivshmem.channel.queues.QueueReader",
+  sizeof(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader),
+  0,
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC,
+  __pyx_type_7ivshmem_7channel_6queues_QueueReader_slots,
+};
+#else
+
+static __Pyx_PyAsyncMethodsStruct __pyx_tp_as_async_QueueReader = {
+  0, /*am_await*/
+  __pyx_pw_7ivshmem_7channel_6queues_11QueueReader_17__aiter__, /*am_aiter*/
+  __pyx_pw_7ivshmem_7channel_6queues_11QueueReader_19__anext__, /*am_anext*/
+  0, /*am_send*/
+};
+
+static PyTypeObject __pyx_type_7ivshmem_7channel_6queues_QueueReader = {
+  PyVarObject_HEAD_INIT(0, 0)
+  "ivshmem.channel.queues.""QueueReader", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader), /*tp_basicsize*/
+  0, /*tp_itemsize*/
+  __pyx_tp_dealloc_7ivshmem_7channel_6queues_ClaimingEnd, /*tp_dealloc*/
+  0, /*tp_vectorcall_offset*/
+  0, /*tp_getattr*/
+  0, /*tp_setattr*/
+  (PyAsyncMethods*)&__pyx_tp_as_async_QueueReader, /*tp_as_async*/
+  0, /*tp_repr*/
+  0, /*tp_as_number*/
+  0, /*tp_as_sequence*/
+  0, /*tp_as_mapping*/
+  0, /*tp_hash*/
+  0, /*tp_call*/
+  0, /*tp_str*/
+  0, /*tp_getattro*/
+  0, /*tp_setattro*/
+  0, /*tp_as_buffer*/
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
+  PyDoc_STR("One reader of a queue; made by its `reader()`. It iterates over messages.\n\n    `get` copies a message and is done with it: at most once. `take` acknowledges at the end: at\n    least once.\n\n    Attributes:\n        name: of the channel.\n    "), /*tp_doc*/
+  __pyx_tp_traverse_7ivshmem_7channel_6queues_ClaimingEnd, /*tp_traverse*/
+  __pyx_tp_clear_7ivshmem_7channel_6queues_ClaimingEnd, /*tp_clear*/
+  0, /*tp_richcompare*/
+  0, /*tp_weaklistoffset*/
+  __pyx_pw_7ivshmem_7channel_6queues_11QueueReader_13__iter__, /*tp_iter*/
+  __pyx_pw_7ivshmem_7channel_6queues_11QueueReader_15__next__, /*tp_iternext*/
+  __pyx_methods_7ivshmem_7channel_6queues_QueueReader, /*tp_methods*/
+  0, /*tp_members*/
+  0, /*tp_getset*/
+  0, /*tp_base*/
+  0, /*tp_dict*/
+  0, /*tp_descr_get*/
+  0, /*tp_descr_set*/
+  #if !CYTHON_USE_TYPE_SPECS
+  0, /*tp_dictoffset*/
+  #endif
+  0, /*tp_init*/
+  0, /*tp_alloc*/
+  __pyx_tp_new_7ivshmem_7channel_6queues_QueueReader, /*tp_new*/
+  0, /*tp_free*/
+  0, /*tp_is_gc*/
+  0, /*tp_bases*/
+  0, /*tp_mro*/
+  0, /*tp_cache*/
+  0, /*tp_subclasses*/
+  0, /*tp_weaklist*/
+  0, /*tp_del*/
+  0, /*tp_version_tag*/
+  #if CYTHON_USE_TP_FINALIZE
+  0, /*tp_finalize*/
+  #else
+  NULL, /*tp_finalize*/
+  #endif
+  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
+  #if CYTHON_VECTORCALL_TPNEW
+  0, /*tp_vectorcall*/
+  #else
+  NULL, /*tp_vectorcall*/
+  #endif
+  #endif
+  #if __PYX_NEED_TP_PRINT_SLOT == 1
+  0, /*tp_print*/
+  #endif
+  #if PY_VERSION_HEX >= 0x030C0000
+  0, /*tp_watched*/
+  #endif
+  #if PY_VERSION_HEX >= 0x030d00A4
+  0, /*tp_versions_used*/
+  #endif
+  #if CYTHON_COMPILING_IN_PYPY && PY_VERSION_HEX < 0x030a0000
+  0, /*tp_pypy_flags*/
+  #endif
+};
+#endif
+static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken __pyx_vtable_7ivshmem_7channel_6queues_Taken;
+
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_6queues_Taken(PyObject *o, 
+#if CYTHON_VECTORCALL_TPNEW
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+) {
+  struct __pyx_obj_7ivshmem_7channel_6queues_Taken *p = ((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)o);
+  p->__pyx_vtab = __pyx_vtabptr_7ivshmem_7channel_6queues_Taken;
+  p->reader = ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)Py_None); Py_INCREF(Py_None);
+  {
+    int cinit_result = __pyx_pw_7ivshmem_7channel_6queues_5Taken_1__cinit__(o, 
+#if CYTHON_VECTORCALL_TPNEW
+    args, nargs, kwnames
+#else
+    a, k
+#endif
+);
+    if (unlikely(cinit_result)) goto bad;
+  }
+  return o;
+  bad:
+  Py_DECREF(o); o = 0;
+  return NULL;
+}
+
+static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7channel_6queues_Taken(PyTypeObject *t, 
+#if CYTHON_VECTORCALL_TPNEW
+    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
+#else
+    PyObject *a, PyObject *k
+#endif
+) {
+  PyObject *o;
+  o = __Pyx_AllocateExtensionType(t, 0);
+  if (unlikely(!o)) return 0;
+  return __pyx_tp_new__initialisation_7ivshmem_7channel_6queues_Taken(o, 
+#if CYTHON_VECTORCALL_TPNEW
+    args, nargs, kwnames
+#else
+    a, k
+#endif
+);
+}
+
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_new_7ivshmem_7channel_6queues_Taken(PyTypeObject *t, PyObject *a, PyObject *k) {
+  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_7channel_6queues_Taken, t, a, k);
+}
+#endif
+
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_vectorcall_7ivshmem_7channel_6queues_Taken(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
+    return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
+  }
+  Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
+  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_7channel_6queues_Taken((PyTypeObject*)t, args, nargs, kwnames);
+  return o;
+}
+#endif
+
+#if CYTHON_USE_TP_FINALIZE
+
+static void __pyx_tp_finalize_7ivshmem_7channel_6queues_Taken(PyObject *o) {
+  PyObject *etype, *eval, *etb;
+  __Pyx_PyErr_FetchException(&etype, &eval, &etb);
+  __pyx_pw_7ivshmem_7channel_6queues_5Taken_21__del__(o);
+  __Pyx_PyErr_RestoreException(etype, eval, etb);
+}
+#endif
+
+static void __pyx_tp_dealloc_7ivshmem_7channel_6queues_Taken(PyObject *o) {
+  struct __pyx_obj_7ivshmem_7channel_6queues_Taken *p = (struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)o;
+  #if CYTHON_USE_TP_FINALIZE
+  if (unlikely(__Pyx_PyObject_GetSlot(o, tp_finalize, destructor)) && !__Pyx_PyObject_GC_IsFinalized(o)) {
+    if (__Pyx_PyObject_GetSlot(o, tp_dealloc, destructor) == __pyx_tp_dealloc_7ivshmem_7channel_6queues_Taken) {
+      if (PyObject_CallFinalizerFromDealloc(o)) return;
+    }
+  }
+  #endif
+  PyObject_GC_UnTrack(o);
+  Py_CLEAR(p->reader);
+  PyTypeObject *tp = Py_TYPE(o);
+  #if CYTHON_USE_TYPE_SLOTS
+  (*tp->tp_free)(o);
+  #else
+  {
+    freefunc tp_free = (freefunc)PyType_GetSlot(tp, Py_tp_free);
+    if (tp_free) tp_free(o);
+  }
+  #endif
+  #if CYTHON_USE_TYPE_SPECS
+  Py_DECREF(tp);
+  #endif
+}
+
+static int __pyx_tp_traverse_7ivshmem_7channel_6queues_Taken(PyObject *o, visitproc v, void *a) {
+  int e;
+  struct __pyx_obj_7ivshmem_7channel_6queues_Taken *p = (struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)o;
+  {
+    e = __Pyx_call_type_traverse(o, 1, v, a);
+    if (e) return e;
+  }
+  if (p->reader) {
+    e = (*v)(((PyObject *)p->reader), a); if (e) return e;
+  }
+  return 0;
+}
+
+static int __pyx_tp_clear_7ivshmem_7channel_6queues_Taken(PyObject *o) {
+  PyObject* tmp;
+  struct __pyx_obj_7ivshmem_7channel_6queues_Taken *p = (struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)o;
+  tmp = ((PyObject*)p->reader);
+  p->reader = ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)Py_None); Py_INCREF(Py_None);
+  Py_XDECREF(tmp);
+  return 0;
+}
+
+static PyObject *__pyx_getprop_7ivshmem_7channel_6queues_5Taken_size(PyObject *o, CYTHON_UNUSED void *x) {
+  return __pyx_pw_7ivshmem_7channel_6queues_5Taken_4size_1__get__(o);
+}
+
+static PyObject *__pyx_getprop_7ivshmem_7channel_6queues_5Taken_redelivered(PyObject *o, CYTHON_UNUSED void *x) {
+  return __pyx_pw_7ivshmem_7channel_6queues_5Taken_11redelivered_1__get__(o);
+}
+
+static PyObject *__pyx_getprop_7ivshmem_7channel_6queues_5Taken_writer(PyObject *o, CYTHON_UNUSED void *x) {
+  return __pyx_pw_7ivshmem_7channel_6queues_5Taken_6writer_1__get__(o);
+}
+
+static PyObject *__pyx_getprop_7ivshmem_7channel_6queues_5Taken_position(PyObject *o, CYTHON_UNUSED void *x) {
+  return __pyx_pw_7ivshmem_7channel_6queues_5Taken_8position_1__get__(o);
+}
+
+static PyMethodDef __pyx_methods_7ivshmem_7channel_6queues_Taken[] = {
+  {"__bytes__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_9__bytes__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_8__bytes__},
+  {"get", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_11get, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_10get},
+  {"done", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_13done, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_12done},
+  {"give_back", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_15give_back, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_14give_back},
+  {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_17__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_16__enter__},
+  {"__exit__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_19__exit__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_18__exit__},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_25__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_24__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_27__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_26__setstate_cython__},
+  {0, 0, 0, 0}
+};
+
+static struct PyGetSetDef __pyx_getsets_7ivshmem_7channel_6queues_Taken[] = {
+  {"size", __pyx_getprop_7ivshmem_7channel_6queues_5Taken_size, 0, 0, 0},
+  {"redelivered", __pyx_getprop_7ivshmem_7channel_6queues_5Taken_redelivered, 0, 0, 0},
+  {"writer", __pyx_getprop_7ivshmem_7channel_6queues_5Taken_writer, 0, 0, 0},
+  {"position", __pyx_getprop_7ivshmem_7channel_6queues_5Taken_position, 0, 0, 0},
+  {0, 0, 0, 0, 0}
+};
+#if CYTHON_USE_TYPE_SPECS
+#if !CYTHON_COMPILING_IN_LIMITED_API
+
+static PyBufferProcs __pyx_tp_as_buffer_Taken = {
+  __pyx_pw_7ivshmem_7channel_6queues_5Taken_3__getbuffer__, /*bf_getbuffer*/
+  __pyx_pw_7ivshmem_7channel_6queues_5Taken_5__releasebuffer__, /*bf_releasebuffer*/
+};
+#endif
+static PyType_Slot __pyx_type_7ivshmem_7channel_6queues_Taken_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_6queues_Taken},
+  {Py_tp_repr, (void *)__pyx_pw_7ivshmem_7channel_6queues_5Taken_23__repr__},
+  {Py_sq_length, (void *)__pyx_pw_7ivshmem_7channel_6queues_5Taken_7__len__},
+  {Py_mp_length, (void *)__pyx_pw_7ivshmem_7channel_6queues_5Taken_7__len__},
+  #if defined(Py_bf_getbuffer)
+  {Py_bf_getbuffer, (void *)__pyx_pw_7ivshmem_7channel_6queues_5Taken_3__getbuffer__},
+  #endif
+  #if defined(Py_bf_releasebuffer)
+  {Py_bf_releasebuffer, (void *)__pyx_pw_7ivshmem_7channel_6queues_5Taken_5__releasebuffer__},
+  #endif
+  {Py_tp_doc, (void *)PyDoc_STR("A message of a queue that this reader has; made by `QueueReader.take`.\n\n    It is a buffer that can be read. Its bytes are shared memory: any process that can write to the\n    region can change them at any time.\n\n    Attributes:\n        size: bytes.\n        redelivered: another reader had it before, and did not acknowledge it.\n        writer: the number of the writer\047s slot.\n        position: of the message among those of its writer.\n    ")},
+  {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_6queues_Taken},
+  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7channel_6queues_Taken},
+  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_6queues_Taken},
+  {Py_tp_getset, (void *)__pyx_getsets_7ivshmem_7channel_6queues_Taken},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_6queues_Taken},
+  #if CYTHON_USE_TP_FINALIZE
+  {Py_tp_finalize, (void *)__pyx_tp_finalize_7ivshmem_7channel_6queues_Taken},
+  #endif
+  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
+  #if CYTHON_VECTORCALL_TPNEW
+  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_7channel_6queues_Taken},
+  #endif
+  #endif
+  {0, 0},
+};
+static PyType_Spec __pyx_type_7ivshmem_7channel_6queues_Taken_spec = {
+  "ivshmem.channel.queues.Taken",
+  sizeof(struct __pyx_obj_7ivshmem_7channel_6queues_Taken),
+  0,
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC,
+  __pyx_type_7ivshmem_7channel_6queues_Taken_slots,
+};
+#else
+
+static PySequenceMethods __pyx_tp_as_sequence_Taken = {
+  __pyx_pw_7ivshmem_7channel_6queues_5Taken_7__len__, /*sq_length*/
+  0, /*sq_concat*/
+  0, /*sq_repeat*/
+  0, /*sq_item*/
+  0, /*sq_slice*/
+  0, /*sq_ass_item*/
+  0, /*sq_ass_slice*/
+  0, /*sq_contains*/
+  0, /*sq_inplace_concat*/
+  0, /*sq_inplace_repeat*/
+};
+
+static PyMappingMethods __pyx_tp_as_mapping_Taken = {
+  __pyx_pw_7ivshmem_7channel_6queues_5Taken_7__len__, /*mp_length*/
+  0, /*mp_subscript*/
+  0, /*mp_ass_subscript*/
+};
+
+static PyBufferProcs __pyx_tp_as_buffer_Taken = {
+  __pyx_pw_7ivshmem_7channel_6queues_5Taken_3__getbuffer__, /*bf_getbuffer*/
+  __pyx_pw_7ivshmem_7channel_6queues_5Taken_5__releasebuffer__, /*bf_releasebuffer*/
+};
+
+static PyTypeObject __pyx_type_7ivshmem_7channel_6queues_Taken = {
+  PyVarObject_HEAD_INIT(0, 0)
+  "ivshmem.channel.queues.""Taken", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_7channel_6queues_Taken), /*tp_basicsize*/
+  0, /*tp_itemsize*/
+  __pyx_tp_dealloc_7ivshmem_7channel_6queues_Taken, /*tp_dealloc*/
+  0, /*tp_vectorcall_offset*/
+  0, /*tp_getattr*/
+  0, /*tp_setattr*/
+  0, /*tp_as_async*/
+  __pyx_pw_7ivshmem_7channel_6queues_5Taken_23__repr__, /*tp_repr*/
+  0, /*tp_as_number*/
+  &__pyx_tp_as_sequence_Taken, /*tp_as_sequence*/
+  &__pyx_tp_as_mapping_Taken, /*tp_as_mapping*/
+  0, /*tp_hash*/
+  0, /*tp_call*/
+  0, /*tp_str*/
+  0, /*tp_getattro*/
+  0, /*tp_setattro*/
+  &__pyx_tp_as_buffer_Taken, /*tp_as_buffer*/
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
+  PyDoc_STR("A message of a queue that this reader has; made by `QueueReader.take`.\n\n    It is a buffer that can be read. Its bytes are shared memory: any process that can write to the\n    region can change them at any time.\n\n    Attributes:\n        size: bytes.\n        redelivered: another reader had it before, and did not acknowledge it.\n        writer: the number of the writer\047s slot.\n        position: of the message among those of its writer.\n    "), /*tp_doc*/
+  __pyx_tp_traverse_7ivshmem_7channel_6queues_Taken, /*tp_traverse*/
+  __pyx_tp_clear_7ivshmem_7channel_6queues_Taken, /*tp_clear*/
+  0, /*tp_richcompare*/
+  0, /*tp_weaklistoffset*/
+  0, /*tp_iter*/
+  0, /*tp_iternext*/
+  __pyx_methods_7ivshmem_7channel_6queues_Taken, /*tp_methods*/
+  0, /*tp_members*/
+  __pyx_getsets_7ivshmem_7channel_6queues_Taken, /*tp_getset*/
+  0, /*tp_base*/
+  0, /*tp_dict*/
+  0, /*tp_descr_get*/
+  0, /*tp_descr_set*/
+  #if !CYTHON_USE_TYPE_SPECS
+  0, /*tp_dictoffset*/
+  #endif
+  0, /*tp_init*/
+  0, /*tp_alloc*/
+  __pyx_tp_new_7ivshmem_7channel_6queues_Taken, /*tp_new*/
+  0, /*tp_free*/
+  0, /*tp_is_gc*/
+  0, /*tp_bases*/
+  0, /*tp_mro*/
+  0, /*tp_cache*/
+  0, /*tp_subclasses*/
+  0, /*tp_weaklist*/
+  0, /*tp_del*/
+  0, /*tp_version_tag*/
+  #if CYTHON_USE_TP_FINALIZE
+  __pyx_tp_finalize_7ivshmem_7channel_6queues_Taken, /*tp_finalize*/
+  #else
+  NULL, /*tp_finalize*/
+  #endif
+  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
+  #if CYTHON_VECTORCALL_TPNEW
+  __pyx_tp_vectorcall_7ivshmem_7channel_6queues_Taken, /*tp_vectorcall*/
+  #else
+  NULL, /*tp_vectorcall*/
+  #endif
+  #endif
+  #if __PYX_NEED_TP_PRINT_SLOT == 1
+  0, /*tp_print*/
+  #endif
+  #if PY_VERSION_HEX >= 0x030C0000
+  0, /*tp_watched*/
+  #endif
+  #if PY_VERSION_HEX >= 0x030d00A4
+  0, /*tp_versions_used*/
+  #endif
+  #if CYTHON_COMPILING_IN_PYPY && PY_VERSION_HEX < 0x030a0000
+  0, /*tp_pypy_flags*/
+  #endif
+};
+#endif
 
 static PyMethodDef __pyx_methods[] = {
   {0, 0, 0, 0}
@@ -4484,6 +11771,9 @@ static CYTHON_SMALL_CODE int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate)
 static CYTHON_SMALL_CODE int __Pyx_modinit_Global_init_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_QueueReader(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_Taken(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
@@ -4517,6 +11807,158 @@ static int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate) {
   return 0;
 }
 
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd(__pyx_mstatetype *__pyx_mstate) {
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  CYTHON_UNUSED_VAR(__pyx_mstate);
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd ---*/
+  __pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd = &__pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd;
+  __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd;
+  __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.attempt = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt;
+  __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_begin_sleep;
+  __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_end_sleep;
+  __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe;
+  __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.mend = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_mend;
+  __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.claim = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, enum ivshmem_claim, PyObject *, PyObject *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim;
+  __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.after_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep;
+  #if CYTHON_USE_TYPE_SPECS
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 33, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_6queues_ClaimingEnd_spec, __pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd)) __PYX_ERR(0, 33, __pyx_L1_error)
+  #else
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd = &__pyx_type_7ivshmem_7channel_6queues_ClaimingEnd;
+  #endif
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd;
+  #endif
+  #if !CYTHON_USE_TYPE_SPECS
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
+  #endif
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd);
+  #endif
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd->tp_getattro = PyObject_GenericGetAttr;
+  }
+  #endif
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd, __pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ClaimingEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
+  #if CYTHON_USE_TYPE_SLOTS
+  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd, __pyx_base.__pyx_base.__weakref__);
+  #endif
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
+  __Pyx_RefNannyFinishContext();
+  return 0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_RefNannyFinishContext();
+  return -1;
+}
+
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_QueueReader(__pyx_mstatetype *__pyx_mstate) {
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  CYTHON_UNUSED_VAR(__pyx_mstate);
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_QueueReader", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_7channel_6queues_QueueReader ---*/
+  __pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader = &__pyx_vtable_7ivshmem_7channel_6queues_QueueReader;
+  __pyx_vtable_7ivshmem_7channel_6queues_QueueReader.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd;
+  __pyx_vtable_7ivshmem_7channel_6queues_QueueReader.finish = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *, struct ivshmem_taken const *, char *))__pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish;
+  #if CYTHON_USE_TYPE_SPECS
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 83, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_6queues_QueueReader_spec, __pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader)) __PYX_ERR(0, 83, __pyx_L1_error)
+  #else
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader = &__pyx_type_7ivshmem_7channel_6queues_QueueReader;
+  #endif
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd;
+  #endif
+  #if !CYTHON_USE_TYPE_SPECS
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 83, __pyx_L1_error)
+  #endif
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader);
+  #endif
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader->tp_getattro = PyObject_GenericGetAttr;
+  }
+  #endif
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 83, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_QueueReader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 83, __pyx_L1_error)
+  #if CYTHON_USE_TYPE_SLOTS
+  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader, __pyx_base.__pyx_base.__pyx_base.__weakref__);
+  #endif
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 83, __pyx_L1_error)
+  __Pyx_RefNannyFinishContext();
+  return 0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_RefNannyFinishContext();
+  return -1;
+}
+
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_Taken(__pyx_mstatetype *__pyx_mstate) {
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  CYTHON_UNUSED_VAR(__pyx_mstate);
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_Taken", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_7channel_6queues_Taken ---*/
+  __pyx_vtabptr_7ivshmem_7channel_6queues_Taken = &__pyx_vtable_7ivshmem_7channel_6queues_Taken;
+  __pyx_vtable_7ivshmem_7channel_6queues_Taken.check = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *))__pyx_f_7ivshmem_7channel_6queues_5Taken_check;
+  __pyx_vtable_7ivshmem_7channel_6queues_Taken.check_exports = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *))__pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports;
+  #if CYTHON_USE_TYPE_SPECS
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_6queues_Taken_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken)) __PYX_ERR(0, 215, __pyx_L1_error)
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken->tp_as_buffer = &__pyx_tp_as_buffer_Taken;
+  #elif defined(Py_bf_getbuffer) && defined(Py_bf_releasebuffer)
+  /* PY_VERSION_HEX >= 0x03090000 || Py_LIMITED_API >= 0x030B0000 */
+  #elif defined(_MSC_VER)
+  #pragma message ("The buffer protocol is not supported in the Limited C-API < 3.11.")
+  #else
+  #warning "The buffer protocol is not supported in the Limited C-API < 3.11."
+  #endif
+  #else
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken = &__pyx_type_7ivshmem_7channel_6queues_Taken;
+  #endif
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  #endif
+  #if !CYTHON_USE_TYPE_SPECS
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 215, __pyx_L1_error)
+  #endif
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken);
+  #endif
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken->tp_getattro = PyObject_GenericGetAttr;
+  }
+  #endif
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_vtabptr_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 215, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Taken, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 215, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 215, __pyx_L1_error)
+  __Pyx_RefNannyFinishContext();
+  return 0;
+  __pyx_L1_error:;
+  __Pyx_RefNannyFinishContext();
+  return -1;
+}
+
 static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -4526,7 +11968,84 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Type_import_code", 0);
   /*--- Type import code ---*/
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.mapping"); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 6, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 9, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7cpython_4type_type = __Pyx_ImportType_3_3_1(__pyx_t_1, __Pyx_BUILTIN_MODULE_NAME, "type",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(PyTypeObject), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(PyTypeObject),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  0, 0,
+  #else
+  sizeof(PyHeapTypeObject), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(PyHeapTypeObject),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(2, 9, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 86, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Fd",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(3, 86, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "FdArray",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(3, 93, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(3, 93, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Signaller",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(3, 117, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(3, 117, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Relay",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(3, 127, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(3, 127, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Epoll",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(3, 134, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(3, 134, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 23, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.bell", "Doorbell",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell) __PYX_ERR(4, 23, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell, (void**)&__pyx_vtabptr_7ivshmem_6native_4bell_Doorbell) != 1)) __PYX_ERR(4, 23, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.mapping"); if (unlikely(!__pyx_t_1)) __PYX_ERR(5, 6, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Mapping",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -4536,8 +12055,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping) __PYX_ERR(1, 6, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping) != 1)) __PYX_ERR(1, 6, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping) __PYX_ERR(5, 6, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping) != 1)) __PYX_ERR(5, 6, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Atomic",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
@@ -4546,8 +12065,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(1, 20, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(1, 20, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(5, 20, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(5, 20, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU32",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
@@ -4556,8 +12075,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(1, 31, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(1, 31, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(5, 31, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(5, 31, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU64",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
@@ -4566,8 +12085,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(1, 35, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(1, 35, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(5, 35, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(5, 35, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Registers",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
@@ -4576,8 +12095,80 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(1, 39, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(1, 39, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(5, 39, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(5, 39, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(6, 30, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.spin", "Spinner",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_6native_4spin_Spinner), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4spin_Spinner),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_6native_4spin_Spinner), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4spin_Spinner),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_6native_4spin_Spinner), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4spin_Spinner),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner) __PYX_ERR(6, 30, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner, (void**)&__pyx_vtabptr_7ivshmem_6native_4spin_Spinner) != 1)) __PYX_ERR(6, 30, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = PyImport_ImportModule("ivshmem._core"); if (unlikely(!__pyx_t_1)) __PYX_ERR(7, 56, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._core", "Doorbells",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_5_core_Doorbells), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_5_core_Doorbells),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_5_core_Doorbells), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_5_core_Doorbells),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_5_core_Doorbells), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_5_core_Doorbells),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) __PYX_ERR(7, 56, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, (void**)&__pyx_vtabptr_7ivshmem_5_core_Doorbells) != 1)) __PYX_ERR(7, 56, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 21, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Wakeup",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup) __PYX_ERR(8, 21, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Wakeup) != 1)) __PYX_ERR(8, 21, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "ChannelEnd",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd) __PYX_ERR(8, 22, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd) != 1)) __PYX_ERR(8, 22, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Membership",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(8, 25, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(8, 25, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 25, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.roles", "WriterEnd",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) __PYX_ERR(9, 25, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd) != 1)) __PYX_ERR(9, 25, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -4607,10 +12198,10 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
 
 #if CYTHON_PEP489_MULTI_PHASE_INIT
 static PyObject* __pyx_pymod_create(PyObject *spec, PyModuleDef *def); /*proto*/
-static int __pyx_pymod_exec_areas(PyObject* module); /*proto*/
+static int __pyx_pymod_exec_queues(PyObject* module); /*proto*/
 static PyModuleDef_Slot __pyx_moduledef_slots[] = {
   {Py_mod_create, (void*)__pyx_pymod_create},
-  {Py_mod_exec, (void*)__pyx_pymod_exec_areas},
+  {Py_mod_exec, (void*)__pyx_pymod_exec_queues},
   #if CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
   {Py_mod_gil, __Pyx_FREETHREADING_COMPATIBLE},
   #endif
@@ -4629,8 +12220,8 @@ namespace {
   #endif
   {
       PyModuleDef_HEAD_INIT,
-      "areas",
-      __pyx_k_Areas_the_parts_of_regions_that, /* m_doc */
+      "queues",
+      __pyx_k_Internal_the_reading_end_of_a_qu, /* m_doc */
     #if CYTHON_USE_MODULE_STATE
       sizeof(__pyx_mstatetype), /* m_size */
     #else
@@ -4667,8 +12258,8 @@ namespace {
   #endif
 #endif
 
-__Pyx_PyMODINIT_FUNC PyInit_areas(void) CYTHON_SMALL_CODE; /*proto*/
-__Pyx_PyMODINIT_FUNC PyInit_areas(void)
+__Pyx_PyMODINIT_FUNC PyInit_queues(void) CYTHON_SMALL_CODE; /*proto*/
+__Pyx_PyMODINIT_FUNC PyInit_queues(void)
 #if CYTHON_PEP489_MULTI_PHASE_INIT
 {
   return PyModuleDef_Init(&__pyx_moduledef);
@@ -4786,7 +12377,7 @@ bad:
 }
 
 
-static CYTHON_SMALL_CODE int __pyx_pymod_exec_areas(PyObject *__pyx_pyinit_module)
+static CYTHON_SMALL_CODE int __pyx_pymod_exec_queues(PyObject *__pyx_pyinit_module)
 #endif
 {
   int stringtab_initialized = 0;
@@ -4805,7 +12396,7 @@ static CYTHON_SMALL_CODE int __pyx_pymod_exec_areas(PyObject *__pyx_pyinit_modul
   #if CYTHON_PEP489_MULTI_PHASE_INIT
   if (__pyx_m) {
     if (__pyx_m == __pyx_pyinit_module) return 0;
-    PyErr_SetString(PyExc_RuntimeError, "Module 'areas' has already been imported. Re-initialisation is not supported.");
+    PyErr_SetString(PyExc_RuntimeError, "Module 'queues' has already been imported. Re-initialisation is not supported.");
     return -1;
   }
   #else
@@ -4821,7 +12412,7 @@ static CYTHON_SMALL_CODE int __pyx_pymod_exec_areas(PyObject *__pyx_pyinit_modul
   #if CYTHON_USE_MODULE_STATE
   {
     int add_module_result = __Pyx_State_AddModule(__pyx_t_1, &__pyx_moduledef);
-    __pyx_t_1 = 0; /* transfer ownership from __pyx_t_1 to "areas" pseudovariable */
+    __pyx_t_1 = 0; /* transfer ownership from __pyx_t_1 to "queues" pseudovariable */
     if (unlikely((add_module_result < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
     pystate_addmodule_run = 1;
   }
@@ -4851,7 +12442,7 @@ static CYTHON_SMALL_CODE int __pyx_pymod_exec_areas(PyObject *__pyx_pyinit_modul
   }
   #endif
   
-__Pyx_RefNannySetupContext("PyInit_areas", 0);
+__Pyx_RefNannySetupContext("PyInit_queues", 0);
   __Pyx_init_runtime_version();
   if (__Pyx_check_binary_version(__PYX_LIMITED_VERSION_HEX, __Pyx_get_runtime_version(), CYTHON_COMPILING_IN_LIMITED_API) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   __pyx_mstate->__pyx_empty_tuple = PyTuple_New(0); if (unlikely(!__pyx_mstate->__pyx_empty_tuple)) __PYX_ERR(0, 1, __pyx_L1_error)
@@ -4862,13 +12453,13 @@ __Pyx_RefNannySetupContext("PyInit_areas", 0);
   if (__Pyx_InitConstants(__pyx_mstate) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   stringtab_initialized = 1;
   if (__Pyx_InitGlobals() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
-  if (__pyx_module_is_main_ivshmem__native__areas) {
+  if (__pyx_module_is_main_ivshmem__channel__queues) {
     if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_name, __pyx_mstate_global->__pyx_n_u_main) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   }
   {
     PyObject *modules = PyImport_GetModuleDict(); if (unlikely(!modules)) __PYX_ERR(0, 1, __pyx_L1_error)
-    if (!PyDict_GetItemString(modules, "ivshmem.native.areas")) {
-      if (unlikely((PyDict_SetItemString(modules, "ivshmem.native.areas", __pyx_m) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+    if (!PyDict_GetItemString(modules, "ivshmem.channel.queues")) {
+      if (unlikely((PyDict_SetItemString(modules, "ivshmem.channel.queues", __pyx_m) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
     }
   }
   /*--- Builtin init code ---*/
@@ -4881,52 +12472,44 @@ __Pyx_RefNannySetupContext("PyInit_areas", 0);
   (void)__Pyx_modinit_Variable_export_code(__pyx_mstate);
   (void)__Pyx_modinit_Function_export_code(__pyx_mstate);
   /*--- Type init code ---*/
+  __pyx_t_2 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd = __Pyx_ImportType_3_3_1(__pyx_t_2, "ivshmem.channel.roles", "ReaderEnd",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) != 1)) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_QueueReader(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_Taken(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   if (unlikely((__Pyx_modinit_Type_import_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   (void)__Pyx_modinit_Variable_import_code(__pyx_mstate);
   (void)__Pyx_modinit_Function_import_code(__pyx_mstate);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/native/areas.pyx":18
- * from .mapping cimport Mapping
+  /* "ivshmem/channel/queues.pyx":20
+ * from .roles cimport LARGE, ReaderEnd
  * 
- * from collections import namedtuple             # <<<<<<<<<<<<<<
- * 
- * from ..errors import RegionError
+ * from ..errors import ClosedError, MessageTooLong, Redelivered             # <<<<<<<<<<<<<<
+ * from ..text import counted
+ * from . import asynchronous
 */
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_namedtuple};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_collections, __pyx_imported_names, 1, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 18, __pyx_L1_error)
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_Redelivered};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 3, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 20, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_namedtuple};
-    __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 18, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 18, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    }
-  }
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/native/areas.pyx":20
- * from collections import namedtuple
- * 
- * from ..errors import RegionError             # <<<<<<<<<<<<<<
- * 
- * 
-*/
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_RegionError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 20, __pyx_L1_error)
-  }
-  __pyx_t_2 = __pyx_t_1;
-  __Pyx_GOTREF(__pyx_t_2);
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_RegionError};
-    __pyx_t_3 = 0; {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_Redelivered};
+    for (__pyx_t_3=0; __pyx_t_3 < 3; __pyx_t_3++) {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 20, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 20, __pyx_L1_error)
@@ -4935,85 +12518,388 @@ __Pyx_RefNannySetupContext("PyInit_areas", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/areas.pyx":47
+  /* "ivshmem/channel/queues.pyx":21
  * 
- * 
- * Area = namedtuple("Area", "offset size places records unit units")             # <<<<<<<<<<<<<<
- * Area.__doc__ = """An area, as its header says: bytes, numbers of table entries, units of data."""
+ * from ..errors import ClosedError, MessageTooLong, Redelivered
+ * from ..text import counted             # <<<<<<<<<<<<<<
+ * from . import asynchronous
  * 
 */
-  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_namedtuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 47, __pyx_L1_error)
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 21, __pyx_L1_error)
+  }
+  __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_4 = __Pyx_PyObject_Call(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0], NULL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 47, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
+    __pyx_t_3 = 0; {
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 21, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 21, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    }
+  }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_Area, __pyx_t_4) < (0)) __PYX_ERR(0, 47, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/areas.pyx":48
+  /* "ivshmem/channel/queues.pyx":22
+ * from ..errors import ClosedError, MessageTooLong, Redelivered
+ * from ..text import counted
+ * from . import asynchronous             # <<<<<<<<<<<<<<
  * 
- * Area = namedtuple("Area", "offset size places records unit units")
- * Area.__doc__ = """An area, as its header says: bytes, numbers of table entries, units of data."""             # <<<<<<<<<<<<<<
- * 
- * cdef enum:
+ * cdef int64_t probe_queue(void *what) noexcept nogil:
 */
-  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_Area); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 48, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  if (__Pyx_PyObject_SetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_doc, __pyx_mstate_global->__pyx_kp_u_An_area_as_its_header_says_bytes) < (0)) __PYX_ERR(0, 48, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_asynchronous};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u__2, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_channel_2, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 22, __pyx_L1_error)
+  }
+  __pyx_t_2 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_2);
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_asynchronous};
+    __pyx_t_3 = 0; {
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 22, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 22, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    }
+  }
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/areas.pyx":69
- * 
- * 
- * def make_area(Mapping mapping not None, uint64_t offset, uint64_t size, unsigned places=0,             # <<<<<<<<<<<<<<
- *               unsigned records=0):
- *     """Make an area of `size` bytes at an offset, a multiple of 4096 from 8192 on.
+  /* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
+ * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_1make_area, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 69, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_make_area, __pyx_t_4) < (0)) __PYX_ERR(0, 69, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11ClaimingEnd_1__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ClaimingEnd___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/areas.pyx":103
- * 
- * 
- * def area_of(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
- *     """Return the Area whose header is at an offset; None: there is none, or of another version."""
- *     cdef ivshmem_memory memory
+  /* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
 */
-  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_3area_of, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 103, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_area_of, __pyx_t_4) < (0)) __PYX_ERR(0, 103, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11ClaimingEnd_3__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ClaimingEnd___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/areas.pyx":114
+  /* "ivshmem/channel/queues.pyx":93
+ *     """
  * 
- * 
- * def find_area(Mapping mapping not None):             # <<<<<<<<<<<<<<
- *     """Return the Area that the region's directory of names tells of; None: there is none."""
- *     cdef ivshmem_memory memory
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def get(self, timeout=None, *, spin=None):
+ *         """Return a copy of the next message, which no other reader gets: at most once.
 */
-  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_5find_area, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 114, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_find_area, __pyx_t_4) < (0)) __PYX_ERR(0, 114, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 93, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/native/areas.pyx":128
+  /* "ivshmem/channel/queues.pyx":94
  * 
- * 
- * def sweep(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
- *     """Free all places of an area, and return how many there were; 0 if there is no area.
+ *     @cython.critical_section
+ *     def get(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
+ *         """Return a copy of the next message, which no other reader gets: at most once.
  * 
 */
-  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_7sweep, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 128, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 93, __pyx_L1_error)
+
+  /* "ivshmem/channel/queues.pyx":93
+ *     """
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def get(self, timeout=None, *, spin=None):
+ *         """Return a copy of the next message, which no other reader gets: at most once.
+*/
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_1get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 93, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_sweep, __pyx_t_4) < (0)) __PYX_ERR(0, 128, __pyx_L1_error)
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  #endif
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
+  __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_4) < (0)) __PYX_ERR(0, 93, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/areas.pyx":1
- * # cython: language_level=3, binding=False, freethreading_compatible=True             # <<<<<<<<<<<<<<
+  /* "ivshmem/channel/queues.pyx":121
+ *         return data if self.type is None else self.type.decode(data)
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def get_into(self, buffer, timeout=None, *, spin=None):
+ *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
+*/
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 121, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+
+  /* "ivshmem/channel/queues.pyx":122
+ * 
+ *     @cython.critical_section
+ *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
+ *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
+ * 
+*/
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 121, __pyx_L1_error)
+
+  /* "ivshmem/channel/queues.pyx":121
+ *         return data if self.type is None else self.type.decode(data)
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def get_into(self, buffer, timeout=None, *, spin=None):
+ *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 121, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
+  __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_2) < (0)) __PYX_ERR(0, 121, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/queues.pyx":169
+ *         return self.membership.flush()
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def take(self, timeout=None, *, spin=None):
+ *         """Take the next message, and acknowledge it later: at least once.
+*/
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 169, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+
+  /* "ivshmem/channel/queues.pyx":170
+ * 
+ *     @cython.critical_section
+ *     def take(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
+ *         """Take the next message, and acknowledge it later: at least once.
+ * 
+*/
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 169, __pyx_L1_error)
+
+  /* "ivshmem/channel/queues.pyx":169
+ *         return self.membership.flush()
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def take(self, timeout=None, *, spin=None):
+ *         """Take the next message, and acknowledge it later: at least once.
+*/
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_5take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 169, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  #endif
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
+  __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_4) < (0)) __PYX_ERR(0, 169, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/queues.pyx":190
+ *         return Taken(self)
+ * 
+ *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
+ *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
+ *         return asynchronous.until_something(self, self.get, timeout)
+*/
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_7get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 190, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  #endif
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_4) < (0)) __PYX_ERR(0, 190, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/queues.pyx":194
+ *         return asynchronous.until_something(self, self.get, timeout)
+ * 
+ *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
+ *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
+ *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
+*/
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_9get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 194, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  #endif
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_4) < (0)) __PYX_ERR(0, 194, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/queues.pyx":198
+ *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
+ * 
+ *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
+ *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
+ *         return asynchronous.until_something(self, self.take, timeout)
+*/
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_11take_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 198, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  #endif
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take_async, __pyx_t_4) < (0)) __PYX_ERR(0, 198, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_21__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  #endif
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
+*/
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_23__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  #endif
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/queues.pyx":273
+ *         return self.taken.message.length
+ * 
+ *     def __bytes__(self):             # <<<<<<<<<<<<<<
+ *         return memoryview(self).tobytes()
+ * 
+*/
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_9__bytes__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___bytes, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 273, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_bytes_2, __pyx_t_4) < (0)) __PYX_ERR(0, 273, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/queues.pyx":276
+ *         return memoryview(self).tobytes()
+ * 
+ *     def get(self):             # <<<<<<<<<<<<<<
+ *         """Return a copy: bytes, or what the channel's type makes of them."""
+ *         data = bytes(self)
+*/
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_11get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 276, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_4) < (0)) __PYX_ERR(0, 276, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/queues.pyx":289
+ *         return 0
+ * 
+ *     def done(self):             # <<<<<<<<<<<<<<
+ *         """Acknowledge it: no other reader gets it. May be called twice.
+ * 
+*/
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_13done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 289, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_4) < (0)) __PYX_ERR(0, 289, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/queues.pyx":312
+ *             )
+ * 
+ *     def give_back(self):             # <<<<<<<<<<<<<<
+ *         """Give it to another reader, marked `redelivered`. May be called twice."""
+ *         if not self.live:
+*/
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_15give_back, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_give_back, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 312, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_give_back, __pyx_t_4) < (0)) __PYX_ERR(0, 312, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/queues.pyx":322
+ *             self.reader.membership.flush()
+ * 
+ *     def __enter__(self):             # <<<<<<<<<<<<<<
+ *         return self
+ * 
+*/
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_17__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 322, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_4) < (0)) __PYX_ERR(0, 322, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/queues.pyx":325
+ *         return self
+ * 
+ *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
+ *         if kind is None:
+ *             self.done()
+*/
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_19__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 325, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_4) < (0)) __PYX_ERR(0, 325, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_25__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  #endif
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_27__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  #endif
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/queues.pyx":1
+ * # cython: language_level=3, binding=True, freethreading_compatible=True             # <<<<<<<<<<<<<<
  * # cython: embedsignature=True, embedsignature.format=clinic
- * """Areas: the parts of regions that hold channels; made, found, and swept.
+ * """Internal: the reading end of a queue: each message goes to one reader.
 */
   __pyx_t_4 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
@@ -5028,7 +12914,7 @@ __Pyx_RefNannySetupContext("PyInit_areas", 0);
   __Pyx_XDECREF(__pyx_t_4);
   if (__pyx_m) {
     if (__pyx_mstate->__pyx_d && stringtab_initialized) {
-      __Pyx_AddTraceback("init ivshmem.native.areas", __pyx_clineno, __pyx_lineno, __pyx_filename);
+      __Pyx_AddTraceback("init ivshmem.channel.queues", __pyx_clineno, __pyx_lineno, __pyx_filename);
     }
     #if !CYTHON_USE_MODULE_STATE
     Py_CLEAR(__pyx_m);
@@ -5042,7 +12928,7 @@ __Pyx_RefNannySetupContext("PyInit_areas", 0);
     }
     #endif
   } else if (!PyErr_Occurred()) {
-    PyErr_SetString(PyExc_ImportError, "init ivshmem.native.areas");
+    PyErr_SetString(PyExc_ImportError, "init ivshmem.channel.queues");
   }
   __pyx_L0:;
   __Pyx_RefNannyFinishContext();
@@ -5077,16 +12963,16 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/native/areas.pyx":47
+  /* "ivshmem/channel/queues.pyx":93
+ *     """
  * 
- * 
- * Area = namedtuple("Area", "offset size places records unit units")             # <<<<<<<<<<<<<<
- * Area.__doc__ = """An area, as its header says: bytes, numbers of table entries, units of data."""
- * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def get(self, timeout=None, *, spin=None):
+ *         """Return a copy of the next message, which no other reader gets: at most once.
 */
   {
-    PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_n_u_Area, __pyx_mstate_global->__pyx_kp_u_offset_size_places_records_unit};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 47, __pyx_L1_error)
+    PyObject* __pyx_temp[1] = {Py_None};
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 93, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -5127,31 +13013,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{22},{12},{9},{4},{15},{2},{1},{1},{76},{179},{8},{14},{11},{37},{64},{4},{11},{20},{7},{8},{10},{8},{14},{12},{8},{7},{18},{11},{6},{9},{5},{20},{9},{7},{10},{6},{6},{3},{7},{10},{4},{5},{6}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{6},{27},{4},{11},{62},{15},{6},{1},{28},{47},{74},{17},{1},{1},{4},{179},{13},{8},{7},{6},{2},{9},{16},{14},{12},{26},{50},{6},{73},{42},{0},{11},{29},{31},{11},{14},{11},{29},{31},{15},{21},{20},{26},{16},{22},{11},{5},{15},{15},{14},{23},{25},{10},{9},{15},{20},{12},{9},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{12},{18},{6},{18},{6},{4},{7},{4},{6},{4},{5},{6},{3},{9},{8},{14},{9},{5},{22},{4},{10},{3},{6},{4},{10},{4},{4},{4},{10},{5},{4},{7},{7},{15},{6},{4}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{9},{34},{7},{15},{94},{39},{157},{77},{38},{117},{23},{23},{25}};
     #ifndef CYTHON_COMPRESS_STRINGS
-      #define CYTHON_COMPRESS_STRINGS 0
+      #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (423 bytes) */
-static const char cstring[] = "x\332MQAn\3340\014\374\n\201\036rI}\312\241\310\245\010\332\024\350%X\344\003\002-\321\261\032\231TEz\273\356\353Ki\273@\014\030\222(\316pf\004\363a\244\020\221a&\3300\021\240\001\214\352=,\322\000\342\212\314T\024d\001\250M\"\251:\0049\301\247\313\364\365\211\001\033\341=\240B6\205\225\234\244\201\342\241\2177\036\336\267\231\332`0\234\013\001\261\265\334ov\356\030\257\0474\234^\304\010lu\005\337\016[\205!+$*\331\301hT\016P\207Eszob8=\237>?|y\030R\032\375\242\350T\272\317\261\340P\350\254\363\236\213e\006;*\351\004?\0278d\007&J`\002\325\373>\002l%\006%\353\033\270s\327bhY88<\363\333\035\244\334|H>SG\377\300\2424aJ\301\373(\237u\335h\233\2505i\3122B\351\022dY:\245\346\277\004\265\240\247\347Z\243\264\244\303\3745\201>\320\321\322\216ny\303Z]aO\337I\222\217\006\341r<\302\215\366\343s\271\273lO^}\2457\327\372\334\347\207p:.\376\177\367\260\302\013]\354\225\226\020\222\304\340\337\206\231\307*i/\324w\214\333X\253\203\316\343\201\372\351\367\216\345v\343\257h!\364\331A\226X2Sp\022kng\306\370\036\245\224\036\214\260^\375/\231\323h\317F\233\336\262a\354\331M\275\256\033\276\323\350\350f\335a\237\224l\257\205\256\201]\243\252R\377\207\345\245D\013\356\305z\222\372\207\250\236\261\354\244\377\000\235\342\t\221";
-    PyObject *data = __Pyx_DecompressString(cstring, 423, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1318 bytes) */
+static const char cstring[] = "x\332mU;o\0339\020\216\020%qr\016l\047\206\363,(\344e\237\035\005\006\234\\\3169\334A\027\333\347{\031V\340 \3105\004\265;+1^\221\362\222\253G\356\212\224*\267\334r\313-U\252t\351R\245\312\374\004\377\204\033R\217(R\014h\311\031\316\343\233o\2064)\2654(b\277\033\204\t\227\350\n\220R\350y\020\220\nS\204H\317\376\032\001\327\250\"2 ,\010XK\031\245\261\255\202R\254\014\250\005\302\005\t\025l\223\000|`\n\314y\225x<P\232\254\272\340\257\255\352\000\200x\001+WA\350\265\r\342J\001\371m\314+\3214@?\346\016\363r\275A\264\224\333\030\203+R\013\244\203yH\003O\024\367\321\2314*\270\242\031Z\273c\020\3370\327\354\030\004\361\020w\031\223}qsd\215\203K\330\310w\303\0349\025\202\356\276T\372\047^W\225*T\363N\205\t\001~\376\347_\016\320\377@jS\026\323\344uKW\2440\346X\031/A\3004\370-\242t\300\035\303\024\032\tr\270{\370t\353\345\226%6\200\017\340h\304\037\226\034\237)\005\226\302R\310}\215\274\351V\rT\236\374\356\221\226\014\211\000\204\246%\251\241\335\244\003\262$\210\002m\231\177\202\300\244f\232KA\321\235\213\362\023\342\362\000\223\360:\030\357=\346+\310\217+4\351\230\353Rt\002\227+V\362\001\204\371\226\035\256\006;w\272\352\221\014A \0035\22244\365p\377lh\371\354$\204\020+\250\265\232B\"%\036\013}M(\r\300\r\035\240\224\270\241\305$\244x\212\024\3259\363\361\324\341\202kJ\255/\326\345{\371\n\370\356\206\335\r\207\301\261U\222\022`\307D\035\002=`\206\221\303A\003d\311\320j\033\\\343\316\261\2174L\216\245\031\001\346\034\013\331\300\352\312\350k\006\001\371\021\244\204\352\327>\343U\364\330\025\356\3046?\206\355\330\034\224~}\210\rP\310\373\344\261T\340\356\032\216\376\036\344=\222\362/)\312ES\330\033[\310\304v6\376\327\2073\361\047\217\313\240\247D\312TK8\323J.\264\374\226n\326\332\334\220iy`\365\006\314l#\351\340\036\231kd?\010\320>\027\224\216D\274\216\020L\210M\323\323\2214U\351H=S\343\340\300<\010\203\035\342\035n\020\0005\315\242\364\260\325\304\337\016^0z\200#\370\006<J\207\227\000Gl\214k\214h\204\205R/\024\216Y\313\243\264\370We\\\330U\272\241o5\202U\355\212CL\207ff[\327""\346n\230\203\223\220\371#\243\321d\317\2248V@\323\010X\3518\260\232H?\303\000\245\210\336\240\345\212:2\220!\276\013`\373P\t\244\220\241\262{.\363\343C5x\250\035\034z\300\346R\0350\007\014U\216\035HG\272\340\310\020\271p]\246\231\021\\0\014\333\333<\270\322H\310x\204F#\362\365\250\214\371\307\177\000U5\375@\014\256\3751\027.je\320\252sh\324dmpy\315=\3062\207\257\201\342\037A\3413e\346\353\313\214\331\367\331<(\232W\001\313\322\322v\021Qs\237*Y\005|\321E\271\316|Lc\202\177\312\364\263\327\332\353Q\361S\241?\367]\373yt1\332\354\317/F\227\242b\377\372Rt\047~\020\027\215|-\316\031\213\205\366\311`\371\030/\305\217\342fb\304\273\253i\346|\365\302\325\371\366V\273\036\025{+\337\247k\035\214r\023C\315-F\331\310x\364\026\320*]I\303\316~\027\345\371\366o\321fT\210\336\365\356?M\213)31\233\221\216_$7\223?R\267\363\250\323\350\262\256\211~o-]:\047\023\321\327\323\037;\205a\364\205v\210A\014\370\047\317;\305\363\225\013W\357\305\271\370e\262\231\354\245\271\376\334\325\376\374B[G/\342\245\336\335|\312;\047\375\305[\321I\177~9\332\2113\346,\214\366\343\375\344\327\344C\047\2131\027\037&\205\244\230\270\006\276\021\227\243?\343zR\354/\256D\")\364\227\037`\334\335\364vo\363\250w\364\266\367\366}\357\375?\237\221\233+\321I\234\211o%si6\265\300\236\307sI\346\363\374\375\270\020\027c\366\251\360\031\231\335B\034\310\311uS\372A\2343\313~d9\337j7\"/\336I\262\311Nz%Et$\311$K\311\303\244\234\276\357\260\216\356\332\206\\\211\376M\036\247\031\023lX\364\210\262\037P\1771\335\356\034uo\235^:}wV8C>\316o\014\030\233I\272\027}\311\215M\311a\246\\\262\2254\014;\335\354\2505\257b/\261\340\320\373F\264\2163\260x\033k\\\216\337\241z\021\251G\002/\307\225\336\343W\335\315\356\316\351\345\323\312\031\353e\021\270A\367_\357\336z\272\231\356u\036v\274n\241\227\305\034S\352r\267\330\313b\337\247\324\307\247w\316r\377\003\310\273\230\266";
+    PyObject *data = __Pyx_DecompressString(cstring, 1318, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (706 bytes) */
-static const char bytes[] = " bytes can be made at  bytes, for  channels of  processes and #x.?An area, as its header says: bytes, numbers of table entries, units of data.Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_noteivshmem.errorsno area of offset size places records unit unitsthe memory is mapped for reading only: no area can be made in itAreaRegionError__Pyx_PyDict_NextRef__doc____main____module____name____pyx_vtable____qualname____test__area_ofcline_in_tracebackcollectionserrorsfind_areaitemsivshmem.native.areasmake_areamappingnamedtupleoffsetplacespoprecordssetdefaultsizesweepvalues";
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1705 bytes) */
+static const char cstring[] = "\277 bytes\000\003,\377 and the\377 buffer \177has  of\000\001\337 writ\020\000 o\377r arrays\374\025\001(\001messag\375e\023\000e in u\377se: rele\367aseH\001m fi\377rst (del\377)(tree f\377ragment)\377, done.:ju\000ot\000r5\000adq\004\377it, too:\376\215\000is procve\000 w\217\000sil:\000w wh\005\000 it\243\000\363d }\005\034\020take\227n f\265\000gj\000-\007c\177opied a4\005\335,N\001ch k\000lo\377st<ivshm\377em.chann\277el.>?N\252\000N\373ot\323\001at Cy\317thon+\001\327\000ib\377erately _stric\246!t5\000\377 PEP-484\376\324\"rejects\377 subclas\373se\276\"built\376\265 types. \377If you n=e\230\000to p%\000%\t\276\232@n set\241B\047\376\226\000otation\375_<\000ing\047 d\333irb\000iv\371 o ?False.\331\006\307A\337add_n\301\000di\177sableen\002\001/gcis\004\003d\346\r\376\005\277errors\214%t\327ext\231$/\231$/q\367ueu\277\000pyxn\377o defaul\377t __redu\177ce__ du\217\002\357non-\240 via\375l\033\000cinit_\371_7\002\325\000lf.he\337ld,se\007\000re\372\210bc\341\002 be c\277onvert\224#a\233 P\373#ob\323!\334Bp\217ickl\204 \213\204\t\256aa\377cknowledqg\356@\205a\235 n b\024\000\337Claim\266 En\325d\000\010.\256\006c\340B__\264\017\013\376 s\365 e_\025\007o\257sedE\240!M\211\205\003T\177ooLongQ\221!\201R\304\002\000\010N\017\017\013O\0160\tg\373et\000\014_asyn=c\005\rinto\000\021\034\0170\236\205\001\222\t\256\205\001N\003Re\330\204\001\362 \207edT\303\205\001\000\002\233 \260\207\002_}_\007\005enter\004\010\001x\320A$\005\372D\302%;\005\263.V\003\360\215\207\001`\003\345\000\002\004ive_\276\251A__Pyx\001\000D\377ict_Next\237Ref__\376\204\004\340`_\215_\221\004__\213\004\006\000\207\002_\377_func___\361_\273 \265C\n\000main\276\020\001modul;\002n\213amC\002pe\000 \004\007\001vyt\250\205\001;\001qual\035\005\330\322\204\005\234n\354\204\006exo\001se\303t_Q\005\261f\211\000\265n__\357test\243\000is_\377coroutin\375e\327Bhronou]s\343Bio.\024\006s\243\212\003\353cl&\000_\312\000tra\333ce\324\204\001cl\215\204\001co\337decou\233@dd7ata\t\001de\357\211\001\311\206\002""\000\315\206\003\314`\317`\275c\005\001\263a\000\005\017\004>\370%items\207\211\r\361\206\003\377kindmemo\377ryviewpo\271p\267\206\003\304\206\001set\207\207\004s\177izespin\216\212\001x\332g\233\212\002\315\207\001time\361\000\363to\216\214\002\263\000il_s\377omething\277valuesY\001\200\377\001\330\004\n\210+\220Q\377\200A\330\010\013\2105\220\377\003\2201\330\014\020\220\005\377\220Q\330\r\021\220\031\230w#\230Q\014\001\n\230!\036\001\367\017\210q\001\003z\230\021\230\357%\230x\240\013\001\032(\250\377\001\360(\000\t\014\2104\377\210v\220Q\320\026*\250\353)\260C\000\023H\000\010\020\220\273\004\220X\000\017\320\017#\000\250\277\026\250u\260H\270h\000\014\377\210G\2201\220A\220W\377\320\034-\250Q\250a\330\377\010\017\210x\220t\2306\377\240\023\240J\250d\260%\337\260w\270a\270i\001\033)\357\250\021\360 S\010+\2509\357\260A\330\014Y\002\017\210u\374B\000\271\001\0475\260Q\360\026\377\000\t\033\230!\2308\240\3771\240F\250!\330\010\t\377\330\014\017\210t\2206\230\377\021\320\032.\250i\260q\377\330\020\027\220q\330\014\024\357\220D\230\001\030\001u\220H\377\230H\240B\240j\260\004\376Q\000\020$\240A\240Q\240\371d\273\001\013\001\024\220K\230v\377\240Q\330\020\026\220n\240\357A\330\024#U\000E\250\030\377\3201T\320TU\320U\337Y\320YZ\340\251 \007\220\377q\230\001\230\027\240\010\250\373\004\250\224\0025\230\010\240\001\377\340\014\034\230A\230Q\230/a\200A\340\327 4\205\000\327 \177\r\330\010\014\210N\230\231\000\327\014\210H\225!\013\262 w\220\377f\230D\240\004\240D\250\373\007\250\233\000 \240\001\240\021\377\240$\240g\250Y\260a\367\260t\270\214B\007\220{\240G&\250\001I\001\356\004\253%7\025\000\377\003\250:\260T\270\027\300\277\005\300W\310A\310\312@\360m\022\212Ct\220f\014F\220r\007\372\222@!g\000!\2404\240w\366\232!\270\004\223E;\230f\240\334\214b\212`\022\220+\201`\020\030.\341\000\024\230W\205 \020\326@\276 \377\006\230h\320&;\2701\377\270D\300\006\300h\310a\353\320\004\266\000\340\305@|\320\033\377+\2501\250F\260$\260\237f\270A\320\004a\000\010\014g\317\270Q\320\004""\365@\037\014k\300\007\031\310!";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1705, 2372);
+    #define __Pyx_DecompressString_UNUSED
+    if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
+    const char* const bytes = __Pyx_PyBytes_AsString(data);
+    #if !CYTHON_ASSUME_SAFE_MACROS
+    if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
+    #endif
+    #else /* compression: none (2372 bytes) */
+static const char bytes[] = " bytes bytes, and the buffer has  of  of writer  or arrays of the message are in use: release them first (del)(tree fragment), done.: another reader has it, too: this process was silent while it had message : this process was taken for gone while it copied a message, which is lost<ivshmem.channel.>?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a message of add_notedisableenablegcisenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/queues.pyxno default __reduce__ due to non-trivial __cinit__queue self.held,self.reader cannot be converted to a Python object for picklingthe message was acknowledged or given backClaimingEndClaimingEnd.__reduce_cython__ClaimingEnd.__setstate_cython__ClosedErrorMessageTooLongQueueReaderQueueReader.__reduce_cython__QueueReader.__setstate_cython__QueueReader.getQueueReader.get_asyncQueueReader.get_intoQueueReader.get_into_asyncQueueReader.takeQueueReader.take_asyncRedeliveredTakenTaken.__bytes__Taken.__enter__Taken.__exit__Taken.__reduce_cython__Taken.__setstate_cython__Taken.doneTaken.getTaken.give_back__Pyx_PyDict_NextRef__annotate____bytes____enter____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasynchronousasyncio.coroutinesbuffercline_in_tracebackclosedcodecounteddatadecodedoneerrorerrorsgetget_asyncget_intoget_into_asyncgive_backitemsivshmem.channel.queueskindmemoryviewpopreaderselfsetdefaultsizespintaketake_asynctakentexttimeouttobytesuntil_somethingvaluesview\200\001\330\004\n\210+\220Q\200A\330\010\013\2105\220\003\2201\330\014\020\220\005\220Q\330\r\021\220\031\230#\230Q\330\014\020\220\n\230!\200A\330\010\017\210q\200A\330\010\017\210z\230\021\230%\230x\240q\200A\330\032(\250\001\360(\000\t\014\2104\210v\220Q\320\026*\250)\2601""\330\014\023\2201\330\010\020\220\004\220A\330\010\017\320\017(\250\001\250\026\250u\260H\270A\330\010\014\210G\2201\220A\220W\320\034-\250Q\250a\330\010\017\210x\220t\2306\240\023\240J\250d\260%\260w\270a\270q\200A\330\033)\250\021\360 \000\t\014\2104\210v\220Q\320\026+\2509\260A\330\014\023\2201\330\010\017\210u\220A\220Q\200A\330\0475\260Q\360\026\000\t\033\230!\2308\2401\240F\250!\330\010\t\330\014\017\210t\2206\230\021\320\032.\250i\260q\330\020\027\220q\330\014\024\220D\230\001\330\014\017\210u\220H\230H\240B\240j\260\004\260A\330\020$\240A\240Q\240d\250)\2601\260A\330\020\024\220K\230v\240Q\330\020\026\220n\240A\330\024#\2401\240E\250\030\3201T\320TU\320UY\320YZ\340\014\020\220\007\220q\230\001\230\027\240\010\250\004\250A\330\014\023\2205\230\010\240\001\340\014\034\230A\230Q\230a\200A\340\010\013\2104\210t\2201\330\014\r\330\010\014\210N\230!\330\010\014\210H\220A\330\010\013\2104\210w\220f\230D\240\004\240D\250\007\250q\330\014 \240\001\240\021\240$\240g\250Y\260a\260t\2701\330\014\020\220\007\220{\240&\250\001\200A\340\010\017\210u\220A\220Q\330\010\017\210x\220t\2307\240&\250\003\250:\260T\270\027\300\005\300W\310A\310Q\200A\360\022\000\t\014\2104\210t\2201\330\014\r\330\010\014\210N\230!\330\010\014\210F\220!\330\010\014\210H\220A\330\010\017\320\017!\240\021\240!\2404\240w\250i\260q\270\004\270A\330\010\014\210G\220;\230f\240A\330\010\013\2101\330\014\022\220+\230Q\330\020\030\230\001\230\024\230W\240A\330\020\023\2201\220D\230\006\230h\320&;\2701\270D\300\006\300h\310a\320\004 \240\001\340\010\017\210|\320\033+\2501\250F\260$\260f\270A\320\004!\240\021\340\010\017\210|\320\033+\2501\250F\260$\260g\270Q\320\004-\250Q\340\010\017\210|\320\033+\2501\250F\260$\260k\300\031\310!";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 43; i++) {
+    for (int i = 0; i < 113; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 15) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 31) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -5159,22 +13055,174 @@ static const char bytes[] = " bytes can be made at  bytes, for  channels of  pro
       stringtab[i] = string;
       pos += bytes_length;
     }
+    for (int i = 113; i < 126; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-113].length;
+      PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
+      stringtab[i] = string;
+      pos += bytes_length;
+      if (unlikely(!string)) {
+        Py_XDECREF(data);
+        __PYX_ERR(0, 1, __pyx_L1_error)
+      }
+    }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 43; i++) {
+    for (Py_ssize_t i = 0; i < 126; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
+    #if CYTHON_IMMORTAL_CONSTANTS
+    {
+      PyObject **table = stringtab + 113;
+      for (Py_ssize_t i=0; i<13; ++i) {
+        #if PY_VERSION_HEX >= 0x030F0000
+        PyUnstable_SetImmortal(table[i]);
+        #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
+        if ((PY_SSIZE_T_MAX <= _Py_IMMORTAL_REFCNT_LOCAL)) break;
+        #if PY_VERSION_HEX < 0x030E0000
+        if (_Py_IsOwnedByCurrentThread(table[i]) && Py_REFCNT(table[i]) == 1)
+        #else
+        if (PyUnstable_Object_IsUniquelyReferenced(table[i]))
+        #endif
+        {
+          Py_SET_REFCNT(table[i], ((Py_ssize_t)_Py_IMMORTAL_REFCNT_LOCAL + 1));
+        }
+        #else
+        if ((PY_SSIZE_T_MAX < _Py_IMMORTAL_INITIAL_REFCNT)) break;
+        Py_SET_REFCNT(table[i], _Py_IMMORTAL_INITIAL_REFCNT);
+        #endif
+      }
+    }
+    #endif
   }
   return 0;
   __pyx_L1_error:;
   return -1;
 }
 /* #### Code section: init_codeobjects ### */
+#ifdef __cplusplus
+namespace {
+#endif
+typedef struct {
+    unsigned int argcount : 2;
+    unsigned int num_posonly_args : 1;
+    unsigned int num_kwonly_args : 1;
+    unsigned int nlocals : 3;
+    unsigned int flags : 10;
+    unsigned int first_line : 9;
+} __Pyx_PyCode_New_function_description;
+#ifdef __cplusplus
+} /* anonymous namespace */
+#endif
+/* NewCodeObj.proto */
+static PyObject* __Pyx_PyCode_New(
+        const __Pyx_PyCode_New_function_description descr,
+        PyObject * const *varnames,
+        PyObject *filename,
+        PyObject *funcname,
+        PyObject *line_table,
+        PyObject *tuple_dedup_map
+);
+
 
 static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
-  CYTHON_UNUSED_VAR(__pyx_mstate);
+  PyObject* tuple_dedup_map = PyDict_New();
+  if (unlikely(!tuple_dedup_map)) return -1;
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
+    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 93};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_taken, __pyx_mstate->__pyx_n_u_data};
+    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get, __pyx_mstate->__pyx_kp_b_iso88591_A_4vQ_1_1_A_uHA_G1AW_Qa_xt6_Jd_w, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 121};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_taken};
+    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_into, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_81F_t6_iq_q_D_uHHBj_A_AQd_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 169};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin};
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_A_4vQ_9A_1_uAQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 190};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_fA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 194};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout};
+    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_into_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_1F_k, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 198};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
+    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_take_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_gQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
+    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 273};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_bytes_2, __pyx_mstate->__pyx_kp_b_iso88591_A_z_xq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 276};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data};
+    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get, __pyx_mstate->__pyx_kp_b_iso88591_A_uAQ_xt7_T_WAQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 289};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_code};
+    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_N_F_HA_4wiq_A_G_fA_1_Q_WA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 312};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_give_back, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_N_HA_4wfD_D_q_gYat1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 322};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 325};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_kind, __pyx_mstate->__pyx_n_u_error};
+    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_5_1_Q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
+    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
+  }
+  Py_DECREF(tuple_dedup_map);
   return 0;
+  bad:
+  Py_DECREF(tuple_dedup_map);
+  return -1;
 }
 /* #### Code section: init_globals ### */
 
@@ -5187,6 +13235,25 @@ static int __Pyx_InitGlobals(void) {
   
   if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 1, __pyx_L1_error)
 
+  /* CommonTypesMetaclass.init */
+  if (likely(__pyx_CommonTypesMetaclass_init(__pyx_m) == 0)); else
+  
+  if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 1, __pyx_L1_error)
+
+  /* CachedMethodType.init */
+  #if CYTHON_COMPILING_IN_LIMITED_API
+  {
+      PyObject *typesModule=NULL;
+      typesModule = PyImport_ImportModule("types");
+      if (typesModule) {
+          __pyx_mstate_global->__Pyx_CachedMethodType = PyObject_GetAttrString(typesModule, "MethodType");
+          Py_DECREF(typesModule);
+      }
+  } // error handling follows
+  #endif
+  
+  if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 1, __pyx_L1_error)
+
   return 0;
   __pyx_L1_error:;
   return -1;
@@ -5194,7 +13261,17 @@ static int __Pyx_InitGlobals(void) {
 /* #### Code section: init_after_shared_utility ### */
 
 static int __Pyx_InitAfterSharedUtility(void) {
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  /* CythonFunctionPerModule.init */
+  if (likely(__pyx_CyFunction_init(__pyx_m) == 0)); else
+  
+  if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 1, __pyx_L1_error)
+
   return 0;
+  __pyx_L1_error:;
+  return -1;
 }
 /* #### Code section: cleanup_globals ### */
 /* #### Code section: cleanup_module ### */
@@ -5231,59 +13308,28 @@ end:
 }
 #endif
 
-/* IgnoreException (used by GetModuleGlobalName) */
-static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception) {
-    if (PyErr_GivenExceptionMatches(given_exception ? given_exception : PyErr_Occurred(), ignorable_exception)) {
-        PyErr_Clear();
-        return 1;
-    }
-    return 0;
+/* DivInt[int64_t] */
+static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
+    int64_t q = a / b;
+    int64_t r = a - q*b;
+    int64_t adapt_python = (b_is_constant ?
+        ((r != 0) & ((r < 0) ^ (b < 0))) :
+        ((r != 0) & ((r ^ b) < 0))
+    );
+    return q - adapt_python;
 }
 
-/* FastTypeChecks (used by GivenExceptionMatches) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static int __Pyx_InBases(PyTypeObject *a, PyTypeObject *b) {
-    while (a) {
-        a = __Pyx_PyType_GetSlot(a, tp_base, PyTypeObject*);
-        if (a == b)
-            return 1;
-    }
-    return b == &PyBaseObject_Type;
+/* ModInt[int64_t] */
+static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t a, int64_t b, int b_is_constant) {
+    int64_t r = a % b;
+    int64_t adapt_python = (b_is_constant ?
+        ((r != 0) & ((r < 0) ^ (b < 0))) :
+        ((r != 0) & ((r ^ b) < 0))
+    );
+    return r + adapt_python * b;
 }
-static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b) {
-    PyObject *mro;
-    if (a == b) return 1;
-    mro = a->tp_mro;
-    if (likely(mro)) {
-        Py_ssize_t i, n;
-        n = PyTuple_GET_SIZE(mro);
-        for (i = 0; i < n; i++) {
-            if (PyTuple_GET_ITEM(mro, i) == (PyObject *)b)
-                return 1;
-        }
-        return 0;
-    }
-    return __Pyx_InBases(a, b);
-}
-static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b) {
-    PyObject *mro;
-    if (cls == a || cls == b) return 1;
-    mro = cls->tp_mro;
-    if (likely(mro)) {
-        Py_ssize_t i, n;
-        n = PyTuple_GET_SIZE(mro);
-        for (i = 0; i < n; i++) {
-            PyObject *base = PyTuple_GET_ITEM(mro, i);
-            if (base == (PyObject *)a || base == (PyObject *)b)
-                return 1;
-        }
-        return 0;
-    }
-    return __Pyx_InBases(cls, a) || __Pyx_InBases(cls, b);
-}
-#endif
 
-/* PyErrFetchRestore (used by GivenExceptionMatches) */
+/* PyErrFetchRestore */
 #if CYTHON_FAST_THREAD_STATE
 static CYTHON_INLINE void __Pyx_ErrRestoreInState(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
 #if PY_VERSION_HEX >= 0x030C00A6
@@ -5342,330 +13388,351 @@ static CYTHON_INLINE void __Pyx_ErrFetchInState(PyThreadState *tstate, PyObject 
 }
 #endif
 
-/* GivenExceptionMatches (used by PyErrExceptionMatches) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE int __Pyx_inner_PyErr_GivenExceptionMatches2(PyObject *err, PyObject* exc_type1, PyObject *exc_type2) {
-    if (exc_type1) {
-        return __Pyx_IsAnySubtype2((PyTypeObject*)err, (PyTypeObject*)exc_type1, (PyTypeObject*)exc_type2);
-    } else {
-        return __Pyx_IsSubtype((PyTypeObject*)err, (PyTypeObject*)exc_type2);
-    }
-}
-static int __Pyx_PyErr_GivenExceptionMatchesTuple(PyObject *exc_type, PyObject *tuple) {
-    Py_ssize_t i, n;
-    assert(PyExceptionClass_Check(exc_type));
-    n = PyTuple_GET_SIZE(tuple);
-    for (i=0; i<n; i++) {
-        if (exc_type == PyTuple_GET_ITEM(tuple, i)) return 1;
-    }
-    for (i=0; i<n; i++) {
-        PyObject *t = PyTuple_GET_ITEM(tuple, i);
-        if (likely(PyExceptionClass_Check(t))) {
-            if (__Pyx_inner_PyErr_GivenExceptionMatches2(exc_type, NULL, t)) return 1;
-        } else {
-        }
-    }
-    return 0;
-}
-static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches(PyObject *err, PyObject* exc_type) {
-    if (likely(err == exc_type)) return 1;
-    if (likely(PyExceptionClass_Check(err))) {
-        if (likely(PyExceptionClass_Check(exc_type))) {
-            return __Pyx_inner_PyErr_GivenExceptionMatches2(err, NULL, exc_type);
-        } else if (likely(PyTuple_Check(exc_type))) {
-            return __Pyx_PyErr_GivenExceptionMatchesTuple(err, exc_type);
-        } else {
-        }
-    }
-    return PyErr_GivenExceptionMatches(err, exc_type);
-}
-static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *exc_type1, PyObject *exc_type2) {
-    assert(PyExceptionClass_Check(exc_type1));
-    assert(PyExceptionClass_Check(exc_type2));
-    if (likely(err == exc_type1 || err == exc_type2)) return 1;
-    if (likely(PyExceptionClass_Check(err))) {
-        return __Pyx_inner_PyErr_GivenExceptionMatches2(err, exc_type1, exc_type2);
-    }
-    return (PyErr_GivenExceptionMatches(err, exc_type1) || PyErr_GivenExceptionMatches(err, exc_type2));
-}
-#endif
-
-/* PyErrExceptionMatches (used by PyObjectGetAttrStrNoError) */
+/* GetException */
 #if CYTHON_FAST_THREAD_STATE
-static int __Pyx_PyErr_ExceptionMatchesTuple(PyObject *exc_type, PyObject *tuple) {
-    Py_ssize_t i, n;
-    n = PyTuple_GET_SIZE(tuple);
-    for (i=0; i<n; i++) {
-        if (exc_type == PyTuple_GET_ITEM(tuple, i)) return 1;
-    }
-    for (i=0; i<n; i++) {
-        if (__Pyx_PyErr_GivenExceptionMatches(exc_type, PyTuple_GET_ITEM(tuple, i))) return 1;
-    }
-    return 0;
-}
-static CYTHON_INLINE int __Pyx_PyErr_ExceptionMatchesInState(PyThreadState* tstate, PyObject* err) {
-    int result;
-    PyObject *exc_type;
-#if PY_VERSION_HEX >= 0x030C00A6
-    PyObject *current_exception = tstate->current_exception;
-    if (unlikely(!current_exception)) return 0;
-    exc_type = (PyObject*) Py_TYPE(current_exception);
-    if (exc_type == err) return 1;
+static int __Pyx__GetException(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb)
 #else
-    exc_type = tstate->curexc_type;
-    if (exc_type == err) return 1;
-    if (unlikely(!exc_type)) return 0;
-#endif
-    #if CYTHON_AVOID_BORROWED_REFS
-    Py_INCREF(exc_type);
-    #endif
-    if (unlikely(PyTuple_Check(err))) {
-        result = __Pyx_PyErr_ExceptionMatchesTuple(exc_type, err);
-    } else {
-        result = __Pyx_PyErr_GivenExceptionMatches(exc_type, err);
-    }
-    #if CYTHON_AVOID_BORROWED_REFS
-    Py_DECREF(exc_type);
-    #endif
-    return result;
-}
-#endif
-
-/* PyObjectGetAttrStr (used by PyObjectGetAttrStrNoError) */
-#if CYTHON_USE_TYPE_SLOTS
-static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStr(PyObject* obj, PyObject* attr_name) {
-    PyTypeObject* tp = Py_TYPE(obj);
-    if (likely(tp->tp_getattro))
-        return tp->tp_getattro(obj, attr_name);
-    return PyObject_GetAttr(obj, attr_name);
-}
-#endif
-
-/* PyObjectGetAttrStrNoError (used by GetBuiltinName) */
-#if __PYX_LIMITED_VERSION_HEX < 0x030d0000
-static void __Pyx_PyObject_GetAttrStr_ClearAttributeError(void) {
-    __Pyx_PyThreadState_declare
-    __Pyx_PyThreadState_assign
-    if (likely(__Pyx_PyErr_ExceptionMatches(PyExc_AttributeError)))
-        __Pyx_PyErr_Clear();
-}
-#endif
-static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, PyObject* attr_name) {
-    PyObject *result;
-#if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-    (void) PyObject_GetOptionalAttr(obj, attr_name, &result);
-    return result;
-#else
-#if CYTHON_COMPILING_IN_CPYTHON && CYTHON_USE_TYPE_SLOTS
-    PyTypeObject* tp = Py_TYPE(obj);
-    if (likely(tp->tp_getattro == PyObject_GenericGetAttr)) {
-        return _PyObject_GenericGetAttrWithDict(obj, attr_name, NULL, 1);
-    }
-#endif
-    result = __Pyx_PyObject_GetAttrStr(obj, attr_name);
-    if (unlikely(!result)) {
-        __Pyx_PyObject_GetAttrStr_ClearAttributeError();
-    }
-    return result;
-#endif
-}
-
-/* GetBuiltinName (used by GetModuleGlobalName) */
-static PyObject *__Pyx_GetBuiltinName(PyObject *name) {
-    PyObject* result = __Pyx_PyObject_GetAttrStrNoError(__pyx_mstate_global->__pyx_b, name);
-    if (unlikely(!result) && !PyErr_Occurred()) {
-        PyErr_Format(PyExc_NameError,
-            "name '%U' is not defined", name);
-    }
-    return result;
-}
-
-/* PyDictVersioning (used by GetModuleGlobalName) */
-#if CYTHON_USE_DICT_VERSIONS && CYTHON_USE_TYPE_SLOTS
-static CYTHON_INLINE PY_UINT64_T __Pyx_get_tp_dict_version(PyObject *obj) {
-    PyObject *dict = Py_TYPE(obj)->tp_dict;
-    return likely(dict) ? __PYX_GET_DICT_VERSION(dict) : 0;
-}
-static CYTHON_INLINE PY_UINT64_T __Pyx_get_object_dict_version(PyObject *obj) {
-    PyObject **dictptr = NULL;
-    Py_ssize_t offset = Py_TYPE(obj)->tp_dictoffset;
-    if (offset) {
-#if CYTHON_COMPILING_IN_CPYTHON
-        dictptr = (likely(offset > 0)) ? (PyObject **) ((char *)obj + offset) : _PyObject_GetDictPtr(obj);
-#else
-        dictptr = _PyObject_GetDictPtr(obj);
-#endif
-    }
-    return (dictptr && *dictptr) ? __PYX_GET_DICT_VERSION(*dictptr) : 0;
-}
-static CYTHON_INLINE int __Pyx_object_dict_version_matches(PyObject* obj, PY_UINT64_T tp_dict_version, PY_UINT64_T obj_dict_version) {
-    PyObject *dict = Py_TYPE(obj)->tp_dict;
-    if (unlikely(!dict) || unlikely(tp_dict_version != __PYX_GET_DICT_VERSION(dict)))
-        return 0;
-    return obj_dict_version == __Pyx_get_object_dict_version(obj);
-}
-#endif
-
-/* GetModuleGlobalName */
-#if CYTHON_USE_DICT_VERSIONS
-static PyObject *__Pyx__GetModuleGlobalName(PyObject *name, PY_UINT64_T *dict_version, PyObject **dict_cached_value)
-#else
-static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name)
+static int __Pyx_GetException(PyObject **type, PyObject **value, PyObject **tb)
 #endif
 {
-    PyObject *result;
-#if CYTHON_COMPILING_IN_LIMITED_API
-    if (unlikely(!__pyx_m)) {
-        if (!PyErr_Occurred())
-            PyErr_SetNone(PyExc_NameError);
-        return NULL;
-    }
-    result = PyObject_GetAttr(__pyx_m, name);
-    if (likely(result)) {
-        return result;
-    }
-    if (!__Pyx_IgnoreException(PyExc_Exception)) {
-        return NULL; // BaseException
-    }
-#elif CYTHON_AVOID_BORROWED_REFS || CYTHON_AVOID_THREAD_UNSAFE_BORROWED_REFS
-    if (unlikely(__Pyx_PyDict_GetItemRef(__pyx_mstate_global->__pyx_d, name, &result) == -1)) {
-        if (!__Pyx_IgnoreException(PyExc_Exception)) {
-            return NULL; // BaseException
-        }
-    }
-    __PYX_UPDATE_DICT_CACHE(__pyx_mstate_global->__pyx_d, result, *dict_cached_value, *dict_version)
-    if (likely(result)) {
-        return result;
+    PyObject *local_type = NULL, *local_value, *local_tb = NULL;
+#if CYTHON_FAST_THREAD_STATE
+    PyObject *tmp_type, *tmp_value, *tmp_tb;
+  #if PY_VERSION_HEX >= 0x030C0000
+    local_value = tstate->current_exception;
+    tstate->current_exception = 0;
+  #else
+    local_type = tstate->curexc_type;
+    local_value = tstate->curexc_value;
+    local_tb = tstate->curexc_traceback;
+    tstate->curexc_type = 0;
+    tstate->curexc_value = 0;
+    tstate->curexc_traceback = 0;
+  #endif
+#elif __PYX_LIMITED_VERSION_HEX >= 0x030C0000
+    local_value = PyErr_GetRaisedException();
+#else
+    PyErr_Fetch(&local_type, &local_value, &local_tb);
+#endif
+#if __PYX_LIMITED_VERSION_HEX >= 0x030C0000
+    if (likely(local_value)) {
+        local_type = (PyObject*) Py_TYPE(local_value);
+        Py_INCREF(local_type);
+        local_tb = PyException_GetTraceback(local_value);
     }
 #else
-    result = _PyDict_GetItem_KnownHash(__pyx_mstate_global->__pyx_d, name, ((PyASCIIObject *) name)->hash);
-    __PYX_UPDATE_DICT_CACHE(__pyx_mstate_global->__pyx_d, result, *dict_cached_value, *dict_version)
-    if (likely(result)) {
-        return __Pyx_NewRef(result);
-    }
-    PyObject *exc = PyErr_Occurred();
-    if (unlikely(exc) && !__Pyx_IgnoreGivenException(exc, PyExc_Exception)) {
-        return NULL; // BaseException
-    }
+    PyErr_NormalizeException(&local_type, &local_value, &local_tb);
+#if CYTHON_FAST_THREAD_STATE
+    if (unlikely(tstate->curexc_type))
+#else
+    if (unlikely(PyErr_Occurred()))
 #endif
-    return __Pyx_GetBuiltinName(name);
-}
-
-/* PyObjectCall (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
-    PyObject *result;
-    ternaryfunc call = Py_TYPE(func)->tp_call;
-    if (unlikely(!call))
-        return PyObject_Call(func, arg, kw);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = (*call)(func, arg, kw);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
+        goto bad;
+    if (local_tb) {
+        if (unlikely(PyException_SetTraceback(local_value, local_tb) < 0))
+            goto bad;
     }
-    return result;
-}
-#endif
-
-/* PyObjectCallMethO (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
-    PyObject *self, *result;
-    PyCFunction cfunc;
-    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
-    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = cfunc(self, arg);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
+#endif // __PYX_LIMITED_VERSION_HEX >= 0x030C0000
+    Py_XINCREF(local_tb);
+    Py_XINCREF(local_type);
+    Py_XINCREF(local_value);
+    *type = local_type;
+    *value = local_value;
+    *tb = local_tb;
+#if CYTHON_FAST_THREAD_STATE
+    #if CYTHON_USE_EXC_INFO_STACK
+    {
+        _PyErr_StackItem *exc_info = tstate->exc_info;
+      #if PY_VERSION_HEX >= 0x030B00a4
+        tmp_value = exc_info->exc_value;
+        exc_info->exc_value = local_value;
+        tmp_type = NULL;
+        tmp_tb = NULL;
+        Py_XDECREF(local_type);
+        Py_XDECREF(local_tb);
+      #else
+        tmp_type = exc_info->exc_type;
+        tmp_value = exc_info->exc_value;
+        tmp_tb = exc_info->exc_traceback;
+        exc_info->exc_type = local_type;
+        exc_info->exc_value = local_value;
+        exc_info->exc_traceback = local_tb;
+      #endif
     }
-    return result;
-}
-#endif
-
-/* PyObjectFastCall */
-#if CYTHON_COMPILING_IN_LIMITED_API
-static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
-    PyObject *argstuple;
-    PyObject *result = 0;
-    size_t i;
-    argstuple = PyTuple_New((Py_ssize_t)nargs);
-    if (unlikely(!argstuple)) return NULL;
-    for (i = 0; i < nargs; i++) {
-        Py_INCREF(args[i]);
-        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
-    }
-    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
-  bad:
-    Py_DECREF(argstuple);
-    return result;
-}
-#endif
-#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
-  #if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
-    PyTypeObject *tp = Py_TYPE(callable);
-    #if defined(__Pyx_CyFunction_USED)
-    if (__Pyx_CyFunction_CheckExact(callable)) {
-        return __Pyx_CyFunction_func_vectorcall(callable);
-    }
+    #else
+    tmp_type = tstate->exc_type;
+    tmp_value = tstate->exc_value;
+    tmp_tb = tstate->exc_traceback;
+    tstate->exc_type = local_type;
+    tstate->exc_value = local_value;
+    tstate->exc_traceback = local_tb;
     #endif
-    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
-        return NULL;
-    }
-    assert(PyCallable_Check(callable));
-    Py_ssize_t offset = tp->tp_vectorcall_offset;
-    assert(offset > 0);
-    vectorcallfunc ptr;
-    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
-    return ptr;
+    Py_XDECREF(tmp_type);
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(tmp_tb);
+#elif __PYX_LIMITED_VERSION_HEX >= 0x030b0000
+    PyErr_SetHandledException(local_value);
+    Py_XDECREF(local_value);
+    Py_XDECREF(local_type);
+    Py_XDECREF(local_tb);
+#else
+    PyErr_SetExcInfo(local_type, local_value, local_tb);
+#endif
+    return 0;
+#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
+bad:
+    *type = 0;
+    *value = 0;
+    *tb = 0;
+    Py_XDECREF(local_type);
+    Py_XDECREF(local_value);
+    Py_XDECREF(local_tb);
+    return -1;
+#endif
 }
-  #else
-    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
-  #endif
-#endif
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
-    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
-#if CYTHON_COMPILING_IN_CPYTHON
-    if (nargs == 0 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
-            return __Pyx_PyObject_CallMethO(func, NULL);
-    }
-    else if (nargs == 1 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
-            return __Pyx_PyObject_CallMethO(func, args[0]);
-    }
-#endif
-    if (kwargs == NULL) {
-        #if CYTHON_VECTORCALL
-          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
-            return PyObject_Vectorcall(func, args, nargsf, NULL);
-          #else
-            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
-            if (f) {
-                return f(func, args, nargsf, NULL);
-            }
-          #endif
+
+/* SwapException */
+#if CYTHON_FAST_THREAD_STATE
+static CYTHON_INLINE void __Pyx__ExceptionSwap(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
+    PyObject *tmp_type, *tmp_value, *tmp_tb;
+  #if CYTHON_USE_EXC_INFO_STACK && PY_VERSION_HEX >= 0x030B00a4
+    _PyErr_StackItem *exc_info = tstate->exc_info;
+    tmp_value = exc_info->exc_value;
+    exc_info->exc_value = *value;
+    if (tmp_value == NULL || tmp_value == Py_None) {
+        Py_XDECREF(tmp_value);
+        tmp_value = NULL;
+        tmp_type = NULL;
+        tmp_tb = NULL;
+    } else {
+        tmp_type = (PyObject*) Py_TYPE(tmp_value);
+        Py_INCREF(tmp_type);
+        #if CYTHON_COMPILING_IN_CPYTHON
+        tmp_tb = ((PyBaseExceptionObject*) tmp_value)->traceback;
+        Py_XINCREF(tmp_tb);
+        #else
+        tmp_tb = PyException_GetTraceback(tmp_value);
         #endif
     }
-    if (nargs == 0) {
-        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
+  #elif CYTHON_USE_EXC_INFO_STACK
+    _PyErr_StackItem *exc_info = tstate->exc_info;
+    tmp_type = exc_info->exc_type;
+    tmp_value = exc_info->exc_value;
+    tmp_tb = exc_info->exc_traceback;
+    exc_info->exc_type = *type;
+    exc_info->exc_value = *value;
+    exc_info->exc_traceback = *tb;
+  #else
+    tmp_type = tstate->exc_type;
+    tmp_value = tstate->exc_value;
+    tmp_tb = tstate->exc_traceback;
+    tstate->exc_type = *type;
+    tstate->exc_value = *value;
+    tstate->exc_traceback = *tb;
+  #endif
+    *type = tmp_type;
+    *value = tmp_value;
+    *tb = tmp_tb;
+}
+#else
+static CYTHON_INLINE void __Pyx_ExceptionSwap(PyObject **type, PyObject **value, PyObject **tb) {
+    PyObject *tmp_type, *tmp_value, *tmp_tb;
+    PyErr_GetExcInfo(&tmp_type, &tmp_value, &tmp_tb);
+    PyErr_SetExcInfo(*type, *value, *tb);
+    *type = tmp_type;
+    *value = tmp_value;
+    *tb = tmp_tb;
+}
+#endif
+
+/* GetTopmostException (used by SaveResetException) */
+#if CYTHON_USE_EXC_INFO_STACK && CYTHON_FAST_THREAD_STATE
+static _PyErr_StackItem *
+__Pyx_PyErr_GetTopmostException(PyThreadState *tstate)
+{
+    _PyErr_StackItem *exc_info = tstate->exc_info;
+    while ((exc_info->exc_value == NULL || exc_info->exc_value == Py_None) &&
+           exc_info->previous_item != NULL)
+    {
+        exc_info = exc_info->previous_item;
     }
-    #if CYTHON_COMPILING_IN_LIMITED_API
-    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
-    #elif CYTHON_COMPILING_IN_PYPY
-    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
+    return exc_info;
+}
+#endif
+
+/* SaveResetException */
+#if CYTHON_FAST_THREAD_STATE
+static CYTHON_INLINE void __Pyx__ExceptionSave(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
+  #if CYTHON_USE_EXC_INFO_STACK && PY_VERSION_HEX >= 0x030B00a4
+    _PyErr_StackItem *exc_info = __Pyx_PyErr_GetTopmostException(tstate);
+    PyObject *exc_value = exc_info->exc_value;
+    if (exc_value == NULL || exc_value == Py_None) {
+        *value = NULL;
+        *type = NULL;
+        *tb = NULL;
+    } else {
+        *value = exc_value;
+        Py_INCREF(*value);
+        *type = (PyObject*) Py_TYPE(exc_value);
+        Py_INCREF(*type);
+        *tb = PyException_GetTraceback(exc_value);
+    }
+  #elif CYTHON_USE_EXC_INFO_STACK
+    _PyErr_StackItem *exc_info = __Pyx_PyErr_GetTopmostException(tstate);
+    *type = exc_info->exc_type;
+    *value = exc_info->exc_value;
+    *tb = exc_info->exc_traceback;
+    Py_XINCREF(*type);
+    Py_XINCREF(*value);
+    Py_XINCREF(*tb);
+  #else
+    *type = tstate->exc_type;
+    *value = tstate->exc_value;
+    *tb = tstate->exc_traceback;
+    Py_XINCREF(*type);
+    Py_XINCREF(*value);
+    Py_XINCREF(*tb);
+  #endif
+}
+static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
+  #if CYTHON_USE_EXC_INFO_STACK && PY_VERSION_HEX >= 0x030B00a4
+    _PyErr_StackItem *exc_info = tstate->exc_info;
+    PyObject *tmp_value = exc_info->exc_value;
+    exc_info->exc_value = value;
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(type);
+    Py_XDECREF(tb);
+  #else
+    PyObject *tmp_type, *tmp_value, *tmp_tb;
+    #if CYTHON_USE_EXC_INFO_STACK
+    _PyErr_StackItem *exc_info = tstate->exc_info;
+    tmp_type = exc_info->exc_type;
+    tmp_value = exc_info->exc_value;
+    tmp_tb = exc_info->exc_traceback;
+    exc_info->exc_type = type;
+    exc_info->exc_value = value;
+    exc_info->exc_traceback = tb;
     #else
-    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
+    tmp_type = tstate->exc_type;
+    tmp_value = tstate->exc_value;
+    tmp_tb = tstate->exc_traceback;
+    tstate->exc_type = type;
+    tstate->exc_value = value;
+    tstate->exc_traceback = tb;
     #endif
+    Py_XDECREF(tmp_type);
+    Py_XDECREF(tmp_value);
+    Py_XDECREF(tmp_tb);
+  #endif
+}
+#endif
+
+/* RaiseException */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
+    PyObject* owned_instance = NULL;
+    if (tb == Py_None) {
+        tb = 0;
+    } else if (tb && !PyTraceBack_Check(tb)) {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: arg 3 must be a traceback or None");
+        goto bad;
+    }
+    if (value == Py_None)
+        value = 0;
+    if (PyExceptionInstance_Check(type)) {
+        if (value) {
+            PyErr_SetString(PyExc_TypeError,
+                "instance exception may not have a separate value");
+            goto bad;
+        }
+        value = type;
+        type = (PyObject*) Py_TYPE(value);
+    } else if (PyExceptionClass_Check(type)) {
+        PyObject *instance_class = NULL;
+        if (value && PyExceptionInstance_Check(value)) {
+            instance_class = (PyObject*) Py_TYPE(value);
+            if (instance_class != type) {
+                int is_subclass = PyObject_IsSubclass(instance_class, type);
+                if (!is_subclass) {
+                    instance_class = NULL;
+                } else if (unlikely(is_subclass == -1)) {
+                    goto bad;
+                } else {
+                    type = instance_class;
+                }
+            }
+        }
+        if (!instance_class) {
+            PyObject *args;
+            if (!value)
+                args = PyTuple_New(0);
+            else if (PyTuple_Check(value)) {
+                Py_INCREF(value);
+                args = value;
+            } else
+                args = PyTuple_Pack(1, value);
+            if (!args)
+                goto bad;
+            owned_instance = PyObject_Call(type, args, NULL);
+            Py_DECREF(args);
+            if (!owned_instance)
+                goto bad;
+            value = owned_instance;
+            if (!PyExceptionInstance_Check(value)) {
+                PyErr_Format(PyExc_TypeError,
+                             "calling %R should have returned an instance of "
+                             "BaseException, not %R",
+                             type, Py_TYPE(value));
+                goto bad;
+            }
+        }
+    } else {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: exception class must be a subclass of BaseException");
+        goto bad;
+    }
+    if (cause) {
+        PyObject *fixed_cause;
+        if (cause == Py_None) {
+            fixed_cause = NULL;
+        } else if (PyExceptionClass_Check(cause)) {
+            fixed_cause = PyObject_CallObject(cause, NULL);
+            if (fixed_cause == NULL)
+                goto bad;
+        } else if (PyExceptionInstance_Check(cause)) {
+            fixed_cause = cause;
+            Py_INCREF(fixed_cause);
+        } else {
+            PyErr_SetString(PyExc_TypeError,
+                            "exception causes must derive from "
+                            "BaseException");
+            goto bad;
+        }
+        PyException_SetCause(value, fixed_cause);
+    }
+    PyErr_SetObject(type, value);
+    if (tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+        PyException_SetTraceback(value, tb);
+#elif CYTHON_FAST_THREAD_STATE
+        PyThreadState *tstate = __Pyx_PyThreadState_Current;
+        PyObject* tmp_tb = tstate->curexc_traceback;
+        if (tb != tmp_tb) {
+            Py_INCREF(tb);
+            tstate->curexc_traceback = tb;
+            Py_XDECREF(tmp_tb);
+        }
+#else
+        PyObject *tmp_type, *tmp_value, *tmp_tb;
+        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
+        Py_INCREF(tb);
+        PyErr_Restore(tmp_type, tmp_value, tb);
+        Py_XDECREF(tmp_tb);
+#endif
+    }
+bad:
+    Py_XDECREF(owned_instance);
+    return;
 }
 
 /* CopyObjectArray (used by TupleOrListFromArrayImpl) */
@@ -5815,11 +13882,216 @@ bad:
 #endif
 #endif
 
+/* RaiseArgTupleInvalid */
+static void __Pyx_RaiseArgtupleInvalid(
+    const char* func_name,
+    int exact,
+    Py_ssize_t num_min,
+    Py_ssize_t num_max,
+    Py_ssize_t num_found)
+{
+    Py_ssize_t num_expected;
+    const char *more_or_less;
+    if (num_found < num_min) {
+        num_expected = num_min;
+        more_or_less = "at least";
+    } else {
+        num_expected = num_max;
+        more_or_less = "at most";
+    }
+    if (exact) {
+        more_or_less = "exactly";
+    }
+    PyErr_Format(PyExc_TypeError,
+                 "%.200s() takes %.8s %" CYTHON_FORMAT_SSIZE_T "d positional argument%.1s (%" CYTHON_FORMAT_SSIZE_T "d given)",
+                 func_name, more_or_less, num_expected,
+                 (num_expected == 1) ? "" : "s", num_found);
+}
+
+/* PyObjectCall (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
+    PyObject *result;
+    ternaryfunc call = Py_TYPE(func)->tp_call;
+    if (unlikely(!call))
+        return PyObject_Call(func, arg, kw);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = (*call)(func, arg, kw);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
+}
+#endif
+
+/* PyObjectCallMethO (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
+    PyObject *self, *result;
+    PyCFunction cfunc;
+    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
+    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = cfunc(self, arg);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
+}
+#endif
+
+/* PyObjectFastCall (used by PyObjectCallOneArg) */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
+    PyObject *argstuple;
+    PyObject *result = 0;
+    size_t i;
+    argstuple = PyTuple_New((Py_ssize_t)nargs);
+    if (unlikely(!argstuple)) return NULL;
+    for (i = 0; i < nargs; i++) {
+        Py_INCREF(args[i]);
+        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
+    }
+    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
+  bad:
+    Py_DECREF(argstuple);
+    return result;
+}
+#endif
+#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
+  #if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
+    PyTypeObject *tp = Py_TYPE(callable);
+    #if defined(__Pyx_CyFunction_USED)
+    if (__Pyx_CyFunction_CheckExact(callable)) {
+        return __Pyx_CyFunction_func_vectorcall(callable);
+    }
+    #endif
+    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
+        return NULL;
+    }
+    assert(PyCallable_Check(callable));
+    Py_ssize_t offset = tp->tp_vectorcall_offset;
+    assert(offset > 0);
+    vectorcallfunc ptr;
+    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
+    return ptr;
+}
+  #else
+    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
+  #endif
+#endif
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
+    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
+#if CYTHON_COMPILING_IN_CPYTHON
+    if (nargs == 0 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
+            return __Pyx_PyObject_CallMethO(func, NULL);
+    }
+    else if (nargs == 1 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
+            return __Pyx_PyObject_CallMethO(func, args[0]);
+    }
+#endif
+    if (kwargs == NULL) {
+        #if CYTHON_VECTORCALL
+          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
+            return PyObject_Vectorcall(func, args, nargsf, NULL);
+          #else
+            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
+            if (f) {
+                return f(func, args, nargsf, NULL);
+            }
+          #endif
+        #endif
+    }
+    if (nargs == 0) {
+        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
+    }
+    #if CYTHON_COMPILING_IN_LIMITED_API
+    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
+    #elif CYTHON_COMPILING_IN_PYPY
+    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
+    #else
+    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
+    #endif
+}
+
 /* PyObjectCallOneArg (used by CallUnboundCMethod0) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_CallOneArg(PyObject *func, PyObject *arg) {
     PyObject *args[2] = {NULL, arg};
     return __Pyx_PyObject_FastCall(func, args+1, 1 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET);
 }
+
+/* IgnoreException (used by UnpackUnboundCMethod_impl) */
+static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception) {
+    if (PyErr_GivenExceptionMatches(given_exception ? given_exception : PyErr_Occurred(), ignorable_exception)) {
+        PyErr_Clear();
+        return 1;
+    }
+    return 0;
+}
+
+/* FastTypeChecks (used by UnpackUnboundCMethod_impl) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static int __Pyx_InBases(PyTypeObject *a, PyTypeObject *b) {
+    while (a) {
+        a = __Pyx_PyType_GetSlot(a, tp_base, PyTypeObject*);
+        if (a == b)
+            return 1;
+    }
+    return b == &PyBaseObject_Type;
+}
+static CYTHON_INLINE int __Pyx_IsSubtype(PyTypeObject *a, PyTypeObject *b) {
+    PyObject *mro;
+    if (a == b) return 1;
+    mro = a->tp_mro;
+    if (likely(mro)) {
+        Py_ssize_t i, n;
+        n = PyTuple_GET_SIZE(mro);
+        for (i = 0; i < n; i++) {
+            if (PyTuple_GET_ITEM(mro, i) == (PyObject *)b)
+                return 1;
+        }
+        return 0;
+    }
+    return __Pyx_InBases(a, b);
+}
+static CYTHON_INLINE int __Pyx_IsAnySubtype2(PyTypeObject *cls, PyTypeObject *a, PyTypeObject *b) {
+    PyObject *mro;
+    if (cls == a || cls == b) return 1;
+    mro = cls->tp_mro;
+    if (likely(mro)) {
+        Py_ssize_t i, n;
+        n = PyTuple_GET_SIZE(mro);
+        for (i = 0; i < n; i++) {
+            PyObject *base = PyTuple_GET_ITEM(mro, i);
+            if (base == (PyObject *)a || base == (PyObject *)b)
+                return 1;
+        }
+        return 0;
+    }
+    return __Pyx_InBases(cls, a) || __Pyx_InBases(cls, b);
+}
+#endif
+
+/* PyObjectGetAttrStr (used by UnpackUnboundCMethod_impl) */
+#if CYTHON_USE_TYPE_SLOTS
+static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStr(PyObject* obj, PyObject* attr_name) {
+    PyTypeObject* tp = Py_TYPE(obj);
+    if (likely(tp->tp_getattro))
+        return tp->tp_getattro(obj, attr_name);
+    return PyObject_GetAttr(obj, attr_name);
+}
+#endif
 
 /* UnpackUnboundCMethod_impl (used by UnpackUnboundCMethod) */
 #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030C0000
@@ -5946,7 +14218,7 @@ static CYTHON_INLINE PyObject* __Pyx_PyDict_Values(PyObject* d) {
     return __Pyx_CallUnboundCMethod0(&__pyx_mstate_global->__pyx_umethod_PyDict_Type_values, d);
 }
 
-/* OwnedDictNext (used by ParseKeywordsImpl) */
+/* OwnedDictNext (used by RejectKeywords) */
 #if CYTHON_AVOID_BORROWED_REFS
 static int __Pyx_PyDict_NextRef(PyObject *p, PyObject **ppos, PyObject **pkey, PyObject **pvalue) {
     PyObject *next = NULL;
@@ -6000,6 +14272,33 @@ static int __Pyx_PyDict_NextRef(PyObject *p, Py_ssize_t *ppos, PyObject **pkey, 
     return result;
 }
 #endif
+
+/* RejectKeywords */
+static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds) {
+    PyObject *key = NULL;
+    if (CYTHON_VECTORCALL && likely(PyTuple_Check(kwds))) {
+        key = __Pyx_PySequence_ITEM(kwds, 0);
+    } else {
+#if CYTHON_AVOID_BORROWED_REFS
+        PyObject *pos = NULL;
+#else
+        Py_ssize_t pos = 0;
+#endif
+#if !CYTHON_COMPILING_IN_PYPY || defined(PyArg_ValidateKeywordArguments)
+        if (unlikely(!PyArg_ValidateKeywordArguments(kwds))) return;
+#endif
+        __Pyx_PyDict_NextRef(kwds, &pos, &key, NULL);
+#if CYTHON_AVOID_BORROWED_REFS
+        Py_XDECREF(pos);
+#endif
+    }
+    if (likely(key)) {
+        PyErr_Format(PyExc_TypeError,
+            "%s() got an unexpected keyword argument '%U'",
+            function_name, key);
+        Py_DECREF(key);
+    }
+}
 
 /* RaiseDoubleKeywords (used by ParseKeywordsImpl) */
 static void __Pyx_RaiseDoubleKeywordsError(
@@ -6451,93 +14750,228 @@ static int __Pyx_ParseKeywords(
         return __Pyx_ParseKeywordDict(kwds, argnames, values, num_pos_args, num_kwargs, function_name, ignore_unknown_kwargs);
 }
 
-/* RaiseArgTupleInvalid */
-static void __Pyx_RaiseArgtupleInvalid(
-    const char* func_name,
-    int exact,
-    Py_ssize_t num_min,
-    Py_ssize_t num_max,
-    Py_ssize_t num_found)
-{
-    Py_ssize_t num_expected;
-    const char *more_or_less;
-    if (num_found < num_min) {
-        num_expected = num_min;
-        more_or_less = "at least";
-    } else {
-        num_expected = num_max;
-        more_or_less = "at most";
+/* PyObjectFastCallMethod */
+#if !CYTHON_VECTORCALL
+static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
+    PyObject *result;
+    switch (__Pyx_PyVectorcall_NARGS(nargsf)) {
+        case 1:
+            return PyObject_CallMethodObjArgs(args[0], name, NULL);
+        case 2:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], NULL);
+        case 3:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], NULL);
+        case 4:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], NULL);
+        case 5:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], args[4], NULL);
     }
-    if (exact) {
-        more_or_less = "exactly";
-    }
-    PyErr_Format(PyExc_TypeError,
-                 "%.200s() takes %.8s %" CYTHON_FORMAT_SSIZE_T "d positional argument%.1s (%" CYTHON_FORMAT_SSIZE_T "d given)",
-                 func_name, more_or_less, num_expected,
-                 (num_expected == 1) ? "" : "s", num_found);
+    PyObject *attr = PyObject_GetAttr(args[0], name);
+    if (unlikely(!attr))
+        return NULL;
+    result = __Pyx_PyObject_FastCall(attr, args+1, nargsf - 1);
+    Py_DECREF(attr);
+    return result;
 }
+#endif
 
-/* ArgTypeTestError (used by ArgTypeTest) */
-static void __Pyx_ArgTypeError(PyObject *obj, PyTypeObject *type, const char *name, int exact)
-{
-    __Pyx_TypeName type_name;
-    __Pyx_TypeName obj_type_name;
-    PyObject *extra_info = __pyx_mstate_global->__pyx_empty_unicode;
-    int from_annotation_subclass = 0;
-    if (unlikely(!type)) {
-        PyErr_SetString(PyExc_SystemError, "Missing type object");
-        return;
-    } else if (exact == 2) {
-        if (__Pyx_TypeCheck(obj, type)) {
-            from_annotation_subclass = 1;
-            extra_info = __pyx_mstate_global->__pyx_kp_u_Note_that_Cython_is_deliberately;
+/* GivenExceptionMatches (used by PyErrExceptionMatches) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE int __Pyx_inner_PyErr_GivenExceptionMatches2(PyObject *err, PyObject* exc_type1, PyObject *exc_type2) {
+    if (exc_type1) {
+        return __Pyx_IsAnySubtype2((PyTypeObject*)err, (PyTypeObject*)exc_type1, (PyTypeObject*)exc_type2);
+    } else {
+        return __Pyx_IsSubtype((PyTypeObject*)err, (PyTypeObject*)exc_type2);
+    }
+}
+static int __Pyx_PyErr_GivenExceptionMatchesTuple(PyObject *exc_type, PyObject *tuple) {
+    Py_ssize_t i, n;
+    assert(PyExceptionClass_Check(exc_type));
+    n = PyTuple_GET_SIZE(tuple);
+    for (i=0; i<n; i++) {
+        if (exc_type == PyTuple_GET_ITEM(tuple, i)) return 1;
+    }
+    for (i=0; i<n; i++) {
+        PyObject *t = PyTuple_GET_ITEM(tuple, i);
+        if (likely(PyExceptionClass_Check(t))) {
+            if (__Pyx_inner_PyErr_GivenExceptionMatches2(exc_type, NULL, t)) return 1;
+        } else {
         }
     }
-    type_name = __Pyx_PyType_GetFullyQualifiedName(type);
-    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-    if (unlikely(!type_name)) return;
-    #endif
-    obj_type_name = __Pyx_PyType_GetFullyQualifiedName(Py_TYPE(obj));
-    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-    if (unlikely(!obj_type_name)) goto obj_type_name_failed;
-    #endif
-    PyErr_Format(PyExc_TypeError,
-        "Argument '%.200s' has incorrect type (expected " __Pyx_FMT_TYPENAME ", got " __Pyx_FMT_TYPENAME ")"
-#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
-        "%s%U"
+    return 0;
+}
+static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches(PyObject *err, PyObject* exc_type) {
+    if (likely(err == exc_type)) return 1;
+    if (likely(PyExceptionClass_Check(err))) {
+        if (likely(PyExceptionClass_Check(exc_type))) {
+            return __Pyx_inner_PyErr_GivenExceptionMatches2(err, NULL, exc_type);
+        } else if (likely(PyTuple_Check(exc_type))) {
+            return __Pyx_PyErr_GivenExceptionMatchesTuple(err, exc_type);
+        } else {
+        }
+    }
+    return PyErr_GivenExceptionMatches(err, exc_type);
+}
+static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObject *exc_type1, PyObject *exc_type2) {
+    assert(PyExceptionClass_Check(exc_type1));
+    assert(PyExceptionClass_Check(exc_type2));
+    if (likely(err == exc_type1 || err == exc_type2)) return 1;
+    if (likely(PyExceptionClass_Check(err))) {
+        return __Pyx_inner_PyErr_GivenExceptionMatches2(err, exc_type1, exc_type2);
+    }
+    return (PyErr_GivenExceptionMatches(err, exc_type1) || PyErr_GivenExceptionMatches(err, exc_type2));
+}
 #endif
-        , name, type_name, obj_type_name
-#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
-        , (from_annotation_subclass ? ". " : ""), extra_info
+
+/* PyErrExceptionMatches (used by PyObjectGetAttrStrNoError) */
+#if CYTHON_FAST_THREAD_STATE
+static int __Pyx_PyErr_ExceptionMatchesTuple(PyObject *exc_type, PyObject *tuple) {
+    Py_ssize_t i, n;
+    n = PyTuple_GET_SIZE(tuple);
+    for (i=0; i<n; i++) {
+        if (exc_type == PyTuple_GET_ITEM(tuple, i)) return 1;
+    }
+    for (i=0; i<n; i++) {
+        if (__Pyx_PyErr_GivenExceptionMatches(exc_type, PyTuple_GET_ITEM(tuple, i))) return 1;
+    }
+    return 0;
+}
+static CYTHON_INLINE int __Pyx_PyErr_ExceptionMatchesInState(PyThreadState* tstate, PyObject* err) {
+    int result;
+    PyObject *exc_type;
+#if PY_VERSION_HEX >= 0x030C00A6
+    PyObject *current_exception = tstate->current_exception;
+    if (unlikely(!current_exception)) return 0;
+    exc_type = (PyObject*) Py_TYPE(current_exception);
+    if (exc_type == err) return 1;
+#else
+    exc_type = tstate->curexc_type;
+    if (exc_type == err) return 1;
+    if (unlikely(!exc_type)) return 0;
 #endif
-        );
-#if __PYX_LIMITED_VERSION_HEX >= 0x030C0000
-    if (exact == 2 && from_annotation_subclass) {
-        PyObject *res;
-        PyObject *vargs[2];
-        vargs[0] = PyErr_GetRaisedException();
-        vargs[1] = extra_info;
-        res = PyObject_VectorcallMethod(__pyx_mstate_global->__pyx_kp_u_add_note, vargs, 2, NULL);
-        Py_XDECREF(res);
-        PyErr_SetRaisedException(vargs[0]);
+    #if CYTHON_AVOID_BORROWED_REFS
+    Py_INCREF(exc_type);
+    #endif
+    if (unlikely(PyTuple_Check(err))) {
+        result = __Pyx_PyErr_ExceptionMatchesTuple(exc_type, err);
+    } else {
+        result = __Pyx_PyErr_GivenExceptionMatches(exc_type, err);
+    }
+    #if CYTHON_AVOID_BORROWED_REFS
+    Py_DECREF(exc_type);
+    #endif
+    return result;
+}
+#endif
+
+/* PyObjectGetAttrStrNoError (used by GetBuiltinName) */
+#if __PYX_LIMITED_VERSION_HEX < 0x030d0000
+static void __Pyx_PyObject_GetAttrStr_ClearAttributeError(void) {
+    __Pyx_PyThreadState_declare
+    __Pyx_PyThreadState_assign
+    if (likely(__Pyx_PyErr_ExceptionMatches(PyExc_AttributeError)))
+        __Pyx_PyErr_Clear();
+}
+#endif
+static CYTHON_INLINE PyObject* __Pyx_PyObject_GetAttrStrNoError(PyObject* obj, PyObject* attr_name) {
+    PyObject *result;
+#if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+    (void) PyObject_GetOptionalAttr(obj, attr_name, &result);
+    return result;
+#else
+#if CYTHON_COMPILING_IN_CPYTHON && CYTHON_USE_TYPE_SLOTS
+    PyTypeObject* tp = Py_TYPE(obj);
+    if (likely(tp->tp_getattro == PyObject_GenericGetAttr)) {
+        return _PyObject_GenericGetAttrWithDict(obj, attr_name, NULL, 1);
     }
 #endif
-    __Pyx_DECREF_TypeName(obj_type_name);
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-obj_type_name_failed:
+    result = __Pyx_PyObject_GetAttrStr(obj, attr_name);
+    if (unlikely(!result)) {
+        __Pyx_PyObject_GetAttrStr_ClearAttributeError();
+    }
+    return result;
 #endif
-    __Pyx_DECREF_TypeName(type_name);
-    return;
 }
 
-/* ArgTypeTest */
-static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, int none_allowed, const char *name, int exact) {
-    if (likely(Py_IS_TYPE(obj, type) | (none_allowed && (obj == Py_None))))
-        return 1;
-    if (!exact && likely(type) && likely(__Pyx_TypeCheck(obj, type)))
-        return 1;
-    __Pyx_ArgTypeError(obj, type, name, exact);
-    return 0;
+/* GetBuiltinName (used by GetModuleGlobalName) */
+static PyObject *__Pyx_GetBuiltinName(PyObject *name) {
+    PyObject* result = __Pyx_PyObject_GetAttrStrNoError(__pyx_mstate_global->__pyx_b, name);
+    if (unlikely(!result) && !PyErr_Occurred()) {
+        PyErr_Format(PyExc_NameError,
+            "name '%U' is not defined", name);
+    }
+    return result;
+}
+
+/* PyDictVersioning (used by GetModuleGlobalName) */
+#if CYTHON_USE_DICT_VERSIONS && CYTHON_USE_TYPE_SLOTS
+static CYTHON_INLINE PY_UINT64_T __Pyx_get_tp_dict_version(PyObject *obj) {
+    PyObject *dict = Py_TYPE(obj)->tp_dict;
+    return likely(dict) ? __PYX_GET_DICT_VERSION(dict) : 0;
+}
+static CYTHON_INLINE PY_UINT64_T __Pyx_get_object_dict_version(PyObject *obj) {
+    PyObject **dictptr = NULL;
+    Py_ssize_t offset = Py_TYPE(obj)->tp_dictoffset;
+    if (offset) {
+#if CYTHON_COMPILING_IN_CPYTHON
+        dictptr = (likely(offset > 0)) ? (PyObject **) ((char *)obj + offset) : _PyObject_GetDictPtr(obj);
+#else
+        dictptr = _PyObject_GetDictPtr(obj);
+#endif
+    }
+    return (dictptr && *dictptr) ? __PYX_GET_DICT_VERSION(*dictptr) : 0;
+}
+static CYTHON_INLINE int __Pyx_object_dict_version_matches(PyObject* obj, PY_UINT64_T tp_dict_version, PY_UINT64_T obj_dict_version) {
+    PyObject *dict = Py_TYPE(obj)->tp_dict;
+    if (unlikely(!dict) || unlikely(tp_dict_version != __PYX_GET_DICT_VERSION(dict)))
+        return 0;
+    return obj_dict_version == __Pyx_get_object_dict_version(obj);
+}
+#endif
+
+/* GetModuleGlobalName */
+#if CYTHON_USE_DICT_VERSIONS
+static PyObject *__Pyx__GetModuleGlobalName(PyObject *name, PY_UINT64_T *dict_version, PyObject **dict_cached_value)
+#else
+static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name)
+#endif
+{
+    PyObject *result;
+#if CYTHON_COMPILING_IN_LIMITED_API
+    if (unlikely(!__pyx_m)) {
+        if (!PyErr_Occurred())
+            PyErr_SetNone(PyExc_NameError);
+        return NULL;
+    }
+    result = PyObject_GetAttr(__pyx_m, name);
+    if (likely(result)) {
+        return result;
+    }
+    if (!__Pyx_IgnoreException(PyExc_Exception)) {
+        return NULL; // BaseException
+    }
+#elif CYTHON_AVOID_BORROWED_REFS || CYTHON_AVOID_THREAD_UNSAFE_BORROWED_REFS
+    if (unlikely(__Pyx_PyDict_GetItemRef(__pyx_mstate_global->__pyx_d, name, &result) == -1)) {
+        if (!__Pyx_IgnoreException(PyExc_Exception)) {
+            return NULL; // BaseException
+        }
+    }
+    __PYX_UPDATE_DICT_CACHE(__pyx_mstate_global->__pyx_d, result, *dict_cached_value, *dict_version)
+    if (likely(result)) {
+        return result;
+    }
+#else
+    result = _PyDict_GetItem_KnownHash(__pyx_mstate_global->__pyx_d, name, ((PyASCIIObject *) name)->hash);
+    __PYX_UPDATE_DICT_CACHE(__pyx_mstate_global->__pyx_d, result, *dict_cached_value, *dict_version)
+    if (likely(result)) {
+        return __Pyx_NewRef(result);
+    }
+    PyObject *exc = PyErr_Occurred();
+    if (unlikely(exc) && !__Pyx_IgnoreGivenException(exc, PyExc_Exception)) {
+        return NULL; // BaseException
+    }
+#endif
+    return __Pyx_GetBuiltinName(name);
 }
 
 /* CIntToDigits (used by CIntToPyUnicode) */
@@ -6692,18 +15126,18 @@ static PyObject* __Pyx_PyUnicode_FromOrdinal_Padded(int value, Py_ssize_t ulengt
 }
 
 /* CIntToPyUnicode */
-static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_uint64_t(uint64_t value, Py_ssize_t width, char padding_char) {
+static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_uint32_t(uint32_t value, Py_ssize_t width, char padding_char) {
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wconversion"
 #endif
-    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
+    const uint32_t neg_one = (uint32_t) -1, const_zero = (uint32_t) 0;
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic pop
 #endif
     const int is_unsigned = neg_one > const_zero;
     if (unlikely(!(is_unsigned || value == 0 || value > 0) ||
-                    !(sizeof(value) <= 2 || value & ~ (uint64_t) 0x01fffff || __Pyx_CheckUnicodeValue((int) value)))) {
+                    !(sizeof(value) <= 2 || value & ~ (uint32_t) 0x01fffff || __Pyx_CheckUnicodeValue((int) value)))) {
         PyErr_SetString(PyExc_OverflowError, "%c arg not in range(0x110000)");
         return NULL;
     }
@@ -6712,18 +15146,18 @@ static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_uint64_t(uint64_
     }
     return __Pyx_PyUnicode_FromOrdinal_Padded((int) value, width, padding_char);
 }
-static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_uint64_t(uint64_t value, Py_ssize_t width, char padding_char, char format_char) {
-    char digits[sizeof(uint64_t)*3+2];
-    char *dpos, *end = digits + sizeof(uint64_t)*3+2;
+static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_uint32_t(uint32_t value, Py_ssize_t width, char padding_char, char format_char) {
+    char digits[sizeof(uint32_t)*3+2];
+    char *dpos, *end = digits + sizeof(uint32_t)*3+2;
     const char *hex_digits = DIGITS_HEX;
     Py_ssize_t length, ulength;
     int prepend_sign, last_one_off;
-    uint64_t remaining;
+    uint32_t remaining;
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wconversion"
 #endif
-    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
+    const uint32_t neg_one = (uint32_t) -1, const_zero = (uint32_t) 0;
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic pop
 #endif
@@ -6740,21 +15174,21 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_uint64_t(uint64_t val
         switch (format_char) {
         case 'o':
             digit_pos = abs((int)(remaining % (8*8)));
-            remaining = (uint64_t) (remaining / (8*8));
+            remaining = (uint32_t) (remaining / (8*8));
             dpos -= 2;
             memcpy(dpos, DIGIT_PAIRS_8 + digit_pos * 2, 2);
             last_one_off = (digit_pos < 8);
             break;
         case 'd':
             digit_pos = abs((int)(remaining % (10*10)));
-            remaining = (uint64_t) (remaining / (10*10));
+            remaining = (uint32_t) (remaining / (10*10));
             dpos -= 2;
             memcpy(dpos, DIGIT_PAIRS_10 + digit_pos * 2, 2);
             last_one_off = (digit_pos < 10);
             break;
         case 'x':
             *(--dpos) = hex_digits[abs((int)(remaining % 16))];
-            remaining = (uint64_t) (remaining / 16);
+            remaining = (uint32_t) (remaining / 16);
             break;
         default:
             assert(0);
@@ -6784,47 +15218,19 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_uint64_t(uint64_t val
     return __Pyx_PyUnicode_BuildFromAscii(ulength, dpos, (int) length, prepend_sign, padding_char);
 }
 
-/* PyObjectFormat */
-#if CYTHON_USE_UNICODE_WRITER
-static PyObject* __Pyx_PyObject_Format(PyObject* obj, PyObject* format_spec) {
-    int ret;
-    _PyUnicodeWriter writer;
-    if (likely(PyFloat_CheckExact(obj))) {
-        _PyUnicodeWriter_Init(&writer);
-        ret = _PyFloat_FormatAdvancedWriter(
-            &writer,
-            obj,
-            format_spec, 0, PyUnicode_GET_LENGTH(format_spec));
-    } else if (likely(PyLong_CheckExact(obj))) {
-        _PyUnicodeWriter_Init(&writer);
-        ret = _PyLong_FormatAdvancedWriter(
-            &writer,
-            obj,
-            format_spec, 0, PyUnicode_GET_LENGTH(format_spec));
-    } else {
-        return PyObject_Format(obj, format_spec);
-    }
-    if (unlikely(ret == -1)) {
-        _PyUnicodeWriter_Dealloc(&writer);
-        return NULL;
-    }
-    return _PyUnicodeWriter_Finish(&writer);
-}
-#endif
-
 /* CIntToPyUnicode */
-static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_unsigned_int(unsigned int value, Py_ssize_t width, char padding_char) {
+static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_Py_ssize_t(Py_ssize_t value, Py_ssize_t width, char padding_char) {
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wconversion"
 #endif
-    const unsigned int neg_one = (unsigned int) -1, const_zero = (unsigned int) 0;
+    const Py_ssize_t neg_one = (Py_ssize_t) -1, const_zero = (Py_ssize_t) 0;
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic pop
 #endif
     const int is_unsigned = neg_one > const_zero;
     if (unlikely(!(is_unsigned || value == 0 || value > 0) ||
-                    !(sizeof(value) <= 2 || value & ~ (unsigned int) 0x01fffff || __Pyx_CheckUnicodeValue((int) value)))) {
+                    !(sizeof(value) <= 2 || value & ~ (Py_ssize_t) 0x01fffff || __Pyx_CheckUnicodeValue((int) value)))) {
         PyErr_SetString(PyExc_OverflowError, "%c arg not in range(0x110000)");
         return NULL;
     }
@@ -6833,18 +15239,18 @@ static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_unsigned_int(uns
     }
     return __Pyx_PyUnicode_FromOrdinal_Padded((int) value, width, padding_char);
 }
-static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_unsigned_int(unsigned int value, Py_ssize_t width, char padding_char, char format_char) {
-    char digits[sizeof(unsigned int)*3+2];
-    char *dpos, *end = digits + sizeof(unsigned int)*3+2;
+static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_Py_ssize_t(Py_ssize_t value, Py_ssize_t width, char padding_char, char format_char) {
+    char digits[sizeof(Py_ssize_t)*3+2];
+    char *dpos, *end = digits + sizeof(Py_ssize_t)*3+2;
     const char *hex_digits = DIGITS_HEX;
     Py_ssize_t length, ulength;
     int prepend_sign, last_one_off;
-    unsigned int remaining;
+    Py_ssize_t remaining;
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wconversion"
 #endif
-    const unsigned int neg_one = (unsigned int) -1, const_zero = (unsigned int) 0;
+    const Py_ssize_t neg_one = (Py_ssize_t) -1, const_zero = (Py_ssize_t) 0;
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic pop
 #endif
@@ -6861,21 +15267,21 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_unsigned_int(unsigned
         switch (format_char) {
         case 'o':
             digit_pos = abs((int)(remaining % (8*8)));
-            remaining = (unsigned int) (remaining / (8*8));
+            remaining = (Py_ssize_t) (remaining / (8*8));
             dpos -= 2;
             memcpy(dpos, DIGIT_PAIRS_8 + digit_pos * 2, 2);
             last_one_off = (digit_pos < 8);
             break;
         case 'd':
             digit_pos = abs((int)(remaining % (10*10)));
-            remaining = (unsigned int) (remaining / (10*10));
+            remaining = (Py_ssize_t) (remaining / (10*10));
             dpos -= 2;
             memcpy(dpos, DIGIT_PAIRS_10 + digit_pos * 2, 2);
             last_one_off = (digit_pos < 10);
             break;
         case 'x':
             *(--dpos) = hex_digits[abs((int)(remaining % 16))];
-            remaining = (unsigned int) (remaining / 16);
+            remaining = (Py_ssize_t) (remaining / 16);
             break;
         default:
             assert(0);
@@ -6982,350 +15388,682 @@ bad:
 #endif
 }
 
-/* RaiseException */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
-    PyObject* owned_instance = NULL;
-    if (tb == Py_None) {
-        tb = 0;
-    } else if (tb && !PyTraceBack_Check(tb)) {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: arg 3 must be a traceback or None");
-        goto bad;
+/* PyObjectFormatAndDecref */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f) {
+    if (unlikely(!s)) return NULL;
+    if (likely(PyUnicode_CheckExact(s))) return s;
+    return __Pyx_PyObject_FormatAndDecref(s, f);
+}
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObject* f) {
+    PyObject *result;
+    if (unlikely(!s)) return NULL;
+    result = PyObject_Format(s, f);
+    Py_DECREF(s);
+    return result;
+}
+
+/* ArgTypeTestError (used by ArgTypeTest) */
+static void __Pyx_ArgTypeError(PyObject *obj, PyTypeObject *type, const char *name, int exact)
+{
+    __Pyx_TypeName type_name;
+    __Pyx_TypeName obj_type_name;
+    PyObject *extra_info = __pyx_mstate_global->__pyx_empty_unicode;
+    int from_annotation_subclass = 0;
+    if (unlikely(!type)) {
+        PyErr_SetString(PyExc_SystemError, "Missing type object");
+        return;
+    } else if (exact == 2) {
+        if (__Pyx_TypeCheck(obj, type)) {
+            from_annotation_subclass = 1;
+            extra_info = __pyx_mstate_global->__pyx_kp_u_Note_that_Cython_is_deliberately;
+        }
     }
-    if (value == Py_None)
-        value = 0;
-    if (PyExceptionInstance_Check(type)) {
-        if (value) {
-            PyErr_SetString(PyExc_TypeError,
-                "instance exception may not have a separate value");
-            goto bad;
-        }
-        value = type;
-        type = (PyObject*) Py_TYPE(value);
-    } else if (PyExceptionClass_Check(type)) {
-        PyObject *instance_class = NULL;
-        if (value && PyExceptionInstance_Check(value)) {
-            instance_class = (PyObject*) Py_TYPE(value);
-            if (instance_class != type) {
-                int is_subclass = PyObject_IsSubclass(instance_class, type);
-                if (!is_subclass) {
-                    instance_class = NULL;
-                } else if (unlikely(is_subclass == -1)) {
-                    goto bad;
-                } else {
-                    type = instance_class;
-                }
-            }
-        }
-        if (!instance_class) {
-            PyObject *args;
-            if (!value)
-                args = PyTuple_New(0);
-            else if (PyTuple_Check(value)) {
-                Py_INCREF(value);
-                args = value;
-            } else
-                args = PyTuple_Pack(1, value);
-            if (!args)
-                goto bad;
-            owned_instance = PyObject_Call(type, args, NULL);
-            Py_DECREF(args);
-            if (!owned_instance)
-                goto bad;
-            value = owned_instance;
-            if (!PyExceptionInstance_Check(value)) {
-                PyErr_Format(PyExc_TypeError,
-                             "calling %R should have returned an instance of "
-                             "BaseException, not %R",
-                             type, Py_TYPE(value));
-                goto bad;
-            }
-        }
-    } else {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: exception class must be a subclass of BaseException");
-        goto bad;
-    }
-    if (cause) {
-        PyObject *fixed_cause;
-        if (cause == Py_None) {
-            fixed_cause = NULL;
-        } else if (PyExceptionClass_Check(cause)) {
-            fixed_cause = PyObject_CallObject(cause, NULL);
-            if (fixed_cause == NULL)
-                goto bad;
-        } else if (PyExceptionInstance_Check(cause)) {
-            fixed_cause = cause;
-            Py_INCREF(fixed_cause);
-        } else {
-            PyErr_SetString(PyExc_TypeError,
-                            "exception causes must derive from "
-                            "BaseException");
-            goto bad;
-        }
-        PyException_SetCause(value, fixed_cause);
-    }
-    PyErr_SetObject(type, value);
-    if (tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-        PyException_SetTraceback(value, tb);
-#elif CYTHON_FAST_THREAD_STATE
-        PyThreadState *tstate = __Pyx_PyThreadState_Current;
-        PyObject* tmp_tb = tstate->curexc_traceback;
-        if (tb != tmp_tb) {
-            Py_INCREF(tb);
-            tstate->curexc_traceback = tb;
-            Py_XDECREF(tmp_tb);
-        }
-#else
-        PyObject *tmp_type, *tmp_value, *tmp_tb;
-        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
-        Py_INCREF(tb);
-        PyErr_Restore(tmp_type, tmp_value, tb);
-        Py_XDECREF(tmp_tb);
+    type_name = __Pyx_PyType_GetFullyQualifiedName(type);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name)) return;
+    #endif
+    obj_type_name = __Pyx_PyType_GetFullyQualifiedName(Py_TYPE(obj));
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!obj_type_name)) goto obj_type_name_failed;
+    #endif
+    PyErr_Format(PyExc_TypeError,
+        "Argument '%.200s' has incorrect type (expected " __Pyx_FMT_TYPENAME ", got " __Pyx_FMT_TYPENAME ")"
+#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
+        "%s%U"
 #endif
+        , name, type_name, obj_type_name
+#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
+        , (from_annotation_subclass ? ". " : ""), extra_info
+#endif
+        );
+#if __PYX_LIMITED_VERSION_HEX >= 0x030C0000
+    if (exact == 2 && from_annotation_subclass) {
+        PyObject *res;
+        PyObject *vargs[2];
+        vargs[0] = PyErr_GetRaisedException();
+        vargs[1] = extra_info;
+        res = PyObject_VectorcallMethod(__pyx_mstate_global->__pyx_kp_u_add_note, vargs, 2, NULL);
+        Py_XDECREF(res);
+        PyErr_SetRaisedException(vargs[0]);
     }
-bad:
-    Py_XDECREF(owned_instance);
+#endif
+    __Pyx_DECREF_TypeName(obj_type_name);
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+obj_type_name_failed:
+#endif
+    __Pyx_DECREF_TypeName(type_name);
     return;
 }
 
-/* GetException */
-#if CYTHON_FAST_THREAD_STATE
-static int __Pyx__GetException(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb)
-#else
-static int __Pyx_GetException(PyObject **type, PyObject **value, PyObject **tb)
-#endif
-{
-    PyObject *local_type = NULL, *local_value, *local_tb = NULL;
-#if CYTHON_FAST_THREAD_STATE
-    PyObject *tmp_type, *tmp_value, *tmp_tb;
-  #if PY_VERSION_HEX >= 0x030C0000
-    local_value = tstate->current_exception;
-    tstate->current_exception = 0;
-  #else
-    local_type = tstate->curexc_type;
-    local_value = tstate->curexc_value;
-    local_tb = tstate->curexc_traceback;
-    tstate->curexc_type = 0;
-    tstate->curexc_value = 0;
-    tstate->curexc_traceback = 0;
-  #endif
-#elif __PYX_LIMITED_VERSION_HEX >= 0x030C0000
-    local_value = PyErr_GetRaisedException();
-#else
-    PyErr_Fetch(&local_type, &local_value, &local_tb);
-#endif
-#if __PYX_LIMITED_VERSION_HEX >= 0x030C0000
-    if (likely(local_value)) {
-        local_type = (PyObject*) Py_TYPE(local_value);
-        Py_INCREF(local_type);
-        local_tb = PyException_GetTraceback(local_value);
-    }
-#else
-    PyErr_NormalizeException(&local_type, &local_value, &local_tb);
-#if CYTHON_FAST_THREAD_STATE
-    if (unlikely(tstate->curexc_type))
-#else
-    if (unlikely(PyErr_Occurred()))
-#endif
-        goto bad;
-    if (local_tb) {
-        if (unlikely(PyException_SetTraceback(local_value, local_tb) < 0))
-            goto bad;
-    }
-#endif // __PYX_LIMITED_VERSION_HEX >= 0x030C0000
-    Py_XINCREF(local_tb);
-    Py_XINCREF(local_type);
-    Py_XINCREF(local_value);
-    *type = local_type;
-    *value = local_value;
-    *tb = local_tb;
-#if CYTHON_FAST_THREAD_STATE
-    #if CYTHON_USE_EXC_INFO_STACK
-    {
-        _PyErr_StackItem *exc_info = tstate->exc_info;
-      #if PY_VERSION_HEX >= 0x030B00a4
-        tmp_value = exc_info->exc_value;
-        exc_info->exc_value = local_value;
-        tmp_type = NULL;
-        tmp_tb = NULL;
-        Py_XDECREF(local_type);
-        Py_XDECREF(local_tb);
-      #else
-        tmp_type = exc_info->exc_type;
-        tmp_value = exc_info->exc_value;
-        tmp_tb = exc_info->exc_traceback;
-        exc_info->exc_type = local_type;
-        exc_info->exc_value = local_value;
-        exc_info->exc_traceback = local_tb;
-      #endif
-    }
-    #else
-    tmp_type = tstate->exc_type;
-    tmp_value = tstate->exc_value;
-    tmp_tb = tstate->exc_traceback;
-    tstate->exc_type = local_type;
-    tstate->exc_value = local_value;
-    tstate->exc_traceback = local_tb;
-    #endif
-    Py_XDECREF(tmp_type);
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(tmp_tb);
-#elif __PYX_LIMITED_VERSION_HEX >= 0x030b0000
-    PyErr_SetHandledException(local_value);
-    Py_XDECREF(local_value);
-    Py_XDECREF(local_type);
-    Py_XDECREF(local_tb);
-#else
-    PyErr_SetExcInfo(local_type, local_value, local_tb);
-#endif
+/* ArgTypeTest */
+static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, int none_allowed, const char *name, int exact) {
+    if (likely(Py_IS_TYPE(obj, type) | (none_allowed && (obj == Py_None))))
+        return 1;
+    if (!exact && likely(type) && likely(__Pyx_TypeCheck(obj, type)))
+        return 1;
+    __Pyx_ArgTypeError(obj, type, name, exact);
     return 0;
-#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
-bad:
-    *type = 0;
-    *value = 0;
-    *tb = 0;
-    Py_XDECREF(local_type);
-    Py_XDECREF(local_value);
-    Py_XDECREF(local_tb);
-    return -1;
-#endif
 }
 
-/* SwapException */
-#if CYTHON_FAST_THREAD_STATE
-static CYTHON_INLINE void __Pyx__ExceptionSwap(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
-    PyObject *tmp_type, *tmp_value, *tmp_tb;
-  #if CYTHON_USE_EXC_INFO_STACK && PY_VERSION_HEX >= 0x030B00a4
-    _PyErr_StackItem *exc_info = tstate->exc_info;
-    tmp_value = exc_info->exc_value;
-    exc_info->exc_value = *value;
-    if (tmp_value == NULL || tmp_value == Py_None) {
-        Py_XDECREF(tmp_value);
-        tmp_value = NULL;
-        tmp_type = NULL;
-        tmp_tb = NULL;
-    } else {
-        tmp_type = (PyObject*) Py_TYPE(tmp_value);
-        Py_INCREF(tmp_type);
-        #if CYTHON_COMPILING_IN_CPYTHON
-        tmp_tb = ((PyBaseExceptionObject*) tmp_value)->traceback;
-        Py_XINCREF(tmp_tb);
-        #else
-        tmp_tb = PyException_GetTraceback(tmp_value);
-        #endif
-    }
-  #elif CYTHON_USE_EXC_INFO_STACK
-    _PyErr_StackItem *exc_info = tstate->exc_info;
-    tmp_type = exc_info->exc_type;
-    tmp_value = exc_info->exc_value;
-    tmp_tb = exc_info->exc_traceback;
-    exc_info->exc_type = *type;
-    exc_info->exc_value = *value;
-    exc_info->exc_traceback = *tb;
-  #else
-    tmp_type = tstate->exc_type;
-    tmp_value = tstate->exc_value;
-    tmp_tb = tstate->exc_traceback;
-    tstate->exc_type = *type;
-    tstate->exc_value = *value;
-    tstate->exc_traceback = *tb;
-  #endif
-    *type = tmp_type;
-    *value = tmp_value;
-    *tb = tmp_tb;
-}
-#else
-static CYTHON_INLINE void __Pyx_ExceptionSwap(PyObject **type, PyObject **value, PyObject **tb) {
-    PyObject *tmp_type, *tmp_value, *tmp_tb;
-    PyErr_GetExcInfo(&tmp_type, &tmp_value, &tmp_tb);
-    PyErr_SetExcInfo(*type, *value, *tb);
-    *type = tmp_type;
-    *value = tmp_value;
-    *tb = tmp_tb;
-}
-#endif
-
-/* GetTopmostException (used by SaveResetException) */
-#if CYTHON_USE_EXC_INFO_STACK && CYTHON_FAST_THREAD_STATE
-static _PyErr_StackItem *
-__Pyx_PyErr_GetTopmostException(PyThreadState *tstate)
+/* FormatTypeName (used by RaiseErrorWithObjectType1) */
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+static __Pyx_TypeName
+__Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp)
 {
-    _PyErr_StackItem *exc_info = tstate->exc_info;
-    while ((exc_info->exc_value == NULL || exc_info->exc_value == Py_None) &&
-           exc_info->previous_item != NULL)
-    {
-        exc_info = exc_info->previous_item;
+    PyObject *module = NULL, *name = NULL, *result = NULL;
+    #if __PYX_LIMITED_VERSION_HEX < 0x030b0000
+    name = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
+                                               __pyx_mstate_global->__pyx_n_u_qualname);
+    #else
+    name = PyType_GetQualName(tp);
+    #endif
+    if (unlikely(name == NULL) || unlikely(!PyUnicode_Check(name))) goto bad;
+    module = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
+                                               __pyx_mstate_global->__pyx_n_u_module);
+    if (unlikely(module == NULL) || unlikely(!PyUnicode_Check(module))) goto bad;
+    if (PyUnicode_CompareWithASCIIString(module, "builtins") == 0) {
+        result = name;
+        name = NULL;
+        goto done;
     }
-    return exc_info;
+    result = PyUnicode_FromFormat("%U.%U", module, name);
+    if (unlikely(result == NULL)) goto bad;
+  done:
+    Py_XDECREF(name);
+    Py_XDECREF(module);
+    return result;
+  bad:
+    PyErr_Clear();
+    if (name) {
+        result = name;
+        name = NULL;
+    } else {
+        result = __Pyx_NewRef(__pyx_mstate_global->__pyx_kp_u_);
+    }
+    goto done;
 }
 #endif
 
-/* SaveResetException */
-#if CYTHON_FAST_THREAD_STATE
-static CYTHON_INLINE void __Pyx__ExceptionSave(PyThreadState *tstate, PyObject **type, PyObject **value, PyObject **tb) {
-  #if CYTHON_USE_EXC_INFO_STACK && PY_VERSION_HEX >= 0x030B00a4
-    _PyErr_StackItem *exc_info = __Pyx_PyErr_GetTopmostException(tstate);
-    PyObject *exc_value = exc_info->exc_value;
-    if (exc_value == NULL || exc_value == Py_None) {
-        *value = NULL;
-        *type = NULL;
-        *tb = NULL;
-    } else {
-        *value = exc_value;
-        Py_INCREF(*value);
-        *type = (PyObject*) Py_TYPE(exc_value);
-        Py_INCREF(*type);
-        *tb = PyException_GetTraceback(exc_value);
-    }
-  #elif CYTHON_USE_EXC_INFO_STACK
-    _PyErr_StackItem *exc_info = __Pyx_PyErr_GetTopmostException(tstate);
-    *type = exc_info->exc_type;
-    *value = exc_info->exc_value;
-    *tb = exc_info->exc_traceback;
-    Py_XINCREF(*type);
-    Py_XINCREF(*value);
-    Py_XINCREF(*tb);
-  #else
-    *type = tstate->exc_type;
-    *value = tstate->exc_value;
-    *tb = tstate->exc_traceback;
-    Py_XINCREF(*type);
-    Py_XINCREF(*value);
-    Py_XINCREF(*tb);
-  #endif
-}
-static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject *type, PyObject *value, PyObject *tb) {
-  #if CYTHON_USE_EXC_INFO_STACK && PY_VERSION_HEX >= 0x030B00a4
-    _PyErr_StackItem *exc_info = tstate->exc_info;
-    PyObject *tmp_value = exc_info->exc_value;
-    exc_info->exc_value = value;
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(type);
-    Py_XDECREF(tb);
-  #else
-    PyObject *tmp_type, *tmp_value, *tmp_tb;
-    #if CYTHON_USE_EXC_INFO_STACK
-    _PyErr_StackItem *exc_info = tstate->exc_info;
-    tmp_type = exc_info->exc_type;
-    tmp_value = exc_info->exc_value;
-    tmp_tb = exc_info->exc_traceback;
-    exc_info->exc_type = type;
-    exc_info->exc_value = value;
-    exc_info->exc_traceback = tb;
-    #else
-    tmp_type = tstate->exc_type;
-    tmp_value = tstate->exc_value;
-    tmp_tb = tstate->exc_traceback;
-    tstate->exc_type = type;
-    tstate->exc_value = value;
-    tstate->exc_traceback = tb;
+/* RaiseErrorWithObjectType1 (used by RaiseUnexpectedTypeError) */
+static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj) {
+    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name)) return;
     #endif
-    Py_XDECREF(tmp_type);
-    Py_XDECREF(tmp_value);
-    Py_XDECREF(tmp_tb);
-  #endif
+    PyErr_Format(exc_type, message, arg, type_name);
+    __Pyx_DECREF_TypeName(type_name);
+}
+
+/* RaiseUnexpectedTypeError */
+static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj) {
+    __Pyx_RaiseTypeErrorWithObjectType1(
+        "Expected %.42s, got " __Pyx_FMT_TYPENAME,
+        expected, obj);
+    return 0;
+}
+
+/* UnicodeConcatInPlace */
+# if CYTHON_COMPILING_IN_CPYTHON
+static int
+__Pyx_unicode_modifiable(PyObject *unicode, int unsafe_shared)
+{
+    if (!__Pyx_IS_UNIQUELY_REFERENCED(unicode, unsafe_shared))
+        return 0;
+#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX > 0x030F0000
+    if (PyUnstable_Unicode_GET_CACHED_HASH(unicode) != -1)
+        return 0;
+#endif
+    if (!PyUnicode_CheckExact(unicode))
+        return 0;
+    if (PyUnicode_CHECK_INTERNED(unicode))
+        return 0;
+    return 1;
+}
+static CYTHON_INLINE PyObject *__Pyx_PyUnicode_ConcatInPlaceImpl(PyObject **p_left, PyObject *right, int unsafe_shared
+        #if CYTHON_REFNANNY
+        , void* __pyx_refnanny
+        #endif
+    ) {
+    PyObject *left = *p_left;
+    Py_ssize_t left_len, right_len, new_len;
+    if (unlikely(__Pyx_PyUnicode_READY(left) == -1))
+        return NULL;
+    if (unlikely(__Pyx_PyUnicode_READY(right) == -1))
+        return NULL;
+    left_len = PyUnicode_GET_LENGTH(left);
+    if (left_len == 0) {
+        Py_INCREF(right);
+        return right;
+    }
+    right_len = PyUnicode_GET_LENGTH(right);
+    if (right_len == 0) {
+        Py_INCREF(left);
+        return left;
+    }
+    if (unlikely(left_len > PY_SSIZE_T_MAX - right_len)) {
+        PyErr_SetString(PyExc_OverflowError,
+                        "strings are too large to concat");
+        return NULL;
+    }
+    new_len = left_len + right_len;
+    if (left != right
+            && __Pyx_unicode_modifiable(left, unsafe_shared)
+            && PyUnicode_CheckExact(right)
+            && PyUnicode_KIND(right) <= PyUnicode_KIND(left)
+            && !(PyUnicode_IS_ASCII(left) && !PyUnicode_IS_ASCII(right))) {
+        int ret;
+        __Pyx_GIVEREF(*p_left);
+        ret = PyUnicode_Resize(p_left, new_len);
+        __Pyx_GOTREF(*p_left);
+        if (unlikely(ret != 0))
+            return NULL;
+        #if PY_VERSION_HEX >= 0x030d0000
+        if (unlikely(PyUnicode_CopyCharacters(*p_left, left_len, right, 0, right_len) < 0)) return NULL;
+        #else
+        _PyUnicode_FastCopyCharacters(*p_left, left_len, right, 0, right_len);
+        #endif
+        __Pyx_INCREF(*p_left);
+        __Pyx_GIVEREF(*p_left);
+        return *p_left;
+    } else {
+        return __Pyx_PyUnicode_Concat(left, right);
+    }
+  }
+#endif
+
+/* CIntToPyUnicode */
+static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_uint64_t(uint64_t value, Py_ssize_t width, char padding_char) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (unlikely(!(is_unsigned || value == 0 || value > 0) ||
+                    !(sizeof(value) <= 2 || value & ~ (uint64_t) 0x01fffff || __Pyx_CheckUnicodeValue((int) value)))) {
+        PyErr_SetString(PyExc_OverflowError, "%c arg not in range(0x110000)");
+        return NULL;
+    }
+    if (width <= 1) {
+        return PyUnicode_FromOrdinal((int) value);
+    }
+    return __Pyx_PyUnicode_FromOrdinal_Padded((int) value, width, padding_char);
+}
+static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_uint64_t(uint64_t value, Py_ssize_t width, char padding_char, char format_char) {
+    char digits[sizeof(uint64_t)*3+2];
+    char *dpos, *end = digits + sizeof(uint64_t)*3+2;
+    const char *hex_digits = DIGITS_HEX;
+    Py_ssize_t length, ulength;
+    int prepend_sign, last_one_off;
+    uint64_t remaining;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (format_char == 'X') {
+        hex_digits += 16;
+        format_char = 'x';
+    }
+    remaining = value;
+    last_one_off = 0;
+    dpos = end;
+    do {
+        int digit_pos;
+        switch (format_char) {
+        case 'o':
+            digit_pos = abs((int)(remaining % (8*8)));
+            remaining = (uint64_t) (remaining / (8*8));
+            dpos -= 2;
+            memcpy(dpos, DIGIT_PAIRS_8 + digit_pos * 2, 2);
+            last_one_off = (digit_pos < 8);
+            break;
+        case 'd':
+            digit_pos = abs((int)(remaining % (10*10)));
+            remaining = (uint64_t) (remaining / (10*10));
+            dpos -= 2;
+            memcpy(dpos, DIGIT_PAIRS_10 + digit_pos * 2, 2);
+            last_one_off = (digit_pos < 10);
+            break;
+        case 'x':
+            *(--dpos) = hex_digits[abs((int)(remaining % 16))];
+            remaining = (uint64_t) (remaining / 16);
+            break;
+        default:
+            assert(0);
+            break;
+        }
+    } while (unlikely(remaining != 0));
+    assert(!last_one_off || *dpos == '0');
+    dpos += last_one_off;
+    length = end - dpos;
+    ulength = length;
+    prepend_sign = 0;
+    if (!is_unsigned && value <= neg_one) {
+        if (padding_char == ' ' || width <= length + 1) {
+            *(--dpos) = '-';
+            ++length;
+        } else {
+            prepend_sign = 1;
+        }
+        ++ulength;
+    }
+    if (width > ulength) {
+        ulength = width;
+    }
+    if (ulength == 1) {
+        return PyUnicode_FromOrdinal(*dpos);
+    }
+    return __Pyx_PyUnicode_BuildFromAscii(ulength, dpos, (int) length, prepend_sign, padding_char);
+}
+
+/* CIntToPyUnicode */
+static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_unsigned_int(unsigned int value, Py_ssize_t width, char padding_char) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const unsigned int neg_one = (unsigned int) -1, const_zero = (unsigned int) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (unlikely(!(is_unsigned || value == 0 || value > 0) ||
+                    !(sizeof(value) <= 2 || value & ~ (unsigned int) 0x01fffff || __Pyx_CheckUnicodeValue((int) value)))) {
+        PyErr_SetString(PyExc_OverflowError, "%c arg not in range(0x110000)");
+        return NULL;
+    }
+    if (width <= 1) {
+        return PyUnicode_FromOrdinal((int) value);
+    }
+    return __Pyx_PyUnicode_FromOrdinal_Padded((int) value, width, padding_char);
+}
+static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_unsigned_int(unsigned int value, Py_ssize_t width, char padding_char, char format_char) {
+    char digits[sizeof(unsigned int)*3+2];
+    char *dpos, *end = digits + sizeof(unsigned int)*3+2;
+    const char *hex_digits = DIGITS_HEX;
+    Py_ssize_t length, ulength;
+    int prepend_sign, last_one_off;
+    unsigned int remaining;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const unsigned int neg_one = (unsigned int) -1, const_zero = (unsigned int) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (format_char == 'X') {
+        hex_digits += 16;
+        format_char = 'x';
+    }
+    remaining = value;
+    last_one_off = 0;
+    dpos = end;
+    do {
+        int digit_pos;
+        switch (format_char) {
+        case 'o':
+            digit_pos = abs((int)(remaining % (8*8)));
+            remaining = (unsigned int) (remaining / (8*8));
+            dpos -= 2;
+            memcpy(dpos, DIGIT_PAIRS_8 + digit_pos * 2, 2);
+            last_one_off = (digit_pos < 8);
+            break;
+        case 'd':
+            digit_pos = abs((int)(remaining % (10*10)));
+            remaining = (unsigned int) (remaining / (10*10));
+            dpos -= 2;
+            memcpy(dpos, DIGIT_PAIRS_10 + digit_pos * 2, 2);
+            last_one_off = (digit_pos < 10);
+            break;
+        case 'x':
+            *(--dpos) = hex_digits[abs((int)(remaining % 16))];
+            remaining = (unsigned int) (remaining / 16);
+            break;
+        default:
+            assert(0);
+            break;
+        }
+    } while (unlikely(remaining != 0));
+    assert(!last_one_off || *dpos == '0');
+    dpos += last_one_off;
+    length = end - dpos;
+    ulength = length;
+    prepend_sign = 0;
+    if (!is_unsigned && value <= neg_one) {
+        if (padding_char == ' ' || width <= length + 1) {
+            *(--dpos) = '-';
+            ++length;
+        } else {
+            prepend_sign = 1;
+        }
+        ++ulength;
+    }
+    if (width > ulength) {
+        ulength = width;
+    }
+    if (ulength == 1) {
+        return PyUnicode_FromOrdinal(*dpos);
+    }
+    return __Pyx_PyUnicode_BuildFromAscii(ulength, dpos, (int) length, prepend_sign, padding_char);
+}
+
+/* WriteUnraisableException */
+static void __Pyx_WriteUnraisable(const char *name, int clineno,
+                                  int lineno, const char *filename,
+                                  int full_traceback, int nogil) {
+    PyObject *old_exc, *old_val, *old_tb;
+    PyObject *ctx;
+    __Pyx_PyThreadState_declare
+    PyGILState_STATE state;
+    if (nogil)
+        state = PyGILState_Ensure();
+    else state = (PyGILState_STATE)0;
+    CYTHON_UNUSED_VAR(clineno);
+    CYTHON_UNUSED_VAR(lineno);
+    CYTHON_UNUSED_VAR(filename);
+    CYTHON_MAYBE_UNUSED_VAR(nogil);
+    __Pyx_PyThreadState_assign
+    __Pyx_ErrFetch(&old_exc, &old_val, &old_tb);
+    if (full_traceback) {
+        Py_XINCREF(old_exc);
+        Py_XINCREF(old_val);
+        Py_XINCREF(old_tb);
+        __Pyx_ErrRestore(old_exc, old_val, old_tb);
+        PyErr_PrintEx(0);
+    }
+    ctx = PyUnicode_FromString(name);
+    __Pyx_ErrRestore(old_exc, old_val, old_tb);
+    if (!ctx) {
+        PyErr_WriteUnraisable(Py_None);
+    } else {
+        PyErr_WriteUnraisable(ctx);
+        Py_DECREF(ctx);
+    }
+    if (nogil)
+        PyGILState_Release(state);
+}
+
+/* PyUnicode_Unicode */
+static CYTHON_INLINE PyObject* __Pyx_PyUnicode_Unicode(PyObject *obj) {
+    if (unlikely(obj == Py_None))
+        obj = __pyx_mstate_global->__pyx_kp_u_None;
+    return __Pyx_NewRef(obj);
+}
+
+/* RaiseErrorWithObjectTypes */
+static void __Pyx_RaiseErrorWithTypes1(PyObject* exc_type, const char *message, const char *arg, PyTypeObject *type_obj1, PyTypeObject *type_obj2) {
+    __Pyx_TypeName type_name1 = __Pyx_PyType_GetFullyQualifiedName(type_obj1);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name1)) return;
+    #endif
+    __Pyx_TypeName type_name2 = __Pyx_PyType_GetFullyQualifiedName(type_obj2);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name2)) goto type2_failed;
+    #endif
+    PyErr_Format(exc_type, message, arg, type_name1, type_name2);
+    __Pyx_DECREF_TypeName(type_name2);
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+type2_failed:
+#endif
+    __Pyx_DECREF_TypeName(type_name1);
+}
+
+/* CallNextTpDealloc */
+static void __Pyx_call_next_tp_dealloc(PyObject* obj, destructor current_tp_dealloc) {
+    PyTypeObject* type = Py_TYPE(obj);
+    destructor tp_dealloc = NULL;
+    while (type && __Pyx_PyType_GetSlot(type, tp_dealloc, destructor) != current_tp_dealloc)
+        type = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
+    while (type && (tp_dealloc = __Pyx_PyType_GetSlot(type, tp_dealloc, destructor)) == current_tp_dealloc)
+        type = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
+    if (type)
+        tp_dealloc(obj);
+}
+
+/* CallNextTpTraverse */
+static int __Pyx_call_next_tp_traverse(PyObject* obj, visitproc v, void *a, traverseproc current_tp_traverse) {
+    PyTypeObject* type = Py_TYPE(obj);
+    traverseproc tp_traverse = NULL;
+    while (type && __Pyx_PyType_GetSlot(type, tp_traverse, traverseproc) != current_tp_traverse)
+        type = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
+    while (type && (tp_traverse = __Pyx_PyType_GetSlot(type, tp_traverse, traverseproc)) == current_tp_traverse)
+        type = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
+    if (type && tp_traverse)
+        return tp_traverse(obj, v, a);
+    return 0;
+}
+
+/* CallTypeTraverse */
+#if !CYTHON_USE_TYPE_SPECS
+#else
+static int __Pyx_call_type_traverse(PyObject *o, int always_call, visitproc visit, void *arg) {
+    if (!always_call) {
+        PyTypeObject *base = __Pyx_PyObject_GetSlot(o, tp_base, PyTypeObject*);
+        unsigned long flags = PyType_GetFlags(base);
+        if (flags & Py_TPFLAGS_HEAPTYPE) {
+            return 0;
+        }
+    }
+    Py_VISIT((PyObject*)Py_TYPE(o));
+    return 0;
+}
+#endif
+
+/* CallNextTpClear */
+static void __Pyx_call_next_tp_clear(PyObject* obj, inquiry current_tp_clear) {
+    PyTypeObject* type = Py_TYPE(obj);
+    inquiry tp_clear = NULL;
+    while (type && __Pyx_PyType_GetSlot(type, tp_clear, inquiry) != current_tp_clear)
+        type = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
+    while (type && (tp_clear = __Pyx_PyType_GetSlot(type, tp_clear, inquiry)) == current_tp_clear)
+        type = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
+    if (type && tp_clear)
+        tp_clear(obj);
+}
+
+/* AllocateExtensionType */
+static PyObject *__Pyx_AllocateExtensionType(PyTypeObject *t, int is_final) {
+    if (is_final || likely(!__Pyx_PyType_HasFeature(t, Py_TPFLAGS_IS_ABSTRACT))) {
+        allocfunc alloc_func = __Pyx_PyType_GetSlot(t, tp_alloc, allocfunc);
+        return alloc_func(t, 0);
+    } else {
+        newfunc tp_new = __Pyx_PyType_TryGetSlot(&PyBaseObject_Type, tp_new, newfunc);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+        if (!tp_new) {
+            PyObject *new_str = PyUnicode_FromString("__new__");
+            if (likely(new_str)) {
+                PyObject *o = PyObject_CallMethodObjArgs((PyObject *)&PyBaseObject_Type, new_str, t, NULL);
+                Py_DECREF(new_str);
+                return o;
+            } else
+                return NULL;
+        } else
+    #endif
+        return tp_new(t, __pyx_mstate_global->__pyx_empty_tuple, 0);
+    }
+}
+
+/* CallSlotAsVectorcallUnpackDict (used by CallSlotAsVectorcall) */
+static CYTHON_INLINE int __Pyx_CallSlotAsVectorcallUnpackDict(Py_ssize_t args_size, PyObject *keys_dict, PyObject **args, PyObject *kwnames) {
+    Py_ssize_t pos = 0, i = 0;
+    PyObject *key, *value;
+    while (PyDict_Next(keys_dict, &pos, &key, &value)) {
+        Py_INCREF(value);
+        args[args_size+i] = value;
+        Py_INCREF(key);
+        if (unlikely(__Pyx_PyTuple_SET_ITEM(kwnames, i, key) == -1)) {
+            return -1;
+        }
+        ++i;
+    }
+    return 0;
+}
+
+/* CallSlotAsVectorcall */
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject * __Pyx_CallTpnewAsVectorcall(__Pyx_tpnewvectorcallfunc f, PyTypeObject* o, PyObject *a, PyObject *k) {
+    Py_ssize_t k_size = k ? __Pyx_PyDict_GET_SIZE(k) : 0;
+#if !CYTHON_ASSUME_SAFE_SIZE
+    if (unlikely(k_size < 0)) return NULL;
+#endif
+    Py_ssize_t a_size = __Pyx_PyTuple_GET_SIZE(a);
+#if !CYTHON_ASSUME_SAFE_SIZE
+    if (unlikely(a_size < 0)) return NULL;
+#endif
+#if CYTHON_ASSUME_SAFE_MACROS
+    if (k_size == 0) {
+        return f(o, &PyTuple_GET_ITEM(a, 0), a_size, NULL);
+    }
+#else
+    if (k_size == 0 && a_size == 0) {
+        return f(o, NULL, 0, NULL);
+    }
+#endif
+    PyObject *stack_args[5];
+    PyObject **args = stack_args;
+    Py_ssize_t maxnargs = PY_SSIZE_T_MAX / sizeof(PyObject*) - 1;
+    if (a_size > maxnargs - k_size) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    Py_ssize_t total_size = a_size + k_size;
+    if (total_size > 5) {
+        args = (PyObject**)PyMem_Malloc(((size_t)total_size)*sizeof(PyObject*));
+        if (unlikely(!args)) {
+            PyErr_NoMemory();
+            return NULL;
+        }
+    }
+    PyObject * result = NULL;
+    PyObject *kwnames = NULL;
+    int unpack_dict_result;
+    Py_ssize_t i = 0;
+    for (; i < a_size; ++i) {
+        args[i] = __Pyx_PyTuple_GET_ITEM(a, i);
+#if !CYTHON_ASSUME_SAFE_MACROS
+        if (unlikely(!args[i])) goto cleanup;
+#endif
+    }
+#if !CYTHON_ASSUME_SAFE_MACROS
+    if (k)  // There's a specific shortcut earlier for ASSUME_SAFE_MACROS with no keywords
+#endif
+    {
+        kwnames = PyTuple_New(k_size);
+        if (unlikely(!kwnames)) goto cleanup;
+        __Pyx_BEGIN_CRITICAL_SECTION(k);
+        unpack_dict_result = __Pyx_CallSlotAsVectorcallUnpackDict(a_size, k, args, kwnames);
+        __Pyx_END_CRITICAL_SECTION();
+        if (unlikely(unpack_dict_result == -1)) goto cleanup;
+    }
+    result = f(o, args, a_size, kwnames);
+  cleanup:
+    Py_XDECREF(kwnames);
+    for (i=a_size; i<total_size; ++i) {
+        Py_XDECREF(args[i]);
+    }
+    if (args != stack_args) {
+        PyMem_Free(args);
+    }
+    return result;
+}
+#endif
+
+/* RaiseErrorWithObjectType (used by CallNewInitFromVectorcall) */
+static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, PyTypeObject *type_obj) {
+    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name)) return;
+    #endif
+    PyErr_Format(exc_type, message, type_name);
+    __Pyx_DECREF_TypeName(type_name);
+}
+
+/* CallNewInitFromVectorcall */
+#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__Pyx_CallNewInitFromVectorcall(PyTypeObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+    newfunc tp_new = __Pyx_PyType_GetSlot(t, tp_new, newfunc);
+    if (unlikely(!tp_new)) {
+        __Pyx_RaiseErrorWithType(PyExc_TypeError, "cannot create " __Pyx_FMT_TYPENAME " instances", t);
+        return NULL;
+    }
+    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
+    PyObject *result = NULL, *args_tuple = NULL, *kwds_dict = NULL;
+    Py_ssize_t kw_size = kwnames ? __Pyx_PyTuple_GET_SIZE(kwnames) : 0;
+#if !CYTHON_ASSUME_SAFE_SIZE
+    if (unlikely(kw_size == -1)) {
+        return NULL;
+    }
+#endif
+    if (kw_size) {
+        kwds_dict = __Pyx_PyDict_NewPresized(kw_size);
+        if (unlikely(!kwds_dict)) {
+            return NULL;
+        }
+        for (Py_ssize_t i=0; i<kw_size; ++i) {
+            PyObject *v = args[nargs + i];
+            PyObject *k = __Pyx_PyTuple_GET_ITEM(kwnames, i);
+#if !CYTHON_ASSUME_SAFE_MACROS
+            if (unlikely(!k)) {
+                goto end;
+            }
+#endif
+            if (unlikely(PyDict_SetItem(kwds_dict, k, v) < 0)) {
+                goto end;
+            }
+        }
+    }
+    if (nargs) {
+        args_tuple = __Pyx_PyTuple_FromArray(args, nargs);
+        if (unlikely(!args_tuple)) {
+            goto end;
+        }
+    } else {
+        args_tuple = __Pyx_NewRef(__pyx_mstate_global->__pyx_empty_tuple);
+    }
+    result = tp_new(t, args_tuple, kwds_dict);
+    if (unlikely(!result)) {
+        goto end;
+    }
+    if (PyObject_TypeCheck(result, t)) {
+        initproc tp_init = __Pyx_PyObject_GetSlot(result, tp_init, initproc);
+        if (tp_init && unlikely(tp_init(result, args_tuple, kwds_dict) < 0)) {
+            Py_CLEAR(result);
+        }
+    }
+  end:
+    Py_XDECREF(args_tuple);
+    Py_XDECREF(kwds_dict);
+    return result;
 }
 #endif
 
@@ -7435,6 +16173,521 @@ no_attr:
     }
     Py_XDECREF(ob);
     return -1;
+}
+
+/* PyObjectCallMethod0 (used by PyType_Ready) */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethod0(PyObject* obj, PyObject* method_name) {
+#if CYTHON_VECTORCALL && (__PYX_LIMITED_VERSION_HEX >= 0x030C0000 || !CYTHON_COMPILING_IN_LIMITED_API)
+    return PyObject_VectorcallMethod(method_name, &obj, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+#elif CYTHON_COMPILING_IN_LIMITED_API
+    return PyObject_CallMethodObjArgs(obj, method_name, NULL);
+#else
+    return PyObject_CallMethodNoArgs(obj, method_name);
+#endif
+}
+
+/* GetTypeDictOffset (used by ValidateBasesTuple) */
+#if !CYTHON_USE_TYPE_SLOTS
+CYTHON_UNUSED static Py_ssize_t __Pyx_GetTypeDictOffset(PyObject *tp, int require_cython_valid_result) {
+    PyObject *tp_dictoffset_o;
+    Py_ssize_t tp_dictoffset;
+    tp_dictoffset_o = PyObject_GetAttrString(tp, "__dictoffset__");
+    if (unlikely(!tp_dictoffset_o)) return -1;
+    tp_dictoffset = PyLong_AsSsize_t(tp_dictoffset_o);
+    Py_DECREF(tp_dictoffset_o);
+    if (unlikely(require_cython_valid_result && tp_dictoffset == 0)) {
+        PyErr_SetString(
+            PyExc_TypeError,
+            "'type' doesn't have a dictoffset");
+        return -1;
+    } else if (unlikely(require_cython_valid_result && tp_dictoffset < 0)) {
+        PyErr_SetString(
+            PyExc_TypeError,
+            "'type' has an unexpected negative dictoffset. "
+            "Please report this as Cython bug");
+        return -1;
+    }
+    return tp_dictoffset;
+}
+#endif
+
+/* ValidateBasesTuple (used by PyType_Ready) */
+#if CYTHON_COMPILING_IN_CPYTHON || CYTHON_COMPILING_IN_LIMITED_API || CYTHON_USE_TYPE_SPECS
+static int __Pyx_validate_bases_tuple(const char *type_name, int has_dictoffset, PyObject *bases) {
+    Py_ssize_t i, n;
+#if CYTHON_ASSUME_SAFE_SIZE
+    n = PyTuple_GET_SIZE(bases);
+#else
+    n = PyTuple_Size(bases);
+    if (unlikely(n < 0)) return -1;
+#endif
+    if (!has_dictoffset) {
+        PyObject *b;
+#if CYTHON_AVOID_BORROWED_REFS
+        b = PySequence_GetItem(bases, 0);
+        if (!b) return -1;
+#elif CYTHON_ASSUME_SAFE_MACROS
+        b = PyTuple_GET_ITEM(bases, 0);
+#else
+        b = PyTuple_GetItem(bases, 0);
+        if (!b) return -1;
+#endif
+#if CYTHON_USE_TYPE_SLOTS
+        has_dictoffset = ((PyTypeObject*)b)->tp_dictoffset != 0;
+#else
+        Py_ssize_t dictoffset = __Pyx_GetTypeDictOffset(b, 0);
+        has_dictoffset = dictoffset != 0;
+#endif
+#if CYTHON_AVOID_BORROWED_REFS
+        Py_DECREF(b);
+#endif
+#if !CYTHON_USE_TYPE_SLOTS
+        if (dictoffset == -1 && PyErr_Occurred()) return -1;
+#endif
+    }
+    for (i = 1; i < n; i++)
+    {
+        PyTypeObject *b;
+#if CYTHON_AVOID_BORROWED_REFS
+        PyObject *b0 = PySequence_GetItem(bases, i);
+        if (!b0) return -1;
+#elif CYTHON_ASSUME_SAFE_MACROS
+        PyObject *b0 = PyTuple_GET_ITEM(bases, i);
+#else
+        PyObject *b0 = PyTuple_GetItem(bases, i);
+        if (!b0) return -1;
+#endif
+        b = (PyTypeObject*) b0;
+        if (!__Pyx_PyType_HasFeature(b, Py_TPFLAGS_HEAPTYPE))
+        {
+            __Pyx_RaiseErrorWithType(
+                PyExc_TypeError, "base class '" __Pyx_FMT_TYPENAME "' is not a heap type", b);
+#if CYTHON_AVOID_BORROWED_REFS
+            Py_DECREF(b0);
+#endif
+            return -1;
+        }
+        if (!has_dictoffset)
+        {
+            Py_ssize_t b_dictoffset = 0;
+#if CYTHON_USE_TYPE_SLOTS
+            b_dictoffset = b->tp_dictoffset;
+#else
+            b_dictoffset = __Pyx_GetTypeDictOffset((PyObject*)b, 0);
+            if (b_dictoffset == -1 && PyErr_Occurred()) goto dictoffset_return;
+#endif
+            if (b_dictoffset) {
+                __Pyx_RaiseErrorWithType1(
+                    PyExc_TypeError,
+                    "extension type '%.200s' has no __dict__ slot, "
+                    "but base type '" __Pyx_FMT_TYPENAME "' has: "
+                    "either add 'cdef dict __dict__' to the extension type "
+                    "or add '__slots__ = [...]' to the base type",
+                    type_name, b);
+#if !CYTHON_USE_TYPE_SLOTS
+              dictoffset_return:
+#endif
+#if CYTHON_AVOID_BORROWED_REFS
+                Py_DECREF(b0);
+#endif
+                return -1;
+            }
+        }
+#if CYTHON_AVOID_BORROWED_REFS
+        Py_DECREF(b0);
+#endif
+    }
+    return 0;
+}
+#endif
+
+/* PyType_Ready */
+CYTHON_UNUSED static int __Pyx_PyType_HasMultipleInheritance(PyTypeObject *t) {
+    while (t) {
+        PyObject *bases = __Pyx_PyType_GetSlot(t, tp_bases, PyObject*);
+        if (bases) {
+            return 1;
+        }
+        t = __Pyx_PyType_GetSlot(t, tp_base, PyTypeObject*);
+    }
+    return 0;
+}
+static int __Pyx_PyType_Ready(PyTypeObject *t) {
+#if CYTHON_USE_TYPE_SPECS || !CYTHON_COMPILING_IN_CPYTHON
+    (void)&__Pyx_PyObject_CallMethod0;
+#if CYTHON_USE_TYPE_SPECS
+    (void)&__Pyx_validate_bases_tuple;
+#endif
+    return PyType_Ready(t);
+#else
+    int r;
+    if (!__Pyx_PyType_HasMultipleInheritance(t)) {
+        return PyType_Ready(t);
+    }
+    PyObject *bases = __Pyx_PyType_GetSlot(t, tp_bases, PyObject*);
+    if (bases && unlikely(__Pyx_validate_bases_tuple(t->tp_name, t->tp_dictoffset != 0, bases) == -1))
+        return -1;
+    {
+        int gc_was_enabled;
+    #if PY_VERSION_HEX >= 0x030A00b1
+        gc_was_enabled = PyGC_Disable();
+        (void)&__Pyx_PyObject_CallMethod0;
+    #else
+        PyObject *ret, *py_status;
+        PyObject *gc = NULL;
+        #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM+0 >= 0x07030400) &&\
+                !CYTHON_COMPILING_IN_GRAAL
+        gc = PyImport_GetModule(__pyx_mstate_global->__pyx_kp_u_gc);
+        #endif
+        if (unlikely(!gc)) gc = PyImport_Import(__pyx_mstate_global->__pyx_kp_u_gc);
+        if (unlikely(!gc)) return -1;
+        py_status = __Pyx_PyObject_CallMethod0(gc, __pyx_mstate_global->__pyx_kp_u_isenabled);
+        if (unlikely(!py_status)) {
+            Py_DECREF(gc);
+            return -1;
+        }
+        gc_was_enabled = __Pyx_PyObject_IsTrue(py_status);
+        Py_DECREF(py_status);
+        if (gc_was_enabled > 0) {
+            ret = __Pyx_PyObject_CallMethod0(gc, __pyx_mstate_global->__pyx_kp_u_disable);
+            if (unlikely(!ret)) {
+                Py_DECREF(gc);
+                return -1;
+            }
+            Py_DECREF(ret);
+        } else if (unlikely(gc_was_enabled == -1)) {
+            Py_DECREF(gc);
+            return -1;
+        }
+    #endif
+        t->tp_flags |= Py_TPFLAGS_HEAPTYPE;
+#if PY_VERSION_HEX >= 0x030A0000
+        t->tp_flags |= Py_TPFLAGS_IMMUTABLETYPE;
+#endif
+        r = PyType_Ready(t);
+        t->tp_flags &= ~Py_TPFLAGS_HEAPTYPE;
+    #if PY_VERSION_HEX >= 0x030A00b1
+        if (gc_was_enabled)
+            PyGC_Enable();
+    #else
+        if (gc_was_enabled) {
+            PyObject *tp, *v, *tb;
+            PyErr_Fetch(&tp, &v, &tb);
+            ret = __Pyx_PyObject_CallMethod0(gc, __pyx_mstate_global->__pyx_kp_u_enable);
+            if (likely(ret || r == -1)) {
+                Py_XDECREF(ret);
+                PyErr_Restore(tp, v, tb);
+            } else {
+                Py_XDECREF(tp);
+                Py_XDECREF(v);
+                Py_XDECREF(tb);
+                r = -1;
+            }
+        }
+        Py_DECREF(gc);
+    #endif
+    }
+    return r;
+#endif
+}
+
+/* MergeVTables (used by SetVTable) */
+static int __Pyx_MergeVtables(PyTypeObject *type) {
+    int i=0;
+    Py_ssize_t size;
+    void** base_vtables;
+    void* unknown = (void*)-1;
+    PyObject* bases = __Pyx_PyType_GetSlot(type, tp_bases, PyObject*);
+    int base_depth = 0;
+    {
+        PyTypeObject* base = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
+        while (base) {
+            base_depth += 1;
+            base = __Pyx_PyType_TryGetSlot(base, tp_base, PyTypeObject*);
+        }
+    }
+    base_vtables = (void**) PyMem_Malloc(sizeof(void*) * (size_t)(base_depth + 1));
+    if (unlikely(!base_vtables)) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    base_vtables[0] = unknown;
+#if CYTHON_COMPILING_IN_LIMITED_API
+    size = PyTuple_Size(bases);
+    if (size < 0) goto other_failure;
+#else
+    size = PyTuple_GET_SIZE(bases);
+#endif
+    for (i = 1; i < size; i++) {
+        PyObject *basei;
+        void* base_vtable;
+#if CYTHON_AVOID_BORROWED_REFS
+        basei = PySequence_GetItem(bases, i);
+        if (unlikely(!basei)) goto other_failure;
+#elif !CYTHON_ASSUME_SAFE_MACROS
+        basei = PyTuple_GetItem(bases, i);
+        if (unlikely(!basei)) goto other_failure;
+#else
+        basei = PyTuple_GET_ITEM(bases, i);
+#endif
+        int get_vtable_result = __Pyx_GetVtable((PyTypeObject*)basei, &base_vtable);
+#if CYTHON_AVOID_BORROWED_REFS
+        Py_DECREF(basei);
+#endif
+        if (get_vtable_result != 1) {
+            if (get_vtable_result == -1) {
+                goto other_failure;
+            }
+            PyErr_Clear(); // Class doesn't have a vtable.
+        } else {
+            assert(base_vtable != NULL);
+            int j;
+            PyTypeObject* base = __Pyx_PyType_TryGetSlot(type, tp_base, PyTypeObject*);
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+            if (!base) goto bad;
+#endif
+            for (j = 0; j < base_depth; j++) {
+                if (base_vtables[j] == unknown) {
+                    switch (__Pyx_GetVtable(base, &base_vtables[j])) {
+                        case 1:
+                            assert(base_vtables[j] == NULL);
+                            break;
+                        case 0:
+                            goto bad;
+                        case -1:
+                        default:
+                            goto other_failure;
+                    }
+                    base_vtables[j + 1] = unknown;
+                }
+                if (base_vtables[j] == base_vtable) {
+                    break;
+                }
+                base = __Pyx_PyType_TryGetSlot(base, tp_base, PyTypeObject*);
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+                if (!base) goto bad;
+#endif
+            }
+        }
+    }
+    PyMem_Free(base_vtables);
+    return 0;
+bad:
+    {
+        PyTypeObject* tp_base = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
+        PyTypeObject* basei;
+#if CYTHON_AVOID_BORROWED_REFS
+        basei = (PyTypeObject*)PySequence_GetItem(bases, i);
+        if (unlikely(!basei)) goto other_failure;
+#elif !CYTHON_ASSUME_SAFE_MACROS
+        basei = (PyTypeObject*)PyTuple_GetItem(bases, i);
+        if (unlikely(!basei)) goto other_failure;
+#else
+        basei = (PyTypeObject*)PyTuple_GET_ITEM(bases, i);
+#endif
+    __Pyx_RaiseTypeErrorWithTypes(
+        "multiple bases have vtable conflict: '" __Pyx_FMT_TYPENAME "' and '" __Pyx_FMT_TYPENAME "'", tp_base, basei);
+#if CYTHON_AVOID_BORROWED_REFS
+        Py_DECREF(basei);
+#endif
+    }
+other_failure:
+    PyMem_Free(base_vtables);
+    return -1;
+}
+
+/* SetVTable */
+static int __Pyx_SetVtable(PyTypeObject *type, void *vtable) {
+    PyObject *ob = PyCapsule_New(vtable, 0, 0);
+    if (unlikely(!ob))
+        goto bad;
+#if CYTHON_COMPILING_IN_LIMITED_API
+    if (unlikely(PyObject_SetAttr((PyObject *) type, __pyx_mstate_global->__pyx_n_u_pyx_vtable, ob) < 0))
+#else
+    if (unlikely(PyDict_SetItem(type->tp_dict, __pyx_mstate_global->__pyx_n_u_pyx_vtable, ob) < 0))
+#endif
+        goto bad;
+    Py_DECREF(ob);
+    return __Pyx_MergeVtables(type);
+bad:
+    Py_XDECREF(ob);
+    return -1;
+}
+
+/* LimitedApiGetTypeTypeDict (used by DelItemOnTypeDict) */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static PyObject *__Pyx_GetTypeTypeDict(PyTypeObject *tp) {
+    static Py_ssize_t tp_dictoffset = 0;
+    if (unlikely(tp_dictoffset == 0)) {
+        tp_dictoffset = __Pyx_GetTypeDictOffset((PyObject*)(&PyType_Type), 1);
+        if (unlikely(tp_dictoffset == -1 && PyErr_Occurred())) {
+            tp_dictoffset = 0; // try again next time?
+            return NULL;
+        }
+    }
+    return *(PyObject**)((char*)tp + tp_dictoffset);
+}
+#endif
+
+/* DelItemOnTypeDict (used by SetupReduce) */
+static int __Pyx__DelItemOnTypeDict(PyTypeObject *tp, PyObject *k) {
+    int result;
+    PyObject *tp_dict;
+#if CYTHON_COMPILING_IN_LIMITED_API
+    tp_dict = __Pyx_GetTypeTypeDict(tp);
+    if (unlikely(!tp_dict)) return -1;
+#else
+    tp_dict = tp->tp_dict;
+#endif
+    result = PyDict_DelItem(tp_dict, k);
+    if (likely(!result)) PyType_Modified(tp);
+    return result;
+}
+
+/* SetItemOnTypeDict (used by SetupReduce) */
+static int __Pyx__SetItemOnTypeDict(PyTypeObject *tp, PyObject *k, PyObject *v) {
+    int result;
+    PyObject *tp_dict;
+#if CYTHON_COMPILING_IN_LIMITED_API
+    tp_dict = __Pyx_GetTypeTypeDict(tp);
+    if (unlikely(!tp_dict)) return -1;
+#else
+    tp_dict = tp->tp_dict;
+#endif
+    result = PyDict_SetItem(tp_dict, k, v);
+    if (likely(!result)) {
+        PyType_Modified(tp);
+        if (unlikely(PyObject_HasAttr(v, __pyx_mstate_global->__pyx_n_u_set_name))) {
+            PyObject *setNameResult = PyObject_CallMethodObjArgs(v, __pyx_mstate_global->__pyx_n_u_set_name,  (PyObject *) tp, k, NULL);
+            if (!setNameResult) return -1;
+            Py_DECREF(setNameResult);
+        }
+    }
+    return result;
+}
+
+/* SetupReduce */
+static int __Pyx_setup_reduce_is_named(PyObject* meth, PyObject* name) {
+  int ret;
+  PyObject *name_attr;
+  name_attr = __Pyx_PyObject_GetAttrStrNoError(meth, __pyx_mstate_global->__pyx_n_u_name);
+  if (likely(name_attr)) {
+      ret = PyObject_RichCompareBool(name_attr, name, Py_EQ);
+  } else {
+      ret = -1;
+  }
+  if (unlikely(ret < 0) && __Pyx_IgnoreException(PyExc_Exception)) {
+      ret = 0;  // But BaseException is still propagated.
+  }
+  Py_XDECREF(name_attr);
+  return ret;
+}
+static PyObject *__Pyx_setup_reduce_get_reduce_attribute(PyObject *type_obj, PyObject *name, int allow_not_present) {
+#if CYTHON_USE_PYTYPE_LOOKUP
+    CYTHON_UNUSED_VAR(allow_not_present);
+    return _PyType_Lookup((PyTypeObject*)type_obj, name);
+#else
+    if (allow_not_present) {
+        return __Pyx_PyObject_GetAttrStrNoError(type_obj, name);
+    } else {
+        return __Pyx_PyObject_GetAttrStr(type_obj, name);
+    }
+#endif
+}
+static int __Pyx_setup_reduce(PyObject* type_obj) {
+    int ret = 0;
+    PyObject *object_reduce = NULL;
+    PyObject *object_getstate = NULL;
+    PyObject *object_reduce_ex = NULL;
+    PyObject *reduce = NULL;
+    PyObject *reduce_ex = NULL;
+    PyObject *reduce_cython = NULL;
+    PyObject *setstate = NULL;
+    PyObject *setstate_cython = NULL;
+    PyObject *getstate = NULL;
+    getstate = __Pyx_setup_reduce_get_reduce_attribute(type_obj, __pyx_mstate_global->__pyx_n_u_getstate, 1);
+    if (!getstate && PyErr_Occurred()) {
+        goto __PYX_BAD;
+    }
+    if (getstate) {
+        object_getstate = __Pyx_setup_reduce_get_reduce_attribute((PyObject*)&PyBaseObject_Type, __pyx_mstate_global->__pyx_n_u_getstate, 1);
+        if (!object_getstate && PyErr_Occurred()) {
+            goto __PYX_BAD;
+        }
+        if (object_getstate != getstate) {
+            goto __PYX_GOOD;
+        }
+    }
+    object_reduce_ex = __Pyx_setup_reduce_get_reduce_attribute((PyObject*)&PyBaseObject_Type, __pyx_mstate_global->__pyx_n_u_reduce_ex, 0);
+    if (unlikely(!object_reduce_ex)) goto __PYX_BAD;
+    reduce_ex = __Pyx_PyObject_GetAttrStr(type_obj, __pyx_mstate_global->__pyx_n_u_reduce_ex); if (unlikely(!reduce_ex)) goto __PYX_BAD;
+    if (reduce_ex == object_reduce_ex) {
+        object_reduce = __Pyx_setup_reduce_get_reduce_attribute((PyObject*)&PyBaseObject_Type, __pyx_mstate_global->__pyx_n_u_reduce, 0);
+        if (!object_reduce) goto __PYX_BAD;
+        reduce = __Pyx_PyObject_GetAttrStr(type_obj, __pyx_mstate_global->__pyx_n_u_reduce); if (unlikely(!reduce)) goto __PYX_BAD;
+        int try_to_replace_reduce = (reduce == object_reduce);
+        if (!try_to_replace_reduce) {
+            try_to_replace_reduce = __Pyx_setup_reduce_is_named(reduce, __pyx_mstate_global->__pyx_n_u_reduce_cython);
+            if (unlikely(try_to_replace_reduce < 0)) {
+                goto __PYX_BAD;
+            }
+        }
+        if (try_to_replace_reduce) {
+            reduce_cython = __Pyx_PyObject_GetAttrStrNoError(type_obj, __pyx_mstate_global->__pyx_n_u_reduce_cython);
+            if (likely(reduce_cython)) {
+                ret = __Pyx_SetItemOnTypeDict((PyTypeObject*)type_obj, __pyx_mstate_global->__pyx_n_u_reduce, reduce_cython); if (unlikely(ret < 0)) goto __PYX_BAD;
+                ret = __Pyx_DelItemOnTypeDict((PyTypeObject*)type_obj, __pyx_mstate_global->__pyx_n_u_reduce_cython); if (unlikely(ret < 0)) goto __PYX_BAD;
+            } else if (reduce == object_reduce || PyErr_Occurred()) {
+                goto __PYX_BAD;
+            }
+            setstate = __Pyx_PyObject_GetAttrStrNoError(type_obj, __pyx_mstate_global->__pyx_n_u_setstate);
+            int try_to_replace_setstate;
+            if (!setstate) {
+                PyObject *exc = PyErr_Occurred();
+                if (exc && !__Pyx_IgnoreGivenException(exc, PyExc_Exception)) {
+                    goto __PYX_BAD;
+                }
+                try_to_replace_setstate = 1;
+            } else {
+                try_to_replace_setstate = __Pyx_setup_reduce_is_named(setstate, __pyx_mstate_global->__pyx_n_u_setstate_cython);
+                if (unlikely(try_to_replace_setstate < 0)) {
+                    goto __PYX_BAD;
+                }
+            }
+            if (try_to_replace_setstate) {
+                setstate_cython = __Pyx_PyObject_GetAttrStrNoError(type_obj, __pyx_mstate_global->__pyx_n_u_setstate_cython);
+                if (likely(setstate_cython)) {
+                    ret = __Pyx_SetItemOnTypeDict((PyTypeObject*)type_obj, __pyx_mstate_global->__pyx_n_u_setstate, setstate_cython); if (unlikely(ret < 0)) goto __PYX_BAD;
+                    ret = __Pyx_DelItemOnTypeDict((PyTypeObject*)type_obj, __pyx_mstate_global->__pyx_n_u_setstate_cython); if (unlikely(ret < 0)) goto __PYX_BAD;
+                } else if (!setstate || PyErr_Occurred()) {
+                    goto __PYX_BAD;
+                }
+            }
+            PyType_Modified((PyTypeObject*)type_obj);
+        }
+    }
+    goto __PYX_GOOD;
+__PYX_BAD:
+    if (!PyErr_Occurred()) {
+        __Pyx_RaiseErrorWithType(
+            PyExc_RuntimeError,
+            "Unable to initialize pickling for " __Pyx_FMT_TYPENAME,
+            (PyTypeObject*)type_obj);
+    }
+    ret = -1;
+__PYX_GOOD:
+#if !CYTHON_USE_PYTYPE_LOOKUP
+    Py_XDECREF(object_reduce);
+    Py_XDECREF(object_reduce_ex);
+    Py_XDECREF(object_getstate);
+    Py_XDECREF(getstate);
+#endif
+    Py_XDECREF(reduce);
+    Py_XDECREF(reduce_ex);
+    Py_XDECREF(reduce_cython);
+    Py_XDECREF(setstate);
+    Py_XDECREF(setstate_cython);
+    return ret;
 }
 
 /* HasAttr (used by ImportImpl) */
@@ -7604,7 +16857,7 @@ static PyObject* __Pyx_ImportFrom(PyObject* module, PyObject* name) {
         if (unlikely(!module_name_str)) { goto modbad; }
         module_name = PyUnicode_FromString(module_name_str);
         if (unlikely(!module_name)) { goto modbad; }
-        module_dot = PyUnicode_Concat(module_name, __pyx_mstate_global->__pyx_kp_u_);
+        module_dot = PyUnicode_Concat(module_name, __pyx_mstate_global->__pyx_kp_u__4);
         if (unlikely(!module_dot)) { goto modbad; }
         full_name = PyUnicode_Concat(module_dot, name);
         if (unlikely(!full_name)) { goto modbad; }
@@ -7630,17 +16883,7 @@ static PyObject* __Pyx_ImportFrom(PyObject* module, PyObject* name) {
     return value;
 }
 
-/* PyObjectSetAttrStr */
-#if CYTHON_USE_TYPE_SLOTS
-static CYTHON_INLINE int __Pyx_PyObject_SetAttrStr(PyObject* obj, PyObject* attr_name, PyObject* value) {
-    PyTypeObject* tp = Py_TYPE(obj);
-    if (likely(tp->tp_setattro))
-        return tp->tp_setattro(obj, attr_name, value);
-    return PyObject_SetAttr(obj, attr_name, value);
-}
-#endif
-
-/* dict_setdefault (used by CLineInTraceback) */
+/* dict_setdefault (used by FetchCommonType) */
 static CYTHON_INLINE PyObject *__Pyx_PyDict_SetDefault(PyObject *d, PyObject *key, PyObject *default_value) {
     PyObject* value;
 #if __PYX_LIMITED_VERSION_HEX >= 0x030F0000 || (!CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4)
@@ -7656,6 +16899,1474 @@ static CYTHON_INLINE PyObject *__Pyx_PyDict_SetDefault(PyObject *d, PyObject *ke
     Py_INCREF(value);
 #endif
     return value;
+}
+
+/* AddModuleRef (used by FetchSharedCythonModule) */
+#if CYTHON_COMPILING_IN_CPYTHON_FREETHREADING && PY_VERSION_HEX < 0x030F00a3
+  static PyObject *__Pyx_PyImport_AddModuleObjectRef(PyObject *name) {
+      PyObject *module_dict = PyImport_GetModuleDict();
+      PyObject *m;
+      if (PyMapping_GetOptionalItem(module_dict, name, &m) < 0) {
+          return NULL;
+      }
+      if (m != NULL && PyModule_Check(m)) {
+          return m;
+      }
+      Py_XDECREF(m);
+      m = PyModule_NewObject(name);
+      if (m == NULL)
+          return NULL;
+      if (PyDict_CheckExact(module_dict)) {
+          PyObject *new_m;
+          (void)PyDict_SetDefaultRef(module_dict, name, m, &new_m);
+          Py_DECREF(m);
+          return new_m;
+      } else {
+           if (PyObject_SetItem(module_dict, name, m) != 0) {
+                Py_DECREF(m);
+                return NULL;
+            }
+            return m;
+      }
+  }
+  static PyObject *__Pyx_PyImport_AddModuleRef(const char *name) {
+      if ((PY_VERSION_HEX >= 0x030E0000) &&  Py_Version >= 0x030E0100) {
+          return PyImport_AddModuleRef(name);
+      }
+      PyObject *py_name = PyUnicode_FromString(name);
+      if (!py_name) return NULL;
+      PyObject *module = __Pyx_PyImport_AddModuleObjectRef(py_name);
+      Py_DECREF(py_name);
+      return module;
+  }
+#elif __PYX_LIMITED_VERSION_HEX < 0x030d0000
+  static PyObject *__Pyx_PyImport_AddModuleRef(const char *name) {
+      PyObject *module = PyImport_AddModule(name);
+      Py_XINCREF(module);
+      return module;
+  }
+#endif
+
+/* FetchSharedCythonModule (used by FetchCommonType) */
+static PyObject *__Pyx_FetchSharedCythonABIModule(void) {
+    return __Pyx_PyImport_AddModuleRef(__PYX_ABI_MODULE_NAME);
+}
+
+/* VerifyCachedType (used by FetchCommonType) */
+static int __Pyx_VerifyCachedType(PyObject *cached_type,
+                               const char *name,
+                               Py_ssize_t expected_basicsize) {
+    Py_ssize_t basicsize;
+    if (!PyType_Check(cached_type)) {
+        PyErr_Format(PyExc_TypeError,
+            "Shared Cython type %.200s is not a type object", name);
+        return -1;
+    }
+    if (expected_basicsize == 0) {
+        return 0; // size is inherited, nothing useful to check
+    }
+#if CYTHON_COMPILING_IN_LIMITED_API && CYTHON_OPAQUE_OBJECTS
+    if (expected_basicsize < 0) {
+        basicsize = PyType_GetTypeDataSize((PyTypeObject*)cached_type);
+    } else
+#endif
+    {
+    #if CYTHON_COMPILING_IN_LIMITED_API
+        PyObject *py_basicsize;
+        py_basicsize = PyObject_GetAttrString(cached_type, "__basicsize__");
+        if (unlikely(!py_basicsize)) return -1;
+        basicsize = PyLong_AsSsize_t(py_basicsize);
+        Py_DECREF(py_basicsize);
+        py_basicsize = NULL;
+        if (unlikely(basicsize == (Py_ssize_t)-1) && PyErr_Occurred()) return -1;
+    #else
+        basicsize = ((PyTypeObject*) cached_type)->tp_basicsize;
+    #endif
+    }
+    if ((expected_basicsize >= 0) ?
+            (basicsize != expected_basicsize) :
+            (basicsize < -expected_basicsize)) {
+        PyErr_Format(PyExc_TypeError,
+            "Shared Cython type %.200s has the wrong size, try recompiling",
+            name);
+        return -1;
+    }
+    return 0;
+}
+
+/* FetchCommonType (used by CommonTypesMetaclass) */
+#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
+static PyObject* __Pyx_PyType_FromMetaclass(PyTypeObject *metaclass, PyObject *module, PyType_Spec *spec, PyObject *bases) {
+    PyObject *result = __Pyx_PyType_FromModuleAndSpec(module, spec, bases);
+    if (result && metaclass) {
+        PyObject *old_tp = (PyObject*)Py_TYPE(result);
+        Py_INCREF((PyObject*)metaclass);
+        Py_SET_TYPE(result, metaclass);
+        Py_DECREF(old_tp);
+        PyType_Modified((PyTypeObject*)result);
+    }
+    return result;
+}
+#else
+#define __Pyx_PyType_FromMetaclass(me, mo, s, b) PyType_FromMetaclass(me, mo, s, b)
+#endif
+static PyTypeObject *__Pyx_FetchCommonTypeFromSpec(PyTypeObject *metaclass, PyObject *module, PyType_Spec *spec, PyObject *bases) {
+    PyObject *abi_module = NULL, *cached_type = NULL, *abi_module_dict, *new_cached_type, *py_object_name;
+    int get_item_ref_result;
+    const char* object_name = strrchr(spec->name, '.');
+    object_name = object_name ? object_name+1 : spec->name;
+    py_object_name = PyUnicode_FromString(object_name);
+    if (!py_object_name) return NULL;
+    abi_module = __Pyx_FetchSharedCythonABIModule();
+    if (!abi_module) goto done;
+    abi_module_dict = PyModule_GetDict(abi_module);
+    if (!abi_module_dict) goto done;
+    get_item_ref_result = __Pyx_PyDict_GetItemRef(abi_module_dict, py_object_name, &cached_type);
+    if (get_item_ref_result == 1) {
+        if (__Pyx_VerifyCachedType(
+              cached_type,
+              object_name,
+              spec->basicsize) < 0) {
+            goto bad;
+        }
+        goto done;
+    } else if (unlikely(get_item_ref_result == -1)) {
+        goto bad;
+    }
+    cached_type = __Pyx_PyType_FromMetaclass(
+        metaclass,
+        CYTHON_USE_MODULE_STATE ? module : abi_module,
+        spec, bases);
+    if (unlikely(!cached_type)) goto bad;
+    new_cached_type = __Pyx_PyDict_SetDefault(abi_module_dict, py_object_name, cached_type);
+    if (unlikely(new_cached_type != cached_type)) {
+        if (unlikely(!new_cached_type)) goto bad;
+        Py_DECREF(cached_type);
+        cached_type = new_cached_type;
+        if (__Pyx_VerifyCachedType(
+                cached_type,
+                object_name,
+                spec->basicsize) < 0) {
+            goto bad;
+        }
+        goto done;
+    } else {
+        Py_DECREF(new_cached_type);
+    }
+done:
+    Py_XDECREF(abi_module);
+    Py_DECREF(py_object_name);
+    assert(cached_type == NULL || PyType_Check(cached_type));
+    return (PyTypeObject *) cached_type;
+bad:
+    Py_XDECREF(cached_type);
+    cached_type = NULL;
+    goto done;
+}
+
+/* CommonTypesMetaclass (used by CythonFunctionShared) */
+static PyObject* __pyx_CommonTypesMetaclass_get_module(CYTHON_UNUSED PyObject *self, CYTHON_UNUSED void* context) {
+    return PyUnicode_FromString(__PYX_ABI_MODULE_NAME);
+}
+#if __PYX_LIMITED_VERSION_HEX < 0x030A0000
+static PyObject* __pyx_CommonTypesMetaclass_call(CYTHON_UNUSED PyObject *self, CYTHON_UNUSED PyObject *args, CYTHON_UNUSED PyObject *kwds) {
+    PyErr_SetString(PyExc_TypeError, "Cannot instantiate Cython internal types");
+    return NULL;
+}
+static int __pyx_CommonTypesMetaclass_setattr(CYTHON_UNUSED PyObject *self, CYTHON_UNUSED PyObject *attr, CYTHON_UNUSED PyObject *value) {
+    PyErr_SetString(PyExc_TypeError, "Cython internal types are immutable");
+    return -1;
+}
+#endif
+static PyGetSetDef __pyx_CommonTypesMetaclass_getset[] = {
+    {"__module__", __pyx_CommonTypesMetaclass_get_module, NULL, NULL, NULL},
+    {0, 0, 0, 0, 0}
+};
+static PyType_Slot __pyx_CommonTypesMetaclass_slots[] = {
+    {Py_tp_getset, (void *)__pyx_CommonTypesMetaclass_getset},
+    #if __PYX_LIMITED_VERSION_HEX < 0x030A0000
+    {Py_tp_call, (void*)__pyx_CommonTypesMetaclass_call},
+    {Py_tp_new, (void*)__pyx_CommonTypesMetaclass_call},
+    {Py_tp_setattro, (void*)__pyx_CommonTypesMetaclass_setattr},
+    #endif
+    {0, 0}
+};
+static PyType_Spec __pyx_CommonTypesMetaclass_spec = {
+    __PYX_TYPE_MODULE_PREFIX "_common_types_metatype",
+    0,
+    0,
+    Py_TPFLAGS_IMMUTABLETYPE |
+    Py_TPFLAGS_DISALLOW_INSTANTIATION |
+    Py_TPFLAGS_DEFAULT,
+    __pyx_CommonTypesMetaclass_slots
+};
+static int __pyx_CommonTypesMetaclass_init(PyObject *module) {
+    __pyx_mstatetype *mstate = __Pyx_PyModule_GetState(module);
+    PyObject *bases = PyTuple_Pack(1, &PyType_Type);
+    if (unlikely(!bases)) {
+        return -1;
+    }
+    mstate->__pyx_CommonTypesMetaclassType = __Pyx_FetchCommonTypeFromSpec(NULL, module, &__pyx_CommonTypesMetaclass_spec, bases);
+    Py_DECREF(bases);
+    if (unlikely(mstate->__pyx_CommonTypesMetaclassType == NULL)) {
+        return -1;
+    }
+    return 0;
+}
+
+/* CythonFunctionPerModule (used by CythonFunctionShared) */
+#if CYTHON_OPAQUE_SHARED_TYPES && CYTHON_USE_MODULE_STATE
+static __pyx_CyFunctionObject *__Pyx_as_CyFunctionObject_safe(PyObject *o) {
+    PyTypeObject *cyfunctype = Py_TYPE(o);
+    while (1) {
+        PyTypeObject *base = (PyTypeObject *)PyType_GetSlot(cyfunctype, Py_tp_base);
+        if (base == &PyBaseObject_Type || base == NULL) {
+            break;
+        }
+        cyfunctype = base;
+    }
+    return (__pyx_CyFunctionObject *)PyObject_GetTypeData((o), cyfunctype);
+}
+#else
+#define __Pyx_as_CyFunctionObject_safe __Pyx_as_CyFunctionObject
+#endif
+#if CYTHON_COMPILING_IN_LIMITED_API
+static CYTHON_INLINE int __Pyx__IsSameCyOrCFunctionNoMethod(PyObject *func, void (*cfunc)(void)) {
+    if (__Pyx_CyFunction_Check(func)) {
+        return __Pyx_CyFunction_MethodDef(__Pyx_as_CyFunctionObject(func))->ml_meth == (PyCFunction) cfunc;
+    } else if (PyCFunction_Check(func)) {
+        return PyCFunction_GetFunction(func) == (PyCFunction) cfunc;
+    }
+    return 0;
+}
+static CYTHON_INLINE int __Pyx__IsSameCyOrCFunction(PyObject *func, void (*cfunc)(void)) {
+    if ((PyObject*)Py_TYPE(func) == __pyx_mstate_global->__Pyx_CachedMethodType) {
+        int result;
+        PyObject *newFunc = PyObject_GetAttr(func, __pyx_mstate_global->__pyx_n_u_func);
+        if (unlikely(!newFunc)) {
+            PyErr_Clear(); // It's only an optimization, so don't throw an error
+            return 0;
+        }
+        result = __Pyx__IsSameCyOrCFunctionNoMethod(newFunc, cfunc);
+        Py_DECREF(newFunc);
+        return result;
+    }
+    return __Pyx__IsSameCyOrCFunctionNoMethod(func, cfunc);
+}
+#else
+static CYTHON_INLINE int __Pyx__IsSameCyOrCFunction(PyObject *func, void (*cfunc)(void)) {
+    if (PyMethod_Check(func)) {
+        func = PyMethod_GET_FUNCTION(func);
+    }
+    return __Pyx_CyOrPyCFunction_Check(func) && __Pyx_CyOrPyCFunction_GET_FUNCTION(func) == (PyCFunction) cfunc;
+}
+#endif
+static CYTHON_INLINE void __Pyx__CyFunction_SetClassObj(__pyx_CyFunctionObject* f, PyObject* classobj) {
+#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL
+    __Pyx_Py_XDECREF_SET(
+        __Pyx_CyFunction_ClassObj(f),
+            ((classobj) ? __Pyx_NewRef(classobj) : NULL));
+#else
+    __Pyx_Py_XDECREF_SET(
+        ((PyCMethodObject *) (f))->mm_class,
+        (PyTypeObject*)((classobj) ? __Pyx_NewRef(classobj) : NULL));
+#endif
+}
+static CYTHON_INLINE PyObject *__Pyx_CyFunction_InitDefaults(PyObject *func, PyTypeObject *defaults_type) {
+    __pyx_CyFunctionObject *m = __Pyx_as_CyFunctionObject(func);
+    m->defaults = PyObject_CallObject((PyObject*)defaults_type, NULL); // _PyObject_New(defaults_type);
+    if (unlikely(!m->defaults))
+        return NULL;
+    return m->defaults;
+}
+static CYTHON_INLINE void __Pyx_CyFunction_SetDefaultsTuple(PyObject *func, PyObject *tuple) {
+    __pyx_CyFunctionObject *m = __Pyx_as_CyFunctionObject(func);
+    m->defaults_tuple = tuple;
+    Py_INCREF(tuple);
+}
+static CYTHON_INLINE void __Pyx_CyFunction_SetDefaultsKwDict(PyObject *func, PyObject *dict) {
+    __pyx_CyFunctionObject *m = __Pyx_as_CyFunctionObject(func);
+    m->defaults_kwdict = dict;
+    Py_INCREF(dict);
+}
+static CYTHON_INLINE void __Pyx_CyFunction_SetAnnotationsDict(PyObject *func, PyObject *dict) {
+    __pyx_CyFunctionObject *m = __Pyx_as_CyFunctionObject(func);
+    m->func_annotations = dict;
+    Py_INCREF(dict);
+}
+
+/* PyMethodNew (used by CythonFunctionShared) */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static PyObject *__Pyx_PyMethod_New(PyObject *func, PyObject *self, PyObject *typ) {
+    PyObject *result;
+    CYTHON_UNUSED_VAR(typ);
+    if (!self)
+        return __Pyx_NewRef(func);
+    #if __PYX_LIMITED_VERSION_HEX >= 0x030C0000
+    {
+        PyObject *args[] = {func, self};
+        result = PyObject_Vectorcall(__pyx_mstate_global->__Pyx_CachedMethodType, args, 2, NULL);
+    }
+    #else
+    result = PyObject_CallFunctionObjArgs(__pyx_mstate_global->__Pyx_CachedMethodType, func, self, NULL);
+    #endif
+    return result;
+}
+#else
+static PyObject *__Pyx_PyMethod_New(PyObject *func, PyObject *self, PyObject *typ) {
+    CYTHON_UNUSED_VAR(typ);
+    if (!self)
+        return __Pyx_NewRef(func);
+    return PyMethod_New(func, self);
+}
+#endif
+
+/* PyVectorcallFastCallDict (used by CythonFunctionShared) */
+#if CYTHON_VECTORCALL
+static PyObject *__Pyx_PyVectorcall_FastCallDict_kw(PyObject *func, __pyx_vectorcallfunc vc, PyObject *const *args, size_t nargs, PyObject *kw)
+{
+    PyObject *res = NULL;
+    PyObject *kwnames;
+    PyObject **newargs;
+    PyObject **kwvalues;
+    Py_ssize_t i;
+    #if CYTHON_AVOID_BORROWED_REFS
+    PyObject *pos;
+    #else
+    Py_ssize_t pos;
+    #endif
+    size_t j;
+    PyObject *key, *value;
+    unsigned long keys_are_strings;
+    #if !CYTHON_ASSUME_SAFE_SIZE
+    Py_ssize_t nkw = PyDict_Size(kw);
+    if (unlikely(nkw == -1)) return NULL;
+    #else
+    Py_ssize_t nkw = PyDict_GET_SIZE(kw);
+    #endif
+    newargs = (PyObject **)PyMem_Malloc((nargs + (size_t)nkw) * sizeof(args[0]));
+    if (unlikely(newargs == NULL)) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    for (j = 0; j < nargs; j++) newargs[j] = args[j];
+    kwnames = PyTuple_New(nkw);
+    if (unlikely(kwnames == NULL)) {
+        PyMem_Free(newargs);
+        return NULL;
+    }
+    kwvalues = newargs + nargs;
+    pos = 0;
+    i = 0;
+    keys_are_strings = Py_TPFLAGS_UNICODE_SUBCLASS;
+    while (__Pyx_PyDict_NextRef(kw, &pos, &key, &value)) {
+        keys_are_strings &=
+        #if CYTHON_COMPILING_IN_LIMITED_API
+            PyType_GetFlags(Py_TYPE(key));
+        #else
+            Py_TYPE(key)->tp_flags;
+        #endif
+        #if !CYTHON_ASSUME_SAFE_MACROS
+        if (unlikely(PyTuple_SetItem(kwnames, i, key) < 0)) goto cleanup;
+        #else
+        PyTuple_SET_ITEM(kwnames, i, key);
+        #endif
+        kwvalues[i] = value;
+        i++;
+    }
+    if (unlikely(!keys_are_strings)) {
+        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
+        goto cleanup;
+    }
+    res = vc(func, newargs, nargs, kwnames);
+cleanup:
+    #if CYTHON_AVOID_BORROWED_REFS
+    Py_DECREF(pos);
+    #endif
+    Py_DECREF(kwnames);
+    for (i = 0; i < nkw; i++)
+        Py_DECREF(kwvalues[i]);
+    PyMem_Free(newargs);
+    return res;
+}
+static CYTHON_INLINE PyObject *__Pyx_PyVectorcall_FastCallDict(PyObject *func, __pyx_vectorcallfunc vc, PyObject *const *args, size_t nargs, PyObject *kw)
+{
+    Py_ssize_t kw_size =
+        likely(kw == NULL) ?
+        0 :
+#if !CYTHON_ASSUME_SAFE_SIZE
+        PyDict_Size(kw);
+#else
+        PyDict_GET_SIZE(kw);
+#endif
+    if (kw_size == 0) {
+        return vc(func, args, nargs, NULL);
+    }
+#if !CYTHON_ASSUME_SAFE_SIZE
+    else if (unlikely(kw_size == -1)) {
+        return NULL;
+    }
+#endif
+    return __Pyx_PyVectorcall_FastCallDict_kw(func, vc, args, nargs, kw);
+}
+#endif
+
+/* CythonFunctionShared (used by CythonFunction) */
+static PyObject *
+__Pyx_CyFunction_get_doc_locked(__pyx_CyFunctionObject *op)
+{
+    if (unlikely(op->func_doc == NULL)) {
+        const char *doc = __Pyx_CyFunction_MethodDef(op)->ml_doc;
+        if (doc) {
+            op->func_doc = PyUnicode_FromString(doc);
+            if (unlikely(op->func_doc == NULL))
+                return NULL;
+        } else {
+            Py_INCREF(Py_None);
+            return Py_None;
+        }
+    }
+    Py_INCREF(op->func_doc);
+    return op->func_doc;
+}
+static PyObject *
+__Pyx_CyFunction_get_doc(PyObject *op_in, void *closure) {
+    PyObject *result;
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    CYTHON_UNUSED_VAR(closure);
+    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
+    result = __Pyx_CyFunction_get_doc_locked(op);
+    __Pyx_END_CRITICAL_SECTION();
+    return result;
+}
+static int
+__Pyx_CyFunction_set_doc(PyObject *op_in, PyObject *value, void *context)
+{
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    CYTHON_UNUSED_VAR(context);
+    if (value == NULL) {
+        value = Py_None;
+    }
+    Py_INCREF(value);
+    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
+    __Pyx_Py_XDECREF_SET(op->func_doc, value);
+    __Pyx_END_CRITICAL_SECTION();
+    return 0;
+}
+static PyObject *
+__Pyx_CyFunction_get_name_locked(__pyx_CyFunctionObject *op)
+{
+    if (unlikely(op->func_name == NULL)) {
+        const char *name = __Pyx_CyFunction_MethodDef(op)->ml_name;
+        op->func_name = PyUnicode_InternFromString(name);
+        if (unlikely(op->func_name == NULL))
+            return NULL;
+    }
+    Py_INCREF(op->func_name);
+    return op->func_name;
+}
+static PyObject *
+__Pyx_CyFunction_get_name(PyObject *op, void *context)
+{
+    PyObject *result = NULL;
+    CYTHON_UNUSED_VAR(context);
+    __Pyx_BEGIN_CRITICAL_SECTION(op);
+    result = __Pyx_CyFunction_get_name_locked(__Pyx_as_CyFunctionObject(op));
+    __Pyx_END_CRITICAL_SECTION();
+    return result;
+}
+static int
+__Pyx_CyFunction_set_name(PyObject *op_in, PyObject *value, void *context)
+{
+    CYTHON_UNUSED_VAR(context);
+    if (unlikely(value == NULL || !PyUnicode_Check(value))) {
+        PyErr_SetString(PyExc_TypeError,
+                        "__name__ must be set to a string object");
+        return -1;
+    }
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    Py_INCREF(value);
+    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
+    __Pyx_Py_XDECREF_SET(op->func_name, value);
+    __Pyx_END_CRITICAL_SECTION();
+    return 0;
+}
+static PyObject *
+__Pyx_CyFunction_get_qualname(PyObject *op_in, void *context)
+{
+    CYTHON_UNUSED_VAR(context);
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    PyObject *result;
+    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
+    Py_INCREF(op->func_qualname);
+    result = op->func_qualname;
+    __Pyx_END_CRITICAL_SECTION();
+    return result;
+}
+static int
+__Pyx_CyFunction_set_qualname(PyObject *op_in, PyObject *value, void *context)
+{
+    CYTHON_UNUSED_VAR(context);
+    if (unlikely(value == NULL || !PyUnicode_Check(value))) {
+        PyErr_SetString(PyExc_TypeError,
+                        "__qualname__ must be set to a string object");
+        return -1;
+    }
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    Py_INCREF(value);
+    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
+    __Pyx_Py_XDECREF_SET(op->func_qualname, value);
+    __Pyx_END_CRITICAL_SECTION();
+    return 0;
+}
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+static PyObject *
+__Pyx_CyFunction_get_dict(__pyx_CyFunctionObject *op, void *context)
+{
+    CYTHON_UNUSED_VAR(context);
+    if (unlikely(op->func_dict == NULL)) {
+        op->func_dict = PyDict_New();
+        if (unlikely(op->func_dict == NULL))
+            return NULL;
+    }
+    Py_INCREF(op->func_dict);
+    return op->func_dict;
+}
+#endif
+static PyObject *
+__Pyx_CyFunction_get_globals(PyObject *op_in, void *context)
+{
+    CYTHON_UNUSED_VAR(context);
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    Py_INCREF(op->func_globals);
+    return op->func_globals;
+}
+static PyObject *
+__Pyx_CyFunction_get_closure(PyObject *op, void *context)
+{
+    CYTHON_UNUSED_VAR(op);
+    CYTHON_UNUSED_VAR(context);
+    Py_INCREF(Py_None);
+    return Py_None;
+}
+static PyObject *
+__Pyx_CyFunction_get_code(PyObject *op_in, void *context)
+{
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    PyObject* result = (op->func_code) ? op->func_code : Py_None;
+    CYTHON_UNUSED_VAR(context);
+    Py_INCREF(result);
+    return result;
+}
+static int
+__Pyx_CyFunction_init_defaults(__pyx_CyFunctionObject *op, PyObject *op_obj) {
+    int result = 0;
+    PyObject *res = op->defaults_getter(op_obj);
+    if (unlikely(!res))
+        return -1;
+    #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
+    op->defaults_tuple = PyTuple_GET_ITEM(res, 0);
+    Py_INCREF(op->defaults_tuple);
+    op->defaults_kwdict = PyTuple_GET_ITEM(res, 1);
+    Py_INCREF(op->defaults_kwdict);
+    #else
+    op->defaults_tuple = __Pyx_PySequence_ITEM(res, 0);
+    if (unlikely(!op->defaults_tuple)) result = -1;
+    else {
+        op->defaults_kwdict = __Pyx_PySequence_ITEM(res, 1);
+        if (unlikely(!op->defaults_kwdict)) result = -1;
+    }
+    #endif
+    Py_DECREF(res);
+    return result;
+}
+static int
+__Pyx_CyFunction_set_defaults(PyObject *op_in, PyObject* value, void *context) {
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    CYTHON_UNUSED_VAR(context);
+    if (!value) {
+        value = Py_None;
+    } else if (unlikely(value != Py_None && !PyTuple_Check(value))) {
+        PyErr_SetString(PyExc_TypeError,
+                        "__defaults__ must be set to a tuple object");
+        return -1;
+    }
+    PyErr_WarnEx(PyExc_RuntimeWarning, "changes to cyfunction.__defaults__ will not "
+                 "currently affect the values used in function calls", 1);
+    Py_INCREF(value);
+    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
+    __Pyx_Py_XDECREF_SET(op->defaults_tuple, value);
+    __Pyx_END_CRITICAL_SECTION();
+    return 0;
+}
+static PyObject *
+__Pyx_CyFunction_get_defaults_locked(PyObject *op_in) {
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    PyObject* result = op->defaults_tuple;
+    if (unlikely(!result)) {
+        if (op->defaults_getter) {
+            if (unlikely(__Pyx_CyFunction_init_defaults(op, op_in) < 0)) return NULL;
+            result = op->defaults_tuple;
+        } else {
+            result = Py_None;
+        }
+    }
+    Py_INCREF(result);
+    return result;
+}
+static PyObject *
+__Pyx_CyFunction_get_defaults(PyObject *op, void *context) {
+    PyObject* result = NULL;
+    CYTHON_UNUSED_VAR(context);
+    __Pyx_BEGIN_CRITICAL_SECTION(op);
+    result = __Pyx_CyFunction_get_defaults_locked(op);
+    __Pyx_END_CRITICAL_SECTION();
+    return result;
+}
+static int
+__Pyx_CyFunction_set_kwdefaults(PyObject *op_in, PyObject* value, void *context) {
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    CYTHON_UNUSED_VAR(context);
+    if (!value) {
+        value = Py_None;
+    } else if (unlikely(value != Py_None && !PyDict_Check(value))) {
+        PyErr_SetString(PyExc_TypeError,
+                        "__kwdefaults__ must be set to a dict object");
+        return -1;
+    }
+    PyErr_WarnEx(PyExc_RuntimeWarning, "changes to cyfunction.__kwdefaults__ will not "
+                 "currently affect the values used in function calls", 1);
+    Py_INCREF(value);
+    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
+    __Pyx_Py_XDECREF_SET(op->defaults_kwdict, value);
+    __Pyx_END_CRITICAL_SECTION();
+    return 0;
+}
+static PyObject *
+__Pyx_CyFunction_get_kwdefaults_locked(PyObject *op_in) {
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    PyObject* result = op->defaults_kwdict;
+    if (unlikely(!result)) {
+        if (op->defaults_getter) {
+            if (unlikely(__Pyx_CyFunction_init_defaults(op, op_in) < 0)) return NULL;
+            result = op->defaults_kwdict;
+        } else {
+            result = Py_None;
+        }
+    }
+    Py_INCREF(result);
+    return result;
+}
+static PyObject *
+__Pyx_CyFunction_get_kwdefaults(PyObject *op, void *context) {
+    PyObject* result;
+    CYTHON_UNUSED_VAR(context);
+    __Pyx_BEGIN_CRITICAL_SECTION(op);
+    result = __Pyx_CyFunction_get_kwdefaults_locked(op);
+    __Pyx_END_CRITICAL_SECTION();
+    return result;
+}
+static int __Pyx_CyFunction_set_annotate_in_dict_if_exists(PyObject *op_in, PyObject *value);
+static int
+__Pyx_CyFunction_set_annotations(PyObject *op_in, PyObject* value, void *context) {
+    CYTHON_UNUSED_VAR(context);
+    if (!value || value == Py_None) {
+        value = NULL;
+    } else if (unlikely(!PyDict_Check(value))) {
+        PyErr_SetString(PyExc_TypeError,
+                        "__annotations__ must be set to a dict object");
+        return -1;
+    }
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    Py_XINCREF(value);
+    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
+    __Pyx_Py_XDECREF_SET(op->func_annotations, value);
+    __Pyx_END_CRITICAL_SECTION();
+    if (unlikely(__Pyx_CyFunction_set_annotate_in_dict_if_exists(op_in, Py_None) < 0)) return -1;
+    return 0;
+}
+static int
+__Pyx_CyFunction_get_dict_if_exists(PyObject *op_in, PyObject **dict) {
+    /* Return 1 if the function dict exists, 0 otherwise.  This cannot fail:
+     * _PyObject_GetDictPtr() may clear errors internally, but never reports them. */
+#if CYTHON_COMPILING_IN_PYPY
+    *dict = PyObject_GenericGetDict(op_in, NULL);
+#elif CYTHON_COMPILING_IN_LIMITED_API || PY_VERSION_HEX < 0x030C0000
+    *dict = __Pyx_as_CyFunctionObject(op_in)->func_dict;
+#else
+    PyObject **dictptr = _PyObject_GetDictPtr(op_in);
+    *dict = likely(dictptr) ? *dictptr : NULL;
+#endif
+    return *dict ? 1 : 0;
+}
+static int
+__Pyx_CyFunction_get_annotate_from_dict_if_exists(PyObject *op_in, PyObject **annotate) {
+    PyObject *dict;
+    int dict_found;
+    *annotate = NULL;
+    dict_found = __Pyx_CyFunction_get_dict_if_exists(op_in, &dict);
+    if (!dict_found) return 0;
+    return __Pyx_PyDict_GetItemRef(dict, __pyx_mstate_global->__pyx_n_u_annotate, annotate);
+}
+static int
+__Pyx_CyFunction_set_annotate_in_dict_if_exists(PyObject *op_in, PyObject *value) {
+    PyObject *dict;
+    int dict_found;
+    dict_found = __Pyx_CyFunction_get_dict_if_exists(op_in, &dict);
+    if (!dict_found) return 0;
+    if (value) {
+        return PyDict_SetItem(dict, __pyx_mstate_global->__pyx_n_u_annotate, value);
+    } else {
+#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d0000
+        return PyDict_Pop(dict, __pyx_mstate_global->__pyx_n_u_annotate, NULL);
+#else
+        int result = PyDict_Contains(dict, __pyx_mstate_global->__pyx_n_u_annotate);
+        if (result == 1) {
+            result = PyDict_DelItem(dict, __pyx_mstate_global->__pyx_n_u_annotate);
+        }
+        return result;
+#endif
+    }
+}
+static int
+__Pyx_CyFunction_set_annotate_in_dict(PyObject *op_in, PyObject *value) {
+    PyObject *dict;
+    int result;
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+    dict = __Pyx_CyFunction_get_dict(__Pyx_as_CyFunctionObject(op_in), NULL);
+#else
+    dict = PyObject_GenericGetDict(op_in, NULL);
+#endif
+    if (unlikely(!dict)) return -1;
+    result = PyDict_SetItem(dict, __pyx_mstate_global->__pyx_n_u_annotate, value);
+    Py_DECREF(dict);
+    return result;
+}
+static PyObject *
+__Pyx_CyFunction_get_annotations_locked(__pyx_CyFunctionObject *op) {
+    PyObject* result = op->func_annotations;
+    if (unlikely(!result)) {
+        result = PyDict_New();
+        if (unlikely(!result)) return NULL;
+        op->func_annotations = result;
+    }
+    Py_INCREF(result);
+    return result;
+}
+static PyObject *
+__Pyx_CyFunction_get_annotations(PyObject *op_in, void *context) {
+    PyObject *annotate = NULL;
+    PyObject *result = NULL;
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    CYTHON_UNUSED_VAR(context);
+    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
+    result = __Pyx_XNewRef(op->func_annotations);
+    __Pyx_END_CRITICAL_SECTION();
+    if (result) return result;
+    if (unlikely(__Pyx_CyFunction_get_annotate_from_dict_if_exists(op_in, &annotate) < 0)) return NULL;
+    if (!annotate || annotate == Py_None) {
+        Py_XDECREF(annotate);
+        __Pyx_BEGIN_CRITICAL_SECTION(op_in);
+        result = __Pyx_CyFunction_get_annotations_locked(op);
+        __Pyx_END_CRITICAL_SECTION();
+        return result;
+    }
+    PyObject *format = PyLong_FromLong(1L);  // annotationlib.Format.VALUE
+    if (likely(format)) {
+        if (!Py_EnterRecursiveCall(" cyfunction __annotations__.__get__")) {
+            result = __Pyx_PyObject_CallOneArg(annotate, format);
+            Py_LeaveRecursiveCall();
+            Py_DECREF(format);
+        }
+    }
+    Py_DECREF(annotate);
+    if (unlikely(!result)) return NULL;
+    if (unlikely(!PyDict_Check(result))) {
+        PyErr_SetString(PyExc_TypeError, "__annotate__ must return a dict");
+        Py_DECREF(result);
+        return NULL;
+    }
+    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
+    __Pyx_Py_XDECREF_SET(op->func_annotations, __Pyx_NewRef(result));
+    __Pyx_END_CRITICAL_SECTION();
+    return result;
+}
+static PyObject *__Pyx_CyFunction_annotate_impl(PyObject *self, PyObject *arg) {
+    CYTHON_UNUSED_VAR(arg);
+    if (unlikely(!self)) {
+        PyErr_SetString(PyExc_SystemError, "cython __annotate__ called without 'self' argument");
+        return NULL;
+    }
+    PyObject *result;
+    if (Py_EnterRecursiveCall(" in cyfunction annotate")) {
+        return NULL;
+    }
+    result = __Pyx_CyFunction_get_annotations(self, NULL);
+    Py_LeaveRecursiveCall();
+    return result;
+}
+static PyObject *
+__Pyx_CyFunction_get_annotate(PyObject *op_in, void *context);
+static int
+__Pyx_CyFunction_set_annotate(PyObject *op_in, PyObject* value, void *context) {
+    CYTHON_UNUSED_VAR(context);
+    if (value == NULL) {
+        PyErr_SetString(PyExc_TypeError, "__annotate__ cannot be deleted");
+        return -1;
+    }
+    if (unlikely(value != Py_None && !PyCallable_Check(value))) {
+        PyErr_SetString(PyExc_TypeError, "__annotate__ must be callable or None");
+        return -1;
+    }
+    if (unlikely(__Pyx_TypeCheck(value, &PyCFunction_Type))) {
+#if !CYTHON_ASSUME_SAFE_MACROS && !CYTHON_COMPILING_IN_PYPY
+        PyCFunction cfunction = PyCFunction_GetFunction(value);
+        if (unlikely(!cfunction)) return -1;
+        PyObject *value_self = PyCFunction_GetSelf(value);
+        if (unlikely(!value_self && PyErr_Occurred())) return -1;
+#else
+        PyCFunction cfunction = PyCFunction_GET_FUNCTION(value);
+        PyObject *value_self = PyCFunction_GET_SELF(value);
+#endif
+        if (cfunction == __Pyx_CyFunction_annotate_impl && value_self == op_in) {
+            return __Pyx_CyFunction_set_annotate_in_dict_if_exists(op_in, NULL);
+        }
+    }
+    if (value != Py_None) {
+        __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+        __Pyx_BEGIN_CRITICAL_SECTION(op_in);
+        Py_CLEAR(op->func_annotations);
+        __Pyx_END_CRITICAL_SECTION();
+    }
+    return __Pyx_CyFunction_set_annotate_in_dict(op_in, value);
+}
+#if __PYX_LIMITED_VERSION_HEX < 0x030B0000
+static PyObject *
+__Pyx_CyFunction_get_is_coroutine_value(__pyx_CyFunctionObject *op) {
+    int is_coroutine = op->flags & __Pyx_CYFUNCTION_COROUTINE;
+    if (is_coroutine) {
+        PyObject *is_coroutine_value, *module, *fromlist, *marker = __pyx_mstate_global->__pyx_n_u_is_coroutine;
+        fromlist = PyList_New(1);
+        if (unlikely(!fromlist)) return NULL;
+        Py_INCREF(marker);
+#if CYTHON_ASSUME_SAFE_MACROS
+        PyList_SET_ITEM(fromlist, 0, marker);
+#else
+        if (unlikely(PyList_SetItem(fromlist, 0, marker) < 0)) {
+            Py_DECREF(fromlist);
+            return NULL;
+        }
+#endif
+        module = PyImport_ImportModuleLevelObject(__pyx_mstate_global->__pyx_n_u_asyncio_coroutines, NULL, NULL, fromlist, 0);
+        Py_DECREF(fromlist);
+        if (unlikely(!module)) {
+            goto ignore_or_error;
+        }
+        is_coroutine_value = __Pyx_PyObject_GetAttrStr(module, marker);
+        Py_DECREF(module);
+        if (likely(is_coroutine_value)) {
+            return is_coroutine_value;
+        }
+ignore_or_error:
+        if (!__Pyx_IgnoreException(PyExc_Exception)) {
+            return NULL;
+        }
+    }
+    return __Pyx_PyBool_FromLong(is_coroutine);
+}
+static PyObject *
+__Pyx_CyFunction_get_is_coroutine(PyObject *op_in, void *context) {
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    PyObject *result;
+    CYTHON_UNUSED_VAR(context);
+    if (op->func_is_coroutine) {
+        return __Pyx_NewRef(op->func_is_coroutine);
+    }
+    result = __Pyx_CyFunction_get_is_coroutine_value(op);
+    if (unlikely(!result))
+        return NULL;
+    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
+    if (op->func_is_coroutine) {
+        Py_DECREF(result);
+        result = __Pyx_NewRef(op->func_is_coroutine);
+    } else {
+        op->func_is_coroutine = __Pyx_NewRef(result);
+    }
+    __Pyx_END_CRITICAL_SECTION();
+    return result;
+}
+#endif
+static void __Pyx_CyFunction_raise_argument_count_error(PyObject *func, const char* message, Py_ssize_t size) {
+    const char* name = __Pyx_CyFunction_MethodDef(__Pyx_as_CyFunctionObject(func))->ml_name;
+    PyErr_Format(PyExc_TypeError,
+        "%.200s() %s (%" CYTHON_FORMAT_SSIZE_T "d given)",
+        name, message, size);
+}
+static void __Pyx_CyFunction_raise_type_error(PyObject *func, const char* message) {
+    const char* name = __Pyx_CyFunction_MethodDef(__Pyx_as_CyFunctionObject(func))->ml_name;
+    PyErr_Format(PyExc_TypeError,
+        "%.200s() %s",
+        name, message);
+}
+#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL
+static PyObject *
+__Pyx_CyFunction_get_module(PyObject *op_in, void *context) {
+    CYTHON_UNUSED_VAR(context);
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    Py_INCREF(op->func_module);
+    return op->func_module;
+}
+static int
+__Pyx_CyFunction_set_module(PyObject *op_in, PyObject* value, void *context) {
+    CYTHON_UNUSED_VAR(context);
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    if (value == NULL) {
+        value = Py_None;
+    }
+    Py_INCREF(value);
+    PyObject *old = op->func_module;
+    op->func_module = value;
+    Py_DECREF(old);
+    return 0;
+}
+#endif
+static PyGetSetDef __pyx_CyFunction_getsets[] = {
+    {"func_doc", (getter)__Pyx_CyFunction_get_doc, (setter)__Pyx_CyFunction_set_doc, 0, 0},
+    {"__doc__",  (getter)__Pyx_CyFunction_get_doc, (setter)__Pyx_CyFunction_set_doc, 0, 0},
+    {"func_name", (getter)__Pyx_CyFunction_get_name, (setter)__Pyx_CyFunction_set_name, 0, 0},
+    {"__name__", (getter)__Pyx_CyFunction_get_name, (setter)__Pyx_CyFunction_set_name, 0, 0},
+    {"__qualname__", (getter)__Pyx_CyFunction_get_qualname, (setter)__Pyx_CyFunction_set_qualname, 0, 0},
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+    {"func_dict", (getter)__Pyx_CyFunction_get_dict, (setter)PyObject_GenericSetDict, 0, 0},
+    {"__dict__", (getter)__Pyx_CyFunction_get_dict, (setter)PyObject_GenericSetDict, 0, 0},
+#else
+    {"func_dict", (getter)PyObject_GenericGetDict, (setter)PyObject_GenericSetDict, 0, 0},
+    {"__dict__", (getter)PyObject_GenericGetDict, (setter)PyObject_GenericSetDict, 0, 0},
+#endif
+    {"func_globals", (getter)__Pyx_CyFunction_get_globals, 0, 0, 0},
+    {"__globals__", (getter)__Pyx_CyFunction_get_globals, 0, 0, 0},
+    {"func_closure", (getter)__Pyx_CyFunction_get_closure, 0, 0, 0},
+    {"__closure__", (getter)__Pyx_CyFunction_get_closure, 0, 0, 0},
+    {"func_code", (getter)__Pyx_CyFunction_get_code, 0, 0, 0},
+    {"__code__", (getter)__Pyx_CyFunction_get_code, 0, 0, 0},
+    {"func_defaults", (getter)__Pyx_CyFunction_get_defaults, (setter)__Pyx_CyFunction_set_defaults, 0, 0},
+    {"__defaults__", (getter)__Pyx_CyFunction_get_defaults, (setter)__Pyx_CyFunction_set_defaults, 0, 0},
+    {"__kwdefaults__", (getter)__Pyx_CyFunction_get_kwdefaults, (setter)__Pyx_CyFunction_set_kwdefaults, 0, 0},
+    {"__annotations__", (getter)__Pyx_CyFunction_get_annotations, (setter)__Pyx_CyFunction_set_annotations, 0, 0},
+    {"__annotate__", (getter)__Pyx_CyFunction_get_annotate, (setter)__Pyx_CyFunction_set_annotate, 0, 0},
+#if __PYX_LIMITED_VERSION_HEX < 0x030B0000
+    {"_is_coroutine", (getter)__Pyx_CyFunction_get_is_coroutine, 0, 0, 0},
+#endif
+#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL
+    {"__module__", (getter)__Pyx_CyFunction_get_module, (setter)__Pyx_CyFunction_set_module, 0, 0},
+#endif
+    {0, 0, 0, 0, 0}
+};
+static PyMemberDef __pyx_CyFunction_members[] = {
+#if !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL)
+    {"__module__", T_OBJECT, offsetof(PyCFunctionObject, m_module), 0, 0},
+#endif
+#if PY_VERSION_HEX < 0x030C0000 || CYTHON_COMPILING_IN_LIMITED_API
+    {"__dictoffset__", T_PYSSIZET, offsetof(__pyx_CyFunctionObject, func_dict),
+        __PYX_SHARED_RELATIVE_OFFSET | READONLY, 0},
+#endif
+#if CYTHON_VECTORCALL
+#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL
+    {"__vectorcalloffset__", T_PYSSIZET, offsetof(__pyx_CyFunctionObject, func_vectorcall),
+        __PYX_SHARED_RELATIVE_OFFSET | READONLY, 0},
+#else
+    {"__vectorcalloffset__", T_PYSSIZET, offsetof(PyCFunctionObject, vectorcall), READONLY, 0},
+#endif
+#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL
+    {"__weaklistoffset__", T_PYSSIZET, offsetof(__pyx_CyFunctionObject, func_weakreflist),
+        __PYX_SHARED_RELATIVE_OFFSET | READONLY, 0},
+#else
+    {"__weaklistoffset__", T_PYSSIZET, offsetof(PyCFunctionObject, m_weakreflist), READONLY, 0},
+#endif
+#endif
+    {0, 0, 0,  0, 0}
+};
+static PyObject *
+__Pyx_CyFunction_reduce(PyObject *m_in, PyObject *args)
+{
+    PyObject *result = NULL;
+    __pyx_CyFunctionObject *m = __Pyx_as_CyFunctionObject(m_in);
+    CYTHON_UNUSED_VAR(args);
+    __Pyx_BEGIN_CRITICAL_SECTION(m_in);
+    Py_INCREF(m->func_qualname);
+    result = m->func_qualname;
+    __Pyx_END_CRITICAL_SECTION();
+    return result;
+}
+static PyMethodDef __pyx_CyFunction_methods[] = {
+    {"__annotate_cython__", __Pyx_CyFunction_annotate_impl, METH_O,
+        "Placeholder __annotate__ function to allow 'functools.wraps' to work "
+        "on Cython functions."},
+    {"__reduce__", (PyCFunction)__Pyx_CyFunction_reduce, METH_NOARGS, 0},
+    {0, 0, 0, 0}
+};
+static PyObject *
+__Pyx_CyFunction_get_annotate(PyObject *op_in, void *context) {
+    PyObject *annotate = NULL;
+    CYTHON_UNUSED_VAR(context);
+    if (unlikely(__Pyx_CyFunction_get_annotate_from_dict_if_exists(op_in, &annotate) < 0)) return NULL;
+    if (annotate) return annotate;
+    PyObject *method = PyCFunction_New(
+        &__pyx_CyFunction_methods[0],
+        op_in);
+    return method;
+}
+#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL
+#define __Pyx_CyFunction_weakreflist(cyfunc) ((cyfunc)->func_weakreflist)
+#else
+#define __Pyx_CyFunction_weakreflist(cyfunc) (((PyCFunctionObject*)cyfunc)->m_weakreflist)
+#endif
+static PyObject *__Pyx_CyFunction_Init(PyObject *op_in,
+                                       PyMethodDef *ml, int flags, PyObject* qualname,
+                                       PyObject *closure, PyObject *module, PyObject* globals, PyObject* code) {
+    __pyx_CyFunctionObject* op = __Pyx_as_CyFunctionObject(op_in);
+#if !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL)
+    PyCFunctionObject *cf = (PyCFunctionObject*) op;
+#endif
+    if (unlikely(op == NULL))
+        return NULL;
+    __Pyx_CyFunction_MethodDef(op) = ml;
+    Py_XINCREF(module);
+    __Pyx_CyFunction_Module(op) = module;
+    op->flags = flags;
+    __Pyx_CyFunction_weakreflist(op) = NULL;
+#if !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL)
+    cf->m_self = (PyObject *) op;
+#endif
+    Py_XINCREF(closure);
+    op->func_closure = closure;
+#if PY_VERSION_HEX < 0x030C0000 || CYTHON_COMPILING_IN_LIMITED_API
+    op->func_dict = NULL;
+#endif
+    op->func_name = NULL;
+    Py_INCREF(qualname);
+    op->func_qualname = qualname;
+    op->func_doc = NULL;
+    __Pyx_CyFunction_ClassObj(op) = NULL;
+    op->func_globals = globals;
+    Py_INCREF(op->func_globals);
+    Py_XINCREF(code);
+    op->func_code = code;
+    op->defaults = NULL;
+    op->defaults_tuple = NULL;
+    op->defaults_kwdict = NULL;
+    op->defaults_getter = NULL;
+    op->func_annotations = NULL;
+#if __PYX_LIMITED_VERSION_HEX < 0x030B0000
+    op->func_is_coroutine = NULL;
+#endif
+#if CYTHON_VECTORCALL
+    switch (ml->ml_flags & (METH_VARARGS | METH_FASTCALL | METH_NOARGS | METH_O | METH_KEYWORDS | METH_METHOD)) {
+    case METH_NOARGS:
+        __Pyx_CyFunction_func_vectorcall(op) = __Pyx_CyFunction_Vectorcall_NOARGS;
+        break;
+    case METH_O:
+        __Pyx_CyFunction_func_vectorcall(op) = __Pyx_CyFunction_Vectorcall_O;
+        break;
+    case METH_METHOD | METH_FASTCALL | METH_KEYWORDS:
+        __Pyx_CyFunction_func_vectorcall(op) = __Pyx_CyFunction_Vectorcall_FASTCALL_KEYWORDS_METHOD;
+        break;
+    case METH_FASTCALL | METH_KEYWORDS:
+        __Pyx_CyFunction_func_vectorcall(op) = __Pyx_CyFunction_Vectorcall_FASTCALL_KEYWORDS;
+        break;
+    case METH_VARARGS | METH_KEYWORDS:
+        __Pyx_CyFunction_func_vectorcall(op) = NULL;
+        break;
+    default:
+        PyErr_SetString(PyExc_SystemError, "Bad call flags for CyFunction");
+        Py_DECREF(op_in);
+        return NULL;
+    }
+#endif
+    return op_in;
+}
+static int __Pyx__CyFunction_clear(__pyx_CyFunctionObject *m)
+{
+    Py_CLEAR(m->func_closure);
+    Py_CLEAR(__Pyx_CyFunction_Module(m));
+#if PY_VERSION_HEX < 0x030C0000 || CYTHON_COMPILING_IN_LIMITED_API
+    Py_CLEAR(m->func_dict);
+#elif PY_VERSION_HEX < 0x030d0000
+    _PyObject_ClearManagedDict((PyObject*)m);
+#else
+    PyObject_ClearManagedDict((PyObject*)m);
+#endif
+    Py_CLEAR(m->func_name);
+    Py_CLEAR(m->func_qualname);
+    Py_CLEAR(m->func_doc);
+    Py_CLEAR(m->func_globals);
+    Py_CLEAR(m->func_code);
+    Py_CLEAR(__Pyx_CyFunction_ClassObj(m));
+    Py_CLEAR(m->defaults_tuple);
+    Py_CLEAR(m->defaults_kwdict);
+    Py_CLEAR(m->func_annotations);
+#if __PYX_LIMITED_VERSION_HEX < 0x030B0000
+    Py_CLEAR(m->func_is_coroutine);
+#endif
+    Py_CLEAR(m->defaults);
+    return 0;
+}
+static int
+__Pyx_CyFunction_clear(PyObject *m)
+{
+    return __Pyx__CyFunction_clear(__Pyx_as_CyFunctionObject_safe(m));
+}
+static void __Pyx__CyFunction_dealloc(PyObject *m)
+{
+    __pyx_CyFunctionObject *cyfunc = __Pyx_as_CyFunctionObject_safe(m);
+    if (__Pyx_CyFunction_weakreflist(cyfunc) != NULL)
+        PyObject_ClearWeakRefs(m);
+    __Pyx__CyFunction_clear(cyfunc);
+    __Pyx_PyHeapTypeObject_GC_Del(m);
+}
+static void __Pyx_CyFunction_dealloc(PyObject *m)
+{
+    PyObject_GC_UnTrack(m);
+    __Pyx__CyFunction_dealloc(m);
+}
+static int __Pyx_CyFunction_traverse(PyObject *m_in, visitproc visit, void *arg)
+{
+    __pyx_CyFunctionObject *m = __Pyx_as_CyFunctionObject_safe(m_in);
+    {
+        int e = __Pyx_call_type_traverse(m_in, 1, visit, arg);
+        if (e) return e;
+    }
+    Py_VISIT(m->func_closure);
+    Py_VISIT(__Pyx_CyFunction_Module(m));
+#if PY_VERSION_HEX < 0x030C0000 || CYTHON_COMPILING_IN_LIMITED_API
+    Py_VISIT(m->func_dict);
+#else
+    {
+        int e =
+#if PY_VERSION_HEX < 0x030d0000
+            _PyObject_VisitManagedDict
+#else
+            PyObject_VisitManagedDict
+#endif
+                ((PyObject*)m, visit, arg);
+        if (e != 0) return e;
+    }
+#endif
+    __Pyx_VISIT_CONST(m->func_name);
+    __Pyx_VISIT_CONST(m->func_qualname);
+    Py_VISIT(m->func_doc);
+    Py_VISIT(m->func_globals);
+    __Pyx_VISIT_CONST(m->func_code);
+    Py_VISIT(__Pyx_CyFunction_ClassObj(m));
+    Py_VISIT(m->defaults_tuple);
+    Py_VISIT(m->defaults_kwdict);
+    Py_VISIT(m->func_annotations);
+#if __PYX_LIMITED_VERSION_HEX < 0x030B0000
+    Py_VISIT(m->func_is_coroutine);
+#endif
+    Py_VISIT(m->defaults);
+    return 0;
+}
+static PyObject*
+__Pyx_CyFunction_repr(PyObject *op_in)
+{
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    PyObject *repr;
+    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
+    repr = PyUnicode_FromFormat("<cyfunction %U at %p>",
+                                op->func_qualname, (void *)op);
+    __Pyx_END_CRITICAL_SECTION();
+    return repr;
+}
+static PyObject * __Pyx_CyFunction_CallMethod(PyObject *func, PyObject *self, PyObject *arg, PyObject *kw) {
+    PyMethodDef *methoddef = __Pyx_CyFunction_MethodDef(__Pyx_as_CyFunctionObject(func));
+    PyCFunction meth = methoddef->ml_meth;
+    int flags = methoddef->ml_flags;
+    Py_ssize_t size;
+    switch (flags & (METH_VARARGS | METH_KEYWORDS | METH_NOARGS | METH_O)) {
+    case METH_VARARGS:
+        if (likely(kw == NULL || PyDict_Size(kw) == 0))
+            return (*meth)(self, arg);
+        break;
+    case METH_VARARGS | METH_KEYWORDS:
+        return (*(PyCFunctionWithKeywords)(void(*)(void))meth)(self, arg, kw);
+    case METH_NOARGS:
+        if (likely(kw == NULL || PyDict_Size(kw) == 0)) {
+#if CYTHON_ASSUME_SAFE_SIZE
+            size = PyTuple_GET_SIZE(arg);
+#else
+            size = PyTuple_Size(arg);
+            if (unlikely(size < 0)) return NULL;
+#endif
+            if (likely(size == 0))
+                return (*meth)(self, NULL);
+            __Pyx_CyFunction_raise_argument_count_error(
+                func,
+                "takes no arguments", size);
+            return NULL;
+        }
+        break;
+    case METH_O:
+        if (likely(kw == NULL || PyDict_Size(kw) == 0)) {
+#if CYTHON_ASSUME_SAFE_SIZE
+            size = PyTuple_GET_SIZE(arg);
+#else
+            size = PyTuple_Size(arg);
+            if (unlikely(size < 0)) return NULL;
+#endif
+            if (likely(size == 1)) {
+                PyObject *result, *arg0;
+                #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
+                arg0 = PyTuple_GET_ITEM(arg, 0);
+                #else
+                arg0 = __Pyx_PySequence_ITEM(arg, 0); if (unlikely(!arg0)) return NULL;
+                #endif
+                result = (*meth)(self, arg0);
+                #if !(CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS)
+                Py_DECREF(arg0);
+                #endif
+                return result;
+            }
+            __Pyx_CyFunction_raise_argument_count_error(
+                func,
+                "takes exactly one argument", size);
+            return NULL;
+        }
+        break;
+    default:
+        PyErr_SetString(PyExc_SystemError, "Bad call flags for CyFunction");
+        return NULL;
+    }
+    __Pyx_CyFunction_raise_type_error(
+        func, "takes no keyword arguments");
+    return NULL;
+}
+static CYTHON_INLINE PyObject *__Pyx_CyFunction_Call(PyObject *func, PyObject *arg, PyObject *kw) {
+    PyObject *result;
+    result = __Pyx_CyFunction_CallMethod(func, func, arg, kw);
+    return result;
+}
+static PyObject *__Pyx_CyFunction_CallAsMethod(PyObject *func, PyObject *args, PyObject *kw) {
+    PyObject *result;
+    __pyx_CyFunctionObject *cyfunc = __Pyx_as_CyFunctionObject(func);
+#if CYTHON_VECTORCALL
+     __pyx_vectorcallfunc vc = __Pyx_CyFunction_func_vectorcall(cyfunc);
+    if (vc) {
+#if CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
+        return __Pyx_PyVectorcall_FastCallDict(func, vc, &PyTuple_GET_ITEM(args, 0), (size_t)PyTuple_GET_SIZE(args), kw);
+#else
+        (void) &__Pyx_PyVectorcall_FastCallDict;
+        return PyVectorcall_Call(func, args, kw);
+#endif
+    }
+#endif
+    if ((cyfunc->flags & __Pyx_CYFUNCTION_CCLASS) && !(cyfunc->flags & __Pyx_CYFUNCTION_STATICMETHOD)) {
+        Py_ssize_t argc;
+        PyObject *new_args;
+        PyObject *self;
+#if CYTHON_ASSUME_SAFE_SIZE
+        argc = PyTuple_GET_SIZE(args);
+#else
+        argc = PyTuple_Size(args);
+        if (unlikely(argc < 0)) return NULL;
+#endif
+        new_args = PyTuple_GetSlice(args, 1, argc);
+        if (unlikely(!new_args))
+            return NULL;
+        self = PyTuple_GetItem(args, 0);
+        if (unlikely(!self)) {
+            Py_DECREF(new_args);
+            PyErr_Format(PyExc_TypeError,
+                         "unbound method %.200S() needs an argument",
+                         cyfunc->func_qualname);
+            return NULL;
+        }
+        result = __Pyx_CyFunction_CallMethod(func, self, new_args, kw);
+        Py_DECREF(new_args);
+    } else {
+        result = __Pyx_CyFunction_Call(func, args, kw);
+    }
+    return result;
+}
+#if CYTHON_VECTORCALL
+static CYTHON_INLINE int __Pyx_CyFunction_Vectorcall_CheckArgs(PyObject *func, __pyx_CyFunctionObject *cyfunc, Py_ssize_t nargs, PyObject *kwnames)
+{
+    int ret = 0;
+    if ((cyfunc->flags & __Pyx_CYFUNCTION_CCLASS) && !(cyfunc->flags & __Pyx_CYFUNCTION_STATICMETHOD)) {
+        if (unlikely(nargs < 1)) {
+            __Pyx_CyFunction_raise_type_error(
+                func, "needs an argument");
+            return -1;
+        }
+        ret = 1;
+    }
+    if (unlikely(kwnames) && unlikely(__Pyx_PyTuple_GET_SIZE(kwnames))) {
+        __Pyx_CyFunction_raise_type_error(
+            func, "takes no keyword arguments");
+        return -1;
+    }
+    return ret;
+}
+static PyObject * __Pyx_CyFunction_Vectorcall_NOARGS(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwnames)
+{
+    __pyx_CyFunctionObject *cyfunc = __Pyx_as_CyFunctionObject(func);
+    Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
+    PyObject *self;
+    PyCFunction meth = __Pyx_CyFunction_MethodDef(cyfunc)->ml_meth;
+    switch (__Pyx_CyFunction_Vectorcall_CheckArgs(func, cyfunc, nargs, kwnames)) {
+    case 1:
+        self = args[0];
+        args += 1;
+        nargs -= 1;
+        break;
+    case 0:
+        self = func;
+        break;
+    default:
+        return NULL;
+    }
+    if (unlikely(nargs != 0)) {
+        __Pyx_CyFunction_raise_argument_count_error(
+            func, "takes no arguments", nargs);
+        return NULL;
+    }
+    return meth(self, NULL);
+}
+static PyObject * __Pyx_CyFunction_Vectorcall_O(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwnames)
+{
+    __pyx_CyFunctionObject *cyfunc = __Pyx_as_CyFunctionObject(func);
+    Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
+    PyObject *self;
+    PyCFunction meth = __Pyx_CyFunction_MethodDef(cyfunc)->ml_meth;
+    switch (__Pyx_CyFunction_Vectorcall_CheckArgs(func, cyfunc, nargs, kwnames)) {
+    case 1:
+        self = args[0];
+        args += 1;
+        nargs -= 1;
+        break;
+    case 0:
+        self = func;
+        break;
+    default:
+        return NULL;
+    }
+    if (unlikely(nargs != 1)) {
+        __Pyx_CyFunction_raise_argument_count_error(
+            func, "takes exactly one argument", nargs);
+        return NULL;
+    }
+    return meth(self, args[0]);
+}
+static PyObject * __Pyx_CyFunction_Vectorcall_FASTCALL_KEYWORDS(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwnames)
+{
+    __pyx_CyFunctionObject *cyfunc = __Pyx_as_CyFunctionObject(func);
+    Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
+    PyObject *self;
+    PyCFunction meth = __Pyx_CyFunction_MethodDef(cyfunc)->ml_meth;
+    switch (__Pyx_CyFunction_Vectorcall_CheckArgs(func, cyfunc, nargs, NULL)) {
+    case 1:
+        self = args[0];
+        args += 1;
+        nargs -= 1;
+        break;
+    case 0:
+        self = func;
+        break;
+    default:
+        return NULL;
+    }
+    return ((__Pyx_PyCFunctionFastWithKeywords)(void(*)(void))meth)(self, args, nargs, kwnames);
+}
+static PyObject * __Pyx_CyFunction_Vectorcall_FASTCALL_KEYWORDS_METHOD(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwnames)
+{
+    __pyx_CyFunctionObject *cyfunc = __Pyx_as_CyFunctionObject(func);
+    PyTypeObject *cls = (PyTypeObject *) __Pyx_CyFunction_ClassObj(cyfunc);
+    Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
+    PyObject *self;
+    PyCFunction meth = __Pyx_CyFunction_MethodDef(cyfunc)->ml_meth;
+    switch (__Pyx_CyFunction_Vectorcall_CheckArgs(func, cyfunc, nargs, NULL)) {
+    case 1:
+        self = args[0];
+        args += 1;
+        nargs -= 1;
+        break;
+    case 0:
+        self = func;
+        break;
+    default:
+        return NULL;
+    }
+    #if PY_VERSION_HEX < 0x030e00A6
+    size_t nargs_value = (size_t) nargs;
+    #else
+    Py_ssize_t nargs_value = nargs;
+    #endif
+    return ((__Pyx_PyCMethod)(void(*)(void))meth)(self, cls, args, nargs_value, kwnames);
+}
+#endif
+static PyType_Slot __pyx_CyFunctionType_slots[] = {
+    {Py_tp_dealloc, (void *)__Pyx_CyFunction_dealloc},
+    {Py_tp_repr, (void *)__Pyx_CyFunction_repr},
+    {Py_tp_call, (void *)__Pyx_CyFunction_CallAsMethod},
+    {Py_tp_traverse, (void *)__Pyx_CyFunction_traverse},
+    {Py_tp_clear, (void *)__Pyx_CyFunction_clear},
+    {Py_tp_methods, (void *)__pyx_CyFunction_methods},
+    {Py_tp_members, (void *)__pyx_CyFunction_members},
+    {Py_tp_getset, (void *)__pyx_CyFunction_getsets},
+    {Py_tp_descr_get, (void *)__Pyx_PyMethod_New},
+    {0, 0},
+};
+static PyType_Spec __pyx_CyFunctionType_spec = {
+    __PYX_TYPE_MODULE_PREFIX "cython_function_or_method",
+    __PYX_SHARED_SIZEOF(__pyx_CyFunctionObject),
+    0,
+#ifdef Py_TPFLAGS_METHOD_DESCRIPTOR
+    Py_TPFLAGS_METHOD_DESCRIPTOR |
+#endif
+#if CYTHON_VECTORCALL
+#if defined(Py_TPFLAGS_HAVE_VECTORCALL)
+    Py_TPFLAGS_HAVE_VECTORCALL |
+#elif defined(_Py_TPFLAGS_HAVE_VECTORCALL)
+    _Py_TPFLAGS_HAVE_VECTORCALL |
+#endif
+#endif // CYTHON_VECTORCALL
+#if PY_VERSION_HEX >= 0x030C0000 && !CYTHON_COMPILING_IN_LIMITED_API
+    Py_TPFLAGS_MANAGED_DICT |
+#endif
+    Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION |
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE,
+    __pyx_CyFunctionType_slots
+};
+static int __pyx_CyFunction_init(PyObject *module) {
+    __pyx_mstatetype *mstate = __Pyx_PyModule_GetState(module);
+    if (mstate->__pyx_CyFunctionType != NULL) {
+        return 0;
+    }
+    mstate->__pyx_CyFunctionType = __Pyx_FetchCommonTypeFromSpec(
+        mstate->__pyx_CommonTypesMetaclassType, module, &__pyx_CyFunctionType_spec, NULL);
+    if (unlikely(mstate->__pyx_CyFunctionType == NULL)) {
+        return -1;
+    }
+    return 0;
+}
+
+/* CythonFunction */
+static PyObject *__Pyx_CyFunction_New(PyMethodDef *ml, int flags, PyObject* qualname,
+                                      PyObject *closure, PyObject *module, PyObject* globals, PyObject* code) {
+    (void)&__Pyx_Get_CyFunction_Type;
+    PyObject *op = __Pyx_CyFunction_Init(
+        PyObject_GC_New(PyObject, __pyx_mstate_global->__pyx_CyFunctionType),
+        ml, flags, qualname, closure, module, globals, code
+    );
+    if (likely(op)) {
+        PyObject_GC_Track(op);
+    }
+    return op;
+}
+static PyTypeObject *__Pyx_Get_CyFunction_Type(void) {
+    PyTypeObject *tp = __pyx_mstate_global->__pyx_CyFunctionType;
+    Py_INCREF((PyObject*)tp);
+    return tp;
 }
 
 /* CLineInTraceback (used by AddTraceback) */
@@ -7974,44 +18685,44 @@ bad:
     }
 
 /* CIntFromPy */
-static uint64_t __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(PyObject *x);
-static uint64_t __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint64_t(void) {
-    const char* type_name = "uint64_t";
+static int __Pyx_LargePyLong___Pyx_PyLong_As_int(PyObject *x);
+static int __Pyx_raise_neg_overflow___Pyx_PyLong_As_int(void) {
+    const char* type_name = "int";
     PyErr_Format(PyExc_OverflowError,
         "can't convert negative value to %.200s", type_name);
-    return (uint64_t) -1;
+    return (int) -1;
 }
-static uint64_t __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t(void) {
-    const char* type_name = "uint64_t";
+static int __Pyx_raise_overflow___Pyx_PyLong_As_int(void) {
+    const char* type_name = "int";
     PyErr_Format(PyExc_OverflowError,
         "value too large to convert to %.200s", type_name);
-    return (uint64_t) -1;
+    return (int) -1;
 }
-static CYTHON_INLINE uint64_t __Pyx_PyULong___Pyx_PyLong_As_uint64_t(PyObject *x) {
+static CYTHON_INLINE int __Pyx_PyULong___Pyx_PyLong_As_int(PyObject *x) {
     const int is_unsigned = 1;
 #if CYTHON_USE_PYLONG_INTERNALS
     {
         const digit* digits = __Pyx_PyLong_Digits(x);
         const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
-        if (size == 2 && (8 * sizeof(uint64_t) > 1 * PyLong_SHIFT)) {
+        if (size == 2 && (8 * sizeof(int) > 1 * PyLong_SHIFT)) {
             if ((8 * sizeof(unsigned long) > 2 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint64_t) >= 2 * PyLong_SHIFT)) {
-                return (uint64_t) (((((uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
+                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(int) >= 2 * PyLong_SHIFT)) {
+                return (int) (((((int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
             }
         } else
-        if (size == 3 && (8 * sizeof(uint64_t) > 2 * PyLong_SHIFT)) {
+        if (size == 3 && (8 * sizeof(int) > 2 * PyLong_SHIFT)) {
             if ((8 * sizeof(unsigned long) > 3 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint64_t) >= 3 * PyLong_SHIFT)) {
-                return (uint64_t) (((((((uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
+                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(int) >= 3 * PyLong_SHIFT)) {
+                return (int) (((((((int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
             }
         } else
-        if (size == 4 && (8 * sizeof(uint64_t) > 3 * PyLong_SHIFT)) {
+        if (size == 4 && (8 * sizeof(int) > 3 * PyLong_SHIFT)) {
             if ((8 * sizeof(unsigned long) > 4 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint64_t) >= 4 * PyLong_SHIFT)) {
-                return (uint64_t) (((((((((uint64_t)digits[3]) << PyLong_SHIFT) | (uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
+                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(int) >= 4 * PyLong_SHIFT)) {
+                return (int) (((((((((int)digits[3]) << PyLong_SHIFT) | (int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
             }
         } else
         {}
@@ -8024,107 +18735,107 @@ static CYTHON_INLINE uint64_t __Pyx_PyULong___Pyx_PyLong_As_uint64_t(PyObject *x
     {
         int result = PyObject_RichCompareBool(x, Py_False, Py_LT);
         if (unlikely(result < 0))
-            return (uint64_t) -1;
+            return (int) -1;
         if (unlikely(result == 1))
             goto raise_neg_overflow;
     }
 #endif
-    if ((sizeof(uint64_t) <= sizeof(unsigned long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, unsigned long, PyLong_AsUnsignedLong(x))
-    } else if ((sizeof(uint64_t) <= sizeof(unsigned PY_LONG_LONG))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, unsigned PY_LONG_LONG, PyLong_AsUnsignedLongLong(x))
+    if ((sizeof(int) <= sizeof(unsigned long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(int, unsigned long, PyLong_AsUnsignedLong(x))
+    } else if ((sizeof(int) <= sizeof(unsigned PY_LONG_LONG))) {
+        __PYX_VERIFY_RETURN_INT_EXC(int, unsigned PY_LONG_LONG, PyLong_AsUnsignedLongLong(x))
     }
-    return __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(x);
+    return __Pyx_LargePyLong___Pyx_PyLong_As_int(x);
 raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint64_t();
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_int();
 raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t();
+    return __Pyx_raise_overflow___Pyx_PyLong_As_int();
 }
-static CYTHON_INLINE uint64_t __Pyx_PySLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
+static CYTHON_INLINE int __Pyx_PySLong___Pyx_PyLong_As_int(PyObject *x) {
     const int is_unsigned = 0;
 #if CYTHON_USE_PYLONG_INTERNALS
     if (__Pyx_PyLong_IsNeg(x)) {
         const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
         const digit* digits = __Pyx_PyLong_Digits(x);
-        if (size == 2 && (8 * sizeof(uint64_t) > 1 * PyLong_SHIFT)) {
+        if (size == 2 && (8 * sizeof(int) > 1 * PyLong_SHIFT)) {
             if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
                 long ival = - (long) (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(uint64_t, long, ival)
-            } else if ((8 * sizeof(uint64_t) - 1 > 2 * PyLong_SHIFT)) {
-                return (uint64_t) (((uint64_t) -1) * (((((uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0])));
+                __PYX_VERIFY_RETURN_INT(int, long, ival)
+            } else if ((8 * sizeof(int) - 1 > 2 * PyLong_SHIFT)) {
+                return (int) (((int) -1) * (((((int)digits[1]) << PyLong_SHIFT) | (int)digits[0])));
             }
         } else
-        if (size == 3 && (8 * sizeof(uint64_t) > 2 * PyLong_SHIFT)) {
+        if (size == 3 && (8 * sizeof(int) > 2 * PyLong_SHIFT)) {
             if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
                 long ival = - (long) (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(uint64_t, long, ival)
-            } else if ((8 * sizeof(uint64_t) - 1 > 3 * PyLong_SHIFT)) {
-                return (uint64_t) (((uint64_t) -1) * (((((((uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0])));
+                __PYX_VERIFY_RETURN_INT(int, long, ival)
+            } else if ((8 * sizeof(int) - 1 > 3 * PyLong_SHIFT)) {
+                return (int) (((int) -1) * (((((((int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0])));
             }
         } else
-        if (size == 4 && (8 * sizeof(uint64_t) > 3 * PyLong_SHIFT)) {
+        if (size == 4 && (8 * sizeof(int) > 3 * PyLong_SHIFT)) {
             if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
                 long ival = - (long) (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(uint64_t, long, ival)
-            } else if ((8 * sizeof(uint64_t) - 1 > 4 * PyLong_SHIFT)) {
-                return (uint64_t) (((uint64_t) -1) * (((((((((uint64_t)digits[3]) << PyLong_SHIFT) | (uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0])));
+                __PYX_VERIFY_RETURN_INT(int, long, ival)
+            } else if ((8 * sizeof(int) - 1 > 4 * PyLong_SHIFT)) {
+                return (int) (((int) -1) * (((((((((int)digits[3]) << PyLong_SHIFT) | (int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0])));
             }
         } else
         {}
     } else {
         const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
         const digit* digits = __Pyx_PyLong_Digits(x);
-        if (size == 2 && (8 * sizeof(uint64_t) > 1 * PyLong_SHIFT)) {
+        if (size == 2 && (8 * sizeof(int) > 1 * PyLong_SHIFT)) {
             if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint64_t) - 1 > 2 * PyLong_SHIFT)) {
-                return (uint64_t) (((((uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
+                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(int) - 1 > 2 * PyLong_SHIFT)) {
+                return (int) (((((int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
             }
         } else
-        if (size == 3 && (8 * sizeof(uint64_t) > 2 * PyLong_SHIFT)) {
+        if (size == 3 && (8 * sizeof(int) > 2 * PyLong_SHIFT)) {
             if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint64_t) - 1 > 3 * PyLong_SHIFT)) {
-                return (uint64_t) (((((((uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
+                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(int) - 1 > 3 * PyLong_SHIFT)) {
+                return (int) (((((((int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
             }
         } else
-        if (size == 4 && (8 * sizeof(uint64_t) > 3 * PyLong_SHIFT)) {
+        if (size == 4 && (8 * sizeof(int) > 3 * PyLong_SHIFT)) {
             if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint64_t) - 1 > 4 * PyLong_SHIFT)) {
-                return (uint64_t) (((((((((uint64_t)digits[3]) << PyLong_SHIFT) | (uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
+                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(int) - 1 > 4 * PyLong_SHIFT)) {
+                return (int) (((((((((int)digits[3]) << PyLong_SHIFT) | (int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
             }
         } else
         {}
     }
 #endif
     #if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-    if ((sizeof(uint64_t) <= sizeof(int)) && (sizeof(int) < sizeof(long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, int, PyLong_AsInt(x))
+    if ((sizeof(int) <= sizeof(int)) && (sizeof(int) < sizeof(long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(int, int, PyLong_AsInt(x))
     } else
     #endif
-    if ((sizeof(uint64_t) <= sizeof(long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, long, PyLong_AsLong(x))
-    } else if ((sizeof(uint64_t) <= sizeof(PY_LONG_LONG))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, PY_LONG_LONG, PyLong_AsLongLong(x))
+    if ((sizeof(int) <= sizeof(long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(int, long, PyLong_AsLong(x))
+    } else if ((sizeof(int) <= sizeof(PY_LONG_LONG))) {
+        __PYX_VERIFY_RETURN_INT_EXC(int, PY_LONG_LONG, PyLong_AsLongLong(x))
     }
-    return __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(x);
+    return __Pyx_LargePyLong___Pyx_PyLong_As_int(x);
 raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint64_t();
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_int();
 raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t();
+    return __Pyx_raise_overflow___Pyx_PyLong_As_int();
 }
-static uint64_t __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
+static int __Pyx_LargePyLong___Pyx_PyLong_As_int(PyObject *x) {
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wconversion"
 #endif
-    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
+    const int neg_one = (int) -1, const_zero = (int) 0;
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic pop
 #endif
     const int is_unsigned = neg_one > const_zero;
-    uint64_t val;
+    int val;
     int ret = -1;
 #if PY_VERSION_HEX >= 0x030d00A6 && !CYTHON_COMPILING_IN_LIMITED_API
     Py_ssize_t bytes_copied = PyLong_AsNativeBytes(
@@ -8151,35 +18862,35 @@ static uint64_t __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
         v = __Pyx_NewRef(x);
     } else {
         v = PyNumber_Long(x);
-        if (unlikely(!v)) return (uint64_t) -1;
+        if (unlikely(!v)) return (int) -1;
         assert(PyLong_CheckExact(v));
     }
     {
         int result = PyObject_RichCompareBool(v, Py_False, Py_LT);
         if (unlikely(result < 0)) {
             Py_DECREF(v);
-            return (uint64_t) -1;
+            return (int) -1;
         }
         is_negative = result == 1;
     }
     if (is_unsigned && unlikely(is_negative)) {
         Py_DECREF(v);
         PyErr_SetString(PyExc_OverflowError,
-            "can't convert negative value to uint64_t");
-        return (uint64_t) -1;
+            "can't convert negative value to int");
+        return (int) -1;
     } else if (is_negative) {
         stepval = PyNumber_Invert(v);
         Py_DECREF(v);
         if (unlikely(!stepval))
-            return (uint64_t) -1;
+            return (int) -1;
     } else {
         stepval = v;
     }
     v = NULL;
-    val = (uint64_t) 0;
+    val = (int) 0;
     mask = PyLong_FromLong((1L << chunk_size) - 1); if (unlikely(!mask)) goto done;
     shift = PyLong_FromLong(chunk_size); if (unlikely(!shift)) goto done;
-    for (bits = 0; bits < (int) sizeof(uint64_t) * 8 - chunk_size; bits += chunk_size) {
+    for (bits = 0; bits < (int) sizeof(int) * 8 - chunk_size; bits += chunk_size) {
         PyObject *tmp, *digit;
         long idigit;
         digit = PyNumber_And(stepval, mask);
@@ -8187,7 +18898,7 @@ static uint64_t __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
         idigit = PyLong_AsLong(digit);
         Py_DECREF(digit);
         if (unlikely(idigit < 0)) goto done;
-        val |= ((uint64_t) idigit) << bits;
+        val |= ((int) idigit) << bits;
         tmp = PyNumber_Rshift(stepval, shift);
         if (unlikely(!tmp)) goto done;
         Py_DECREF(stepval); stepval = tmp;
@@ -8197,13 +18908,13 @@ static uint64_t __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
     {
         long idigit = PyLong_AsLong(stepval);
         if (unlikely(idigit < 0)) goto done;
-        remaining_bits = ((int) sizeof(uint64_t) * 8) - bits - (is_unsigned ? 0 : 1);
+        remaining_bits = ((int) sizeof(int) * 8) - bits - (is_unsigned ? 0 : 1);
         if (unlikely(idigit >= (1L << remaining_bits)))
             goto raise_overflow;
-        val |= ((uint64_t) idigit) << bits;
+        val |= ((int) idigit) << bits;
     }
     if (!is_unsigned) {
-        if (unlikely(val & (((uint64_t) 1) << (sizeof(uint64_t) * 8 - 1))))
+        if (unlikely(val & (((int) 1) << (sizeof(int) * 8 - 1))))
             goto raise_overflow;
         if (is_negative)
             val = ~val;
@@ -8215,17 +18926,17 @@ done:
     Py_XDECREF(stepval);
 #endif
     if (unlikely(ret))
-        return (uint64_t) -1;
+        return (int) -1;
     return val;
 raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t();
+    return __Pyx_raise_overflow___Pyx_PyLong_As_int();
 }
-static CYTHON_INLINE uint64_t __Pyx_PyLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
+static CYTHON_INLINE int __Pyx_PyLong___Pyx_PyLong_As_int(PyObject *x) {
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wconversion"
 #endif
-    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
+    const int neg_one = (int) -1, const_zero = (int) 0;
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic pop
 #endif
@@ -8235,42 +18946,169 @@ static CYTHON_INLINE uint64_t __Pyx_PyLong___Pyx_PyLong_As_uint64_t(PyObject *x)
         if (unlikely(__Pyx_PyLong_IsNeg(x))) {
             goto raise_neg_overflow;
         } else if (__Pyx_PyLong_IsCompact(x)) {
-            __PYX_VERIFY_RETURN_INT(uint64_t, __Pyx_compact_upylong, __Pyx_PyLong_CompactValueUnsigned(x))
+            __PYX_VERIFY_RETURN_INT(int, __Pyx_compact_upylong, __Pyx_PyLong_CompactValueUnsigned(x))
         } else
         #endif
         {
-            return __Pyx_PyULong___Pyx_PyLong_As_uint64_t(x);
+            return __Pyx_PyULong___Pyx_PyLong_As_int(x);
         }
     } else {
         #if CYTHON_USE_PYLONG_INTERNALS
         if (__Pyx_PyLong_IsCompact(x)) {
-            __PYX_VERIFY_RETURN_INT(uint64_t, __Pyx_compact_pylong, __Pyx_PyLong_CompactValue(x))
+            __PYX_VERIFY_RETURN_INT(int, __Pyx_compact_pylong, __Pyx_PyLong_CompactValue(x))
         } else
         #endif
         {
-            return __Pyx_PySLong___Pyx_PyLong_As_uint64_t(x);
+            return __Pyx_PySLong___Pyx_PyLong_As_int(x);
         }
     }
 #if CYTHON_USE_PYLONG_INTERNALS
 raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint64_t();
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_int();
 raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t();
+    return __Pyx_raise_overflow___Pyx_PyLong_As_int();
 #endif
 }
-static uint64_t __Pyx_NonPyLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
-    uint64_t val;
+static int __Pyx_NonPyLong___Pyx_PyLong_As_int(PyObject *x) {
+    int val;
     PyObject *tmp = __Pyx_PyNumber_Long(x);
-    if (!tmp) return (uint64_t) -1;
-    val = __Pyx_PyLong_As_uint64_t(tmp);
+    if (!tmp) return (int) -1;
+    val = __Pyx_PyLong_As_int(tmp);
     Py_DECREF(tmp);
     return val;
 }
-static CYTHON_INLINE uint64_t __Pyx_PyLong_As_uint64_t(PyObject *x) {
+static CYTHON_INLINE int __Pyx_PyLong_As_int(PyObject *x) {
     if (likely(PyLong_Check(x))) {
-        return __Pyx_PyLong___Pyx_PyLong_As_uint64_t(x);
+        return __Pyx_PyLong___Pyx_PyLong_As_int(x);
     } else {
-        return __Pyx_NonPyLong___Pyx_PyLong_As_uint64_t(x);
+        return __Pyx_NonPyLong___Pyx_PyLong_As_int(x);
+    }
+}
+
+/* PyObjectVectorcallKwds (used by PyObjectVectorcallMethodKwds) */
+#if CYTHON_VECTORCALL
+CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject *kwnames, Py_ssize_t i) {
+    PyObject *key = __Pyx_PyTuple_GET_ITEM(kwnames, i);
+#if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(!key)) return -1;
+#endif
+    if (unlikely(!PyUnicode_Check(key))) {
+        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
+        return -1;
+    }
+    return 0;
+}
+#else
+CYTHON_UNUSED static PyObject *__Pyx_MakeKwargDict(PyObject **keys, PyObject **values, Py_ssize_t n) {
+    PyObject *out = PyDict_New();
+    if (unlikely(!out)) return NULL;
+    for (Py_ssize_t i=0; i<n; ++i) {
+        if (unlikely(PyDict_SetItem(out, keys[i], values[i]) < 0)) {
+            Py_DECREF(out);
+            return NULL;
+        }
+    }
+    return out;
+}
+CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject **kwnames, Py_ssize_t i) {
+    PyObject *key = kwnames[i];
+    if (unlikely(!PyUnicode_Check(key))) {
+        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
+        return -1;
+    }
+    return 0;
+}
+#endif
+
+/* PyObjectVectorcallMethodKwds (used by CIntToPy) */
+#if !CYTHON_VECTORCALL
+static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+    PyObject *result;
+    PyObject *obj = PyObject_GetAttr(args[0], name);
+    if (unlikely(!obj))
+        return NULL;
+    result = __Pyx_Object_VectorcallKwds(obj, args+1, nargsf-1, kwnames);
+    Py_DECREF(obj);
+    return result;
+}
+#endif
+
+/* CIntToPy */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint32_t(uint32_t value) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const uint32_t neg_one = (uint32_t) -1, const_zero = (uint32_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        if (sizeof(uint32_t) < sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(uint32_t) <= sizeof(unsigned long)) {
+            return PyLong_FromUnsignedLong((unsigned long) value);
+#if !CYTHON_COMPILING_IN_PYPY
+        } else if (sizeof(uint32_t) <= sizeof(unsigned PY_LONG_LONG)) {
+            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
+#endif
+        }
+    } else {
+        if (sizeof(uint32_t) <= sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(uint32_t) <= sizeof(PY_LONG_LONG)) {
+            return PyLong_FromLongLong((PY_LONG_LONG) value);
+        }
+    }
+    {
+        unsigned char *bytes = (unsigned char *)&value;
+#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
+        if (is_unsigned) {
+            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
+        } else {
+            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
+        }
+#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        return _PyLong_FromByteArray(bytes, sizeof(uint32_t),
+                                     little, !is_unsigned);
+#else
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        PyObject *result = NULL, *kwds = NULL;
+        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(uint32_t));
+        if (!py_bytes) goto limited_bad;
+        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
+        if (!from_bytes_str) goto limited_bad;
+        order_str = PyUnicode_FromString(little ? "little" : "big");
+        if (!order_str) goto limited_bad;
+        {
+            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
+            if (!is_unsigned) {
+                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
+                if (!signed_str) goto limited_bad;
+#if CYTHON_VECTORCALL
+                kwds = PyTuple_Pack(1, signed_str);
+#else
+                {
+                    PyObject *keys[] = {signed_str};
+                    PyObject *values[] = {Py_True};
+                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
+                }
+#endif
+                Py_DECREF(signed_str);
+                if (unlikely(!kwds)) goto limited_bad;
+            }
+            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
+        }
+        limited_bad:
+        Py_XDECREF(kwds);
+        Py_XDECREF(order_str);
+        Py_XDECREF(py_bytes);
+        Py_XDECREF(from_bytes_str);
+        return result;
+#endif
     }
 }
 
@@ -8575,79 +19413,31 @@ static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *x) {
     }
 }
 
-/* PyObjectVectorcallKwds (used by PyObjectVectorcallMethodKwds) */
-#if CYTHON_VECTORCALL
-CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject *kwnames, Py_ssize_t i) {
-    PyObject *key = __Pyx_PyTuple_GET_ITEM(kwnames, i);
-#if !CYTHON_ASSUME_SAFE_MACROS
-    if (unlikely(!key)) return -1;
-#endif
-    if (unlikely(!PyUnicode_Check(key))) {
-        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
-        return -1;
-    }
-    return 0;
-}
-#else
-CYTHON_UNUSED static PyObject *__Pyx_MakeKwargDict(PyObject **keys, PyObject **values, Py_ssize_t n) {
-    PyObject *out = PyDict_New();
-    if (unlikely(!out)) return NULL;
-    for (Py_ssize_t i=0; i<n; ++i) {
-        if (unlikely(PyDict_SetItem(out, keys[i], values[i]) < 0)) {
-            Py_DECREF(out);
-            return NULL;
-        }
-    }
-    return out;
-}
-CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject **kwnames, Py_ssize_t i) {
-    PyObject *key = kwnames[i];
-    if (unlikely(!PyUnicode_Check(key))) {
-        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
-        return -1;
-    }
-    return 0;
-}
-#endif
-
-/* PyObjectVectorcallMethodKwds (used by CIntToPy) */
-#if !CYTHON_VECTORCALL
-static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-    PyObject *result;
-    PyObject *obj = PyObject_GetAttr(args[0], name);
-    if (unlikely(!obj))
-        return NULL;
-    result = __Pyx_Object_VectorcallKwds(obj, args+1, nargsf-1, kwnames);
-    Py_DECREF(obj);
-    return result;
-}
-#endif
-
 /* CIntToPy */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value) {
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value) {
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wconversion"
 #endif
-    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
+    const int neg_one = (int) -1, const_zero = (int) 0;
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic pop
 #endif
     const int is_unsigned = neg_one > const_zero;
     if (is_unsigned) {
-        if (sizeof(uint64_t) < sizeof(long)) {
+        if (sizeof(int) < sizeof(long)) {
             return PyLong_FromLong((long) value);
-        } else if (sizeof(uint64_t) <= sizeof(unsigned long)) {
+        } else if (sizeof(int) <= sizeof(unsigned long)) {
             return PyLong_FromUnsignedLong((unsigned long) value);
 #if !CYTHON_COMPILING_IN_PYPY
-        } else if (sizeof(uint64_t) <= sizeof(unsigned PY_LONG_LONG)) {
+        } else if (sizeof(int) <= sizeof(unsigned PY_LONG_LONG)) {
             return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
 #endif
         }
     } else {
-        if (sizeof(uint64_t) <= sizeof(long)) {
+        if (sizeof(int) <= sizeof(long)) {
             return PyLong_FromLong((long) value);
-        } else if (sizeof(uint64_t) <= sizeof(PY_LONG_LONG)) {
+        } else if (sizeof(int) <= sizeof(PY_LONG_LONG)) {
             return PyLong_FromLongLong((PY_LONG_LONG) value);
         }
     }
@@ -8661,92 +19451,13 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value) {
         }
 #elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
         int one = 1; int little = (int)*(unsigned char *)&one;
-        return _PyLong_FromByteArray(bytes, sizeof(uint64_t),
+        return _PyLong_FromByteArray(bytes, sizeof(int),
                                      little, !is_unsigned);
 #else
         int one = 1; int little = (int)*(unsigned char *)&one;
         PyObject *result = NULL, *kwds = NULL;
         PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
-        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(uint64_t));
-        if (!py_bytes) goto limited_bad;
-        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
-        if (!from_bytes_str) goto limited_bad;
-        order_str = PyUnicode_FromString(little ? "little" : "big");
-        if (!order_str) goto limited_bad;
-        {
-            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
-            if (!is_unsigned) {
-                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
-                if (!signed_str) goto limited_bad;
-#if CYTHON_VECTORCALL
-                kwds = PyTuple_Pack(1, signed_str);
-#else
-                {
-                    PyObject *keys[] = {signed_str};
-                    PyObject *values[] = {Py_True};
-                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
-                }
-#endif
-                Py_DECREF(signed_str);
-                if (unlikely(!kwds)) goto limited_bad;
-            }
-            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
-        }
-        limited_bad:
-        Py_XDECREF(kwds);
-        Py_XDECREF(order_str);
-        Py_XDECREF(py_bytes);
-        Py_XDECREF(from_bytes_str);
-        return result;
-#endif
-    }
-}
-
-/* CIntToPy */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint32_t(uint32_t value) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const uint32_t neg_one = (uint32_t) -1, const_zero = (uint32_t) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    if (is_unsigned) {
-        if (sizeof(uint32_t) < sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(uint32_t) <= sizeof(unsigned long)) {
-            return PyLong_FromUnsignedLong((unsigned long) value);
-#if !CYTHON_COMPILING_IN_PYPY
-        } else if (sizeof(uint32_t) <= sizeof(unsigned PY_LONG_LONG)) {
-            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
-#endif
-        }
-    } else {
-        if (sizeof(uint32_t) <= sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(uint32_t) <= sizeof(PY_LONG_LONG)) {
-            return PyLong_FromLongLong((PY_LONG_LONG) value);
-        }
-    }
-    {
-        unsigned char *bytes = (unsigned char *)&value;
-#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
-        if (is_unsigned) {
-            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
-        } else {
-            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
-        }
-#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        return _PyLong_FromByteArray(bytes, sizeof(uint32_t),
-                                     little, !is_unsigned);
-#else
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        PyObject *result = NULL, *kwds = NULL;
-        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
-        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(uint32_t));
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(int));
         if (!py_bytes) goto limited_bad;
         from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
         if (!from_bytes_str) goto limited_bad;
@@ -8860,44 +19571,84 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_unsigned_int(unsigned int value
     }
 }
 
-/* FormatTypeName */
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-static __Pyx_TypeName
-__Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp)
-{
-    PyObject *module = NULL, *name = NULL, *result = NULL;
-    #if __PYX_LIMITED_VERSION_HEX < 0x030b0000
-    name = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
-                                               __pyx_mstate_global->__pyx_n_u_qualname);
-    #else
-    name = PyType_GetQualName(tp);
-    #endif
-    if (unlikely(name == NULL) || unlikely(!PyUnicode_Check(name))) goto bad;
-    module = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
-                                               __pyx_mstate_global->__pyx_n_u_module);
-    if (unlikely(module == NULL) || unlikely(!PyUnicode_Check(module))) goto bad;
-    if (PyUnicode_CompareWithASCIIString(module, "builtins") == 0) {
-        result = name;
-        name = NULL;
-        goto done;
-    }
-    result = PyUnicode_FromFormat("%U.%U", module, name);
-    if (unlikely(result == NULL)) goto bad;
-  done:
-    Py_XDECREF(name);
-    Py_XDECREF(module);
-    return result;
-  bad:
-    PyErr_Clear();
-    if (name) {
-        result = name;
-        name = NULL;
-    } else {
-        result = __Pyx_NewRef(__pyx_mstate_global->__pyx_kp_u__2);
-    }
-    goto done;
-}
+/* CIntToPy */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
 #endif
+    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        if (sizeof(uint64_t) < sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(uint64_t) <= sizeof(unsigned long)) {
+            return PyLong_FromUnsignedLong((unsigned long) value);
+#if !CYTHON_COMPILING_IN_PYPY
+        } else if (sizeof(uint64_t) <= sizeof(unsigned PY_LONG_LONG)) {
+            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
+#endif
+        }
+    } else {
+        if (sizeof(uint64_t) <= sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(uint64_t) <= sizeof(PY_LONG_LONG)) {
+            return PyLong_FromLongLong((PY_LONG_LONG) value);
+        }
+    }
+    {
+        unsigned char *bytes = (unsigned char *)&value;
+#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
+        if (is_unsigned) {
+            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
+        } else {
+            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
+        }
+#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        return _PyLong_FromByteArray(bytes, sizeof(uint64_t),
+                                     little, !is_unsigned);
+#else
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        PyObject *result = NULL, *kwds = NULL;
+        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(uint64_t));
+        if (!py_bytes) goto limited_bad;
+        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
+        if (!from_bytes_str) goto limited_bad;
+        order_str = PyUnicode_FromString(little ? "little" : "big");
+        if (!order_str) goto limited_bad;
+        {
+            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
+            if (!is_unsigned) {
+                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
+                if (!signed_str) goto limited_bad;
+#if CYTHON_VECTORCALL
+                kwds = PyTuple_Pack(1, signed_str);
+#else
+                {
+                    PyObject *keys[] = {signed_str};
+                    PyObject *values[] = {Py_True};
+                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
+                }
+#endif
+                Py_DECREF(signed_str);
+                if (unlikely(!kwds)) goto limited_bad;
+            }
+            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
+        }
+        limited_bad:
+        Py_XDECREF(kwds);
+        Py_XDECREF(order_str);
+        Py_XDECREF(py_bytes);
+        Py_XDECREF(from_bytes_str);
+        return result;
+#endif
+    }
+}
 
 /* CIntToPy */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_long(long value) {
@@ -9279,307 +20030,6 @@ static CYTHON_INLINE long __Pyx_PyLong_As_long(PyObject *x) {
     }
 }
 
-/* CIntFromPy */
-static int __Pyx_LargePyLong___Pyx_PyLong_As_int(PyObject *x);
-static int __Pyx_raise_neg_overflow___Pyx_PyLong_As_int(void) {
-    const char* type_name = "int";
-    PyErr_Format(PyExc_OverflowError,
-        "can't convert negative value to %.200s", type_name);
-    return (int) -1;
-}
-static int __Pyx_raise_overflow___Pyx_PyLong_As_int(void) {
-    const char* type_name = "int";
-    PyErr_Format(PyExc_OverflowError,
-        "value too large to convert to %.200s", type_name);
-    return (int) -1;
-}
-static CYTHON_INLINE int __Pyx_PyULong___Pyx_PyLong_As_int(PyObject *x) {
-    const int is_unsigned = 1;
-#if CYTHON_USE_PYLONG_INTERNALS
-    {
-        const digit* digits = __Pyx_PyLong_Digits(x);
-        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
-        if (size == 2 && (8 * sizeof(int) > 1 * PyLong_SHIFT)) {
-            if ((8 * sizeof(unsigned long) > 2 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(int) >= 2 * PyLong_SHIFT)) {
-                return (int) (((((int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
-            }
-        } else
-        if (size == 3 && (8 * sizeof(int) > 2 * PyLong_SHIFT)) {
-            if ((8 * sizeof(unsigned long) > 3 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(int) >= 3 * PyLong_SHIFT)) {
-                return (int) (((((((int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
-            }
-        } else
-        if (size == 4 && (8 * sizeof(int) > 3 * PyLong_SHIFT)) {
-            if ((8 * sizeof(unsigned long) > 4 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(int) >= 4 * PyLong_SHIFT)) {
-                return (int) (((((((((int)digits[3]) << PyLong_SHIFT) | (int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
-            }
-        } else
-        {}
-    }
-#elif CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A7
-    if (unlikely(Py_SIZE(x) < 0)) {
-        goto raise_neg_overflow;
-    }
-#else
-    {
-        int result = PyObject_RichCompareBool(x, Py_False, Py_LT);
-        if (unlikely(result < 0))
-            return (int) -1;
-        if (unlikely(result == 1))
-            goto raise_neg_overflow;
-    }
-#endif
-    if ((sizeof(int) <= sizeof(unsigned long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(int, unsigned long, PyLong_AsUnsignedLong(x))
-    } else if ((sizeof(int) <= sizeof(unsigned PY_LONG_LONG))) {
-        __PYX_VERIFY_RETURN_INT_EXC(int, unsigned PY_LONG_LONG, PyLong_AsUnsignedLongLong(x))
-    }
-    return __Pyx_LargePyLong___Pyx_PyLong_As_int(x);
-raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_int();
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_int();
-}
-static CYTHON_INLINE int __Pyx_PySLong___Pyx_PyLong_As_int(PyObject *x) {
-    const int is_unsigned = 0;
-#if CYTHON_USE_PYLONG_INTERNALS
-    if (__Pyx_PyLong_IsNeg(x)) {
-        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
-        const digit* digits = __Pyx_PyLong_Digits(x);
-        if (size == 2 && (8 * sizeof(int) > 1 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
-                long ival = - (long) (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(int, long, ival)
-            } else if ((8 * sizeof(int) - 1 > 2 * PyLong_SHIFT)) {
-                return (int) (((int) -1) * (((((int)digits[1]) << PyLong_SHIFT) | (int)digits[0])));
-            }
-        } else
-        if (size == 3 && (8 * sizeof(int) > 2 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
-                long ival = - (long) (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(int, long, ival)
-            } else if ((8 * sizeof(int) - 1 > 3 * PyLong_SHIFT)) {
-                return (int) (((int) -1) * (((((((int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0])));
-            }
-        } else
-        if (size == 4 && (8 * sizeof(int) > 3 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
-                long ival = - (long) (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(int, long, ival)
-            } else if ((8 * sizeof(int) - 1 > 4 * PyLong_SHIFT)) {
-                return (int) (((int) -1) * (((((((((int)digits[3]) << PyLong_SHIFT) | (int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0])));
-            }
-        } else
-        {}
-    } else {
-        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
-        const digit* digits = __Pyx_PyLong_Digits(x);
-        if (size == 2 && (8 * sizeof(int) > 1 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(int) - 1 > 2 * PyLong_SHIFT)) {
-                return (int) (((((int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
-            }
-        } else
-        if (size == 3 && (8 * sizeof(int) > 2 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(int) - 1 > 3 * PyLong_SHIFT)) {
-                return (int) (((((((int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
-            }
-        } else
-        if (size == 4 && (8 * sizeof(int) > 3 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(int, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(int) - 1 > 4 * PyLong_SHIFT)) {
-                return (int) (((((((((int)digits[3]) << PyLong_SHIFT) | (int)digits[2]) << PyLong_SHIFT) | (int)digits[1]) << PyLong_SHIFT) | (int)digits[0]));
-            }
-        } else
-        {}
-    }
-#endif
-    #if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-    if ((sizeof(int) <= sizeof(int)) && (sizeof(int) < sizeof(long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(int, int, PyLong_AsInt(x))
-    } else
-    #endif
-    if ((sizeof(int) <= sizeof(long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(int, long, PyLong_AsLong(x))
-    } else if ((sizeof(int) <= sizeof(PY_LONG_LONG))) {
-        __PYX_VERIFY_RETURN_INT_EXC(int, PY_LONG_LONG, PyLong_AsLongLong(x))
-    }
-    return __Pyx_LargePyLong___Pyx_PyLong_As_int(x);
-raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_int();
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_int();
-}
-static int __Pyx_LargePyLong___Pyx_PyLong_As_int(PyObject *x) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const int neg_one = (int) -1, const_zero = (int) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    int val;
-    int ret = -1;
-#if PY_VERSION_HEX >= 0x030d00A6 && !CYTHON_COMPILING_IN_LIMITED_API
-    Py_ssize_t bytes_copied = PyLong_AsNativeBytes(
-        x, &val, sizeof(val), Py_ASNATIVEBYTES_NATIVE_ENDIAN | (is_unsigned ? Py_ASNATIVEBYTES_UNSIGNED_BUFFER | Py_ASNATIVEBYTES_REJECT_NEGATIVE : 0));
-    if (unlikely(bytes_copied == -1)) {
-    } else if (unlikely(bytes_copied > (Py_ssize_t) sizeof(val))) {
-        goto raise_overflow;
-    } else {
-        ret = 0;
-    }
-#elif PY_VERSION_HEX < 0x030d0000 && !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_LIMITED_API) || defined(_PyLong_AsByteArray)
-    int one = 1; int is_little = (int)*(unsigned char *)&one;
-    unsigned char *bytes = (unsigned char *)&val;
-    ret = _PyLong_AsByteArray((PyLongObject *)x,
-                                bytes, sizeof(val),
-                                is_little, !is_unsigned);
-    if ((0)) goto raise_overflow;
-#else
-    PyObject *v;
-    PyObject *stepval = NULL, *mask = NULL, *shift = NULL;
-    int bits, remaining_bits, is_negative = 0;
-    int chunk_size = (sizeof(long) < 8) ? 30 : 62;
-    if (likely(PyLong_CheckExact(x))) {
-        v = __Pyx_NewRef(x);
-    } else {
-        v = PyNumber_Long(x);
-        if (unlikely(!v)) return (int) -1;
-        assert(PyLong_CheckExact(v));
-    }
-    {
-        int result = PyObject_RichCompareBool(v, Py_False, Py_LT);
-        if (unlikely(result < 0)) {
-            Py_DECREF(v);
-            return (int) -1;
-        }
-        is_negative = result == 1;
-    }
-    if (is_unsigned && unlikely(is_negative)) {
-        Py_DECREF(v);
-        PyErr_SetString(PyExc_OverflowError,
-            "can't convert negative value to int");
-        return (int) -1;
-    } else if (is_negative) {
-        stepval = PyNumber_Invert(v);
-        Py_DECREF(v);
-        if (unlikely(!stepval))
-            return (int) -1;
-    } else {
-        stepval = v;
-    }
-    v = NULL;
-    val = (int) 0;
-    mask = PyLong_FromLong((1L << chunk_size) - 1); if (unlikely(!mask)) goto done;
-    shift = PyLong_FromLong(chunk_size); if (unlikely(!shift)) goto done;
-    for (bits = 0; bits < (int) sizeof(int) * 8 - chunk_size; bits += chunk_size) {
-        PyObject *tmp, *digit;
-        long idigit;
-        digit = PyNumber_And(stepval, mask);
-        if (unlikely(!digit)) goto done;
-        idigit = PyLong_AsLong(digit);
-        Py_DECREF(digit);
-        if (unlikely(idigit < 0)) goto done;
-        val |= ((int) idigit) << bits;
-        tmp = PyNumber_Rshift(stepval, shift);
-        if (unlikely(!tmp)) goto done;
-        Py_DECREF(stepval); stepval = tmp;
-    }
-    Py_DECREF(shift); shift = NULL;
-    Py_DECREF(mask); mask = NULL;
-    {
-        long idigit = PyLong_AsLong(stepval);
-        if (unlikely(idigit < 0)) goto done;
-        remaining_bits = ((int) sizeof(int) * 8) - bits - (is_unsigned ? 0 : 1);
-        if (unlikely(idigit >= (1L << remaining_bits)))
-            goto raise_overflow;
-        val |= ((int) idigit) << bits;
-    }
-    if (!is_unsigned) {
-        if (unlikely(val & (((int) 1) << (sizeof(int) * 8 - 1))))
-            goto raise_overflow;
-        if (is_negative)
-            val = ~val;
-    }
-    ret = 0;
-done:
-    Py_XDECREF(shift);
-    Py_XDECREF(mask);
-    Py_XDECREF(stepval);
-#endif
-    if (unlikely(ret))
-        return (int) -1;
-    return val;
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_int();
-}
-static CYTHON_INLINE int __Pyx_PyLong___Pyx_PyLong_As_int(PyObject *x) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const int neg_one = (int) -1, const_zero = (int) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    if (is_unsigned) {
-        #if CYTHON_USE_PYLONG_INTERNALS
-        if (unlikely(__Pyx_PyLong_IsNeg(x))) {
-            goto raise_neg_overflow;
-        } else if (__Pyx_PyLong_IsCompact(x)) {
-            __PYX_VERIFY_RETURN_INT(int, __Pyx_compact_upylong, __Pyx_PyLong_CompactValueUnsigned(x))
-        } else
-        #endif
-        {
-            return __Pyx_PyULong___Pyx_PyLong_As_int(x);
-        }
-    } else {
-        #if CYTHON_USE_PYLONG_INTERNALS
-        if (__Pyx_PyLong_IsCompact(x)) {
-            __PYX_VERIFY_RETURN_INT(int, __Pyx_compact_pylong, __Pyx_PyLong_CompactValue(x))
-        } else
-        #endif
-        {
-            return __Pyx_PySLong___Pyx_PyLong_As_int(x);
-        }
-    }
-#if CYTHON_USE_PYLONG_INTERNALS
-raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_int();
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_int();
-#endif
-}
-static int __Pyx_NonPyLong___Pyx_PyLong_As_int(PyObject *x) {
-    int val;
-    PyObject *tmp = __Pyx_PyNumber_Long(x);
-    if (!tmp) return (int) -1;
-    val = __Pyx_PyLong_As_int(tmp);
-    Py_DECREF(tmp);
-    return val;
-}
-static CYTHON_INLINE int __Pyx_PyLong_As_int(PyObject *x) {
-    if (likely(PyLong_Check(x))) {
-        return __Pyx_PyLong___Pyx_PyLong_As_int(x);
-    } else {
-        return __Pyx_NonPyLong___Pyx_PyLong_As_int(x);
-    }
-}
-
 /* GetRuntimeVersion */
 #if __PYX_LIMITED_VERSION_HEX < 0x030b0000
 void __Pyx_init_runtime_version(void) {
@@ -9613,52 +20063,6 @@ static unsigned long __Pyx_get_runtime_version(void) {
 #endif
 }
 
-/* AddModuleRef */
-#if CYTHON_COMPILING_IN_CPYTHON_FREETHREADING && PY_VERSION_HEX < 0x030F00a3
-  static PyObject *__Pyx_PyImport_AddModuleObjectRef(PyObject *name) {
-      PyObject *module_dict = PyImport_GetModuleDict();
-      PyObject *m;
-      if (PyMapping_GetOptionalItem(module_dict, name, &m) < 0) {
-          return NULL;
-      }
-      if (m != NULL && PyModule_Check(m)) {
-          return m;
-      }
-      Py_XDECREF(m);
-      m = PyModule_NewObject(name);
-      if (m == NULL)
-          return NULL;
-      if (PyDict_CheckExact(module_dict)) {
-          PyObject *new_m;
-          (void)PyDict_SetDefaultRef(module_dict, name, m, &new_m);
-          Py_DECREF(m);
-          return new_m;
-      } else {
-           if (PyObject_SetItem(module_dict, name, m) != 0) {
-                Py_DECREF(m);
-                return NULL;
-            }
-            return m;
-      }
-  }
-  static PyObject *__Pyx_PyImport_AddModuleRef(const char *name) {
-      if ((PY_VERSION_HEX >= 0x030E0000) &&  Py_Version >= 0x030E0100) {
-          return PyImport_AddModuleRef(name);
-      }
-      PyObject *py_name = PyUnicode_FromString(name);
-      if (!py_name) return NULL;
-      PyObject *module = __Pyx_PyImport_AddModuleObjectRef(py_name);
-      Py_DECREF(py_name);
-      return module;
-  }
-#elif __PYX_LIMITED_VERSION_HEX < 0x030d0000
-  static PyObject *__Pyx_PyImport_AddModuleRef(const char *name) {
-      PyObject *module = PyImport_AddModule(name);
-      Py_XINCREF(module);
-      return module;
-  }
-#endif
-
 /* CheckBinaryVersion */
 static int __Pyx_check_binary_version(unsigned long ct_version, unsigned long rt_version, int allow_newer) {
     const unsigned long MAJOR_MINOR = 0xFFFF0000UL;
@@ -9680,6 +20084,152 @@ static int __Pyx_check_binary_version(unsigned long ct_version, unsigned long rt
        );
         return PyErr_WarnEx(NULL, message, 1);
     }
+}
+
+/* NewCodeObj */
+#if CYTHON_COMPILING_IN_LIMITED_API
+    static PyObject* __Pyx__PyCode_New(int a, int p, int k, int l, int s, int f,
+                                       PyObject *code, PyObject *c, PyObject* n, PyObject *v,
+                                       PyObject *fv, PyObject *cell, PyObject* fn,
+                                       PyObject *name, int fline, PyObject *lnos) {
+        PyObject *exception_table = NULL;
+        PyObject *types_module=NULL, *code_type=NULL, *result=NULL;
+        #if __PYX_LIMITED_VERSION_HEX < 0x030b0000
+        PyObject *version_info;
+        PyObject *py_minor_version = NULL;
+        #endif
+        long minor_version = 0;
+        #if __PYX_LIMITED_VERSION_HEX >= 0x030b0000
+        minor_version = 11;
+        #else
+        if (!(version_info = PySys_GetObject("version_info"))) goto end;
+        if (!(py_minor_version = PySequence_GetItem(version_info, 1))) goto end;
+        minor_version = PyLong_AsLong(py_minor_version);
+        Py_DECREF(py_minor_version);
+        if (minor_version == -1 && PyErr_Occurred()) goto end;
+        #endif
+        if (!(types_module = PyImport_ImportModule("types"))) goto end;
+        if (!(code_type = PyObject_GetAttrString(types_module, "CodeType"))) goto end;
+        if (minor_version <= 10) {
+            result = PyObject_CallFunction(code_type, "iiiiiiOOOOOOiOOO", a,p, k, l, s, f, code,
+                          c, n, v, fn, name, fline, lnos, fv, cell);
+        } else {
+            if (!(exception_table = PyBytes_FromStringAndSize(NULL, 0))) goto end;
+            result = PyObject_CallFunction(code_type, "iiiiiiOOOOOOOiOOOO", a,p, k, l, s, f, code,
+                          c, n, v, fn, name, name, fline, lnos, exception_table, fv, cell);
+        }
+    end:
+        Py_XDECREF(code_type);
+        Py_XDECREF(exception_table);
+        Py_XDECREF(types_module);
+        if (!result) {
+            PyObject *exc_type, *exc_value, *exc_tb;
+            PyErr_Fetch(&exc_type, &exc_value, &exc_tb);
+            if (PyErr_WarnFormat(
+                    PyExc_RuntimeWarning, 1,
+                    "Code object creation failed in Cython module: %S\nTry recompiling with a more recent version of Cython.",
+                    exc_value ? exc_value : exc_type) == 0) {
+                result = Py_None;
+                Py_INCREF(result);
+            }
+            Py_DECREF(exc_type);
+            Py_XDECREF(exc_value);
+            Py_XDECREF(exc_tb);
+        }
+        return result;
+    }
+#elif PY_VERSION_HEX >= 0x030B0000
+  static PyCodeObject* __Pyx__PyCode_New(int a, int p, int k, int l, int s, int f,
+                                         PyObject *code, PyObject *c, PyObject* n, PyObject *v,
+                                         PyObject *fv, PyObject *cell, PyObject* fn,
+                                         PyObject *name, int fline, PyObject *lnos) {
+    PyCodeObject *result;
+    result =
+      #if PY_VERSION_HEX >= 0x030C0000
+        PyUnstable_Code_NewWithPosOnlyArgs
+      #else
+        PyCode_NewWithPosOnlyArgs
+      #endif
+        (a, p, k, l, s, f, code, c, n, v, fv, cell, fn, name, name, fline, lnos, __pyx_mstate_global->__pyx_empty_bytes);
+    #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030c00A1
+    if (likely(result))
+        result->_co_firsttraceable = 0;
+    #endif
+    return result;
+  }
+#elif !CYTHON_COMPILING_IN_PYPY
+  #define __Pyx__PyCode_New(a, p, k, l, s, f, code, c, n, v, fv, cell, fn, name, fline, lnos)\
+          PyCode_NewWithPosOnlyArgs(a, p, k, l, s, f, code, c, n, v, fv, cell, fn, name, fline, lnos)
+#else
+  #define __Pyx__PyCode_New(a, p, k, l, s, f, code, c, n, v, fv, cell, fn, name, fline, lnos)\
+          PyCode_New(a, k, l, s, f, code, c, n, v, fv, cell, fn, name, fline, lnos)
+#endif
+static PyObject* __Pyx_PyCode_New(
+        const __Pyx_PyCode_New_function_description descr,
+        PyObject * const *varnames,
+        PyObject *filename,
+        PyObject *funcname,
+        PyObject *line_table,
+        PyObject *tuple_dedup_map
+) {
+    PyObject *code_obj = NULL, *varnames_tuple_dedup = NULL, *code_bytes = NULL;
+    Py_ssize_t var_count = (Py_ssize_t) descr.nlocals;
+    PyObject *varnames_tuple = PyTuple_New(var_count);
+    if (unlikely(!varnames_tuple)) return NULL;
+    for (Py_ssize_t i=0; i < var_count; i++) {
+        Py_INCREF(varnames[i]);
+        if (__Pyx_PyTuple_SET_ITEM(varnames_tuple, i, varnames[i]) != (0)) goto done;
+    }
+    #if CYTHON_COMPILING_IN_LIMITED_API
+    varnames_tuple_dedup = PyDict_GetItem(tuple_dedup_map, varnames_tuple);
+    if (!varnames_tuple_dedup) {
+        if (unlikely(PyDict_SetItem(tuple_dedup_map, varnames_tuple, varnames_tuple) < 0)) goto done;
+        varnames_tuple_dedup = varnames_tuple;
+    }
+    #else
+    varnames_tuple_dedup = PyDict_SetDefault(tuple_dedup_map, varnames_tuple, varnames_tuple);
+    if (unlikely(!varnames_tuple_dedup)) goto done;
+    #endif
+    #if CYTHON_AVOID_BORROWED_REFS
+    Py_INCREF(varnames_tuple_dedup);
+    #endif
+    if (__PYX_LIMITED_VERSION_HEX >= (0x030b0000) && line_table != NULL && !CYTHON_COMPILING_IN_GRAAL) {
+        Py_ssize_t line_table_length = __Pyx_PyBytes_GET_SIZE(line_table);
+        #if !CYTHON_ASSUME_SAFE_SIZE
+        if (unlikely(line_table_length == -1)) goto done;
+        #endif
+        Py_ssize_t code_len = (line_table_length * 2 + 4) & ~3LL;
+        code_bytes = PyBytes_FromStringAndSize(NULL, code_len);
+        if (unlikely(!code_bytes)) goto done;
+        char* c_code_bytes = PyBytes_AsString(code_bytes);
+        if (unlikely(!c_code_bytes)) goto done;
+        memset(c_code_bytes, 0, (size_t) code_len);
+    }
+    code_obj = (PyObject*) __Pyx__PyCode_New(
+        (int) descr.argcount,
+        (int) descr.num_posonly_args,
+        (int) descr.num_kwonly_args,
+        (int) descr.nlocals,
+        0,
+        (int) descr.flags,
+        code_bytes ? code_bytes : __pyx_mstate_global->__pyx_empty_bytes,
+        __pyx_mstate_global->__pyx_empty_tuple,
+        __pyx_mstate_global->__pyx_empty_tuple,
+        varnames_tuple_dedup,
+        __pyx_mstate_global->__pyx_empty_tuple,
+        __pyx_mstate_global->__pyx_empty_tuple,
+        filename,
+        funcname,
+        (int) descr.first_line,
+        (__PYX_LIMITED_VERSION_HEX >= (0x030b0000) && line_table) ? line_table : __pyx_mstate_global->__pyx_empty_bytes
+    );
+done:
+    Py_XDECREF(code_bytes);
+    #if CYTHON_AVOID_BORROWED_REFS
+    Py_XDECREF(varnames_tuple_dedup);
+    #endif
+    Py_DECREF(varnames_tuple);
+    return code_obj;
 }
 
 /* DecompressString */
@@ -9750,6 +20300,65 @@ import_failed:
 bad:
     Py_XDECREF(module);
     Py_DECREF(methodname);
+    return NULL;
+#endif
+}
+
+/* DecompressString_LZSS */
+#ifndef __Pyx_DecompressString_LZSS_UNUSED
+CYTHON_UNUSED
+static CYTHON_SMALL_CODE size_t __pyx_lzss_decompress(const uint8_t* src, uint8_t* dst, size_t dst_len) {
+    size_t pos = 0, out_pos = 0;
+    while (1) {
+        uint32_t flags = src[pos++] | 0xFF00;
+        while (flags & 0x100) {
+            if (flags & 1) {
+                dst[out_pos++] = src[pos++];
+            } else {
+                uint32_t lo = src[pos++], hi = src[pos++];
+                uint32_t end_offset_of_last_occurrence, match_length;
+                if (!(lo & 0x80)) {
+                    end_offset_of_last_occurrence = lo;
+                    match_length = hi;
+                } else if (!(hi & 0x80)) {
+                    end_offset_of_last_occurrence = 0x80 + (((hi << 2) & 0x180) | (lo & 0x7F));
+                    match_length = hi & 0x1F;
+                } else {
+                    end_offset_of_last_occurrence = 0x80 + ((hi & 0x7F) << 7 | (lo & 0x7F));
+                    match_length = src[pos++];
+                }
+                match_length += 3;
+                size_t ref_pos = out_pos - end_offset_of_last_occurrence - match_length;
+                memcpy(dst + out_pos, dst + ref_pos, match_length);
+                out_pos += match_length;
+            }
+            if (out_pos >= dst_len) return pos;
+            flags >>= 1;
+        }
+    }
+}
+#endif
+static CYTHON_SMALL_CODE PyObject *__Pyx_DecompressString_LZSS(const char *s, size_t compressed_length, size_t uncompressed_length) {
+#ifdef __Pyx_DecompressString_LZSS_UNUSED
+    CYTHON_UNUSED_VAR(s);
+    CYTHON_UNUSED_VAR(compressed_length);
+    CYTHON_UNUSED_VAR(uncompressed_length);
+    return NULL;
+#else
+    PyObject *result;
+    unsigned char *result_data;
+    size_t src_length;
+    result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t) uncompressed_length);
+    if (unlikely(!result)) return NULL;
+    result_data = __Pyx_PyBytes_AsWritableUString(result);
+    if (unlikely(!result_data)) goto bad;
+    src_length = __pyx_lzss_decompress((const uint8_t*) s, result_data, uncompressed_length);
+    if (unlikely(src_length != compressed_length)) goto decompression_failed;
+    return result;
+decompression_failed:
+    PyErr_SetString(PyExc_RuntimeError, "LZSS string data decompression failed");
+bad:
+    Py_DECREF(result);
     return NULL;
 #endif
 }

@@ -1249,12 +1249,358 @@ static int __Pyx_init_tpflags_variables(void) {
   #endif
 #endif
 
-#define __PYX_HAVE__ivshmem__native__areas
-#define __PYX_HAVE_API__ivshmem__native__areas
+#define __PYX_HAVE__ivshmem__channel__roles
+#define __PYX_HAVE_API__ivshmem__channel__roles
 /* Early includes */
 #include <stdint.h>
-#include "ivshmem_channel/directory.h"
-#include "ivshmem_channel/records.h"
+#include "ivshmem_channel.h"
+#include <string.h>
+#include <stdio.h>
+#include <errno.h>
+#include <time.h>
+#include <unistd.h>
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <sys/eventfd.h>
+#include <sys/timerfd.h>
+#include <poll.h>
+#include <sys/epoll.h>
+#include <sys/uio.h>
+#include <sys/socket.h>
+#include <sys/mman.h>
+
+    #include <sys/socket.h>
+
+    /* The control buffer of a message, which carries one descriptor. On 64-bit machines
+       CMSG_SPACE(sizeof(int)) has room for a second one: a receiver must look at cmsg_len. */
+    typedef union {
+        struct cmsghdr align;
+        char bytes[CMSG_SPACE(sizeof(int))];
+    } ivshmem_control;
+
+    /* Since Linux 5.14; older headers lack the name. */
+    #ifndef MADV_POPULATE_READ
+    #define MADV_POPULATE_READ 22
+    #endif
+    #ifndef MADV_POPULATE_WRITE
+    #define MADV_POPULATE_WRITE 23
+    #endif
+
+    /* Faults a page in for writing, and changes nothing that another process may be writing. */
+    static inline void ivshmem_touch(volatile char *byte)
+    {
+        __atomic_fetch_or(byte, 0, __ATOMIC_RELAXED);
+    }
+    
+#include <linux/aio_abi.h>
+
+    #include <linux/aio_abi.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    static inline long ivshmem_io_setup(unsigned int events, aio_context_t *context)
+    {
+        return syscall(SYS_io_setup, events, context);
+    }
+    static inline long ivshmem_io_submit(aio_context_t context, long count, struct iocb **requests)
+    {
+        return syscall(SYS_io_submit, context, count, requests);
+    }
+    static inline long ivshmem_io_destroy(aio_context_t context)
+    {
+        return syscall(SYS_io_destroy, context);
+    }
+
+    /* A context is the address of its ring, in which the kernel notes each request that has ended.
+       The ring begins with these fields. libaio relies on that as well. */
+    struct ivshmem_aio_ring {
+        unsigned id, nr, head, tail, magic;
+    };
+    static inline int ivshmem_io_has_ring(aio_context_t context)
+    {
+        return ((const struct ivshmem_aio_ring *)context)->magic == 0xa10a10a1;
+    }
+    static inline int ivshmem_io_any_end(aio_context_t context)
+    {
+        const struct ivshmem_aio_ring *ring = (const struct ivshmem_aio_ring *)context;
+        return __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE) != ring->head;
+    }
+
+    /* Takes the ends of `count` requests off the ring. There must be no other requests. They end
+       within io_submit, so it is enough to advance the ring's head, which user space may do. That
+       saves a system call, a third of the time. */
+    static inline void ivshmem_io_forget(aio_context_t context, long count)
+    {
+        struct ivshmem_aio_ring *ring = (struct ivshmem_aio_ring *)context;
+        struct io_event ends[64];
+        if (ivshmem_io_has_ring(context)) {
+            unsigned tail = __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE);
+            if ((tail + ring->nr - ring->head) % ring->nr == (unsigned)count) {
+                __atomic_store_n(&ring->head, tail, __ATOMIC_RELEASE);
+                return;
+            }
+        }
+        while (count > 0) {
+            long n = syscall(SYS_io_getevents, context, 1L, count < 64 ? count : 64L, ends, NULL);
+            count -= n > 0 ? n : 0;
+        }
+    }
+    
+
+    #include <stdint.h>
+
+    /* All stores before this line, also write-combined ones, come before the stores after it. */
+    static inline void ivshmem_write_barrier(void)
+    {
+    #if defined(__x86_64__) || defined(__i386__)
+        __asm__ __volatile__("sfence" ::: "memory");
+    #elif defined(__aarch64__)
+        __asm__ __volatile__("dsb st" ::: "memory");
+    #else
+        __sync_synchronize();
+    #endif
+    }
+
+    /* A device's registers are little-endian. Each access is one load or store. */
+    static inline uint32_t ivshmem_load32(const void *address)
+    {
+        uint32_t value = *(const volatile uint32_t *)address;
+    #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+        value = __builtin_bswap32(value);
+    #endif
+        return value;
+    }
+    static inline void ivshmem_store32(void *address, uint32_t value)
+    {
+    #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+        value = __builtin_bswap32(value);
+    #endif
+        ivshmem_write_barrier();
+        *(volatile uint32_t *)address = value;
+    }
+    
+
+    #include <stdint.h>
+
+    /* One operation on a word of 64 bits, or of 32 if not `wide`. */
+    #define IVSHMEM_ON(operation, ...)                    \
+        (wide ? operation((uint64_t *)word, __VA_ARGS__)  \
+              : operation((uint32_t *)word, __VA_ARGS__))
+
+    /* The compilers treat an order that is not a constant as seq_cst. So each order has a case. */
+    static inline uint64_t word_load(void *word, int wide, int order)
+    {
+        switch (order) {
+        case __ATOMIC_RELAXED: return IVSHMEM_ON(__atomic_load_n, __ATOMIC_RELAXED);
+        case __ATOMIC_ACQUIRE: return IVSHMEM_ON(__atomic_load_n, __ATOMIC_ACQUIRE);
+        default: return IVSHMEM_ON(__atomic_load_n, __ATOMIC_SEQ_CST);
+        }
+    }
+    static inline void word_store(void *word, int wide, uint64_t value, int order)
+    {
+        switch (order) {
+        case __ATOMIC_RELAXED: IVSHMEM_ON(__atomic_store_n, value, __ATOMIC_RELAXED); break;
+        case __ATOMIC_RELEASE: IVSHMEM_ON(__atomic_store_n, value, __ATOMIC_RELEASE); break;
+        default: IVSHMEM_ON(__atomic_store_n, value, __ATOMIC_SEQ_CST);
+        }
+    }
+
+    /* Operations that change the word and return its old value. */
+    #define IVSHMEM_CHANGE(name, operation)                                                      \
+        static inline uint64_t name(void *word, int wide, uint64_t value, int order)             \
+        {                                                                                        \
+            switch (order) {                                                                     \
+            case __ATOMIC_RELAXED: return IVSHMEM_ON(operation, value, __ATOMIC_RELAXED);        \
+            case __ATOMIC_ACQUIRE: return IVSHMEM_ON(operation, value, __ATOMIC_ACQUIRE);        \
+            case __ATOMIC_RELEASE: return IVSHMEM_ON(operation, value, __ATOMIC_RELEASE);        \
+            case __ATOMIC_ACQ_REL: return IVSHMEM_ON(operation, value, __ATOMIC_ACQ_REL);        \
+            default: return IVSHMEM_ON(operation, value, __ATOMIC_SEQ_CST);                      \
+            }                                                                                    \
+        }
+    IVSHMEM_CHANGE(word_exchange, __atomic_exchange_n)
+    IVSHMEM_CHANGE(word_add, __atomic_fetch_add)
+    IVSHMEM_CHANGE(word_sub, __atomic_fetch_sub)
+    IVSHMEM_CHANGE(word_and, __atomic_fetch_and)
+    IVSHMEM_CHANGE(word_or, __atomic_fetch_or)
+    IVSHMEM_CHANGE(word_xor, __atomic_fetch_xor)
+
+    /* If the word is not as expected, it is only loaded, and a load cannot have release order. */
+    #define IVSHMEM_COMPARE(type, order, otherwise)                                              \
+        {                                                                                        \
+            type seen = (type)expected;                                                          \
+            __atomic_compare_exchange_n((type *)word, &seen, (type)desired, 0, order, otherwise); \
+            return seen;                                                                         \
+        }
+    #define IVSHMEM_CASE(order, otherwise)                                                       \
+        case order:                                                                              \
+            if (wide)                                                                            \
+                IVSHMEM_COMPARE(uint64_t, order, otherwise)                                      \
+            IVSHMEM_COMPARE(uint32_t, order, otherwise)
+    static inline uint64_t word_compare_exchange(void *word, int wide, uint64_t expected,
+                                                    uint64_t desired, int order)
+    {
+        switch (order) {
+            IVSHMEM_CASE(__ATOMIC_RELAXED, __ATOMIC_RELAXED)
+            IVSHMEM_CASE(__ATOMIC_ACQUIRE, __ATOMIC_ACQUIRE)
+            IVSHMEM_CASE(__ATOMIC_RELEASE, __ATOMIC_RELAXED)
+            IVSHMEM_CASE(__ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)
+        default:
+            IVSHMEM_CASE(__ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)
+        }
+    }
+    
+
+    /* One word that counts the calls which use an object without the GIL, and says whether the
+       object is closing. The last user of a closing object frees it. Because it is one word, no
+       order of events frees the object twice, or never. */
+    #define IVSHMEM_CLOSING (1u << 31)
+
+    /* Count one user more; 0: the object is closing. */
+    static inline int ivshmem_enter(unsigned int *state)
+    {
+        unsigned int seen = __atomic_load_n(state, __ATOMIC_RELAXED);
+        do {
+            if (seen & IVSHMEM_CLOSING)
+                return 0;
+        } while (!__atomic_compare_exchange_n(state, &seen, seen + 1, 1, __ATOMIC_ACQUIRE,
+                                              __ATOMIC_RELAXED));
+        return 1;
+    }
+    /* Count one user less; 1: the caller must free the object. */
+    static inline int ivshmem_leave(unsigned int *state)
+    {
+        return __atomic_sub_fetch(state, 1, __ATOMIC_ACQ_REL) == IVSHMEM_CLOSING;
+    }
+    /* Admit no more users; 1: the caller must free the object. */
+    static inline int ivshmem_shut(unsigned int *state)
+    {
+        return __atomic_fetch_or(state, IVSHMEM_CLOSING, __ATOMIC_ACQ_REL) == 0;
+    }
+    static inline unsigned int ivshmem_state(const unsigned int *state)
+    {
+        return __atomic_load_n(state, __ATOMIC_ACQUIRE);
+    }
+
+    /* Loads and stores before this line happen before loads and stores after it. If two sides each
+       store a word, fence, and then load the other's word, at least one of them sees the other's
+       store. */
+    static inline void ivshmem_fence(void)
+    {
+        __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    }
+
+    /* Adds to a number, and returns the sum. This is a full barrier. On x86 the locked instruction
+       is one by itself. On arm64 without LSE a later load can pass the addition's store. */
+    static inline int ivshmem_count(int *number, int amount)
+    {
+    #if defined(__x86_64__) || defined(__i386__)
+        return __atomic_add_fetch(number, amount, __ATOMIC_SEQ_CST);
+    #else
+        int result;
+        ivshmem_fence();
+        result = __atomic_add_fetch(number, amount, __ATOMIC_SEQ_CST);
+        ivshmem_fence();
+        return result;
+    #endif
+    }
+
+    /* For an array that grows while other threads read it without a lock. A reader that sees a
+       length finds that many elements. A reader that sees a new address finds the old elements
+       there. */
+    static inline Py_ssize_t ivshmem_length(const Py_ssize_t *length)
+    {
+        return __atomic_load_n(length, __ATOMIC_ACQUIRE);
+    }
+    static inline void ivshmem_set_length(Py_ssize_t *length, Py_ssize_t value)
+    {
+        __atomic_store_n(length, value, __ATOMIC_RELEASE);
+    }
+    static inline int *ivshmem_elements(int *const *elements)
+    {
+        return __atomic_load_n(elements, __ATOMIC_ACQUIRE);
+    }
+    static inline void ivshmem_set_elements(int **elements, int *value)
+    {
+        __atomic_store_n(elements, value, __ATOMIC_RELEASE);
+    }
+
+    /* Tells the processor that a loop waits for memory. */
+    static inline void ivshmem_pause(void)
+    {
+    #if defined(__x86_64__) || defined(__i386__)
+        __builtin_ia32_pause();
+    #elif defined(__aarch64__)
+        __asm__ __volatile__("yield" ::: "memory");
+    #endif
+    }
+    
+
+    /* If there are no users, admit no more. Returns the state before; 0: the caller must free. */
+    static inline unsigned int ivshmem_shut_unused(unsigned int *state)
+    {
+        unsigned int seen = 0;
+        __atomic_compare_exchange_n(state, &seen, IVSHMEM_CLOSING, 0, __ATOMIC_ACQ_REL,
+                                    __ATOMIC_ACQUIRE);
+        return seen;
+    }
+
+    /* ivshmem_enter and ivshmem_leave for a call that keeps the GIL. While it does, no other thread
+       can close the object. So only a Python without a GIL has to count such calls. */
+    static inline int ivshmem_enter_held(unsigned int *state)
+    {
+    #ifdef Py_GIL_DISABLED
+        return ivshmem_enter(state);
+    #else
+        return !(*state & IVSHMEM_CLOSING);
+    #endif
+    }
+    static inline int ivshmem_leave_held(unsigned int *state)
+    {
+    #ifdef Py_GIL_DISABLED
+        return ivshmem_leave(state);
+    #else
+        (void)state;
+        return 0;
+    #endif
+    }
+    
+
+    /* Whether this is the only Python thread, so that no other can wait for the interpreter. */
+    static inline int ivshmem_is_only_thread(void)
+    {
+    #ifdef Py_GIL_DISABLED
+        return 0; /* there is no GIL: to release it costs nothing */
+    #endif
+        PyInterpreterState *interpreter = PyInterpreterState_Head();
+        return PyInterpreterState_Next(interpreter) == NULL
+               && PyThreadState_Next(PyInterpreterState_ThreadHead(interpreter)) == NULL;
+    }
+    
+
+    #include <sched.h>
+    #include <signal.h>
+    #include <sys/prctl.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    /* fork(2), but parent and child have one table of descriptors. What either of them opens or
+       closes is open or closed in both. glibc keeps the thread's number at an address that the
+       kernel clears at the thread's end. The child needs its own number there, as after fork.
+       (Kernels without checkpoint/restore do not tell the address. Only raise(3) would need it.) */
+    static inline long ivshmem_fork_sharing_files(void)
+    {
+        int *tid = 0;
+        unsigned long flags = CLONE_FILES | SIGCHLD;
+        if (prctl(PR_GET_TID_ADDRESS, &tid) == 0 && tid != 0)
+            flags |= CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID;
+    #if defined(__x86_64__)
+        return syscall(SYS_clone, flags, 0L, 0L, tid, 0L);
+    #else /* CONFIG_CLONE_BACKWARDS: the last two arguments are swapped */
+        return syscall(SYS_clone, flags, 0L, 0L, 0L, tid);
+    #endif
+    }
+    
+#include <stdlib.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif /* _OPENMP */
@@ -1472,8 +1818,16 @@ static const char * const __pyx_cfilenm = __FILE__;
 /* #### Code section: filename_table ### */
 
 static const char* const __pyx_f[] = {
-  "ivshmem/native/areas.pyx",
+  "ivshmem/channel/roles.pyx",
+  "ivshmem/channel/roles.pxd",
+  "(tree fragment)",
+  "cpython/type.pxd",
+  "ivshmem/native/descriptors.pxd",
+  "ivshmem/native/bell.pxd",
   "ivshmem/native/mapping.pxd",
+  "ivshmem/native/spin.pxd",
+  "ivshmem/_core.pxd",
+  "ivshmem/channel/membership.pxd",
 };
 /* #### Code section: utility_code_proto_before_types ### */
 /* Atomics.proto (used by UnpackUnboundCMethod) */
@@ -1649,6 +2003,9 @@ static const char* const __pyx_f[] = {
 #define __Pyx_FastGIL_Forget()
 #define __Pyx_FastGilFuncInit()
 
+/* IncludeStructmemberH.proto (used by CythonFunctionShared) */
+#include <structmember.h>
+
 /* ForceInitThreads.proto */
 #ifndef __PYX_FORCE_INIT_THREADS
   #define __PYX_FORCE_INIT_THREADS 0
@@ -1659,33 +2016,333 @@ static const char* const __pyx_f[] = {
 /* #### Code section: type_declarations ### */
 
 /*--- Type declarations ---*/
+struct __pyx_obj_7ivshmem_6native_11descriptors_Fd;
+struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray;
+struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller;
+struct __pyx_obj_7ivshmem_6native_11descriptors_Relay;
+struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll;
+struct __pyx_obj_7ivshmem_6native_4bell_Doorbell;
 struct __pyx_obj_7ivshmem_6native_7mapping_Mapping;
 struct __pyx_obj_7ivshmem_6native_7mapping_Atomic;
 struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32;
 struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64;
 struct __pyx_obj_7ivshmem_6native_7mapping_Registers;
+struct __pyx_obj_7ivshmem_6native_4spin_Spinner;
+struct __pyx_obj_7ivshmem_5_core_Doorbells;
+struct __pyx_obj_7ivshmem_7channel_10membership_Membership;
+struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup;
+struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd;
+struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd;
+struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd;
 
-/* "ivshmem/native/areas.pyx":50
- * Area.__doc__ = """An area, as its header says: bytes, numbers of table entries, units of data."""
+/* "descriptors.pxd":10
+ * )
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
- *     # Bytes of an area for each place and each record, if the caller does not say how many.
- *     FOR_A_PLACE = 1 << 14
+ *     # Messages in one sendmmsg or recvmmsg call, and events in one epoll_wait: the arrays stand on
+ *     # the stack, and a default socket buffer holds no more than 278 messages anyway.
+*/
+enum  {
+  __pyx_e_7ivshmem_6native_11descriptors_BATCH = 64,
+  __pyx_e_7ivshmem_6native_11descriptors_OUTGROWN = 24
+};
+struct __pyx_t_7ivshmem_6native_4bell_Bell;
+
+/* "native/bell.pxd":8
+ * 
+ * # Called for each interrupt that Doorbells.serve takes, without the GIL; what is not 0 ends it.
+ * ctypedef int (*Handler)(void *context, int64_t rings) noexcept nogil             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+typedef int (*__pyx_t_7ivshmem_6native_4bell_Handler)(void *, int64_t);
+
+/* "native/bell.pxd":11
+ * 
+ * 
+ * cdef struct Bell:             # <<<<<<<<<<<<<<
+ *     unsigned int *state  # of what rings: either is borrowed, the other NULL
+ *     void *fds  # FdArray: the eventfd `fd` is one of these
+*/
+struct __pyx_t_7ivshmem_6native_4bell_Bell {
+  unsigned int *state;
+  void *fds;
+  void *registers;
+  int fd;
+  Py_ssize_t at;
+  uint32_t value;
+};
+struct __pyx_t_7ivshmem_6native_4spin_Habit;
+struct __pyx_t_7ivshmem_6native_4spin_Turn;
+
+/* "native/spin.pxd":5
+ * from libc.stdint cimport int64_t, uint32_t
+ * 
+ * cdef enum:             # <<<<<<<<<<<<<<
+ *     # A spin as long as the learner thinks best, where others give nanoseconds.
+ *     SPIN_AUTO = -1
 */
 enum  {
 
-  /* "ivshmem/native/areas.pyx":53
- *     # Bytes of an area for each place and each record, if the caller does not say how many.
- *     FOR_A_PLACE = 1 << 14
- *     FOR_A_RECORD = 1 << 16             # <<<<<<<<<<<<<<
+  /* "native/spin.pxd":8
+ *     # A spin as long as the learner thinks best, where others give nanoseconds.
+ *     SPIN_AUTO = -1
+ *     HABITS = 1 << 6             # <<<<<<<<<<<<<<
  * 
- * cdef int memory_of(Mapping mapping, ivshmem_memory *memory) except -1:
+ * 
 */
-  __pyx_e_7ivshmem_6native_5areas_FOR_A_PLACE = (1 << 14),
-  __pyx_e_7ivshmem_6native_5areas_FOR_A_RECORD = (1 << 16)
+  __pyx_e_7ivshmem_6native_4spin_SPIN_AUTO = -1L,
+  __pyx_e_7ivshmem_6native_4spin_HABITS = (1 << 6)
 };
 
-/* "mapping.pxd":6
+/* "native/spin.pxd":11
+ * 
+ * 
+ * cdef struct Habit:             # <<<<<<<<<<<<<<
+ *     int64_t gap  # nanoseconds from the beginning of a spin to its success, smoothed
+ *     uint32_t losses  # spins in a row that found nothing
+*/
+struct __pyx_t_7ivshmem_6native_4spin_Habit {
+  int64_t gap;
+  uint32_t losses;
+  uint32_t wins;
+  uint32_t pause;
+  uint32_t left;
+};
+
+/* "native/spin.pxd":19
+ * 
+ * 
+ * cdef struct Turn:             # <<<<<<<<<<<<<<
+ *     int64_t left  # nanoseconds that one wait may still spin
+ *     int64_t done  # and those it has
+*/
+struct __pyx_t_7ivshmem_6native_4spin_Turn {
+  int64_t left;
+  int64_t done;
+};
+
+/* "native/spin.pxd":25
+ * 
+ * # A look at something that may have come: 0 if it has not; it calls nothing of Python.
+ * ctypedef int64_t (*Probe)(void *what) noexcept nogil             # <<<<<<<<<<<<<<
+ * 
+ * cdef int64_t spin_of(object spin) except -2
+*/
+typedef int64_t (*__pyx_t_7ivshmem_6native_4spin_Probe)(void *);
+struct __pyx_t_7ivshmem_5_core_Wait;
+struct __pyx_t_7ivshmem_5_core_Watched;
+struct __pyx_opt_args_7ivshmem_5_core_9Doorbells_doorbell;
+
+/* "_core.pxd":26
+ * from .native.spin cimport Spinner, Turn
+ * 
+ * cdef enum:             # <<<<<<<<<<<<<<
+ *     # What wait_nogil returns, beside -errno, when `attend` has something to do.
+ *     NEWS = -4096
+*/
+enum  {
+  __pyx_e_7ivshmem_5_core_NEWS = -4096L
+};
+
+/* "_core.pxd":32
+ * 
+ * # One wait, until it has brought something.
+ * cdef struct Wait:             # <<<<<<<<<<<<<<
+ *     int64_t deadline
+ *     int64_t spin
+*/
+struct __pyx_t_7ivshmem_5_core_Wait {
+  int64_t deadline;
+  int64_t spin;
+  int alone;
+  struct __pyx_t_7ivshmem_6native_4spin_Turn turn;
+};
+
+/* "_core.pxd":47
+ * 
+ * 
+ * cdef struct Watched:             # <<<<<<<<<<<<<<
+ *     void *address  # of a word, pinned
+ *     bint wide  # 64 bits
+*/
+struct __pyx_t_7ivshmem_5_core_Watched {
+  void *address;
+  int wide;
+  uint64_t old;
+  uint64_t seen;
+  void *sleeping;
+  int sleeping_wide;
+};
+
+/* "_core.pxd":97
+ *         int *stopped,
+ *     ) except -1
+ *     cpdef Doorbell doorbell(self, peer, Py_ssize_t vector=*)             # <<<<<<<<<<<<<<
+ * 
+ *     # The rest is internal.
+*/
+struct __pyx_opt_args_7ivshmem_5_core_9Doorbells_doorbell {
+  int __pyx_n;
+  Py_ssize_t vector;
+};
+struct __pyx_t_7ivshmem_7channel_10membership_Rings;
+
+/* "membership.pxd":12
+ * from .header cimport ivshmem_channel, ivshmem_member, ivshmem_place, ivshmem_pulse
+ * 
+ * cdef enum:             # <<<<<<<<<<<<<<
+ *     MOST_RINGS = 192
+ * 
+*/
+enum  {
+  __pyx_e_7ivshmem_7channel_10membership_MOST_RINGS = 0xC0
+};
+
+/* "membership.pxd":16
+ * 
+ * 
+ * cdef struct Rings:             # <<<<<<<<<<<<<<
+ *     uint32_t targets[MOST_RINGS]  # peer << 16 | vector, to be rung
+ *     int count
+*/
+struct __pyx_t_7ivshmem_7channel_10membership_Rings {
+  uint32_t targets[__pyx_e_7ivshmem_7channel_10membership_MOST_RINGS];
+  int count;
+};
+struct __pyx_t_7ivshmem_7channel_5roles_Held;
+
+/* "ivshmem/channel/roles.pxd":8
+ * from .membership cimport ChannelEnd, Membership
+ * 
+ * cdef enum:             # <<<<<<<<<<<<<<
+ *     # Bytes from which on a copy releases the GIL, as in native/mapping.pyx.
+ *     LARGE = 1 << 18
+*/
+enum  {
+
+  /* "ivshmem/channel/roles.pxd":10
+ * cdef enum:
+ *     # Bytes from which on a copy releases the GIL, as in native/mapping.pyx.
+ *     LARGE = 1 << 18             # <<<<<<<<<<<<<<
+ *     # Messages in a row that a writer may overwrite during their copies, before a call gives up.
+ *     TRIES = 64
+*/
+  __pyx_e_7ivshmem_7channel_5roles_LARGE = (1 << 18),
+  __pyx_e_7ivshmem_7channel_5roles_TRIES = 64
+};
+
+/* "ivshmem/channel/roles.pxd":20
+ * 
+ * 
+ * cdef struct Held:             # <<<<<<<<<<<<<<
+ *     unsigned writer
+ *     uint64_t position
+*/
+struct __pyx_t_7ivshmem_7channel_5roles_Held {
+  unsigned int writer;
+  uint64_t position;
+};
+
+/* "descriptors.pxd":86
+ * 
+ * 
+ * cdef class Fd:             # <<<<<<<<<<<<<<
+ *     cdef int number  # -1: it is closed, or has another owner
+ * 
+*/
+struct __pyx_obj_7ivshmem_6native_11descriptors_Fd {
+  PyObject_HEAD
+  int number;
+};
+
+
+/* "descriptors.pxd":93
+ * 
+ * 
+ * cdef class FdArray:             # <<<<<<<<<<<<<<
+ *     cdef int *fds
+ *     cdef Py_ssize_t count
+*/
+struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtab;
+  int *fds;
+  Py_ssize_t count;
+  Py_ssize_t room;
+  unsigned int state;
+  int *outgrown[__pyx_e_7ivshmem_6native_11descriptors_OUTGROWN];
+  int outgrown_count;
+};
+
+
+/* "descriptors.pxd":117
+ * 
+ * 
+ * cdef class Signaller:             # <<<<<<<<<<<<<<
+ *     cdef aio_context_t context
+ *     cdef int zero
+*/
+struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtab;
+  aio_context_t context;
+  int zero;
+  int pid;
+  PyObject *__weakref__;
+};
+
+
+/* "descriptors.pxd":127
+ * 
+ * 
+ * cdef class Relay:             # <<<<<<<<<<<<<<
+ *     cdef aio_context_t context
+ *     cdef int pid
+*/
+struct __pyx_obj_7ivshmem_6native_11descriptors_Relay {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtab;
+  aio_context_t context;
+  int pid;
+};
+
+
+/* "descriptors.pxd":134
+ * 
+ * 
+ * cdef class Epoll:             # <<<<<<<<<<<<<<
+ *     cdef int epfd
+ * 
+*/
+struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll *__pyx_vtab;
+  int epfd;
+};
+
+
+/* "native/bell.pxd":23
+ * 
+ * 
+ * cdef class Doorbell:             # <<<<<<<<<<<<<<
+ *     cdef object endpoint
+ *     cdef object owner  # of what `bell` borrows
+*/
+struct __pyx_obj_7ivshmem_6native_4bell_Doorbell {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell *__pyx_vtab;
+  PyObject *endpoint;
+  PyObject *owner;
+  PyObject *peer;
+  Py_ssize_t vector;
+  struct __pyx_t_7ivshmem_6native_4bell_Bell bell;
+  int nowait;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *signaller;
+};
+
+
+/* "native/mapping.pxd":6
  * 
  * 
  * cdef class Mapping:             # <<<<<<<<<<<<<<
@@ -1703,7 +2360,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_Mapping {
 };
 
 
-/* "mapping.pxd":20
+/* "native/mapping.pxd":20
  * 
  * 
  * cdef class Atomic:             # <<<<<<<<<<<<<<
@@ -1719,7 +2376,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_Atomic {
 };
 
 
-/* "mapping.pxd":31
+/* "native/mapping.pxd":31
  * 
  * 
  * cdef class AtomicU32(Atomic):             # <<<<<<<<<<<<<<
@@ -1731,7 +2388,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32 {
 };
 
 
-/* "mapping.pxd":35
+/* "native/mapping.pxd":35
  * 
  * 
  * cdef class AtomicU64(Atomic):             # <<<<<<<<<<<<<<
@@ -1743,7 +2400,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64 {
 };
 
 
-/* "mapping.pxd":39
+/* "native/mapping.pxd":39
  * 
  * 
  * cdef class Registers:             # <<<<<<<<<<<<<<
@@ -1763,8 +2420,239 @@ struct __pyx_obj_7ivshmem_6native_7mapping_Registers {
 };
 
 
+/* "native/spin.pxd":30
+ * 
+ * 
+ * cdef class Spinner:             # <<<<<<<<<<<<<<
+ *     cdef Habit habits[HABITS]
+ * 
+*/
+struct __pyx_obj_7ivshmem_6native_4spin_Spinner {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *__pyx_vtab;
+  struct __pyx_t_7ivshmem_6native_4spin_Habit habits[__pyx_e_7ivshmem_6native_4spin_HABITS];
+};
 
-/* "mapping.pxd":6
+
+/* "_core.pxd":56
+ * 
+ * 
+ * cdef class Doorbells:             # <<<<<<<<<<<<<<
+ *     cdef dict bells  # peer -> FdArray
+ *     cdef FdArray own
+*/
+struct __pyx_obj_7ivshmem_5_core_Doorbells {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *__pyx_vtab;
+  PyObject *bells;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *own;
+  struct __pyx_obj_7ivshmem_6native_7mapping_Registers *registers;
+  Py_ssize_t register_at;
+  Py_ssize_t bells_each;
+  int uio;
+  int uio_known;
+  uint32_t uio_count;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *wake;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *queued;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *told;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *epoll;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *outer;
+  unsigned int state;
+  uint64_t nonblocking;
+  int sleepers;
+  int watched;
+  int urgent;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *relay;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *signaller;
+  int pid;
+  struct __pyx_obj_7ivshmem_6native_4spin_Spinner *spinner;
+};
+
+
+/* "membership.pxd":25
+ * 
+ * 
+ * cdef class Membership:             # <<<<<<<<<<<<<<
+ *     cdef ivshmem_member member
+ *     cdef ivshmem_pulse *pulses
+*/
+struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_vtab;
+  struct ivshmem_member member;
+  struct ivshmem_pulse *pulses;
+  struct __pyx_t_7ivshmem_7channel_10membership_Rings rings;
+  struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *mapping;
+  PyObject *endpoint;
+  struct __pyx_obj_7ivshmem_5_core_Doorbells *doorbells;
+  Py_ssize_t vector;
+  PyObject *bells;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *kick;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *ending;
+  PyObject *ends;
+  PyObject *threads;
+  PyObject *loops;
+  int told;
+  int polls;
+  int watchers;
+  unsigned int state;
+  unsigned int generation;
+  int pinned;
+  int64_t beat;
+};
+
+
+/* "membership.pxd":21
+ * 
+ * 
+ * cdef class Wakeup             # <<<<<<<<<<<<<<
+ * cdef class ChannelEnd
+ * 
+*/
+struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *__pyx_vtab;
+  struct __pyx_obj_7ivshmem_7channel_10membership_Membership *membership;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *epoll;
+  int64_t pause;
+};
+
+
+/* "membership.pxd":22
+ * 
+ * cdef class Wakeup
+ * cdef class ChannelEnd             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd {
+  PyObject_HEAD
+  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *__pyx_vtab;
+  struct __pyx_obj_7ivshmem_7channel_10membership_Membership *membership;
+  PyObject *channels;
+  PyObject *name;
+  struct ivshmem_channel channel;
+  struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *wakeup;
+  int asleep;
+  int awaited;
+  struct __pyx_obj_7ivshmem_6native_4spin_Spinner *spinner;
+  int watched;
+  int open;
+  PyObject *__weakref__;
+};
+
+
+/* "ivshmem/channel/roles.pxd":25
+ * 
+ * 
+ * cdef class WriterEnd(ChannelEnd):             # <<<<<<<<<<<<<<
+ *     cdef ivshmem_writer writer
+ *     cdef readonly object type  # of the messages: what checks and converts them, or None
+*/
+struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd {
+  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  struct ivshmem_writer writer;
+  PyObject *type;
+  int times;
+  int claims;
+  uint64_t missed;
+};
+
+
+/* "ivshmem/channel/roles.pxd":42
+ * 
+ * 
+ * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
+ *     cdef ivshmem_reader reader
+ *     cdef readonly object type
+*/
+struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd {
+  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  struct ivshmem_reader reader;
+  PyObject *type;
+  struct __pyx_t_7ivshmem_7channel_5roles_Held *held;
+  uint32_t holding;
+  uint32_t views;
+};
+
+
+
+/* "descriptors.pxd":93
+ * 
+ * 
+ * cdef class FdArray:             # <<<<<<<<<<<<<<
+ *     cdef int *fds
+ *     cdef Py_ssize_t count
+*/
+
+struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray {
+  int (*add)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *, int);
+  int (*enter)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *);
+  void (*leave)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *);
+  void (*release)(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *);
+};
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_FdArray *__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray;
+
+
+/* "descriptors.pxd":117
+ * 
+ * 
+ * cdef class Signaller:             # <<<<<<<<<<<<<<
+ *     cdef aio_context_t context
+ *     cdef int zero
+*/
+
+struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller {
+  int (*submit)(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long);
+  int (*send)(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *, int *, long);
+};
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Signaller *__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller;
+
+
+/* "descriptors.pxd":127
+ * 
+ * 
+ * cdef class Relay:             # <<<<<<<<<<<<<<
+ *     cdef aio_context_t context
+ *     cdef int pid
+*/
+
+struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay {
+  int (*fired)(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay *);
+};
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Relay *__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay;
+
+
+/* "descriptors.pxd":134
+ * 
+ * 
+ * cdef class Epoll:             # <<<<<<<<<<<<<<
+ *     cdef int epfd
+ * 
+*/
+
+struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll {
+  int (*control)(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *, int, int, unsigned int, uint64_t);
+};
+static struct __pyx_vtabstruct_7ivshmem_6native_11descriptors_Epoll *__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll;
+
+
+/* "native/bell.pxd":23
+ * 
+ * 
+ * cdef class Doorbell:             # <<<<<<<<<<<<<<
+ *     cdef object endpoint
+ *     cdef object owner  # of what `bell` borrows
+*/
+
+struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell {
+  int (*ring_nogil)(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *);
+  int (*ring_gently)(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *);
+};
+static struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell *__pyx_vtabptr_7ivshmem_6native_4bell_Doorbell;
+
+
+/* "native/mapping.pxd":6
  * 
  * 
  * cdef class Mapping:             # <<<<<<<<<<<<<<
@@ -1782,7 +2670,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping;
 
 
-/* "mapping.pxd":20
+/* "native/mapping.pxd":20
  * 
  * 
  * cdef class Atomic:             # <<<<<<<<<<<<<<
@@ -1799,7 +2687,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Atomic *__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic;
 
 
-/* "mapping.pxd":31
+/* "native/mapping.pxd":31
  * 
  * 
  * cdef class AtomicU32(Atomic):             # <<<<<<<<<<<<<<
@@ -1813,7 +2701,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU32 {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU32 *__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32;
 
 
-/* "mapping.pxd":35
+/* "native/mapping.pxd":35
  * 
  * 
  * cdef class AtomicU64(Atomic):             # <<<<<<<<<<<<<<
@@ -1827,7 +2715,7 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU64 {
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_AtomicU64 *__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64;
 
 
-/* "mapping.pxd":39
+/* "native/mapping.pxd":39
  * 
  * 
  * cdef class Registers:             # <<<<<<<<<<<<<<
@@ -1842,6 +2730,168 @@ struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Registers {
   void (*release)(struct __pyx_obj_7ivshmem_6native_7mapping_Registers *);
 };
 static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Registers *__pyx_vtabptr_7ivshmem_6native_7mapping_Registers;
+
+
+/* "native/spin.pxd":30
+ * 
+ * 
+ * cdef class Spinner:             # <<<<<<<<<<<<<<
+ *     cdef Habit habits[HABITS]
+ * 
+*/
+
+struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner {
+  int64_t (*spin)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t, __pyx_t_7ivshmem_6native_4spin_Probe, void *, struct __pyx_t_7ivshmem_6native_4spin_Turn *, unsigned int const *);
+  void (*begin)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, struct __pyx_t_7ivshmem_6native_4spin_Turn *, Py_ssize_t, int64_t);
+  int64_t (*budget)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t);
+  void (*won)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t, int64_t, int);
+  void (*lost)(struct __pyx_obj_7ivshmem_6native_4spin_Spinner *, Py_ssize_t);
+};
+static struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *__pyx_vtabptr_7ivshmem_6native_4spin_Spinner;
+
+
+/* "_core.pxd":56
+ * 
+ * 
+ * cdef class Doorbells:             # <<<<<<<<<<<<<<
+ *     cdef dict bells  # peer -> FdArray
+ *     cdef FdArray own
+*/
+
+struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells {
+  int64_t (*wait_nogil)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, Py_ssize_t, struct __pyx_t_7ivshmem_5_core_Wait *);
+  int (*attend)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, int64_t);
+  int64_t (*serve)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, Py_ssize_t, __pyx_t_7ivshmem_6native_4bell_Handler, void *, int64_t, int64_t, int64_t, int *);
+  struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *(*doorbell)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, PyObject *, int __pyx_skip_dispatch, struct __pyx_opt_args_7ivshmem_5_core_9Doorbells_doorbell *__pyx_optional_args);
+  int (*check)(struct __pyx_obj_7ivshmem_5_core_Doorbells *);
+  int (*enter)(struct __pyx_obj_7ivshmem_5_core_Doorbells *);
+  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *(*bells_of)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, PyObject *, Py_ssize_t);
+  int (*check_kind)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, int, PyObject *, Py_ssize_t);
+  struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller *(*quiet)(struct __pyx_obj_7ivshmem_5_core_Doorbells *);
+  PyObject *(*several)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, PyObject *, PyObject *);
+  Py_ssize_t (*ring_several)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, PyObject *);
+  int (*check_vector)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, Py_ssize_t);
+  int (*tell_after_waits)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, int);
+  struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *(*anything)(struct __pyx_obj_7ivshmem_5_core_Doorbells *);
+  struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *(*watch_all)(struct __pyx_obj_7ivshmem_5_core_Doorbells *);
+  PyObject *(*wait_one)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, Py_ssize_t, PyObject *, int64_t);
+  PyObject *(*wait_any)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, PyObject *, int64_t, int);
+  PyObject *(*wait_some)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, PyObject *, PyObject *, int64_t);
+  PyObject *(*watch_word)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, struct __pyx_t_7ivshmem_5_core_Watched *, Py_ssize_t, int64_t, int64_t);
+  int64_t (*sleep_at_word)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, struct __pyx_t_7ivshmem_5_core_Watched *, Py_ssize_t, int64_t, int);
+  int64_t (*sleep_for)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, Py_ssize_t, int64_t, int);
+  int64_t (*take)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, Py_ssize_t);
+  int64_t (*take_uio)(struct __pyx_obj_7ivshmem_5_core_Doorbells *, int);
+  void (*leave)(struct __pyx_obj_7ivshmem_5_core_Doorbells *);
+  int (*wake_sleepers)(struct __pyx_obj_7ivshmem_5_core_Doorbells *);
+  void (*release)(struct __pyx_obj_7ivshmem_5_core_Doorbells *);
+};
+static struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *__pyx_vtabptr_7ivshmem_5_core_Doorbells;
+
+
+/* "membership.pxd":21
+ * 
+ * 
+ * cdef class Wakeup             # <<<<<<<<<<<<<<
+ * cdef class ChannelEnd
+ * 
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup {
+  int (*wait)(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *, int64_t);
+  int (*clear)(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *);
+};
+static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *__pyx_vtabptr_7ivshmem_7channel_10membership_Wakeup;
+
+
+/* "membership.pxd":22
+ * 
+ * cdef class Wakeup
+ * cdef class ChannelEnd             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd {
+  int (*enter)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*attempt)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*begin_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  void (*end_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *(*sleeper)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int64_t (*probe)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *);
+  int (*wait)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, PyObject *, PyObject *);
+  int (*mend)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*give_up)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*arm)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, int);
+};
+static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *__pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd;
+
+
+/* "membership.pxd":25
+ * 
+ * 
+ * cdef class Membership:             # <<<<<<<<<<<<<<
+ *     cdef ivshmem_member member
+ *     cdef ivshmem_pulse *pulses
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
+  int (*name_peer)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*ring)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, uint32_t);
+  void (*look_for_mutes)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*after_beat)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int);
+  int (*release)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*is_silent)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, struct ivshmem_place);
+  int (*abandon)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*check)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*flush)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*kick_all)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *(*wakeup_of_thread)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int, struct ivshmem_channel *, PyObject *);
+};
+static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_vtabptr_7ivshmem_7channel_10membership_Membership;
+
+
+/* "ivshmem/channel/roles.pyx":52
+ * # -- writers --------------------------------------------------------------------------------------
+ * 
+ * cdef class WriterEnd(ChannelEnd):             # <<<<<<<<<<<<<<
+ *     """The slot of a writer, or of a caller."""
+ * 
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
+  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  int (*ready)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *);
+  PyObject *(*blocked)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
+  PyObject *(*too_long)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint64_t);
+  int (*wait_again)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
+  int (*loan_cell)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t *);
+  int (*copy_in)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t, char const *, uint64_t);
+  uint64_t (*send)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t, uint32_t, uint64_t);
+  char *(*at)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t);
+};
+static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
+
+
+/* "ivshmem/channel/roles.pyx":201
+ * # -- readers --------------------------------------------------------------------------------------
+ * 
+ * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
+ *     """The slot of a reader, or of a server; or, where memory can only be read, none."""
+ * 
+*/
+
+struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd {
+  struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
+  int (*hold)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *);
+  int (*forget)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t);
+  int (*let_go)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t);
+  int (*copy_to)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *, char *);
+  PyObject *(*starved)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *);
+};
+static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd;
 /* #### Code section: utility_code_proto ### */
 
 /* --- Runtime support code (head) --- */
@@ -1917,6 +2967,98 @@ static struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Registers *__pyx_vtabpt
     } while (0)
 #define __Pyx_CLEAR(r)    do { PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);} while(0)
 #define __Pyx_XCLEAR(r)   do { if((r) != NULL) {PyObject* tmp = ((PyObject*)(r)); r = NULL; __Pyx_DECREF(tmp);}} while(0)
+
+/* DivInt[int64_t].proto */
+static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t, int64_t, int b_is_constant);
+
+/* ModInt[int64_t].proto */
+static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t, int64_t, int b_is_constant);
+
+/* DivInt[long].proto */
+static CYTHON_INLINE long __Pyx_div_long(long, long, int b_is_constant);
+
+/* CopyObjectArray.proto (used by TupleOrListFromArrayImpl) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE void __Pyx_copy_object_array(PyObject *const *CYTHON_RESTRICT src, PyObject** CYTHON_RESTRICT dest, Py_ssize_t length);
+#endif
+
+/* TupleOrListFromArrayImpl.proto (used by TupleFromArray) */
+#if PY_VERSION_HEX >= 0x030F0000 && !CYTHON_COMPILING_IN_LIMITED_API
+#define __Pyx_PyTuple_FromArray(src, n) PyTuple_FromArray(src, ((n)<0) ? 0 : (n))
+#else
+CYTHON_UNUSED static PyObject *
+__Pyx_PyTuple_FromArray(PyObject *const *src, Py_ssize_t n);
+#endif
+
+/* TupleFromArray.proto */
+
+
+/* PyObjectCall.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
+#else
+#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
+#endif
+
+/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
+#endif
+
+/* PyObjectFastCall.proto (used by PyObjectVectorcallKwds) */
+#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
+
+/* PyObjectVectorcallKwds.proto (used by PyObjectVectorcallMethodKwds) */
+#if CYTHON_VECTORCALL
+#define __Pyx_Object_VectorcallKwds PyObject_Vectorcall
+CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject *kwnames, Py_ssize_t i);
+#else
+#define __Pyx_Object_VectorcallKwds __Pyx_PyObject_FastCallDict
+CYTHON_UNUSED static PyObject *__Pyx_MakeKwargDict(PyObject **keys, PyObject **values, Py_ssize_t n);
+CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject **kwnames, Py_ssize_t i);
+#endif
+
+/* PyObjectVectorcallMethodKwds.proto */
+#if CYTHON_VECTORCALL
+#define __Pyx_Object_VectorcallMethodKwds PyObject_VectorcallMethod
+#else
+static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *const *args, size_t nargsf, PyObject *kwnames);
+#endif
+
+/* FormatTypeName.proto (used by RaiseErrorWithObjectType1) */
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+typedef PyObject *__Pyx_TypeName;
+#define __Pyx_FMT_TYPENAME "%N"
+#define __Pyx_PyType_GetFullyQualifiedName(tp) Py_NewRef((PyObject*)tp)
+#define __Pyx_DECREF_TypeName(obj) Py_DECREF(obj)
+#elif CYTHON_COMPILING_IN_LIMITED_API
+typedef PyObject *__Pyx_TypeName;
+#define __Pyx_FMT_TYPENAME "%U"
+#define __Pyx_DECREF_TypeName(obj) Py_XDECREF(obj)
+static __Pyx_TypeName __Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp);
+#else  // !LIMITED_API
+typedef const char *__Pyx_TypeName;
+#define __Pyx_FMT_TYPENAME "%.200s"
+#define __Pyx_PyType_GetFullyQualifiedName(tp) ((tp)->tp_name)
+#define __Pyx_DECREF_TypeName(obj)
+#endif
+
+/* RaiseErrorWithObjectType1.proto (used by RaiseUnexpectedTypeError) */
+#define __Pyx_RaiseTypeErrorWithObjectType1(message, arg, obj) __Pyx_RaiseErrorWithObjectType1(PyExc_TypeError, message, arg, obj)
+#define __Pyx_RaiseErrorWithObjectType1(exc_type, message, arg, obj) __Pyx_RaiseErrorWithType1(exc_type, message, arg, Py_TYPE(obj))
+CYTHON_UNUSED
+static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj);
+
+/* RaiseUnexpectedTypeError.proto */
+CYTHON_UNUSED
+static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj);
+
+/* IncludeStringH.proto (used by PyObjectCompare) */
+#include <string.h>
+
+/* PyObjectCompare.proto */
+static CYTHON_INLINE int __Pyx_PyObject_CompareBoolNe_str_str(PyObject *op1, PyObject *op2, int pyop);
 
 /* IgnoreException.proto (used by GetModuleGlobalName) */
 static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception);
@@ -2058,40 +3200,19 @@ static PyObject *__Pyx__GetModuleGlobalName(PyObject *name, PY_UINT64_T *dict_ve
 static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name);
 #endif
 
-/* PyObjectCall.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
-#else
-#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
-#endif
+/* PyObjectFormatAndDecref.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f);
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObject* f);
 
-/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
-#endif
+/* JoinPyUnicode.proto */
+#define __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH\
+    (!CYTHON_COMPILING_IN_GRAAL && !CYTHON_COMPILING_IN_PYPY && !CYTHON_COMPILING_IN_LIMITED_API)
 
-/* PyObjectFastCall.proto */
-#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
+/* JoinPyUnicode.export */
+static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind);
 
-/* CopyObjectArray.proto (used by TupleOrListFromArrayImpl) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE void __Pyx_copy_object_array(PyObject *const *CYTHON_RESTRICT src, PyObject** CYTHON_RESTRICT dest, Py_ssize_t length);
-#endif
-
-/* TupleOrListFromArrayImpl.proto (used by TupleFromArray) */
-#if PY_VERSION_HEX >= 0x030F0000 && !CYTHON_COMPILING_IN_LIMITED_API
-#define __Pyx_PyTuple_FromArray(src, n) PyTuple_FromArray(src, ((n)<0) ? 0 : (n))
-#else
-CYTHON_UNUSED static PyObject *
-__Pyx_PyTuple_FromArray(PyObject *const *src, Py_ssize_t n);
-#endif
-
-/* TupleFromArray.proto (used by fastcall) */
-
-
-/* IncludeStringH.proto (used by PyObjectCompare) */
-#include <string.h>
+/* RaiseException.export */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
 
 /* PyObjectCompare.proto (used by UnicodeEquals) */
 static CYTHON_INLINE int __Pyx_PyObject_CompareBoolEq_str_str(PyObject *op1, PyObject *op2, int pyop);
@@ -2292,6 +3413,40 @@ static void __Pyx_ArgTypeError(PyObject *obj, PyTypeObject *type, const char *na
 /* ArgTypeTest.proto */
 static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, int none_allowed, const char *name, int exact);
 
+/* PyObjectFormatSimple.proto */
+#if CYTHON_COMPILING_IN_PYPY
+    #define __Pyx_PyObject_FormatSimple(s, f) (\
+        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
+        PyObject_Format(s, f))
+#elif CYTHON_USE_TYPE_SLOTS
+    #define __Pyx_PyObject_FormatSimple(s, f) (\
+        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
+        likely(PyLong_CheckExact(s)) ? PyLong_Type.tp_repr(s) :\
+        likely(PyFloat_CheckExact(s)) ? PyFloat_Type.tp_repr(s) :\
+        PyObject_Format(s, f))
+#else
+    #define __Pyx_PyObject_FormatSimple(s, f) (\
+        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
+        PyObject_Format(s, f))
+#endif
+
+/* PyObjectFastCallMethod.proto */
+#if CYTHON_VECTORCALL
+#define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
+#else
+static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf);
+#endif
+
+/* PyTimeoutError_Check.proto */
+#define __Pyx_PyExc_TimeoutError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TimeoutError)
+
+/* PyObjectFormat.proto */
+#if CYTHON_USE_UNICODE_WRITER
+static PyObject* __Pyx_PyObject_Format(PyObject* s, PyObject* f);
+#else
+#define __Pyx_PyObject_Format(s, f) PyObject_Format(s, f)
+#endif
+
 /* BuildPyUnicode.proto (used by COrdinalToPyUnicode) */
 static PyObject* __Pyx_PyUnicode_BuildFromAscii(Py_ssize_t ulength, const char* chars, int clength,
                                                 int prepend_sign, char padding_char);
@@ -2317,31 +3472,58 @@ static CYTHON_INLINE PyObject* __Pyx_PyUnicode_FromOrdinal_Padded(int value, Py_
 static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_uint64_t(uint64_t value, Py_ssize_t width, char padding_char);
 static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_uint64_t(uint64_t value, Py_ssize_t width, char padding_char, char format_char);
 
-/* PyObjectFormat.proto */
-#if CYTHON_USE_UNICODE_WRITER
-static PyObject* __Pyx_PyObject_Format(PyObject* s, PyObject* f);
+/* RejectKeywords.export */
+static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
+
+/* PyTypeError_Check.proto */
+#define __Pyx_PyExc_TypeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TypeError)
+
+/* PyBufferError_Check.proto */
+#define __Pyx_PyExc_BufferError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_BufferError)
+
+/* UnicodeConcatInPlace.proto */
+# if CYTHON_COMPILING_IN_CPYTHON
+    #if CYTHON_REFNANNY
+        #define __Pyx_PyUnicode_ConcatInPlace(left, right, unsafe_shared) __Pyx_PyUnicode_ConcatInPlaceImpl(&left, right, unsafe_shared, __pyx_refnanny)
+    #else
+        #define __Pyx_PyUnicode_ConcatInPlace(left, right, unsafe_shared) __Pyx_PyUnicode_ConcatInPlaceImpl(&left, right, unsafe_shared)
+    #endif
+    #define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_DefinitelyUniqueInPlace(left, right) __Pyx_PyUnicode_ConcatInPlace(left, right, __Pyx_ReferenceSharing_DefinitelyUnique)
+    #define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(left, right) __Pyx_PyUnicode_ConcatInPlace(left, right, __Pyx_ReferenceSharing_OwnStrongReference)
+    #define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_FunctionArgumentInPlace(left, right) __Pyx_PyUnicode_ConcatInPlace(left, right, __Pyx_ReferenceSharing_FunctionArgument)
+    #define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_SharedReferenceInPlace(left, right) __Pyx_PyUnicode_ConcatInPlace(left, right, __Pyx_ReferenceSharing_SharedReference)
+    static CYTHON_INLINE PyObject *__Pyx_PyUnicode_ConcatInPlaceImpl(PyObject **p_left, PyObject *right, int unsafe_shared
+        #if CYTHON_REFNANNY
+        , void* __pyx_refnanny
+        #endif
+    );
 #else
-#define __Pyx_PyObject_Format(s, f) PyObject_Format(s, f)
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_DefinitelyUniqueInPlace __Pyx_PyUnicode_Concat
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace __Pyx_PyUnicode_Concat
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_FunctionArgumentInPlace __Pyx_PyUnicode_Concat
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_SharedReferenceInPlace __Pyx_PyUnicode_Concat
 #endif
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_DefinitelyUniqueInPlaceSafe(left, right)\
+    ((unlikely((left) == Py_None) || unlikely((right) == Py_None)) ?\
+    PyNumber_InPlaceAdd(left, right) : __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_DefinitelyUniqueInPlace(left, right))
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlaceSafe(left, right)\
+    ((unlikely((left) == Py_None) || unlikely((right) == Py_None)) ?\
+    PyNumber_InPlaceAdd(left, right) : __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(left, right))
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_FunctionArgumentInPlaceSafe(left, right)\
+    ((unlikely((left) == Py_None) || unlikely((right) == Py_None)) ?\
+    PyNumber_InPlaceAdd(left, right) : __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_FunctionArgumentInPlace(left, right))
+#define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_SharedReferenceInPlaceSafe(left, right)\
+    ((unlikely((left) == Py_None) || unlikely((right) == Py_None)) ?\
+    PyNumber_InPlaceAdd(left, right) : __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_SharedReferenceInPlace(left, right))
 
 /* CIntToPyUnicode.proto */
-#define __Pyx_PyUnicode_From_unsigned_int(value, width, padding_char, format_char) (\
+#define __Pyx_PyUnicode_From___pyx_anon_enum(value, width, padding_char, format_char) (\
     ((format_char) == ('c')) ?\
-        __Pyx_uchar___Pyx_PyUnicode_From_unsigned_int(value, width, padding_char) :\
-        __Pyx____Pyx_PyUnicode_From_unsigned_int(value, width, padding_char, format_char)\
+        __Pyx_uchar___Pyx_PyUnicode_From___pyx_anon_enum(value, width, padding_char) :\
+        __Pyx____Pyx_PyUnicode_From___pyx_anon_enum(value, width, padding_char, format_char)\
     )
-static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_unsigned_int(unsigned int value, Py_ssize_t width, char padding_char);
-static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_unsigned_int(unsigned int value, Py_ssize_t width, char padding_char, char format_char);
-
-/* JoinPyUnicode.proto */
-#define __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH\
-    (!CYTHON_COMPILING_IN_GRAAL && !CYTHON_COMPILING_IN_PYPY && !CYTHON_COMPILING_IN_LIMITED_API)
-
-/* JoinPyUnicode.export */
-static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind);
-
-/* RaiseException.export */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
+static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From___pyx_anon_enum(int value, Py_ssize_t width, char padding_char);
+static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From___pyx_anon_enum(int value, Py_ssize_t width, char padding_char, char format_char);
 
 /* GetException.proto */
 #if CYTHON_FAST_THREAD_STATE
@@ -2375,6 +3557,49 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
 #define __Pyx_ExceptionReset(type, value, tb)  PyErr_SetExcInfo(type, value, tb)
 #endif
 
+/* RaiseErrorWithObjectTypes.proto */
+#define __Pyx_RaiseErrorWithObjectTypes1(exc_type, message, arg, obj1, obj2) __Pyx_RaiseErrorWithTypes1(exc_type, message, arg, Py_TYPE(obj1), Py_TYPE(obj2))
+#define __Pyx_RaiseTypeErrorWithObjectTypes(message, obj1, obj2) __Pyx_RaiseTypeErrorWithTypes(message, Py_TYPE(obj1), Py_TYPE(obj2))
+#define __Pyx_RaiseTypeErrorWithTypes(message, type_obj1, type_obj2) __Pyx_RaiseErrorWithTypes1(PyExc_TypeError, "%.1s" message, "", type_obj1, type_obj2)
+CYTHON_UNUSED
+static void __Pyx_RaiseErrorWithTypes1(PyObject* exc_type, const char *message, const char *arg, PyTypeObject *type_obj1, PyTypeObject *type_obj2);
+
+/* DeallocKeepAlive.proto */
+#if CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
+#define __Pyx_DeallocKeepAliveBegin(o) do {\
+        _Py_atomic_store_uintptr_relaxed(&(o)->ob_tid, _Py_ThreadId());\
+        _Py_atomic_store_uint32_relaxed(&(o)->ob_ref_local, 1);\
+        _Py_atomic_store_ssize_relaxed(&(o)->ob_ref_shared, 0);\
+    } while (0)
+#define __Pyx_DeallocKeepAliveEnd(o)\
+        _Py_atomic_store_uint32_relaxed(&(o)->ob_ref_local, 0)
+#else
+#define __Pyx_DeallocKeepAliveBegin(o) Py_SET_REFCNT(o, Py_REFCNT(o) + 1)
+#define __Pyx_DeallocKeepAliveEnd(o)   Py_SET_REFCNT(o, Py_REFCNT(o) - 1)
+#endif
+
+/* CallNextTpDealloc.proto */
+static void __Pyx_call_next_tp_dealloc(PyObject* obj, destructor current_tp_dealloc);
+
+/* CallNextTpTraverse.proto */
+static int __Pyx_call_next_tp_traverse(PyObject* obj, visitproc v, void *a, traverseproc current_tp_traverse);
+
+/* CallTypeTraverse.proto */
+#if !CYTHON_USE_TYPE_SPECS
+#define __Pyx_call_type_traverse(o, always_call, visit, arg) 0
+#else
+static int __Pyx_call_type_traverse(PyObject *o, int always_call, visitproc visit, void *arg);
+#endif
+
+/* CallNextTpClear.proto */
+static void __Pyx_call_next_tp_clear(PyObject* obj, inquiry current_tp_clear);
+
+/* FunctionExport.proto */
+static int __Pyx_ExportFunction(PyObject *api_dict, const char *name, void (*f)(void), const char *sig);
+
+/* GetApiDict.proto */
+static PyObject *__Pyx_ApiExport_GetApiDict(void);
+
 /* TypeImport.proto */
 #ifndef __PYX_HAVE_RT_ImportType_proto_3_3_1
 #define __PYX_HAVE_RT_ImportType_proto_3_3_1
@@ -2396,6 +3621,54 @@ static PyTypeObject *__Pyx_ImportType_3_3_1(PyObject* module, const char *module
 
 /* GetVTable.proto */
 static int __Pyx_GetVtable(PyTypeObject *type, void** table);
+
+/* PyObjectCallMethod0.proto (used by PyType_Ready) */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethod0(PyObject* obj, PyObject* method_name);
+
+/* GetTypeDictOffset.proto (used by ValidateBasesTuple) */
+#if !CYTHON_USE_TYPE_SLOTS
+CYTHON_UNUSED static Py_ssize_t __Pyx_GetTypeDictOffset(PyObject *tp, int require_cython_valid_result);
+#endif
+
+/* RaiseErrorWithObjectType.proto (used by ValidateBasesTuple) */
+#define __Pyx_RaiseTypeErrorWithObjectType(message, obj)  __Pyx_RaiseErrorWithObjectType(PyExc_TypeError, message, obj)
+#define __Pyx_RaiseErrorWithObjectType(exc_type, message, obj)  __Pyx_RaiseErrorWithType(exc_type, message, Py_TYPE(obj))
+CYTHON_UNUSED
+static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, PyTypeObject *type_obj);
+
+/* ValidateBasesTuple.proto (used by PyType_Ready) */
+#if CYTHON_COMPILING_IN_CPYTHON || CYTHON_COMPILING_IN_LIMITED_API || CYTHON_USE_TYPE_SPECS
+static int __Pyx_validate_bases_tuple(const char *type_name, int has_dictoffset, PyObject *bases);
+#endif
+
+/* PyType_Ready.export */
+CYTHON_UNUSED static int __Pyx_PyType_Ready(PyTypeObject *t);
+
+/* MergeVTables.proto (used by SetVTable) */
+static int __Pyx_MergeVtables(PyTypeObject *type);
+
+/* SetVTable.export */
+static int __Pyx_SetVtable(PyTypeObject* typeptr , void* vtable);
+
+/* LimitedApiGetTypeTypeDict.proto (used by DelItemOnTypeDict) */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static PyObject *__Pyx_GetTypeTypeDict(PyTypeObject *tp);
+#endif
+
+/* DelItemOnTypeDict.proto (used by SetupReduce) */
+#define __Pyx_DelItemOnTypeDict(tp, k) __Pyx__DelItemOnTypeDict((PyTypeObject*)tp, k)
+
+/* DelItemOnTypeDict.export */
+static int __Pyx__DelItemOnTypeDict(PyTypeObject *tp, PyObject *k);
+
+/* SetItemOnTypeDict.proto (used by SetupReduce) */
+#define __Pyx_SetItemOnTypeDict(tp, k, v) __Pyx__SetItemOnTypeDict((PyTypeObject*)tp, k, v)
+
+/* SetItemOnTypeDict.export */
+static int __Pyx__SetItemOnTypeDict(PyTypeObject *tp, PyObject *k, PyObject *v);
+
+/* SetupReduce.export */
+static int __Pyx_setup_reduce(PyObject* type_obj);
 
 /* HasAttr.proto (used by ImportImpl) */
 #if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
@@ -2420,24 +3693,155 @@ static CYTHON_INLINE PyObject *__Pyx_Import(PyObject *name, PyObject *const *imp
 /* ImportFrom.export */
 static PyObject* __Pyx_ImportFrom(PyObject* module, PyObject* name);
 
-/* PyObjectDelAttr.proto (used by PyObjectSetAttrStr) */
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-#define __Pyx_PyObject_DelAttr(o, n) PyObject_SetAttr(o, n, NULL)
-#else
-#define __Pyx_PyObject_DelAttr(o, n) PyObject_DelAttr(o, n)
-#endif
-
-/* PyObjectSetAttrStr.proto */
-#if CYTHON_USE_TYPE_SLOTS
-#define __Pyx_PyObject_DelAttrStr(o,n) __Pyx_PyObject_SetAttrStr(o, n, NULL)
-static CYTHON_INLINE int __Pyx_PyObject_SetAttrStr(PyObject* obj, PyObject* attr_name, PyObject* value);
-#else
-#define __Pyx_PyObject_DelAttrStr(o,n)   __Pyx_PyObject_DelAttr(o,n)
-#define __Pyx_PyObject_SetAttrStr(o,n,v) PyObject_SetAttr(o,n,v)
-#endif
-
-/* dict_setdefault.proto (used by CLineInTraceback) */
+/* dict_setdefault.proto (used by FetchCommonType) */
 static CYTHON_INLINE PyObject *__Pyx_PyDict_SetDefault(PyObject *d, PyObject *key, PyObject *default_value);
+
+/* AddModuleRef.proto (used by FetchSharedCythonModule) */
+#if ((CYTHON_COMPILING_IN_CPYTHON_FREETHREADING && PY_VERSION_HEX < 0x030F00a3) ||\
+     __PYX_LIMITED_VERSION_HEX < 0x030d0000)
+  static PyObject *__Pyx_PyImport_AddModuleRef(const char *name);
+#else
+  #define __Pyx_PyImport_AddModuleRef(name) PyImport_AddModuleRef(name)
+#endif
+
+/* FetchSharedCythonModule.proto (used by FetchCommonType) */
+static PyObject *__Pyx_FetchSharedCythonABIModule(void);
+
+/* VerifyCachedType.proto (used by FetchCommonType) */
+static int __Pyx_VerifyCachedType(PyObject *cached_type,
+                               const char *name,
+                               Py_ssize_t expected_basicsize);
+
+/* FetchCommonType.proto (used by CommonTypesMetaclass) */
+static PyTypeObject* __Pyx_FetchCommonTypeFromSpec(PyTypeObject *metaclass, PyObject *module, PyType_Spec *spec, PyObject *bases);
+
+/* CommonTypesMetaclass.proto (used by CythonFunctionShared) */
+static int __pyx_CommonTypesMetaclass_init(PyObject *module);
+#define __Pyx_CommonTypesMetaclass_USED
+
+/* CythonFunctionPerModule.proto (used by CythonFunctionShared) */
+#define __Pyx_CyFunction_USED
+#if CYTHON_OPAQUE_SHARED_TYPES
+#define __Pyx_as_CyFunctionObject(o) ((__pyx_CyFunctionObject *)PyObject_GetTypeData((o), __pyx_mstate_global->__pyx_CyFunctionType))
+#else
+#define __Pyx_as_CyFunctionObject(o) ((__pyx_CyFunctionObject *)o)
+#endif
+#define __Pyx_CYFUNCTION_STATICMETHOD  0x01
+#define __Pyx_CYFUNCTION_CLASSMETHOD   0x02
+#define __Pyx_CYFUNCTION_CCLASS        0x04
+#define __Pyx_CYFUNCTION_COROUTINE     0x08
+#define __Pyx_CyFunction_GetClosure(f)\
+    ((__Pyx_as_CyFunctionObject(f))->func_closure)
+#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL
+  #define __Pyx_CyFunction_ClassObj(f)\
+      ((f)->func_classobj)
+  #define __Pyx_CyFunction_MethodDef(cyfunc) ((cyfunc)->func_methoddef)
+  #define __Pyx_CyFunction_Module(cyfunc) ((cyfunc)->func_module)
+#else
+  #define __Pyx_CyFunction_ClassObj(f)\
+      (((PyCMethodObject *) (f))->mm_class)
+  #define __Pyx_CyFunction_MethodDef(cyfunc) (((PyCFunctionObject*)(cyfunc))->m_ml)
+  #define __Pyx_CyFunction_Module(cyfunc) (((PyCFunctionObject*)(cyfunc))->m_module)
+#endif
+#define __Pyx_CyFunction_GetClassObj(f)\
+    ((PyObject*)__Pyx_CyFunction_ClassObj(__Pyx_as_CyFunctionObject(f)))
+#define __Pyx_CyFunction_SetClassObj(f, classobj)\
+    __Pyx__CyFunction_SetClassObj(__Pyx_as_CyFunctionObject(f), (classobj))
+#define __Pyx_CyFunction_Defaults(type, f)\
+    ((type *)((__Pyx_as_CyFunctionObject(f))->defaults))
+#define __Pyx_CyFunction_SetDefaultsGetter(f, g)\
+    (__Pyx_as_CyFunctionObject(f))->defaults_getter = (g)
+typedef struct {
+#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL
+#if !CYTHON_OPAQUE_OBJECTS
+    PyObject_HEAD
+#endif
+    PyMethodDef *func_methoddef;
+    PyObject *func_module;
+#else
+    PyCMethodObject func;
+#endif
+#if (CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL) && CYTHON_VECTORCALL
+    __pyx_vectorcallfunc func_vectorcall;
+#endif
+#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL
+    PyObject *func_weakreflist;
+#endif
+#if PY_VERSION_HEX < 0x030C0000 || CYTHON_COMPILING_IN_LIMITED_API
+    PyObject *func_dict;
+#endif
+    PyObject *func_name;
+    PyObject *func_qualname;
+    PyObject *func_doc;
+    PyObject *func_globals;
+    PyObject *func_code;
+    PyObject *func_closure;
+#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL
+    PyObject *func_classobj;
+#endif
+    PyObject *defaults;
+    int flags;
+    PyObject *defaults_tuple;
+    PyObject *defaults_kwdict;
+    PyObject *(*defaults_getter)(PyObject *);
+    PyObject *func_annotations;
+#if __PYX_LIMITED_VERSION_HEX < 0x030B0000
+    PyObject *func_is_coroutine;
+#endif
+} __pyx_CyFunctionObject;
+#undef __Pyx_CyOrPyCFunction_Check
+#define __Pyx_CyFunction_Check(obj)  __Pyx_TypeCheck(obj, __pyx_mstate_global->__pyx_CyFunctionType)
+#define __Pyx_CyOrPyCFunction_Check(obj)  __Pyx_TypeCheck2(obj, __pyx_mstate_global->__pyx_CyFunctionType, &PyCFunction_Type)
+#define __Pyx_CyFunction_CheckExact(obj)  Py_IS_TYPE(obj, __pyx_mstate_global->__pyx_CyFunctionType)
+static CYTHON_INLINE int __Pyx__IsSameCyOrCFunction(PyObject *func, void (*cfunc)(void));
+#undef __Pyx_IsSameCFunction
+#define __Pyx_IsSameCFunction(func, cfunc)   __Pyx__IsSameCyOrCFunction(func, cfunc)
+static CYTHON_INLINE void __Pyx__CyFunction_SetClassObj(__pyx_CyFunctionObject* f, PyObject* classobj);
+static CYTHON_INLINE PyObject *__Pyx_CyFunction_InitDefaults(PyObject *func,
+                                                         PyTypeObject *defaults_type);
+static CYTHON_INLINE void __Pyx_CyFunction_SetDefaultsTuple(PyObject *m,
+                                                            PyObject *tuple);
+static CYTHON_INLINE void __Pyx_CyFunction_SetDefaultsKwDict(PyObject *m,
+                                                             PyObject *dict);
+static CYTHON_INLINE void __Pyx_CyFunction_SetAnnotationsDict(PyObject *m,
+                                                              PyObject *dict);
+static int __pyx_CyFunction_init(PyObject *module);
+#if CYTHON_VECTORCALL
+#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL
+#define __Pyx_CyFunction_func_vectorcall(f) ((f)->func_vectorcall)
+#else
+#define __Pyx_CyFunction_func_vectorcall(f) (((PyCFunctionObject*)f)->vectorcall)
+#endif
+#endif
+
+/* PyMethodNew.proto (used by CythonFunctionShared) */
+static PyObject *__Pyx_PyMethod_New(PyObject *func, PyObject *self, PyObject *typ);
+
+/* PyVectorcallFastCallDict.proto (used by CythonFunctionShared) */
+#if CYTHON_VECTORCALL
+static CYTHON_INLINE PyObject *__Pyx_PyVectorcall_FastCallDict(PyObject *func, __pyx_vectorcallfunc vc, PyObject *const *args, size_t nargs, PyObject *kw);
+#endif
+
+/* CythonFunctionShared.proto (used by CythonFunction) */
+static PyObject *__Pyx_CyFunction_Init(PyObject *op_in, PyMethodDef *ml,
+                                      int flags, PyObject* qualname,
+                                      PyObject *closure,
+                                      PyObject *module, PyObject *globals,
+                                      PyObject* code);
+#if CYTHON_VECTORCALL
+static PyObject * __Pyx_CyFunction_Vectorcall_NOARGS(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwnames);
+static PyObject * __Pyx_CyFunction_Vectorcall_O(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwnames);
+static PyObject * __Pyx_CyFunction_Vectorcall_FASTCALL_KEYWORDS(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwnames);
+static PyObject * __Pyx_CyFunction_Vectorcall_FASTCALL_KEYWORDS_METHOD(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwnames);
+#endif
+
+/* CythonFunction.export */
+static PyObject *__Pyx_CyFunction_New(PyMethodDef *ml,
+                                      int flags, PyObject* qualname,
+                                      PyObject *closure,
+                                      PyObject *module, PyObject *globals,
+                                      PyObject* code);
+static PyTypeObject *__Pyx_Get_CyFunction_Type(void);
 
 /* CLineInTraceback.proto (used by AddTraceback) */
 #if CYTHON_CLINE_IN_TRACEBACK && CYTHON_CLINE_IN_TRACEBACK_RUNTIME
@@ -2473,54 +3877,19 @@ static void __Pyx_AddTraceback(const char *funcname, int c_line,
                                int py_line, const char *filename);
 
 /* CIntFromPy.proto */
-static CYTHON_INLINE uint64_t __Pyx_PyLong_As_uint64_t(PyObject *);
-
-/* CIntFromPy.proto */
 static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *);
 
-/* PyObjectVectorcallKwds.proto (used by PyObjectVectorcallMethodKwds) */
-#if CYTHON_VECTORCALL
-#define __Pyx_Object_VectorcallKwds PyObject_Vectorcall
-CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject *kwnames, Py_ssize_t i);
-#else
-#define __Pyx_Object_VectorcallKwds __Pyx_PyObject_FastCallDict
-CYTHON_UNUSED static PyObject *__Pyx_MakeKwargDict(PyObject **keys, PyObject **values, Py_ssize_t n);
-CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject **kwnames, Py_ssize_t i);
-#endif
-
-/* PyObjectVectorcallMethodKwds.proto (used by CIntToPy) */
-#if CYTHON_VECTORCALL
-#define __Pyx_Object_VectorcallMethodKwds PyObject_VectorcallMethod
-#else
-static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *const *args, size_t nargsf, PyObject *kwnames);
-#endif
+/* CIntFromPy.proto */
+static CYTHON_INLINE uint32_t __Pyx_PyLong_As_uint32_t(PyObject *);
 
 /* CIntToPy.proto */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value);
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value);
 
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint32_t(uint32_t value);
 
 /* CIntToPy.proto */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_unsigned_int(unsigned int value);
-
-/* FormatTypeName.proto */
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-typedef PyObject *__Pyx_TypeName;
-#define __Pyx_FMT_TYPENAME "%N"
-#define __Pyx_PyType_GetFullyQualifiedName(tp) Py_NewRef((PyObject*)tp)
-#define __Pyx_DECREF_TypeName(obj) Py_DECREF(obj)
-#elif CYTHON_COMPILING_IN_LIMITED_API
-typedef PyObject *__Pyx_TypeName;
-#define __Pyx_FMT_TYPENAME "%U"
-#define __Pyx_DECREF_TypeName(obj) Py_XDECREF(obj)
-static __Pyx_TypeName __Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp);
-#else  // !LIMITED_API
-typedef const char *__Pyx_TypeName;
-#define __Pyx_FMT_TYPENAME "%.200s"
-#define __Pyx_PyType_GetFullyQualifiedName(tp) ((tp)->tp_name)
-#define __Pyx_DECREF_TypeName(obj)
-#endif
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value);
 
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_long(long value);
@@ -2540,19 +3909,14 @@ static void __Pyx_init_runtime_version(void);
 #endif
 static unsigned long __Pyx_get_runtime_version(void);
 
-/* AddModuleRef.proto */
-#if ((CYTHON_COMPILING_IN_CPYTHON_FREETHREADING && PY_VERSION_HEX < 0x030F00a3) ||\
-     __PYX_LIMITED_VERSION_HEX < 0x030d0000)
-  static PyObject *__Pyx_PyImport_AddModuleRef(const char *name);
-#else
-  #define __Pyx_PyImport_AddModuleRef(name) PyImport_AddModuleRef(name)
-#endif
-
 /* CheckBinaryVersion.proto */
 static int __Pyx_check_binary_version(unsigned long ct_version, unsigned long rt_version, int allow_newer);
 
 /* DecompressString.proto */
 static PyObject *__Pyx_DecompressString(const char *s, Py_ssize_t length, int algo);
+
+/* DecompressString_LZSS.proto */
+static PyObject *__Pyx_DecompressString_LZSS(const char *s, size_t compressed_length, size_t uncompressed_length);
 
 /* MultiPhaseInitModuleState.proto */
 #if CYTHON_PEP489_MULTI_PHASE_INIT && CYTHON_USE_MODULE_STATE
@@ -2626,29 +3990,95 @@ static int __Pyx_State_RemoveModule(void*);
 #define __PYX_ABI_MODULE_NAME "_cython_" CYTHON_ABI
 #define __PYX_TYPE_MODULE_PREFIX __PYX_ABI_MODULE_NAME "."
 
+static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto*/
+static void __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_end_sleep(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_mend(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_give_up(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto*/
+static char *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_at(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, uint32_t __pyx_v_cell); /* proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto*/
+static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_loan_cell(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, uint32_t *__pyx_v_cell); /* proto*/
+static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, uint32_t __pyx_v_cell, char const *__pyx_v_data, uint64_t __pyx_v_size); /* proto*/
+static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, uint32_t __pyx_v_cell, uint32_t __pyx_v_length, uint64_t __pyx_v_user); /* proto*/
+static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, uint64_t __pyx_v_size); /* proto*/
+static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, struct ivshmem_message const *__pyx_v_message); /* proto*/
+static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, unsigned int __pyx_v_writer, uint64_t __pyx_v_position); /* proto*/
+static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, unsigned int __pyx_v_writer, uint64_t __pyx_v_position); /* proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, struct ivshmem_message const *__pyx_v_message, char *__pyx_v_into); /* proto*/
 
 /* Module declarations from "libc.stdint" */
 
+/* Module declarations from "ivshmem.channel.header" */
+
+/* Module declarations from "libc.string" */
+
+/* Module declarations from "libc.stdio" */
+
+/* Module declarations from "__builtin__" */
+
+/* Module declarations from "cpython.type" */
+
+/* Module declarations from "cpython" */
+
+/* Module declarations from "cpython.object" */
+
+/* Module declarations from "cpython.ref" */
+
+/* Module declarations from "ivshmem.native.syscalls" */
+
+/* Module declarations from "ivshmem.native.descriptors" */
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void); /*proto*/
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(int64_t); /*proto*/
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t); /*proto*/
+
+/* Module declarations from "ivshmem.native.bell" */
+
 /* Module declarations from "ivshmem.native.mapping" */
 
-/* Module declarations from "ivshmem.native.areas" */
-static int __pyx_f_7ivshmem_6native_5areas_memory_of(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *, struct ivshmem_memory *); /*proto*/
-static PyObject *__pyx_f_7ivshmem_6native_5areas_described(struct ivshmem_area const *); /*proto*/
+/* Module declarations from "ivshmem.native.spin" */
+
+/* Module declarations from "ivshmem._core" */
+
+/* Module declarations from "ivshmem.channel.membership" */
+
+/* Module declarations from "libc.stdlib" */
+
+/* Module declarations from "ivshmem.channel.roles" */
+static uint64_t __pyx_f_7ivshmem_7channel_5roles_microseconds(void); /*proto*/
+static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, unsigned int, PyObject *); /*proto*/
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
-#define __Pyx_MODULE_NAME "ivshmem.native.areas"
-extern int __pyx_module_is_main_ivshmem__native__areas;
-int __pyx_module_is_main_ivshmem__native__areas = 0;
+#define __Pyx_MODULE_NAME "ivshmem.channel.roles"
+extern int __pyx_module_is_main_ivshmem__channel__roles;
+int __pyx_module_is_main_ivshmem__channel__roles = 0;
 
-/* Implementation of "ivshmem.native.areas" */
+/* Implementation of "ivshmem.channel.roles" */
 /* #### Code section: global_var ### */
 /* #### Code section: string_decls ### */
-static const char __pyx_k_Areas_the_parts_of_regions_that[] = "Areas: the parts of regions that hold channels; made, found, and swept.\n\nKnows: ivshmem_channel.h\047s functions for areas. Does not know: channels, or what decides where an\narea is.\n\nIt stands below the directory of names, which places an area, and below images, after whose loading\nan area is swept. So it cannot be a part of the room `channel`, which stands above them.\n\nAll memory is treated as write-combining: that is right for every mapping, and these calls are rare.\n";
+static const char __pyx_k_Internal_the_two_roles_in_a_chan[] = "Internal: the two roles in a channel, writing and reading, as far as all kinds share them.\n\nKnows: taking a slot, cells that are loaned or looked at, copies. Does not know: how a kind\npublishes and takes messages.\n\nInvariants:\n1. A cell that is loaned, or looked at, is not used for anything else until it is given back.\n2. What is copied out counts only after the header has checked it.\n";
 /* #### Code section: decls ### */
-static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, uint64_t __pyx_v_offset, uint64_t __pyx_v_size, unsigned int __pyx_v_places, unsigned int __pyx_v_records); /* proto */
-static PyObject *__pyx_pf_7ivshmem_6native_5areas_2area_of(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, uint64_t __pyx_v_offset); /* proto */
-static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping); /* proto */
-static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, uint64_t __pyx_v_offset); /* proto */
+static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, unsigned int __pyx_v_index, PyObject *__pyx_v_name, PyObject *__pyx_v_message_type); /* proto */
+static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2__dealloc__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_5limit___get__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4type___get__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_6missed___get__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_6__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, unsigned int __pyx_v_index, PyObject *__pyx_v_name, PyObject *__pyx_v_message_type, uint32_t __pyx_v_overflow, uint32_t __pyx_v_history); /* proto */
+static void __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_2__dealloc__(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4type___get__(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_5views___get__(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_6__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_8__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_5roles_WriterEnd(PyObject *o, PyObject *a, PyObject *k); /*proto*/
+static PyObject *__pyx_tp_new_7ivshmem_7channel_5roles_WriterEnd(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_5roles_ReaderEnd(PyObject *o, PyObject *a, PyObject *k); /*proto*/
+static PyObject *__pyx_tp_new_7ivshmem_7channel_5roles_ReaderEnd(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 /* #### Code section: late_includes ### */
 /* #### Code section: module_state ### */
 /* SmallCodeConfig */
@@ -2672,17 +4102,45 @@ namespace {
     PyObject *__pyx_empty_tuple;
     PyObject *__pyx_empty_bytes;
     PyObject *__pyx_empty_unicode;
+    PyTypeObject *__pyx_ptype_7cpython_4type_type;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Fd;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_FdArray;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Signaller;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Relay;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_11descriptors_Epoll;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_4bell_Doorbell;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_Mapping;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_Atomic;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64;
     PyTypeObject *__pyx_ptype_7ivshmem_6native_7mapping_Registers;
+    PyTypeObject *__pyx_ptype_7ivshmem_6native_4spin_Spinner;
+    PyTypeObject *__pyx_ptype_7ivshmem_5_core_Doorbells;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_10membership_Wakeup;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_10membership_Membership;
+    PyObject *__pyx_type_7ivshmem_7channel_5roles_WriterEnd;
+    PyObject *__pyx_type_7ivshmem_7channel_5roles_ReaderEnd;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd;
+    PyTypeObject *__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_items;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[1];
-    PyObject *__pyx_string_tab[43];
+    PyObject *__pyx_codeobj_tab[5];
+    PyObject *__pyx_string_tab[90];
 /* #### Code section: module_state_contents ### */
+/* CommonTypesMetaclass.module_state_decls */
+PyTypeObject *__pyx_CommonTypesMetaclassType;
+
+/* CachedMethodType.module_state_decls */
+#if CYTHON_COMPILING_IN_LIMITED_API
+PyObject *__Pyx_CachedMethodType;
+#endif
+
+/* CythonFunctionPerModule.module_state_decls */
+PyTypeObject *__pyx_CyFunctionType;
+
 /* CodeObjectCache.module_state_decls */
 struct __Pyx_CodeObjectCache __pyx_code_cache;
 
@@ -2714,49 +4172,96 @@ static __pyx_mstatetype __pyx_mstate_global_static =
 static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_static;
 #endif
 /* #### Code section: constant_name_defines ### */
-#define __pyx_kp_u_bytes_can_be_made_at __pyx_string_tab[0]
-#define __pyx_kp_u_bytes_for __pyx_string_tab[1]
-#define __pyx_kp_u_channels __pyx_string_tab[2]
-#define __pyx_kp_u_of __pyx_string_tab[3]
-#define __pyx_kp_u_processes_and __pyx_string_tab[4]
-#define __pyx_kp_u_x __pyx_string_tab[5]
-#define __pyx_kp_u_ __pyx_string_tab[6]
-#define __pyx_kp_u__2 __pyx_string_tab[7]
-#define __pyx_kp_u_An_area_as_its_header_says_bytes __pyx_string_tab[8]
-#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[9]
-#define __pyx_kp_u_add_note __pyx_string_tab[10]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[11]
-#define __pyx_kp_u_no_area_of __pyx_string_tab[12]
-#define __pyx_kp_u_offset_size_places_records_unit __pyx_string_tab[13]
-#define __pyx_kp_u_the_memory_is_mapped_for_reading __pyx_string_tab[14]
-#define __pyx_n_u_Area __pyx_string_tab[15]
-#define __pyx_n_u_RegionError __pyx_string_tab[16]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[17]
-#define __pyx_n_u_doc __pyx_string_tab[18]
-#define __pyx_n_u_main __pyx_string_tab[19]
-#define __pyx_n_u_module __pyx_string_tab[20]
-#define __pyx_n_u_name __pyx_string_tab[21]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[22]
-#define __pyx_n_u_qualname __pyx_string_tab[23]
-#define __pyx_n_u_test __pyx_string_tab[24]
-#define __pyx_n_u_area_of __pyx_string_tab[25]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[26]
-#define __pyx_n_u_collections __pyx_string_tab[27]
-#define __pyx_n_u_errors __pyx_string_tab[28]
-#define __pyx_n_u_find_area __pyx_string_tab[29]
-#define __pyx_n_u_items __pyx_string_tab[30]
-#define __pyx_n_u_ivshmem_native_areas __pyx_string_tab[31]
-#define __pyx_n_u_make_area __pyx_string_tab[32]
-#define __pyx_n_u_mapping __pyx_string_tab[33]
-#define __pyx_n_u_namedtuple __pyx_string_tab[34]
-#define __pyx_n_u_offset __pyx_string_tab[35]
-#define __pyx_n_u_places __pyx_string_tab[36]
-#define __pyx_n_u_pop __pyx_string_tab[37]
-#define __pyx_n_u_records __pyx_string_tab[38]
-#define __pyx_n_u_setdefault __pyx_string_tab[39]
-#define __pyx_n_u_size __pyx_string_tab[40]
-#define __pyx_n_u_sweep __pyx_string_tab[41]
-#define __pyx_n_u_values __pyx_string_tab[42]
+#define __pyx_kp_u_are_open __pyx_string_tab[0]
+#define __pyx_kp_u_are_open_or_wrote_messages_that __pyx_string_tab[1]
+#define __pyx_kp_u_at_once_which_are_all_that_it_w __pyx_string_tab[2]
+#define __pyx_kp_u_bytes_and_its_limit_is __pyx_string_tab[3]
+#define __pyx_kp_u_is_full __pyx_string_tab[4]
+#define __pyx_kp_u_is_full_a_reader_took_nothing_f __pyx_string_tab[5]
+#define __pyx_kp_u_messages_in_a_row_were_overwrit __pyx_string_tab[6]
+#define __pyx_kp_u_of_messages_release_them_first __pyx_string_tab[7]
+#define __pyx_kp_u_s __pyx_string_tab[8]
+#define __pyx_kp_u_was_removed __pyx_string_tab[9]
+#define __pyx_kp_u_tree_fragment __pyx_string_tab[10]
+#define __pyx_kp_u__3 __pyx_string_tab[11]
+#define __pyx_kp_u__2 __pyx_string_tab[12]
+#define __pyx_kp_u_a_message_of __pyx_string_tab[13]
+#define __pyx_kp_u_all_its __pyx_string_tab[14]
+#define __pyx_kp_u_its_writer_is_faster_than_this __pyx_string_tab[15]
+#define __pyx_kp_u_more_views_than_it_was_made_for __pyx_string_tab[16]
+#define __pyx_kp_u_ __pyx_string_tab[17]
+#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[18]
+#define __pyx_kp_u_add_note __pyx_string_tab[19]
+#define __pyx_kp_u_channel __pyx_string_tab[20]
+#define __pyx_kp_u_disable __pyx_string_tab[21]
+#define __pyx_kp_u_enable __pyx_string_tab[22]
+#define __pyx_kp_u_gc __pyx_string_tab[23]
+#define __pyx_kp_u_isenabled __pyx_string_tab[24]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[25]
+#define __pyx_kp_u_ivshmem_text __pyx_string_tab[26]
+#define __pyx_kp_u_ivshmem_channel_roles_pyx __pyx_string_tab[27]
+#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[28]
+#define __pyx_n_u_ChannelError __pyx_string_tab[29]
+#define __pyx_n_u_ClosedError __pyx_string_tab[30]
+#define __pyx_n_u_MessageTooLong __pyx_string_tab[31]
+#define __pyx_n_u_Overtaken __pyx_string_tab[32]
+#define __pyx_n_u_ReaderEnd __pyx_string_tab[33]
+#define __pyx_n_u_ReaderEnd___reduce_cython __pyx_string_tab[34]
+#define __pyx_n_u_ReaderEnd___setstate_cython __pyx_string_tab[35]
+#define __pyx_n_u_ReaderEnd_close __pyx_string_tab[36]
+#define __pyx_n_u_WriterEnd __pyx_string_tab[37]
+#define __pyx_n_u_WriterEnd___reduce_cython __pyx_string_tab[38]
+#define __pyx_n_u_WriterEnd___setstate_cython __pyx_string_tab[39]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[40]
+#define __pyx_n_u_annotate __pyx_string_tab[41]
+#define __pyx_n_u_func __pyx_string_tab[42]
+#define __pyx_n_u_getstate __pyx_string_tab[43]
+#define __pyx_n_u_main __pyx_string_tab[44]
+#define __pyx_n_u_module __pyx_string_tab[45]
+#define __pyx_n_u_name_2 __pyx_string_tab[46]
+#define __pyx_n_u_pyx_capi __pyx_string_tab[47]
+#define __pyx_n_u_pyx_state __pyx_string_tab[48]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[49]
+#define __pyx_n_u_qualname __pyx_string_tab[50]
+#define __pyx_n_u_reduce __pyx_string_tab[51]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[52]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[53]
+#define __pyx_n_u_set_name __pyx_string_tab[54]
+#define __pyx_n_u_setstate __pyx_string_tab[55]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[56]
+#define __pyx_n_u_test __pyx_string_tab[57]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[58]
+#define __pyx_n_u_add __pyx_string_tab[59]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[60]
+#define __pyx_n_u_channels __pyx_string_tab[61]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[62]
+#define __pyx_n_u_close __pyx_string_tab[63]
+#define __pyx_n_u_closed __pyx_string_tab[64]
+#define __pyx_n_u_counted __pyx_string_tab[65]
+#define __pyx_n_u_decode __pyx_string_tab[66]
+#define __pyx_n_u_errors __pyx_string_tab[67]
+#define __pyx_n_u_g __pyx_string_tab[68]
+#define __pyx_n_u_history __pyx_string_tab[69]
+#define __pyx_n_u_index __pyx_string_tab[70]
+#define __pyx_n_u_items __pyx_string_tab[71]
+#define __pyx_n_u_ivshmem_channel_roles __pyx_string_tab[72]
+#define __pyx_n_u_loan __pyx_string_tab[73]
+#define __pyx_n_u_membership __pyx_string_tab[74]
+#define __pyx_n_u_message_type __pyx_string_tab[75]
+#define __pyx_n_u_name __pyx_string_tab[76]
+#define __pyx_n_u_overflow __pyx_string_tab[77]
+#define __pyx_n_u_pop __pyx_string_tab[78]
+#define __pyx_n_u_reader __pyx_string_tab[79]
+#define __pyx_n_u_replace __pyx_string_tab[80]
+#define __pyx_n_u_self __pyx_string_tab[81]
+#define __pyx_n_u_setdefault __pyx_string_tab[82]
+#define __pyx_n_u_text __pyx_string_tab[83]
+#define __pyx_n_u_values __pyx_string_tab[84]
+#define __pyx_n_u_view __pyx_string_tab[85]
+#define __pyx_n_u_writer __pyx_string_tab[86]
+#define __pyx_kp_b_int_struct___pyx_obj_7ivshmem_7c __pyx_string_tab[87]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[88]
+#define __pyx_kp_b_iso88591_A_4vT_WD_D_1_Qb_XQ __pyx_string_tab[89]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
 static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
@@ -2771,17 +4276,40 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   #if CYTHON_PEP489_MULTI_PHASE_INIT
   __Pyx_State_RemoveModule(NULL);
   #endif
+  Py_CLEAR(clear_module_state->__pyx_ptype_7cpython_4type_type);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Fd);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Relay);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_4bell_Doorbell);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Mapping);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Atomic);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64);
   Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Registers);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_6native_4spin_Spinner);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_5_core_Doorbells);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Membership);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7channel_5roles_WriterEnd);
+  Py_CLEAR(clear_module_state->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd);
+  Py_CLEAR(clear_module_state->__pyx_type_7ivshmem_7channel_5roles_ReaderEnd);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<43; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<5; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<90; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
+/* CommonTypesMetaclass.module_state_clear */
+Py_CLEAR(clear_module_state->__pyx_CommonTypesMetaclassType);
+
+/* CythonFunctionPerModule.module_state_clear */
+Py_CLEAR(clear_module_state->__pyx_CyFunctionType);
+
 /* #### Code section: module_state_clear_end ### */
 return 0;
 }
@@ -2797,93 +4325,1041 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_tuple);
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_bytes);
   __Pyx_VISIT_CONST(traverse_module_state->__pyx_empty_unicode);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7cpython_4type_type);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Fd);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Relay);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_4bell_Doorbell);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Mapping);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Atomic);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64);
   Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_7mapping_Registers);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_6native_4spin_Spinner);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_5_core_Doorbells);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_10membership_Membership);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7channel_5roles_WriterEnd);
+  Py_VISIT(traverse_module_state->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd);
+  Py_VISIT(traverse_module_state->__pyx_type_7ivshmem_7channel_5roles_ReaderEnd);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<43; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<5; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<90; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
+/* CommonTypesMetaclass.module_state_traverse */
+Py_VISIT(traverse_module_state->__pyx_CommonTypesMetaclassType);
+
+/* CythonFunctionPerModule.module_state_traverse */
+Py_VISIT(traverse_module_state->__pyx_CyFunctionType);
+
 /* #### Code section: module_state_traverse_end ### */
 return 0;
 }
 #endif
 /* #### Code section: module_code ### */
 
-/* "ivshmem/native/areas.pyx":55
- *     FOR_A_RECORD = 1 << 16
+/* "descriptors.pxd":28
  * 
- * cdef int memory_of(Mapping mapping, ivshmem_memory *memory) except -1:             # <<<<<<<<<<<<<<
- *     """Pin a mapping, and describe it for the header."""
- *     mapping.pin()
+ * 
+ * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
+ *     cdef timespec t
+ *     clock_gettime(CLOCK_MONOTONIC, &t)
 */
 
-static int __pyx_f_7ivshmem_6native_5areas_memory_of(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, struct ivshmem_memory *__pyx_v_memory) {
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_now(void) {
+  struct timespec __pyx_v_t;
+  int64_t __pyx_r;
+
+  /* "descriptors.pxd":30
+ * cdef inline int64_t now() noexcept nogil:
+ *     cdef timespec t
+ *     clock_gettime(CLOCK_MONOTONIC, &t)             # <<<<<<<<<<<<<<
+ *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec
+ * 
+*/
+  (void)(clock_gettime(CLOCK_MONOTONIC, (&__pyx_v_t)));
+
+  /* "descriptors.pxd":31
+ *     cdef timespec t
+ *     clock_gettime(CLOCK_MONOTONIC, &t)
+ *     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = ((((int64_t)__pyx_v_t.tv_sec) * 0x3B9ACA00) + __pyx_v_t.tv_nsec);
+  }
+  goto __pyx_L0;
+
+  /* "descriptors.pxd":28
+ * 
+ * 
+ * cdef inline int64_t now() noexcept nogil:             # <<<<<<<<<<<<<<
+ *     cdef timespec t
+ *     clock_gettime(CLOCK_MONOTONIC, &t)
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "descriptors.pxd":34
+ * 
+ * 
+ * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """When they will be over; less than 0: never."""
+ *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX
+*/
+
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_deadline_in(int64_t __pyx_v_nanoseconds) {
+  int64_t __pyx_r;
+  int64_t __pyx_t_1;
+  int __pyx_t_2;
+  int64_t __pyx_t_3;
+  int64_t __pyx_t_4;
+  int64_t __pyx_t_5;
+  int __pyx_t_6;
+
+  /* "descriptors.pxd":36
+ * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:
+ *     """When they will be over; less than 0: never."""
+ *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_t_2 = (__pyx_v_nanoseconds >= 0);
+
+  if (__pyx_t_2) {
+
+    __pyx_t_3 = __Pyx_div_int64_t(((int64_t)INT64_MAX), 2, 1);
+
+    __pyx_t_4 = __pyx_v_nanoseconds;
+    __pyx_t_6 = (__pyx_t_3 < __pyx_t_4);
+
+    if (__pyx_t_6) {
+
+      __pyx_t_5 = __pyx_t_3;
+    } else {
+
+      __pyx_t_5 = __pyx_t_4;
+    }
+
+
+    __pyx_t_1 = (__pyx_f_7ivshmem_6native_11descriptors_now() + __pyx_t_5);
+
+  } else {
+
+    __pyx_t_1 = INT64_MAX;
+  }
+
+  {
+    __pyx_r = __pyx_t_1;
+  }
+  goto __pyx_L0;
+
+  /* "descriptors.pxd":34
+ * 
+ * 
+ * cdef inline int64_t deadline_in(int64_t nanoseconds) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """When they will be over; less than 0: never."""
+ *     return now() + min(nanoseconds, <int64_t>INT64_MAX // 2) if nanoseconds >= 0 else INT64_MAX
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+  return __pyx_r;
+}
+
+/* "descriptors.pxd":39
+ * 
+ * 
+ * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
+ *     cdef int64_t nanoseconds
+*/
+
+static CYTHON_INLINE struct timespec *__pyx_f_7ivshmem_6native_11descriptors_time_left(int64_t __pyx_v_deadline, struct timespec *__pyx_v_left) {
+  int64_t __pyx_v_nanoseconds;
+  struct timespec *__pyx_r;
+  int __pyx_t_1;
+  int64_t __pyx_t_2;
+  int64_t __pyx_t_3;
+  int64_t __pyx_t_4;
+
+  /* "descriptors.pxd":42
+ *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
+ *     cdef int64_t nanoseconds
+ *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
+ *         return NULL
+ *     nanoseconds = max(deadline - now(), <int64_t>0)
+*/
+  __pyx_t_1 = (__pyx_v_deadline == INT64_MAX);
+
+  if (__pyx_t_1) {
+
+
+    /* "descriptors.pxd":43
+ *     cdef int64_t nanoseconds
+ *     if deadline == INT64_MAX:
+ *         return NULL             # <<<<<<<<<<<<<<
+ *     nanoseconds = max(deadline - now(), <int64_t>0)
+ *     left.tv_sec = nanoseconds // 1000000000
+*/
+    {
+
+      __pyx_r = NULL;
+    }
+    goto __pyx_L0;
+
+    /* "descriptors.pxd":42
+ *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
+ *     cdef int64_t nanoseconds
+ *     if deadline == INT64_MAX:             # <<<<<<<<<<<<<<
+ *         return NULL
+ *     nanoseconds = max(deadline - now(), <int64_t>0)
+*/
+  }
+
+  /* "descriptors.pxd":44
+ *     if deadline == INT64_MAX:
+ *         return NULL
+ *     nanoseconds = max(deadline - now(), <int64_t>0)             # <<<<<<<<<<<<<<
+ *     left.tv_sec = nanoseconds // 1000000000
+ *     left.tv_nsec = nanoseconds % 1000000000
+*/
+
+  __pyx_t_2 = ((int64_t)0);
+
+  __pyx_t_3 = (__pyx_v_deadline - __pyx_f_7ivshmem_6native_11descriptors_now());
+  __pyx_t_1 = (__pyx_t_2 > __pyx_t_3);
+
+  if (__pyx_t_1) {
+
+    __pyx_t_4 = __pyx_t_2;
+  } else {
+
+    __pyx_t_4 = __pyx_t_3;
+  }
+
+  __pyx_v_nanoseconds = __pyx_t_4;
+
+
+  /* "descriptors.pxd":45
+ *         return NULL
+ *     nanoseconds = max(deadline - now(), <int64_t>0)
+ *     left.tv_sec = nanoseconds // 1000000000             # <<<<<<<<<<<<<<
+ *     left.tv_nsec = nanoseconds % 1000000000
+ *     return left
+*/
+  __pyx_v_left->tv_sec = __Pyx_div_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
+
+  /* "descriptors.pxd":46
+ *     nanoseconds = max(deadline - now(), <int64_t>0)
+ *     left.tv_sec = nanoseconds // 1000000000
+ *     left.tv_nsec = nanoseconds % 1000000000             # <<<<<<<<<<<<<<
+ *     return left
+ * 
+*/
+  __pyx_v_left->tv_nsec = __Pyx_mod_int64_t(__pyx_v_nanoseconds, 0x3B9ACA00, 1);
+
+  /* "descriptors.pxd":47
+ *     left.tv_sec = nanoseconds // 1000000000
+ *     left.tv_nsec = nanoseconds % 1000000000
+ *     return left             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = __pyx_v_left;
+  }
+  goto __pyx_L0;
+
+  /* "descriptors.pxd":39
+ * 
+ * 
+ * cdef inline timespec *time_left(int64_t deadline, timespec *left) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """What is left until then, put into `left`; NULL: no limit. For ppoll."""
+ *     cdef int64_t nanoseconds
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "descriptors.pxd":50
+ * 
+ * 
+ * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
+ *     return <int64_t>min(count, <uint64_t>INT64_MAX)
+*/
+
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uint64_t __pyx_v_count) {
+  int64_t __pyx_r;
+  uint64_t __pyx_t_1;
+  uint64_t __pyx_t_2;
+  uint64_t __pyx_t_3;
+  int __pyx_t_4;
+
+  /* "descriptors.pxd":52
+ * cdef inline int64_t count_of(uint64_t count) noexcept nogil:
+ *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
+ *     return <int64_t>min(count, <uint64_t>INT64_MAX)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+
+  __pyx_t_1 = ((uint64_t)INT64_MAX);
+
+  __pyx_t_2 = __pyx_v_count;
+  __pyx_t_4 = (__pyx_t_1 < __pyx_t_2);
+
+  if (__pyx_t_4) {
+
+    __pyx_t_3 = __pyx_t_1;
+  } else {
+
+    __pyx_t_3 = __pyx_t_2;
+  }
+
+  {
+
+    __pyx_r = ((int64_t)__pyx_t_3);
+  }
+
+  goto __pyx_L0;
+
+  /* "descriptors.pxd":50
+ * 
+ * 
+ * cdef inline int64_t count_of(uint64_t count) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """What was read from an eventfd; more than 2**63 - 1 rings are somebody's ill will."""
+ *     return <int64_t>min(count, <uint64_t>INT64_MAX)
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+  return __pyx_r;
+}
+
+/* "descriptors.pxd":55
+ * 
+ * 
+ * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """The count of an eventfd, set back to 0; 0 when nobody rang; -errno. Never blocks.
+ * 
+*/
+
+static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_look(int __pyx_v_fd) {
+  uint64_t __pyx_v_count;
+  struct iovec __pyx_v_iov;
+  Py_ssize_t __pyx_v_n;
+  int64_t __pyx_r;
+  int __pyx_t_1;
+
+  /* "descriptors.pxd":61
+ *     it since Linux 5.8, which is why that is the oldest kernel supported.
+ *     """
+ *     cdef uint64_t count = 0             # <<<<<<<<<<<<<<
+ *     cdef iovec iov
+ *     cdef ssize_t n
+*/
+  __pyx_v_count = 0;
+
+  /* "descriptors.pxd":64
+ *     cdef iovec iov
+ *     cdef ssize_t n
+ *     iov.iov_base = &count             # <<<<<<<<<<<<<<
+ *     iov.iov_len = sizeof(count)
+ *     while True:
+*/
+  __pyx_v_iov.iov_base = (&__pyx_v_count);
+
+  /* "descriptors.pxd":65
+ *     cdef ssize_t n
+ *     iov.iov_base = &count
+ *     iov.iov_len = sizeof(count)             # <<<<<<<<<<<<<<
+ *     while True:
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
+*/
+  __pyx_v_iov.iov_len = (sizeof(__pyx_v_count));
+
+  /* "descriptors.pxd":66
+ *     iov.iov_base = &count
+ *     iov.iov_len = sizeof(count)
+ *     while True:             # <<<<<<<<<<<<<<
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
+ *         if n == sizeof(count):
+*/
+  while (1) {
+
+    /* "descriptors.pxd":67
+ *     iov.iov_len = sizeof(count)
+ *     while True:
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)             # <<<<<<<<<<<<<<
+ *         if n == sizeof(count):
+ *             return count_of(count)
+*/
+    __pyx_v_n = preadv2(__pyx_v_fd, (&__pyx_v_iov), 1, -1L, RWF_NOWAIT);
+
+    /* "descriptors.pxd":68
+ *     while True:
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
+ *         if n == sizeof(count):             # <<<<<<<<<<<<<<
+ *             return count_of(count)
+ *         if n >= 0:
+*/
+    __pyx_t_1 = (__pyx_v_n == (sizeof(__pyx_v_count)));
+
+    if (__pyx_t_1) {
+
+
+      /* "descriptors.pxd":69
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
+ *         if n == sizeof(count):
+ *             return count_of(count)             # <<<<<<<<<<<<<<
+ *         if n >= 0:
+ *             return -EINVAL  # no eventfd
+*/
+      {
+
+        __pyx_r = __pyx_f_7ivshmem_6native_11descriptors_count_of(__pyx_v_count);
+      }
+      goto __pyx_L0;
+
+      /* "descriptors.pxd":68
+ *     while True:
+ *         n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT)
+ *         if n == sizeof(count):             # <<<<<<<<<<<<<<
+ *             return count_of(count)
+ *         if n >= 0:
+*/
+    }
+
+    /* "descriptors.pxd":70
+ *         if n == sizeof(count):
+ *             return count_of(count)
+ *         if n >= 0:             # <<<<<<<<<<<<<<
+ *             return -EINVAL  # no eventfd
+ *         if errno == EAGAIN:
+*/
+    __pyx_t_1 = (__pyx_v_n >= 0);
+
+    if (__pyx_t_1) {
+
+
+      /* "descriptors.pxd":71
+ *             return count_of(count)
+ *         if n >= 0:
+ *             return -EINVAL  # no eventfd             # <<<<<<<<<<<<<<
+ *         if errno == EAGAIN:
+ *             return 0
+*/
+      {
+
+        __pyx_r = (-EINVAL);
+      }
+      goto __pyx_L0;
+
+      /* "descriptors.pxd":70
+ *         if n == sizeof(count):
+ *             return count_of(count)
+ *         if n >= 0:             # <<<<<<<<<<<<<<
+ *             return -EINVAL  # no eventfd
+ *         if errno == EAGAIN:
+*/
+    }
+
+    /* "descriptors.pxd":72
+ *         if n >= 0:
+ *             return -EINVAL  # no eventfd
+ *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
+ *             return 0
+ *         if errno != EINTR:
+*/
+    __pyx_t_1 = (errno == EAGAIN);
+
+    if (__pyx_t_1) {
+
+
+      /* "descriptors.pxd":73
+ *             return -EINVAL  # no eventfd
+ *         if errno == EAGAIN:
+ *             return 0             # <<<<<<<<<<<<<<
+ *         if errno != EINTR:
+ *             return -errno
+*/
+      {
+
+        __pyx_r = 0;
+      }
+      goto __pyx_L0;
+
+      /* "descriptors.pxd":72
+ *         if n >= 0:
+ *             return -EINVAL  # no eventfd
+ *         if errno == EAGAIN:             # <<<<<<<<<<<<<<
+ *             return 0
+ *         if errno != EINTR:
+*/
+    }
+
+    /* "descriptors.pxd":74
+ *         if errno == EAGAIN:
+ *             return 0
+ *         if errno != EINTR:             # <<<<<<<<<<<<<<
+ *             return -errno
+ * 
+*/
+    __pyx_t_1 = (errno != EINTR);
+
+    if (__pyx_t_1) {
+
+
+      /* "descriptors.pxd":75
+ *             return 0
+ *         if errno != EINTR:
+ *             return -errno             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+      {
+
+        __pyx_r = (-errno);
+      }
+      goto __pyx_L0;
+
+      /* "descriptors.pxd":74
+ *         if errno == EAGAIN:
+ *             return 0
+ *         if errno != EINTR:             # <<<<<<<<<<<<<<
+ *             return -errno
+ * 
+*/
+    }
+  }
+
+  /* "descriptors.pxd":55
+ * 
+ * 
+ * cdef inline int64_t look(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """The count of an eventfd, set back to 0; 0 when nobody rang; -errno. Never blocks.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_r = 0;
+  __pyx_L0:;
+
+
+
+  return __pyx_r;
+}
+
+/* "descriptors.pxd":78
+ * 
+ * 
+ * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
+ *     cdef uint64_t one = 1
+*/
+
+static CYTHON_INLINE int __pyx_f_7ivshmem_6native_11descriptors_add_one(int __pyx_v_fd) {
+  uint64_t __pyx_v_one;
   int __pyx_r;
   int __pyx_t_1;
-  Py_ssize_t __pyx_t_2;
+  int __pyx_t_2;
+
+  /* "descriptors.pxd":80
+ * cdef inline int add_one(int fd) noexcept nogil:
+ *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
+ *     cdef uint64_t one = 1             # <<<<<<<<<<<<<<
+ *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
+ *         return 0
+*/
+  __pyx_v_one = 1;
+
+  /* "descriptors.pxd":81
+ *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
+ *     cdef uint64_t one = 1
+ *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
+ *         return 0
+ *     return errno
+*/
+  __pyx_t_2 = (write(__pyx_v_fd, (&__pyx_v_one), (sizeof(__pyx_v_one))) >= 0);
+
+  if (!__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (errno == EAGAIN);
+
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "descriptors.pxd":82
+ *     cdef uint64_t one = 1
+ *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
+ *         return 0             # <<<<<<<<<<<<<<
+ *     return errno
+ * 
+*/
+    {
+
+      __pyx_r = 0;
+    }
+    goto __pyx_L0;
+
+    /* "descriptors.pxd":81
+ *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
+ *     cdef uint64_t one = 1
+ *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:             # <<<<<<<<<<<<<<
+ *         return 0
+ *     return errno
+*/
+  }
+
+  /* "descriptors.pxd":83
+ *     if c_write(fd, &one, sizeof(one)) >= 0 or errno == EAGAIN:
+ *         return 0
+ *     return errno             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = errno;
+  }
+  goto __pyx_L0;
+
+  /* "descriptors.pxd":78
+ * 
+ * 
+ * cdef inline int add_one(int fd) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Add 1 to an eventfd: 0, also where its counter is full; else errno, which may be EINTR."""
+ *     cdef uint64_t one = 1
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "descriptors.pxd":107
+ * 
+ * 
+ * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """How many descriptors there are, also while another thread adds one."""
+ *     return ivshmem_length(&array.count)
+*/
+
+static CYTHON_INLINE Py_ssize_t __pyx_f_7ivshmem_6native_11descriptors_length_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array) {
+  Py_ssize_t __pyx_r;
+
+  /* "descriptors.pxd":109
+ * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:
+ *     """How many descriptors there are, also while another thread adds one."""
+ *     return ivshmem_length(&array.count)             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = ivshmem_length((&__pyx_v_array->count));
+  }
+  goto __pyx_L0;
+
+  /* "descriptors.pxd":107
+ * 
+ * 
+ * cdef inline Py_ssize_t length_of(FdArray array) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """How many descriptors there are, also while another thread adds one."""
+ *     return ivshmem_length(&array.count)
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+  return __pyx_r;
+}
+
+/* "descriptors.pxd":112
+ * 
+ * 
+ * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
+ *     return &ivshmem_elements(&array.fds)[index]
+*/
+
+static CYTHON_INLINE int *__pyx_f_7ivshmem_6native_11descriptors_place_of(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_array, Py_ssize_t __pyx_v_index) {
+  int *__pyx_r;
+
+  /* "descriptors.pxd":114
+ * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:
+ *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
+ *     return &ivshmem_elements(&array.fds)[index]             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = (&(ivshmem_elements((&__pyx_v_array->fds))[__pyx_v_index]));
+  }
+  goto __pyx_L0;
+
+  /* "descriptors.pxd":112
+ * 
+ * 
+ * cdef inline int *place_of(FdArray array, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Where a descriptor stands, of as many as `length_of` told; it stays there."""
+ *     return &ivshmem_elements(&array.fds)[index]
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+  return __pyx_r;
+}
+
+/* "_core.pxd":39
+ * 
+ * 
+ * cdef inline void begin_wait(Wait *wait, int64_t timeout, int64_t spin) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Both in nanoseconds; `timeout` -1: no limit; `spin` SPIN_AUTO (of native.spin): "auto"."""
+ *     wait.deadline = deadline_in(timeout)
+*/
+
+static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivshmem_5_core_Wait *__pyx_v_wait, int64_t __pyx_v_timeout, int64_t __pyx_v_spin) {
+
+  /* "_core.pxd":41
+ * cdef inline void begin_wait(Wait *wait, int64_t timeout, int64_t spin) noexcept nogil:
+ *     """Both in nanoseconds; `timeout` -1: no limit; `spin` SPIN_AUTO (of native.spin): "auto"."""
+ *     wait.deadline = deadline_in(timeout)             # <<<<<<<<<<<<<<
+ *     wait.spin = spin
+ *     wait.alone = False
+*/
+  __pyx_v_wait->deadline = __pyx_f_7ivshmem_6native_11descriptors_deadline_in(__pyx_v_timeout);
+
+  /* "_core.pxd":42
+ *     """Both in nanoseconds; `timeout` -1: no limit; `spin` SPIN_AUTO (of native.spin): "auto"."""
+ *     wait.deadline = deadline_in(timeout)
+ *     wait.spin = spin             # <<<<<<<<<<<<<<
+ *     wait.alone = False
+ *     wait.turn.left = -1
+*/
+  __pyx_v_wait->spin = __pyx_v_spin;
+
+  /* "_core.pxd":43
+ *     wait.deadline = deadline_in(timeout)
+ *     wait.spin = spin
+ *     wait.alone = False             # <<<<<<<<<<<<<<
+ *     wait.turn.left = -1
+ * 
+*/
+  __pyx_v_wait->alone = 0;
+
+  /* "_core.pxd":44
+ *     wait.spin = spin
+ *     wait.alone = False
+ *     wait.turn.left = -1             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  __pyx_v_wait->turn.left = -1L;
+
+  /* "_core.pxd":39
+ * 
+ * 
+ * cdef inline void begin_wait(Wait *wait, int64_t timeout, int64_t spin) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """Both in nanoseconds; `timeout` -1: no limit; `spin` SPIN_AUTO (of native.spin): "auto"."""
+ *     wait.deadline = deadline_in(timeout)
+*/
+
+  /* function exit code */
+}
+
+/* "ivshmem/channel/roles.pyx":28
+ * 
+ * 
+ * cdef uint64_t microseconds() noexcept nogil:             # <<<<<<<<<<<<<<
+ *     cdef timespec t
+ *     clock_gettime(CLOCK_REALTIME, &t)
+*/
+
+static uint64_t __pyx_f_7ivshmem_7channel_5roles_microseconds(void) {
+  struct timespec __pyx_v_t;
+  uint64_t __pyx_r;
+
+  /* "ivshmem/channel/roles.pyx":30
+ * cdef uint64_t microseconds() noexcept nogil:
+ *     cdef timespec t
+ *     clock_gettime(CLOCK_REALTIME, &t)             # <<<<<<<<<<<<<<
+ *     return <uint64_t>t.tv_sec * 1_000_000 + t.tv_nsec // 1000
+ * 
+*/
+  (void)(clock_gettime(CLOCK_REALTIME, (&__pyx_v_t)));
+
+  /* "ivshmem/channel/roles.pyx":31
+ *     cdef timespec t
+ *     clock_gettime(CLOCK_REALTIME, &t)
+ *     return <uint64_t>t.tv_sec * 1_000_000 + t.tv_nsec // 1000             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = ((((uint64_t)__pyx_v_t.tv_sec) * 0xF4240) + __Pyx_div_long(__pyx_v_t.tv_nsec, 0x3E8, 1));
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pyx":28
+ * 
+ * 
+ * cdef uint64_t microseconds() noexcept nogil:             # <<<<<<<<<<<<<<
+ *     cdef timespec t
+ *     clock_gettime(CLOCK_REALTIME, &t)
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":34
+ * 
+ * 
+ * cdef int open_channel(             # <<<<<<<<<<<<<<
+ *     ChannelEnd end, object channels, Membership membership, unsigned index, str name
+ * ) except -1:
+*/
+
+static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_end, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, unsigned int __pyx_v_index, PyObject *__pyx_v_name) {
+  struct ivshmem_record __pyx_v_record;
+  int __pyx_v_code;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
   int __pyx_t_3;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  size_t __pyx_t_7;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9[3];
+  Py_ssize_t __pyx_t_10;
+  PyObject *__pyx_t_11 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("open_channel", 0);
 
-  /* "ivshmem/native/areas.pyx":57
- * cdef int memory_of(Mapping mapping, ivshmem_memory *memory) except -1:
- *     """Pin a mapping, and describe it for the header."""
- *     mapping.pin()             # <<<<<<<<<<<<<<
- *     memory.start = <unsigned char *>mapping.start
- *     memory.size = mapping.length
+  /* "ivshmem/channel/roles.pyx":39
+ *     """Open the channel of a record, and check that it is still the one of that name."""
+ *     cdef ivshmem_record record
+ *     cdef int code = ivshmem_record_read(&membership.member.area, index, &record)             # <<<<<<<<<<<<<<
+ *     end.channels = channels
+ *     end.membership = membership
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_mapping->__pyx_vtab)->pin(__pyx_v_mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 57, __pyx_L1_error)
+  __pyx_v_code = ivshmem_record_read((&__pyx_v_membership->member.area), __pyx_v_index, (&__pyx_v_record));
 
-
-  /* "ivshmem/native/areas.pyx":58
- *     """Pin a mapping, and describe it for the header."""
- *     mapping.pin()
- *     memory.start = <unsigned char *>mapping.start             # <<<<<<<<<<<<<<
- *     memory.size = mapping.length
- *     memory.mapping = IVSHMEM_WRITE_COMBINING
+  /* "ivshmem/channel/roles.pyx":40
+ *     cdef ivshmem_record record
+ *     cdef int code = ivshmem_record_read(&membership.member.area, index, &record)
+ *     end.channels = channels             # <<<<<<<<<<<<<<
+ *     end.membership = membership
+ *     end.name = name
 */
-  __pyx_v_memory->start = ((unsigned char *)__pyx_v_mapping->start);
+  __Pyx_INCREF(__pyx_v_channels);
+  __Pyx_GIVEREF(__pyx_v_channels);
+  __Pyx_GOTREF(__pyx_v_end->channels);
+  __Pyx_DECREF_SET(__pyx_v_end->channels, __pyx_v_channels);
 
-  /* "ivshmem/native/areas.pyx":59
- *     mapping.pin()
- *     memory.start = <unsigned char *>mapping.start
- *     memory.size = mapping.length             # <<<<<<<<<<<<<<
- *     memory.mapping = IVSHMEM_WRITE_COMBINING
- *     memory.readonly = mapping.fixed
+  /* "ivshmem/channel/roles.pyx":41
+ *     cdef int code = ivshmem_record_read(&membership.member.area, index, &record)
+ *     end.channels = channels
+ *     end.membership = membership             # <<<<<<<<<<<<<<
+ *     end.name = name
+ *     membership.check()
 */
-  __pyx_t_2 = __pyx_v_mapping->length;
+  __Pyx_INCREF((PyObject *)__pyx_v_membership);
+  __Pyx_GIVEREF((PyObject *)__pyx_v_membership);
+  __Pyx_GOTREF((PyObject *)__pyx_v_end->membership);
+  __Pyx_DECREF_SET(__pyx_v_end->membership, __pyx_v_membership);
 
-  __pyx_v_memory->size = __pyx_t_2;
+  /* "ivshmem/channel/roles.pyx":42
+ *     end.channels = channels
+ *     end.membership = membership
+ *     end.name = name             # <<<<<<<<<<<<<<
+ *     membership.check()
+ *     if code or record.name.decode(errors="replace") != name:
+*/
+  __Pyx_INCREF(__pyx_v_name);
+  __Pyx_GIVEREF(__pyx_v_name);
+  __Pyx_GOTREF(__pyx_v_end->name);
+  __Pyx_DECREF_SET(__pyx_v_end->name, __pyx_v_name);
 
-  /* "ivshmem/native/areas.pyx":60
- *     memory.start = <unsigned char *>mapping.start
- *     memory.size = mapping.length
- *     memory.mapping = IVSHMEM_WRITE_COMBINING             # <<<<<<<<<<<<<<
- *     memory.readonly = mapping.fixed
+  /* "ivshmem/channel/roles.pyx":43
+ *     end.membership = membership
+ *     end.name = name
+ *     membership.check()             # <<<<<<<<<<<<<<
+ *     if code or record.name.decode(errors="replace") != name:
+ *         raise ClosedError(f"channel {name!r} was removed")
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 43, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/roles.pyx":44
+ *     end.name = name
+ *     membership.check()
+ *     if code or record.name.decode(errors="replace") != name:             # <<<<<<<<<<<<<<
+ *         raise ClosedError(f"channel {name!r} was removed")
+ *     ivshmem_channel_open(&end.channel, &membership.member.area, &record)
+*/
+  __pyx_t_3 = (__pyx_v_code != 0);
+
+  if (!__pyx_t_3) {
+
+  } else {
+
+    __pyx_t_2 = __pyx_t_3;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_6 = __Pyx_PyBytes_FromString(__pyx_v_record.name); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 44, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_6);
+  __pyx_t_5 = __pyx_t_6;
+  __Pyx_INCREF(__pyx_t_5);
+  #if CYTHON_VECTORCALL
+  #endif
+  __pyx_t_7 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_mstate_global->__pyx_n_u_replace};
+    #if CYTHON_VECTORCALL
+    __pyx_t_8 = __pyx_mstate_global->__pyx_tuple[0];
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 44, __pyx_L1_error)
+    __Pyx_INCREF(__pyx_t_8);
+    #else
+    {
+      PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
+      __pyx_t_8 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 44, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_8);
+    }
+    #endif
+    __pyx_t_4 = __Pyx_Object_VectorcallMethodKwds((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET), __pyx_t_8);
+    __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+    #if CYTHON_VECTORCALL
+    #endif
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 44, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+  }
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_4))||((__pyx_t_4) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_4))) __PYX_ERR(0, 44, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_CompareBoolNe_str_str(__pyx_t_4, __pyx_v_name, Py_NE); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 44, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  __pyx_t_2 = __pyx_t_3;
+
+  __pyx_L4_bool_binop_done:;
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "ivshmem/channel/roles.pyx":45
+ *     membership.check()
+ *     if code or record.name.decode(errors="replace") != name:
+ *         raise ClosedError(f"channel {name!r} was removed")             # <<<<<<<<<<<<<<
+ *     ivshmem_channel_open(&end.channel, &membership.member.area, &record)
  *     return 0
 */
-  __pyx_v_memory->mapping = IVSHMEM_WRITE_COMBINING;
+    __pyx_t_6 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 45, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 45, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_channel;
+    __pyx_t_9[1] = __pyx_t_5;
+    __pyx_t_9[2] = __pyx_mstate_global->__pyx_kp_u_was_removed;
+    __pyx_t_10 = 20;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_10 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[1]);
+    #endif
+    __pyx_t_1 = 0;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]);
+    #endif
+    __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 3, __pyx_t_10, __pyx_t_1);
+    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 45, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_11);
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __pyx_t_7 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_8))) {
+      __pyx_t_6 = PyMethod_GET_SELF(__pyx_t_8);
+      assert(__pyx_t_6);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_8);
+      __Pyx_INCREF(__pyx_t_6);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_8, __pyx__function);
+      __pyx_t_7 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_6, __pyx_t_11};
+      __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+      __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+      __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 45, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+    }
+    __Pyx_Raise(__pyx_t_4, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __PYX_ERR(0, 45, __pyx_L1_error)
 
-  /* "ivshmem/native/areas.pyx":61
- *     memory.size = mapping.length
- *     memory.mapping = IVSHMEM_WRITE_COMBINING
- *     memory.readonly = mapping.fixed             # <<<<<<<<<<<<<<
+    /* "ivshmem/channel/roles.pyx":44
+ *     end.name = name
+ *     membership.check()
+ *     if code or record.name.decode(errors="replace") != name:             # <<<<<<<<<<<<<<
+ *         raise ClosedError(f"channel {name!r} was removed")
+ *     ivshmem_channel_open(&end.channel, &membership.member.area, &record)
+*/
+  }
+
+  /* "ivshmem/channel/roles.pyx":46
+ *     if code or record.name.decode(errors="replace") != name:
+ *         raise ClosedError(f"channel {name!r} was removed")
+ *     ivshmem_channel_open(&end.channel, &membership.member.area, &record)             # <<<<<<<<<<<<<<
  *     return 0
  * 
 */
-  __pyx_t_3 = __pyx_v_mapping->fixed;
+  ivshmem_channel_open((&__pyx_v_end->channel), (&__pyx_v_membership->member.area), (&__pyx_v_record));
 
-  __pyx_v_memory->readonly = __pyx_t_3;
-
-  /* "ivshmem/native/areas.pyx":62
- *     memory.mapping = IVSHMEM_WRITE_COMBINING
- *     memory.readonly = mapping.fixed
+  /* "ivshmem/channel/roles.pyx":47
+ *         raise ClosedError(f"channel {name!r} was removed")
+ *     ivshmem_channel_open(&end.channel, &membership.member.area, &record)
  *     return 0             # <<<<<<<<<<<<<<
  * 
  * 
@@ -2894,95 +5370,1342 @@ static int __pyx_f_7ivshmem_6native_5areas_memory_of(struct __pyx_obj_7ivshmem_6
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/areas.pyx":55
- *     FOR_A_RECORD = 1 << 16
+  /* "ivshmem/channel/roles.pyx":34
  * 
- * cdef int memory_of(Mapping mapping, ivshmem_memory *memory) except -1:             # <<<<<<<<<<<<<<
- *     """Pin a mapping, and describe it for the header."""
- *     mapping.pin()
+ * 
+ * cdef int open_channel(             # <<<<<<<<<<<<<<
+ *     ChannelEnd end, object channels, Membership membership, unsigned index, str name
+ * ) except -1:
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.native.areas.memory_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_11);
+  __Pyx_AddTraceback("ivshmem.channel.roles.open_channel", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":55
+ *     """The slot of a writer, or of a caller."""
+ * 
+ *     def __cinit__(             # <<<<<<<<<<<<<<
+ *         self, channels, Membership membership not None, unsigned index, str name, message_type=None
+ *     ):
+*/
+
+/* Python wrapper */
+static int __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_1__cinit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds); /*proto*/
+static int __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_1__cinit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds) {
+  PyObject *__pyx_v_channels = 0;
+  struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership = 0;
+  unsigned int __pyx_v_index;
+  PyObject *__pyx_v_name = 0;
+  PyObject *__pyx_v_message_type = 0;
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[5] = {0,0,0,0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__cinit__ (wrapper)", 0);
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return -1;
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_channels,&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_index,&__pyx_mstate_global->__pyx_n_u_name,&__pyx_mstate_global->__pyx_n_u_message_type,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 55, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  5:
+        values[4] = __Pyx_ArgRef_VARARGS(__pyx_args, 4);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 55, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  4:
+        values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 55, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  3:
+        values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 55, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  2:
+        values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 55, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 55, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 55, __pyx_L3_error)
+
+      /* "ivshmem/channel/roles.pyx":56
+ * 
+ *     def __cinit__(
+ *         self, channels, Membership membership not None, unsigned index, str name, message_type=None             # <<<<<<<<<<<<<<
+ *     ):
+ *         cdef ivshmem_geometry *g
+*/
+      if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)Py_None));
+      for (Py_ssize_t i = __pyx_nargs; i < 4; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 4, 5, i); __PYX_ERR(0, 55, __pyx_L3_error) }
+      }
+    } else {
+      switch (__pyx_nargs) {
+        case  5:
+        values[4] = __Pyx_ArgRef_VARARGS(__pyx_args, 4);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 55, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  4:
+        values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 55, __pyx_L3_error)
+        values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 55, __pyx_L3_error)
+        values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 55, __pyx_L3_error)
+        values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 55, __pyx_L3_error)
+        break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)Py_None));
+    }
+    __pyx_v_channels = values[0];
+    __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[1]);
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 56, __pyx_L3_error)
+    __pyx_v_name = ((PyObject*)values[3]);
+    __pyx_v_message_type = values[4];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 4, 5, __pyx_nargs); __PYX_ERR(0, 55, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem.channel.roles.WriterEnd.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return -1;
+  __pyx_L4_argument_unpacking_done:;
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 56, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 56, __pyx_L1_error)
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name, __pyx_v_message_type);
+
+  /* "ivshmem/channel/roles.pyx":55
+ *     """The slot of a writer, or of a caller."""
+ * 
+ *     def __cinit__(             # <<<<<<<<<<<<<<
+ *         self, channels, Membership membership not None, unsigned index, str name, message_type=None
+ *     ):
+*/
+
+  /* function exit code */
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __pyx_r = -1;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  goto __pyx_L7_cleaned_up;
+  __pyx_L0:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __pyx_L7_cleaned_up:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, unsigned int __pyx_v_index, PyObject *__pyx_v_name, PyObject *__pyx_v_message_type) {
+  struct ivshmem_geometry *__pyx_v_g;
+  struct ivshmem_writer_tables *__pyx_v_tables;
+  uint64_t __pyx_v_cells;
+  int __pyx_v_code;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  uint64_t __pyx_t_2;
+  int __pyx_t_3;
+  int __pyx_t_4;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9 = NULL;
+  PyObject *__pyx_t_10 = NULL;
+  PyObject *__pyx_t_11 = NULL;
+  PyObject *__pyx_t_12[5];
+  Py_ssize_t __pyx_t_13;
+  size_t __pyx_t_14;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__cinit__", 0);
+
+  /* "ivshmem/channel/roles.pyx":59
+ *     ):
+ *         cdef ivshmem_geometry *g
+ *         cdef ivshmem_writer_tables *tables = &self.writer.tables             # <<<<<<<<<<<<<<
+ *         cdef uint64_t cells
+ *         cdef int code
+*/
+  __pyx_v_tables = (&__pyx_v_self->writer.tables);
+
+  /* "ivshmem/channel/roles.pyx":62
+ *         cdef uint64_t cells
+ *         cdef int code
+ *         open_channel(self, channels, membership, index, name)             # <<<<<<<<<<<<<<
+ *         self.type = message_type
+ *         g = &self.channel.record.geometry
+*/
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 62, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/roles.pyx":63
+ *         cdef int code
+ *         open_channel(self, channels, membership, index, name)
+ *         self.type = message_type             # <<<<<<<<<<<<<<
+ *         g = &self.channel.record.geometry
+ *         cells = self.channel.layout.cells_each
+*/
+  __Pyx_INCREF(__pyx_v_message_type);
+  __Pyx_GIVEREF(__pyx_v_message_type);
+  __Pyx_GOTREF(__pyx_v_self->type);
+  __Pyx_DECREF_SET(__pyx_v_self->type, __pyx_v_message_type);
+
+  /* "ivshmem/channel/roles.pyx":64
+ *         open_channel(self, channels, membership, index, name)
+ *         self.type = message_type
+ *         g = &self.channel.record.geometry             # <<<<<<<<<<<<<<
+ *         cells = self.channel.layout.cells_each
+ *         self.times = g.options & IVSHMEM_TIMES != 0
+*/
+  __pyx_v_g = (&__pyx_v_self->__pyx_base.channel.record.geometry);
+
+  /* "ivshmem/channel/roles.pyx":65
+ *         self.type = message_type
+ *         g = &self.channel.record.geometry
+ *         cells = self.channel.layout.cells_each             # <<<<<<<<<<<<<<
+ *         self.times = g.options & IVSHMEM_TIMES != 0
+ *         self.claims = g.kind == IVSHMEM_QUEUE or g.kind == IVSHMEM_CALLS
+*/
+  __pyx_t_2 = __pyx_v_self->__pyx_base.channel.layout.cells_each;
+
+  __pyx_v_cells = __pyx_t_2;
+
+  /* "ivshmem/channel/roles.pyx":66
+ *         g = &self.channel.record.geometry
+ *         cells = self.channel.layout.cells_each
+ *         self.times = g.options & IVSHMEM_TIMES != 0             # <<<<<<<<<<<<<<
+ *         self.claims = g.kind == IVSHMEM_QUEUE or g.kind == IVSHMEM_CALLS
+ *         self.writer.channel = &self.channel
+*/
+  __pyx_v_self->times = ((__pyx_v_g->options & IVSHMEM_TIMES) != 0);
+
+  /* "ivshmem/channel/roles.pyx":67
+ *         cells = self.channel.layout.cells_each
+ *         self.times = g.options & IVSHMEM_TIMES != 0
+ *         self.claims = g.kind == IVSHMEM_QUEUE or g.kind == IVSHMEM_CALLS             # <<<<<<<<<<<<<<
+ *         self.writer.channel = &self.channel
+ *         self.writer.member = &membership.member
+*/
+  switch (__pyx_v_g->kind) {
+    case IVSHMEM_QUEUE:
+    case IVSHMEM_CALLS:
+    __pyx_t_3 = 1;
+    break;
+    default:
+    __pyx_t_3 = 0;
+    break;
+  }
+  __pyx_v_self->claims = __pyx_t_3;
+
+  /* "ivshmem/channel/roles.pyx":68
+ *         self.times = g.options & IVSHMEM_TIMES != 0
+ *         self.claims = g.kind == IVSHMEM_QUEUE or g.kind == IVSHMEM_CALLS
+ *         self.writer.channel = &self.channel             # <<<<<<<<<<<<<<
+ *         self.writer.member = &membership.member
+ *         tables.cell_of = <uint32_t *>calloc(g.slots, sizeof(uint32_t))
+*/
+  __pyx_v_self->writer.channel = (&__pyx_v_self->__pyx_base.channel);
+
+  /* "ivshmem/channel/roles.pyx":69
+ *         self.claims = g.kind == IVSHMEM_QUEUE or g.kind == IVSHMEM_CALLS
+ *         self.writer.channel = &self.channel
+ *         self.writer.member = &membership.member             # <<<<<<<<<<<<<<
+ *         tables.cell_of = <uint32_t *>calloc(g.slots, sizeof(uint32_t))
+ *         tables.free = <uint32_t *>calloc(cells, sizeof(uint32_t))
+*/
+  __pyx_v_self->writer.member = (&__pyx_v_membership->member);
+
+  /* "ivshmem/channel/roles.pyx":70
+ *         self.writer.channel = &self.channel
+ *         self.writer.member = &membership.member
+ *         tables.cell_of = <uint32_t *>calloc(g.slots, sizeof(uint32_t))             # <<<<<<<<<<<<<<
+ *         tables.free = <uint32_t *>calloc(cells, sizeof(uint32_t))
+ *         if g.overflow & IVSHMEM_DISCARD:
+*/
+  __pyx_v_tables->cell_of = ((uint32_t *)calloc(__pyx_v_g->slots, (sizeof(uint32_t))));
+
+  /* "ivshmem/channel/roles.pyx":71
+ *         self.writer.member = &membership.member
+ *         tables.cell_of = <uint32_t *>calloc(g.slots, sizeof(uint32_t))
+ *         tables.free = <uint32_t *>calloc(cells, sizeof(uint32_t))             # <<<<<<<<<<<<<<
+ *         if g.overflow & IVSHMEM_DISCARD:
+ *             tables.references = <uint16_t *>calloc(cells, sizeof(uint16_t))
+*/
+  __pyx_v_tables->free = ((uint32_t *)calloc(__pyx_v_cells, (sizeof(uint32_t))));
+
+  /* "ivshmem/channel/roles.pyx":72
+ *         tables.cell_of = <uint32_t *>calloc(g.slots, sizeof(uint32_t))
+ *         tables.free = <uint32_t *>calloc(cells, sizeof(uint32_t))
+ *         if g.overflow & IVSHMEM_DISCARD:             # <<<<<<<<<<<<<<
+ *             tables.references = <uint16_t *>calloc(cells, sizeof(uint16_t))
+ *             tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))
+*/
+  __pyx_t_3 = ((__pyx_v_g->overflow & IVSHMEM_DISCARD) != 0);
+
+  if (__pyx_t_3) {
+
+
+    /* "ivshmem/channel/roles.pyx":73
+ *         tables.free = <uint32_t *>calloc(cells, sizeof(uint32_t))
+ *         if g.overflow & IVSHMEM_DISCARD:
+ *             tables.references = <uint16_t *>calloc(cells, sizeof(uint16_t))             # <<<<<<<<<<<<<<
+ *             tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))
+ *             tables.backlogs = <ivshmem_backlog *>calloc(g.readers + 1, sizeof(ivshmem_backlog))
+*/
+    __pyx_v_tables->references = ((uint16_t *)calloc(__pyx_v_cells, (sizeof(uint16_t))));
+
+    /* "ivshmem/channel/roles.pyx":74
+ *         if g.overflow & IVSHMEM_DISCARD:
+ *             tables.references = <uint16_t *>calloc(cells, sizeof(uint16_t))
+ *             tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))             # <<<<<<<<<<<<<<
+ *             tables.backlogs = <ivshmem_backlog *>calloc(g.readers + 1, sizeof(ivshmem_backlog))
+ *         if tables.cell_of == NULL or tables.free == NULL or (
+*/
+    __pyx_v_tables->pinned = ((uint32_t *)calloc(((((size_t)__pyx_v_g->readers) * __pyx_v_g->slots) + 1), (sizeof(uint32_t))));
+
+    /* "ivshmem/channel/roles.pyx":75
+ *             tables.references = <uint16_t *>calloc(cells, sizeof(uint16_t))
+ *             tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))
+ *             tables.backlogs = <ivshmem_backlog *>calloc(g.readers + 1, sizeof(ivshmem_backlog))             # <<<<<<<<<<<<<<
+ *         if tables.cell_of == NULL or tables.free == NULL or (
+ *             g.overflow & IVSHMEM_DISCARD
+*/
+    __pyx_v_tables->backlogs = ((struct ivshmem_backlog *)calloc((__pyx_v_g->readers + 1), (sizeof(struct ivshmem_backlog))));
+
+    /* "ivshmem/channel/roles.pyx":72
+ *         tables.cell_of = <uint32_t *>calloc(g.slots, sizeof(uint32_t))
+ *         tables.free = <uint32_t *>calloc(cells, sizeof(uint32_t))
+ *         if g.overflow & IVSHMEM_DISCARD:             # <<<<<<<<<<<<<<
+ *             tables.references = <uint16_t *>calloc(cells, sizeof(uint16_t))
+ *             tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))
+*/
+  }
+
+  /* "ivshmem/channel/roles.pyx":76
+ *             tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))
+ *             tables.backlogs = <ivshmem_backlog *>calloc(g.readers + 1, sizeof(ivshmem_backlog))
+ *         if tables.cell_of == NULL or tables.free == NULL or (             # <<<<<<<<<<<<<<
+ *             g.overflow & IVSHMEM_DISCARD
+ *             and (tables.references == NULL or tables.pinned == NULL or tables.backlogs == NULL)
+*/
+  __pyx_t_4 = (__pyx_v_tables->cell_of == NULL);
+
+  if (!__pyx_t_4) {
+
+  } else {
+
+    __pyx_t_3 = __pyx_t_4;
+
+    goto __pyx_L5_bool_binop_done;
+  }
+  __pyx_t_4 = (__pyx_v_tables->free == NULL);
+
+  if (!__pyx_t_4) {
+
+  } else {
+
+    __pyx_t_3 = __pyx_t_4;
+
+    goto __pyx_L5_bool_binop_done;
+  }
+
+  /* "ivshmem/channel/roles.pyx":77
+ *             tables.backlogs = <ivshmem_backlog *>calloc(g.readers + 1, sizeof(ivshmem_backlog))
+ *         if tables.cell_of == NULL or tables.free == NULL or (
+ *             g.overflow & IVSHMEM_DISCARD             # <<<<<<<<<<<<<<
+ *             and (tables.references == NULL or tables.pinned == NULL or tables.backlogs == NULL)
+ *         ):
+*/
+  __pyx_t_4 = ((__pyx_v_g->overflow & IVSHMEM_DISCARD) != 0);
+
+  if (__pyx_t_4) {
+
+  } else {
+
+    __pyx_t_3 = __pyx_t_4;
+
+    goto __pyx_L5_bool_binop_done;
+  }
+
+  /* "ivshmem/channel/roles.pyx":78
+ *         if tables.cell_of == NULL or tables.free == NULL or (
+ *             g.overflow & IVSHMEM_DISCARD
+ *             and (tables.references == NULL or tables.pinned == NULL or tables.backlogs == NULL)             # <<<<<<<<<<<<<<
+ *         ):
+ *             raise MemoryError
+*/
+  __pyx_t_4 = (__pyx_v_tables->references == NULL);
+
+  if (!__pyx_t_4) {
+
+  } else {
+
+    __pyx_t_3 = __pyx_t_4;
+
+    goto __pyx_L5_bool_binop_done;
+  }
+  __pyx_t_4 = (__pyx_v_tables->pinned == NULL);
+
+  if (!__pyx_t_4) {
+
+  } else {
+
+    __pyx_t_3 = __pyx_t_4;
+
+    goto __pyx_L5_bool_binop_done;
+  }
+  __pyx_t_4 = (__pyx_v_tables->backlogs == NULL);
+
+
+  __pyx_t_3 = __pyx_t_4;
+
+  __pyx_L5_bool_binop_done:;
+
+  /* "ivshmem/channel/roles.pyx":76
+ *             tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))
+ *             tables.backlogs = <ivshmem_backlog *>calloc(g.readers + 1, sizeof(ivshmem_backlog))
+ *         if tables.cell_of == NULL or tables.free == NULL or (             # <<<<<<<<<<<<<<
+ *             g.overflow & IVSHMEM_DISCARD
+ *             and (tables.references == NULL or tables.pinned == NULL or tables.backlogs == NULL)
+*/
+  if (unlikely(__pyx_t_3)) {
+
+
+    /* "ivshmem/channel/roles.pyx":80
+ *             and (tables.references == NULL or tables.pinned == NULL or tables.backlogs == NULL)
+ *         ):
+ *             raise MemoryError             # <<<<<<<<<<<<<<
+ *         code = ivshmem_writer_open(&self.writer)
+ *         if code == IVSHMEM_TAKEN:
+*/
+    PyErr_NoMemory(); __PYX_ERR(0, 80, __pyx_L1_error)
+
+    /* "ivshmem/channel/roles.pyx":76
+ *             tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))
+ *             tables.backlogs = <ivshmem_backlog *>calloc(g.readers + 1, sizeof(ivshmem_backlog))
+ *         if tables.cell_of == NULL or tables.free == NULL or (             # <<<<<<<<<<<<<<
+ *             g.overflow & IVSHMEM_DISCARD
+ *             and (tables.references == NULL or tables.pinned == NULL or tables.backlogs == NULL)
+*/
+  }
+
+  /* "ivshmem/channel/roles.pyx":81
+ *         ):
+ *             raise MemoryError
+ *         code = ivshmem_writer_open(&self.writer)             # <<<<<<<<<<<<<<
+ *         if code == IVSHMEM_TAKEN:
+ *             raise ChannelError(
+*/
+  __pyx_v_code = ivshmem_writer_open((&__pyx_v_self->writer));
+
+  /* "ivshmem/channel/roles.pyx":82
+ *             raise MemoryError
+ *         code = ivshmem_writer_open(&self.writer)
+ *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
+ *             raise ChannelError(
+ *                 f"channel {name!r}: all its {counted(g.writers, 'writer')} are open, or wrote"
+*/
+  __pyx_t_3 = (__pyx_v_code == IVSHMEM_TAKEN);
+
+  if (unlikely(__pyx_t_3)) {
+
+
+    /* "ivshmem/channel/roles.pyx":83
+ *         code = ivshmem_writer_open(&self.writer)
+ *         if code == IVSHMEM_TAKEN:
+ *             raise ChannelError(             # <<<<<<<<<<<<<<
+ *                 f"channel {name!r}: all its {counted(g.writers, 'writer')} are open, or wrote"
+ *                 " messages that a reader has yet to read"
+*/
+    __pyx_t_6 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 83, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+
+    /* "ivshmem/channel/roles.pyx":84
+ *         if code == IVSHMEM_TAKEN:
+ *             raise ChannelError(
+ *                 f"channel {name!r}: all its {counted(g.writers, 'writer')} are open, or wrote"             # <<<<<<<<<<<<<<
+ *                 " messages that a reader has yet to read"
+ *             )
+*/
+    __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 84, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
+    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 84, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_9);
+    __pyx_t_10 = __Pyx_PyLong_From_uint32_t(__pyx_v_g->writers); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 84, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_10);
+    __pyx_t_11 = PyTuple_New(2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 84, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_11);
+    __Pyx_GIVEREF(__pyx_t_10);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 0, __pyx_t_10) != (0)) __PYX_ERR(0, 84, __pyx_L1_error);
+    __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_writer);
+    __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_writer);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 1, __pyx_mstate_global->__pyx_n_u_writer) != (0)) __PYX_ERR(0, 84, __pyx_L1_error);
+    __pyx_t_10 = 0;
+    __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_9, __pyx_t_11, NULL); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 84, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_10);
+    __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+    __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 84, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_11);
+    __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+    __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_channel;
+    __pyx_t_12[1] = __pyx_t_8;
+    __pyx_t_12[2] = __pyx_mstate_global->__pyx_kp_u_all_its;
+    __pyx_t_12[3] = __pyx_t_11;
+    __pyx_t_12[4] = __pyx_mstate_global->__pyx_kp_u_are_open_or_wrote_messages_that;
+    __pyx_t_13 = 76;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_13 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_12[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_12[3]);
+    #endif
+    __pyx_t_1 = 0;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
+    #endif
+    __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_13, __pyx_t_1);
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 84, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_10);
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+    __pyx_t_14 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_7))) {
+      __pyx_t_6 = PyMethod_GET_SELF(__pyx_t_7);
+      assert(__pyx_t_6);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_7);
+      __Pyx_INCREF(__pyx_t_6);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_7, __pyx__function);
+      __pyx_t_14 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_6, __pyx_t_10};
+      __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_14, (2-__pyx_t_14) | (__pyx_t_14*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+      __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 83, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_5);
+    }
+    __Pyx_Raise(__pyx_t_5, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __PYX_ERR(0, 83, __pyx_L1_error)
+
+    /* "ivshmem/channel/roles.pyx":82
+ *             raise MemoryError
+ *         code = ivshmem_writer_open(&self.writer)
+ *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
+ *             raise ChannelError(
+ *                 f"channel {name!r}: all its {counted(g.writers, 'writer')} are open, or wrote"
+*/
+  }
+
+  /* "ivshmem/channel/roles.pyx":87
+ *                 " messages that a reader has yet to read"
+ *             )
+ *         if code:             # <<<<<<<<<<<<<<
+ *             raise self.fail(code)
+ *         self.open = True
+*/
+  __pyx_t_3 = (__pyx_v_code != 0);
+
+  if (unlikely(__pyx_t_3)) {
+
+
+    /* "ivshmem/channel/roles.pyx":88
+ *             )
+ *         if code:
+ *             raise self.fail(code)             # <<<<<<<<<<<<<<
+ *         self.open = True
+ *         membership.ends.add(self)
+*/
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 88, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __Pyx_Raise(__pyx_t_5, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __PYX_ERR(0, 88, __pyx_L1_error)
+
+    /* "ivshmem/channel/roles.pyx":87
+ *                 " messages that a reader has yet to read"
+ *             )
+ *         if code:             # <<<<<<<<<<<<<<
+ *             raise self.fail(code)
+ *         self.open = True
+*/
+  }
+
+  /* "ivshmem/channel/roles.pyx":89
+ *         if code:
+ *             raise self.fail(code)
+ *         self.open = True             # <<<<<<<<<<<<<<
+ *         membership.ends.add(self)
+ * 
+*/
+  __pyx_v_self->__pyx_base.open = 1;
+
+  /* "ivshmem/channel/roles.pyx":90
+ *             raise self.fail(code)
+ *         self.open = True
+ *         membership.ends.add(self)             # <<<<<<<<<<<<<<
+ * 
+ *     def __dealloc__(self):
+*/
+  __pyx_t_7 = __pyx_v_membership->ends;
+  __Pyx_INCREF(__pyx_t_7);
+  __pyx_t_14 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_7, ((PyObject *)__pyx_v_self)};
+    __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_14, (2-__pyx_t_14) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 90, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+  }
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+
+  /* "ivshmem/channel/roles.pyx":55
+ *     """The slot of a writer, or of a caller."""
+ * 
+ *     def __cinit__(             # <<<<<<<<<<<<<<
+ *         self, channels, Membership membership not None, unsigned index, str name, message_type=None
+ *     ):
+*/
+
+  /* function exit code */
+  __pyx_r = 0;
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_XDECREF(__pyx_t_11);
+  __Pyx_AddTraceback("ivshmem.channel.roles.WriterEnd.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+
+
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":92
+ *         membership.ends.add(self)
+ * 
+ *     def __dealloc__(self):             # <<<<<<<<<<<<<<
+ *         free(self.writer.tables.cell_of)
+ *         free(self.writer.tables.free)
+*/
+
+/* Python wrapper */
+static void __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_3__dealloc__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_3__dealloc__(PyObject *__pyx_v_self) {
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__dealloc__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2__dealloc__(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+}
+
+static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2__dealloc__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
+
+  /* "ivshmem/channel/roles.pyx":93
+ * 
+ *     def __dealloc__(self):
+ *         free(self.writer.tables.cell_of)             # <<<<<<<<<<<<<<
+ *         free(self.writer.tables.free)
+ *         free(self.writer.tables.references)
+*/
+  free(__pyx_v_self->writer.tables.cell_of);
+
+  /* "ivshmem/channel/roles.pyx":94
+ *     def __dealloc__(self):
+ *         free(self.writer.tables.cell_of)
+ *         free(self.writer.tables.free)             # <<<<<<<<<<<<<<
+ *         free(self.writer.tables.references)
+ *         free(self.writer.tables.pinned)
+*/
+  free(__pyx_v_self->writer.tables.free);
+
+  /* "ivshmem/channel/roles.pyx":95
+ *         free(self.writer.tables.cell_of)
+ *         free(self.writer.tables.free)
+ *         free(self.writer.tables.references)             # <<<<<<<<<<<<<<
+ *         free(self.writer.tables.pinned)
+ *         free(self.writer.tables.backlogs)
+*/
+  free(__pyx_v_self->writer.tables.references);
+
+  /* "ivshmem/channel/roles.pyx":96
+ *         free(self.writer.tables.free)
+ *         free(self.writer.tables.references)
+ *         free(self.writer.tables.pinned)             # <<<<<<<<<<<<<<
+ *         free(self.writer.tables.backlogs)
+ * 
+*/
+  free(__pyx_v_self->writer.tables.pinned);
+
+  /* "ivshmem/channel/roles.pyx":97
+ *         free(self.writer.tables.references)
+ *         free(self.writer.tables.pinned)
+ *         free(self.writer.tables.backlogs)             # <<<<<<<<<<<<<<
+ * 
+ *     # As a ChannelEnd.
+*/
+  free(__pyx_v_self->writer.tables.backlogs);
+
+  /* "ivshmem/channel/roles.pyx":92
+ *         membership.ends.add(self)
+ * 
+ *     def __dealloc__(self):             # <<<<<<<<<<<<<<
+ *         free(self.writer.tables.cell_of)
+ *         free(self.writer.tables.free)
+*/
+
+  /* function exit code */
+
+}
+
+/* "ivshmem/channel/roles.pyx":101
+ *     # As a ChannelEnd.
+ * 
+ *     cdef int ready(self) noexcept:             # <<<<<<<<<<<<<<
+ *         if self.claims:
+ *             return ivshmem_queue_ready(&self.writer)
+*/
+
+static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
+  int __pyx_r;
+
+  /* "ivshmem/channel/roles.pyx":102
+ * 
+ *     cdef int ready(self) noexcept:
+ *         if self.claims:             # <<<<<<<<<<<<<<
+ *             return ivshmem_queue_ready(&self.writer)
+ *         return ivshmem_writer_ready(&self.writer)
+*/
+  if (__pyx_v_self->claims) {
+
+    /* "ivshmem/channel/roles.pyx":103
+ *     cdef int ready(self) noexcept:
+ *         if self.claims:
+ *             return ivshmem_queue_ready(&self.writer)             # <<<<<<<<<<<<<<
+ *         return ivshmem_writer_ready(&self.writer)
+ * 
+*/
+    {
+
+      __pyx_r = ivshmem_queue_ready((&__pyx_v_self->writer));
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/roles.pyx":102
+ * 
+ *     cdef int ready(self) noexcept:
+ *         if self.claims:             # <<<<<<<<<<<<<<
+ *             return ivshmem_queue_ready(&self.writer)
+ *         return ivshmem_writer_ready(&self.writer)
+*/
+  }
+
+  /* "ivshmem/channel/roles.pyx":104
+ *         if self.claims:
+ *             return ivshmem_queue_ready(&self.writer)
+ *         return ivshmem_writer_ready(&self.writer)             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int attempt(self) except -2:
+*/
+  {
+
+    __pyx_r = ivshmem_writer_ready((&__pyx_v_self->writer));
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pyx":101
+ *     # As a ChannelEnd.
+ * 
+ *     cdef int ready(self) noexcept:             # <<<<<<<<<<<<<<
+ *         if self.claims:
+ *             return ivshmem_queue_ready(&self.writer)
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":106
+ *         return ivshmem_writer_ready(&self.writer)
+ * 
+ *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
+ *         return self.ready()
+ * 
+*/
+
+static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
+  int __pyx_r;
+
+  /* "ivshmem/channel/roles.pyx":107
+ * 
+ *     cdef int attempt(self) except -2:
+ *         return self.ready()             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int begin_sleep(self) except -2:
+*/
+  {
+
+    __pyx_r = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->ready(__pyx_v_self);
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pyx":106
+ *         return ivshmem_writer_ready(&self.writer)
+ * 
+ *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
+ *         return self.ready()
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":109
+ *         return self.ready()
+ * 
+ *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
+ *         if self.claims:
+ *             ivshmem_queue_writer_sleep(&self.writer)
+*/
+
+static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
+  int __pyx_r;
+
+  /* "ivshmem/channel/roles.pyx":110
+ * 
+ *     cdef int begin_sleep(self) except -2:
+ *         if self.claims:             # <<<<<<<<<<<<<<
+ *             ivshmem_queue_writer_sleep(&self.writer)
+ *             return ivshmem_queue_ready(&self.writer)
+*/
+  if (__pyx_v_self->claims) {
+
+    /* "ivshmem/channel/roles.pyx":111
+ *     cdef int begin_sleep(self) except -2:
+ *         if self.claims:
+ *             ivshmem_queue_writer_sleep(&self.writer)             # <<<<<<<<<<<<<<
+ *             return ivshmem_queue_ready(&self.writer)
+ *         return ivshmem_writer_sleep(&self.writer)
+*/
+    ivshmem_queue_writer_sleep((&__pyx_v_self->writer));
+
+    /* "ivshmem/channel/roles.pyx":112
+ *         if self.claims:
+ *             ivshmem_queue_writer_sleep(&self.writer)
+ *             return ivshmem_queue_ready(&self.writer)             # <<<<<<<<<<<<<<
+ *         return ivshmem_writer_sleep(&self.writer)
+ * 
+*/
+    {
+
+      __pyx_r = ivshmem_queue_ready((&__pyx_v_self->writer));
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/roles.pyx":110
+ * 
+ *     cdef int begin_sleep(self) except -2:
+ *         if self.claims:             # <<<<<<<<<<<<<<
+ *             ivshmem_queue_writer_sleep(&self.writer)
+ *             return ivshmem_queue_ready(&self.writer)
+*/
+  }
+
+  /* "ivshmem/channel/roles.pyx":113
+ *             ivshmem_queue_writer_sleep(&self.writer)
+ *             return ivshmem_queue_ready(&self.writer)
+ *         return ivshmem_writer_sleep(&self.writer)             # <<<<<<<<<<<<<<
+ * 
+ *     cdef void end_sleep(self) noexcept:
+*/
+  {
+
+    __pyx_r = ivshmem_writer_sleep((&__pyx_v_self->writer));
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pyx":109
+ *         return self.ready()
+ * 
+ *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
+ *         if self.claims:
+ *             ivshmem_queue_writer_sleep(&self.writer)
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":115
+ *         return ivshmem_writer_sleep(&self.writer)
+ * 
+ *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
+ *         ivshmem_sleep_end(&self.channel, &self.writer.sleep)
+ * 
+*/
+
+static void __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_end_sleep(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
+
+  /* "ivshmem/channel/roles.pyx":116
+ * 
+ *     cdef void end_sleep(self) noexcept:
+ *         ivshmem_sleep_end(&self.channel, &self.writer.sleep)             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int mend(self) except -1:
+*/
+  ivshmem_sleep_end((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->writer.sleep));
+
+  /* "ivshmem/channel/roles.pyx":115
+ *         return ivshmem_writer_sleep(&self.writer)
+ * 
+ *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
+ *         ivshmem_sleep_end(&self.channel, &self.writer.sleep)
+ * 
+*/
+
+  /* function exit code */
+
+}
+
+/* "ivshmem/channel/roles.pyx":118
+ *         ivshmem_sleep_end(&self.channel, &self.writer.sleep)
+ * 
+ *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
+ *         ivshmem_writer_beat(&self.writer)
+ *         if self.awaited and self.ready() == 0:
+*/
+
+static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_mend(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/channel/roles.pyx":119
+ * 
+ *     cdef int mend(self) except -1:
+ *         ivshmem_writer_beat(&self.writer)             # <<<<<<<<<<<<<<
+ *         if self.awaited and self.ready() == 0:
+ *             self.membership.kick_all()
+*/
+  ivshmem_writer_beat((&__pyx_v_self->writer));
+
+  /* "ivshmem/channel/roles.pyx":120
+ *     cdef int mend(self) except -1:
+ *         ivshmem_writer_beat(&self.writer)
+ *         if self.awaited and self.ready() == 0:             # <<<<<<<<<<<<<<
+ *             self.membership.kick_all()
+ *         return 0
+*/
+  __pyx_t_2 = (__pyx_v_self->__pyx_base.awaited != 0);
+
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->ready(__pyx_v_self) == 0);
+
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/roles.pyx":121
+ *         ivshmem_writer_beat(&self.writer)
+ *         if self.awaited and self.ready() == 0:
+ *             self.membership.kick_all()             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 121, __pyx_L1_error)
+
+
+    /* "ivshmem/channel/roles.pyx":120
+ *     cdef int mend(self) except -1:
+ *         ivshmem_writer_beat(&self.writer)
+ *         if self.awaited and self.ready() == 0:             # <<<<<<<<<<<<<<
+ *             self.membership.kick_all()
+ *         return 0
+*/
+  }
+
+  /* "ivshmem/channel/roles.pyx":122
+ *         if self.awaited and self.ready() == 0:
+ *             self.membership.kick_all()
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int give_up(self) except -1:
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pyx":118
+ *         ivshmem_sleep_end(&self.channel, &self.writer.sleep)
+ * 
+ *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
+ *         ivshmem_writer_beat(&self.writer)
+ *         if self.awaited and self.ready() == 0:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.roles.WriterEnd.mend", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
   return __pyx_r;
 }
 
-/* "ivshmem/native/areas.pyx":65
+/* "ivshmem/channel/roles.pyx":124
+ *         return 0
  * 
- * 
- * cdef object described(const ivshmem_area *area):             # <<<<<<<<<<<<<<
- *     return Area(area.at, area.size, area.places, area.records, area.unit, area.units)
- * 
+ *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
+ *         ivshmem_writer_close(&self.writer)
+ *         return 0
 */
 
-static PyObject *__pyx_f_7ivshmem_6native_5areas_described(struct ivshmem_area const *__pyx_v_area) {
+static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_give_up(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
+  int __pyx_r;
+
+  /* "ivshmem/channel/roles.pyx":125
+ * 
+ *     cdef int give_up(self) except -1:
+ *         ivshmem_writer_close(&self.writer)             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+  ivshmem_writer_close((&__pyx_v_self->writer));
+
+  /* "ivshmem/channel/roles.pyx":126
+ *     cdef int give_up(self) except -1:
+ *         ivshmem_writer_close(&self.writer)
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     # What all kinds of writers have in common.
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pyx":124
+ *         return 0
+ * 
+ *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
+ *         ivshmem_writer_close(&self.writer)
+ *         return 0
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":130
+ *     # What all kinds of writers have in common.
+ * 
+ *     @property             # <<<<<<<<<<<<<<
+ *     def limit(self):
+ *         """Bytes that a message can have."""
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_5limit_1__get__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_5limit_1__get__(PyObject *__pyx_v_self) {
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_5limit___get__(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_5limit___get__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__get__", 0);
+
+  /* "ivshmem/channel/roles.pyx":133
+ *     def limit(self):
+ *         """Bytes that a message can have."""
+ *         return self.channel.record.geometry.limit             # <<<<<<<<<<<<<<
+ * 
+ *     cdef char *at(self, uint32_t cell) noexcept nogil:
+*/
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.channel.record.geometry.limit); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 133, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pyx":130
+ *     # What all kinds of writers have in common.
+ * 
+ *     @property             # <<<<<<<<<<<<<<
+ *     def limit(self):
+ *         """Bytes that a message can have."""
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_AddTraceback("ivshmem.channel.roles.WriterEnd.limit.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":135
+ *         return self.channel.record.geometry.limit
+ * 
+ *     cdef char *at(self, uint32_t cell) noexcept nogil:             # <<<<<<<<<<<<<<
+ *         return (
+ *             <char *>self.channel.area.memory.start
+*/
+
+static char *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_at(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, uint32_t __pyx_v_cell) {
+  char *__pyx_r;
+
+  /* "ivshmem/channel/roles.pyx":139
+ *             <char *>self.channel.area.memory.start
+ *             + self.writer.cells_at
+ *             + cell * self.channel.layout.cell_bytes             # <<<<<<<<<<<<<<
+ *         )
+ * 
+*/
+  {
+
+    __pyx_r = ((((char *)__pyx_v_self->__pyx_base.channel.area.memory.start) + __pyx_v_self->writer.cells_at) + (__pyx_v_cell * __pyx_v_self->__pyx_base.channel.layout.cell_bytes));
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pyx":135
+ *         return self.channel.record.geometry.limit
+ * 
+ *     cdef char *at(self, uint32_t cell) noexcept nogil:             # <<<<<<<<<<<<<<
+ *         return (
+ *             <char *>self.channel.area.memory.start
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":142
+ *         )
+ * 
+ *     cdef object blocked(self, object timeout):             # <<<<<<<<<<<<<<
+ *         return TimeoutError(
+ *             f"channel {self.name!r} is full: a reader took nothing for {timeout:g} s"
+*/
+
+static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, PyObject *__pyx_v_timeout) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
   PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
+  int __pyx_t_4;
   PyObject *__pyx_t_5 = NULL;
   PyObject *__pyx_t_6 = NULL;
-  PyObject *__pyx_t_7 = NULL;
-  PyObject *__pyx_t_8 = NULL;
-  PyObject *__pyx_t_9 = NULL;
-  size_t __pyx_t_10;
+  PyObject *__pyx_t_7[5];
+  Py_ssize_t __pyx_t_8;
+  int __pyx_t_9;
+  PyObject *__pyx_t_10 = NULL;
+  PyObject *__pyx_t_11[3];
+  size_t __pyx_t_12;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("described", 0);
+  __Pyx_RefNannySetupContext("blocked", 0);
 
-  /* "ivshmem/native/areas.pyx":66
+  /* "ivshmem/channel/roles.pyx":143
  * 
- * cdef object described(const ivshmem_area *area):
- *     return Area(area.at, area.size, area.places, area.records, area.unit, area.units)             # <<<<<<<<<<<<<<
- * 
- * 
+ *     cdef object blocked(self, object timeout):
+ *         return TimeoutError(             # <<<<<<<<<<<<<<
+ *             f"channel {self.name!r} is full: a reader took nothing for {timeout:g} s"
+ *             if timeout
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Area); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 66, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->at); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 66, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->size); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 66, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->places); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 66, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_6);
-  __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->records); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 66, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->unit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 66, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_8);
-  __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->units); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 66, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_9);
-  __pyx_t_10 = 1;
-  #if CYTHON_UNPACK_METHODS
-  if (unlikely(PyMethod_Check(__pyx_t_3))) {
-    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_3);
-    assert(__pyx_t_2);
-    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
-    __Pyx_INCREF(__pyx_t_2);
-    __Pyx_INCREF(__pyx__function);
-    __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
-    __pyx_t_10 = 0;
-  }
-  #endif
-  {
-    PyObject *__pyx_callargs[7] = {__pyx_t_2, __pyx_t_4, __pyx_t_5, __pyx_t_6, __pyx_t_7, __pyx_t_8, __pyx_t_9};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_10, (7-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/roles.pyx":145
+ *         return TimeoutError(
+ *             f"channel {self.name!r} is full: a reader took nothing for {timeout:g} s"
+ *             if timeout             # <<<<<<<<<<<<<<
+ *             else f"channel {self.name!r} is full"
+ *         )
+*/
+  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_v_timeout); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 145, __pyx_L1_error)
+  if (__pyx_t_4) {
+
+    /* "ivshmem/channel/roles.pyx":144
+ *     cdef object blocked(self, object timeout):
+ *         return TimeoutError(
+ *             f"channel {self.name!r} is full: a reader took nothing for {timeout:g} s"             # <<<<<<<<<<<<<<
+ *             if timeout
+ *             else f"channel {self.name!r} is full"
+*/
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 144, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __pyx_t_6 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 144, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_channel;
+    __pyx_t_7[1] = __pyx_t_5;
+    __pyx_t_7[2] = __pyx_mstate_global->__pyx_kp_u_is_full_a_reader_took_nothing_f;
+    __pyx_t_7[3] = __pyx_t_6;
+    __pyx_t_7[4] = __pyx_mstate_global->__pyx_kp_u_s;
+    __pyx_t_8 = 46;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_8 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_7[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_7[3]);
+    #endif
+    __pyx_t_9 = 0;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_7[3]);
+    #endif
+    __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 5, __pyx_t_8, __pyx_t_9);
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 144, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+    __pyx_t_3 = __pyx_t_10;
+    __pyx_t_10 = 0;
+  } else {
+
+    /* "ivshmem/channel/roles.pyx":146
+ *             f"channel {self.name!r} is full: a reader took nothing for {timeout:g} s"
+ *             if timeout
+ *             else f"channel {self.name!r} is full"             # <<<<<<<<<<<<<<
+ *         )
+ * 
+*/
+    __pyx_t_10 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 146, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_10);
+    __pyx_t_11[0] = __pyx_mstate_global->__pyx_kp_u_channel;
+    __pyx_t_11[1] = __pyx_t_10;
+    __pyx_t_11[2] = __pyx_mstate_global->__pyx_kp_u_is_full;
+    __pyx_t_8 = 16;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_8 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_11[1]);
+    #endif
+    __pyx_t_9 = 0;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_11[1]);
+    #endif
+    __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_11, 3, __pyx_t_8, __pyx_t_9);
+    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 146, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+    __pyx_t_3 = __pyx_t_6;
+    __pyx_t_6 = 0;
+  }
+
+  __pyx_t_12 = 1;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_t_3};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 66, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 143, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -2996,12 +6719,780 @@ static PyObject *__pyx_f_7ivshmem_6native_5areas_described(struct ivshmem_area c
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/areas.pyx":65
+  /* "ivshmem/channel/roles.pyx":142
+ *         )
  * 
+ *     cdef object blocked(self, object timeout):             # <<<<<<<<<<<<<<
+ *         return TimeoutError(
+ *             f"channel {self.name!r} is full: a reader took nothing for {timeout:g} s"
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_AddTraceback("ivshmem.channel.roles.WriterEnd.blocked", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":149
+ *         )
  * 
- * cdef object described(const ivshmem_area *area):             # <<<<<<<<<<<<<<
- *     return Area(area.at, area.size, area.places, area.records, area.unit, area.units)
+ *     cdef int loan_cell(self, uint32_t *cell) except -1:             # <<<<<<<<<<<<<<
+ *         if ivshmem_loan(&self.writer, cell):
+ *             raise ChannelError(
+*/
+
+static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_loan_cell(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, uint32_t *__pyx_v_cell) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9[5];
+  Py_ssize_t __pyx_t_10;
+  int __pyx_t_11;
+  size_t __pyx_t_12;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("loan_cell", 0);
+
+  /* "ivshmem/channel/roles.pyx":150
  * 
+ *     cdef int loan_cell(self, uint32_t *cell) except -1:
+ *         if ivshmem_loan(&self.writer, cell):             # <<<<<<<<<<<<<<
+ *             raise ChannelError(
+ *                 f"channel {self.name!r}: {counted(self.writer.loaned, 'loan')} at once, which are"
+*/
+  __pyx_t_1 = (ivshmem_loan((&__pyx_v_self->writer), __pyx_v_cell) != 0);
+
+  if (unlikely(__pyx_t_1)) {
+
+
+    /* "ivshmem/channel/roles.pyx":151
+ *     cdef int loan_cell(self, uint32_t *cell) except -1:
+ *         if ivshmem_loan(&self.writer, cell):
+ *             raise ChannelError(             # <<<<<<<<<<<<<<
+ *                 f"channel {self.name!r}: {counted(self.writer.loaned, 'loan')} at once, which are"
+ *                 " all that it was made for"
+*/
+    __pyx_t_3 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 151, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+
+    /* "ivshmem/channel/roles.pyx":152
+ *         if ivshmem_loan(&self.writer, cell):
+ *             raise ChannelError(
+ *                 f"channel {self.name!r}: {counted(self.writer.loaned, 'loan')} at once, which are"             # <<<<<<<<<<<<<<
+ *                 " all that it was made for"
+ *             )
+*/
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 152, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 152, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->writer.loaned); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 152, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_8 = PyTuple_New(2); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 152, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
+    __Pyx_GIVEREF(__pyx_t_7);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 0, __pyx_t_7) != (0)) __PYX_ERR(0, 152, __pyx_L1_error);
+    __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_loan);
+    __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_loan);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 1, __pyx_mstate_global->__pyx_n_u_loan) != (0)) __PYX_ERR(0, 152, __pyx_L1_error);
+    __pyx_t_7 = 0;
+    __pyx_t_7 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_8, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 152, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_7, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 152, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
+    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+    __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_channel;
+    __pyx_t_9[1] = __pyx_t_5;
+    __pyx_t_9[2] = __pyx_mstate_global->__pyx_kp_u__2;
+    __pyx_t_9[3] = __pyx_t_8;
+    __pyx_t_9[4] = __pyx_mstate_global->__pyx_kp_u_at_once_which_are_all_that_it_w;
+    __pyx_t_10 = 54;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_10 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[3]);
+    #endif
+    __pyx_t_11 = 0;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_9[3]);
+    #endif
+    __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_9, 5, __pyx_t_10, __pyx_t_11);
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 152, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __pyx_t_12 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_4))) {
+      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
+      assert(__pyx_t_3);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
+      __Pyx_INCREF(__pyx_t_3);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
+      __pyx_t_12 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_7};
+      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 151, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+    }
+    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __PYX_ERR(0, 151, __pyx_L1_error)
+
+    /* "ivshmem/channel/roles.pyx":150
+ * 
+ *     cdef int loan_cell(self, uint32_t *cell) except -1:
+ *         if ivshmem_loan(&self.writer, cell):             # <<<<<<<<<<<<<<
+ *             raise ChannelError(
+ *                 f"channel {self.name!r}: {counted(self.writer.loaned, 'loan')} at once, which are"
+*/
+  }
+
+  /* "ivshmem/channel/roles.pyx":155
+ *                 " all that it was made for"
+ *             )
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pyx":149
+ *         )
+ * 
+ *     cdef int loan_cell(self, uint32_t *cell) except -1:             # <<<<<<<<<<<<<<
+ *         if ivshmem_loan(&self.writer, cell):
+ *             raise ChannelError(
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_AddTraceback("ivshmem.channel.roles.WriterEnd.loan_cell", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":157
+ *         return 0
+ * 
+ *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:             # <<<<<<<<<<<<<<
+ *         if size < LARGE:
+ *             memcpy(self.at(cell), data, size)
+*/
+
+static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, uint32_t __pyx_v_cell, char const *__pyx_v_data, uint64_t __pyx_v_size) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/channel/roles.pyx":158
+ * 
+ *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:
+ *         if size < LARGE:             # <<<<<<<<<<<<<<
+ *             memcpy(self.at(cell), data, size)
+ *             return 0
+*/
+  __pyx_t_1 = (__pyx_v_size < __pyx_e_7ivshmem_7channel_5roles_LARGE);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/roles.pyx":159
+ *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:
+ *         if size < LARGE:
+ *             memcpy(self.at(cell), data, size)             # <<<<<<<<<<<<<<
+ *             return 0
+ *         self.membership.mapping.pin()
+*/
+    (void)(memcpy(((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->at(__pyx_v_self, __pyx_v_cell), __pyx_v_data, __pyx_v_size));
+
+    /* "ivshmem/channel/roles.pyx":160
+ *         if size < LARGE:
+ *             memcpy(self.at(cell), data, size)
+ *             return 0             # <<<<<<<<<<<<<<
+ *         self.membership.mapping.pin()
+ *         with nogil:
+*/
+    {
+
+      __pyx_r = 0;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/roles.pyx":158
+ * 
+ *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:
+ *         if size < LARGE:             # <<<<<<<<<<<<<<
+ *             memcpy(self.at(cell), data, size)
+ *             return 0
+*/
+  }
+
+  /* "ivshmem/channel/roles.pyx":161
+ *             memcpy(self.at(cell), data, size)
+ *             return 0
+ *         self.membership.mapping.pin()             # <<<<<<<<<<<<<<
+ *         with nogil:
+ *             memcpy(self.at(cell), data, size)
+*/
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 161, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/roles.pyx":162
+ *             return 0
+ *         self.membership.mapping.pin()
+ *         with nogil:             # <<<<<<<<<<<<<<
+ *             memcpy(self.at(cell), data, size)
+ *         self.membership.mapping.unpin()
+*/
+  {
+      PyThreadState * _save;
+      _save = PyEval_SaveThread();
+      __Pyx_FastGIL_Remember();
+      /*try:*/ {
+
+        /* "ivshmem/channel/roles.pyx":163
+ *         self.membership.mapping.pin()
+ *         with nogil:
+ *             memcpy(self.at(cell), data, size)             # <<<<<<<<<<<<<<
+ *         self.membership.mapping.unpin()
+ *         return 0
+*/
+        (void)(memcpy(((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->at(__pyx_v_self, __pyx_v_cell), __pyx_v_data, __pyx_v_size));
+      }
+
+      /* "ivshmem/channel/roles.pyx":162
+ *             return 0
+ *         self.membership.mapping.pin()
+ *         with nogil:             # <<<<<<<<<<<<<<
+ *             memcpy(self.at(cell), data, size)
+ *         self.membership.mapping.unpin()
+*/
+      /*finally:*/ {
+        /*normal exit:*/{
+          __Pyx_FastGIL_Forget();
+          PyEval_RestoreThread(_save);
+          goto __pyx_L6;
+        }
+        __pyx_L6:;
+      }
+  }
+
+  /* "ivshmem/channel/roles.pyx":164
+ *         with nogil:
+ *             memcpy(self.at(cell), data, size)
+ *         self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+  ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->__pyx_base.membership->mapping);
+
+  /* "ivshmem/channel/roles.pyx":165
+ *             memcpy(self.at(cell), data, size)
+ *         self.membership.mapping.unpin()
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     cdef uint64_t send(self, uint32_t cell, uint32_t length, uint64_t user) except? 0:
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pyx":157
+ *         return 0
+ * 
+ *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:             # <<<<<<<<<<<<<<
+ *         if size < LARGE:
+ *             memcpy(self.at(cell), data, size)
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.roles.WriterEnd.copy_in", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":167
+ *         return 0
+ * 
+ *     cdef uint64_t send(self, uint32_t cell, uint32_t length, uint64_t user) except? 0:             # <<<<<<<<<<<<<<
+ *         """Publish a loan; there is room. The position that it got, of calls."""
+ *         cdef uint64_t position = self.writer.next
+*/
+
+static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, uint32_t __pyx_v_cell, uint32_t __pyx_v_length, uint64_t __pyx_v_user) {
+  uint64_t __pyx_v_position;
+  uint64_t __pyx_v_time;
+  uint64_t __pyx_r;
+  uint64_t __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/channel/roles.pyx":169
+ *     cdef uint64_t send(self, uint32_t cell, uint32_t length, uint64_t user) except? 0:
+ *         """Publish a loan; there is room. The position that it got, of calls."""
+ *         cdef uint64_t position = self.writer.next             # <<<<<<<<<<<<<<
+ *         cdef uint64_t time = microseconds() if self.times else 0
+ *         if self.claims:
+*/
+  __pyx_t_1 = __pyx_v_self->writer.next;
+
+  __pyx_v_position = __pyx_t_1;
+
+  /* "ivshmem/channel/roles.pyx":170
+ *         """Publish a loan; there is room. The position that it got, of calls."""
+ *         cdef uint64_t position = self.writer.next
+ *         cdef uint64_t time = microseconds() if self.times else 0             # <<<<<<<<<<<<<<
+ *         if self.claims:
+ *             position = ivshmem_queue_publish(&self.writer, cell, length, time, user)
+*/
+  if (__pyx_v_self->times) {
+
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_microseconds();
+  } else {
+
+    __pyx_t_1 = 0;
+  }
+  __pyx_v_time = __pyx_t_1;
+
+  /* "ivshmem/channel/roles.pyx":171
+ *         cdef uint64_t position = self.writer.next
+ *         cdef uint64_t time = microseconds() if self.times else 0
+ *         if self.claims:             # <<<<<<<<<<<<<<
+ *             position = ivshmem_queue_publish(&self.writer, cell, length, time, user)
+ *         else:
+*/
+  if (__pyx_v_self->claims) {
+
+    /* "ivshmem/channel/roles.pyx":172
+ *         cdef uint64_t time = microseconds() if self.times else 0
+ *         if self.claims:
+ *             position = ivshmem_queue_publish(&self.writer, cell, length, time, user)             # <<<<<<<<<<<<<<
+ *         else:
+ *             ivshmem_writer_add(&self.writer, cell, length, time, user)
+*/
+    __pyx_v_position = ivshmem_queue_publish((&__pyx_v_self->writer), __pyx_v_cell, __pyx_v_length, __pyx_v_time, __pyx_v_user);
+
+    /* "ivshmem/channel/roles.pyx":171
+ *         cdef uint64_t position = self.writer.next
+ *         cdef uint64_t time = microseconds() if self.times else 0
+ *         if self.claims:             # <<<<<<<<<<<<<<
+ *             position = ivshmem_queue_publish(&self.writer, cell, length, time, user)
+ *         else:
+*/
+    goto __pyx_L3;
+  }
+
+  /* "ivshmem/channel/roles.pyx":174
+ *             position = ivshmem_queue_publish(&self.writer, cell, length, time, user)
+ *         else:
+ *             ivshmem_writer_add(&self.writer, cell, length, time, user)             # <<<<<<<<<<<<<<
+ *             ivshmem_writer_announce(&self.writer)
+ *             self.missed += self.writer.missed
+*/
+  /*else*/ {
+    ivshmem_writer_add((&__pyx_v_self->writer), __pyx_v_cell, __pyx_v_length, __pyx_v_time, __pyx_v_user);
+
+    /* "ivshmem/channel/roles.pyx":175
+ *         else:
+ *             ivshmem_writer_add(&self.writer, cell, length, time, user)
+ *             ivshmem_writer_announce(&self.writer)             # <<<<<<<<<<<<<<
+ *             self.missed += self.writer.missed
+ *         if self.membership.rings.count:
+*/
+    ivshmem_writer_announce((&__pyx_v_self->writer));
+
+    /* "ivshmem/channel/roles.pyx":176
+ *             ivshmem_writer_add(&self.writer, cell, length, time, user)
+ *             ivshmem_writer_announce(&self.writer)
+ *             self.missed += self.writer.missed             # <<<<<<<<<<<<<<
+ *         if self.membership.rings.count:
+ *             self.membership.flush()
+*/
+    __pyx_v_self->missed = (__pyx_v_self->missed + __pyx_v_self->writer.missed);
+  }
+  __pyx_L3:;
+
+  /* "ivshmem/channel/roles.pyx":177
+ *             ivshmem_writer_announce(&self.writer)
+ *             self.missed += self.writer.missed
+ *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
+ *             self.membership.flush()
+ *         return position
+*/
+  __pyx_t_2 = (__pyx_v_self->__pyx_base.membership->rings.count != 0);
+
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/channel/roles.pyx":178
+ *             self.missed += self.writer.missed
+ *         if self.membership.rings.count:
+ *             self.membership.flush()             # <<<<<<<<<<<<<<
+ *         return position
+ * 
+*/
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 178, __pyx_L1_error)
+
+
+    /* "ivshmem/channel/roles.pyx":177
+ *             ivshmem_writer_announce(&self.writer)
+ *             self.missed += self.writer.missed
+ *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
+ *             self.membership.flush()
+ *         return position
+*/
+  }
+
+  /* "ivshmem/channel/roles.pyx":179
+ *         if self.membership.rings.count:
+ *             self.membership.flush()
+ *         return position             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int wait_again(self, object timeout) except -1:
+*/
+  {
+
+    __pyx_r = __pyx_v_position;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pyx":167
+ *         return 0
+ * 
+ *     cdef uint64_t send(self, uint32_t cell, uint32_t length, uint64_t user) except? 0:             # <<<<<<<<<<<<<<
+ *         """Publish a loan; there is room. The position that it got, of calls."""
+ *         cdef uint64_t position = self.writer.next
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.roles.WriterEnd.send", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+
+
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":181
+ *         return position
+ * 
+ *     cdef int wait_again(self, object timeout) except -1:             # <<<<<<<<<<<<<<
+ *         """After a time without the GIL: whether there is still room, and a channel."""
+ *         cdef int code
+*/
+
+static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, PyObject *__pyx_v_timeout) {
+  int __pyx_v_code;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("wait_again", 0);
+
+  /* "ivshmem/channel/roles.pyx":184
+ *         """After a time without the GIL: whether there is still room, and a channel."""
+ *         cdef int code
+ *         self.enter()             # <<<<<<<<<<<<<<
+ *         code = self.wait(timeout, None)
+ *         if code == IVSHMEM_AGAIN:
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 184, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/roles.pyx":185
+ *         cdef int code
+ *         self.enter()
+ *         code = self.wait(timeout, None)             # <<<<<<<<<<<<<<
+ *         if code == IVSHMEM_AGAIN:
+ *             raise self.blocked(timeout)
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, Py_None); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 185, __pyx_L1_error)
+  __pyx_v_code = __pyx_t_1;
+
+  /* "ivshmem/channel/roles.pyx":186
+ *         self.enter()
+ *         code = self.wait(timeout, None)
+ *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
+ *             raise self.blocked(timeout)
+ *         if code:
+*/
+  __pyx_t_2 = (__pyx_v_code == IVSHMEM_AGAIN);
+
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "ivshmem/channel/roles.pyx":187
+ *         code = self.wait(timeout, None)
+ *         if code == IVSHMEM_AGAIN:
+ *             raise self.blocked(timeout)             # <<<<<<<<<<<<<<
+ *         if code:
+ *             raise self.fail(code)
+*/
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->blocked(__pyx_v_self, __pyx_v_timeout); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 187, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(0, 187, __pyx_L1_error)
+
+    /* "ivshmem/channel/roles.pyx":186
+ *         self.enter()
+ *         code = self.wait(timeout, None)
+ *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
+ *             raise self.blocked(timeout)
+ *         if code:
+*/
+  }
+
+  /* "ivshmem/channel/roles.pyx":188
+ *         if code == IVSHMEM_AGAIN:
+ *             raise self.blocked(timeout)
+ *         if code:             # <<<<<<<<<<<<<<
+ *             raise self.fail(code)
+ *         return 0
+*/
+  __pyx_t_2 = (__pyx_v_code != 0);
+
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "ivshmem/channel/roles.pyx":189
+ *             raise self.blocked(timeout)
+ *         if code:
+ *             raise self.fail(code)             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 189, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(0, 189, __pyx_L1_error)
+
+    /* "ivshmem/channel/roles.pyx":188
+ *         if code == IVSHMEM_AGAIN:
+ *             raise self.blocked(timeout)
+ *         if code:             # <<<<<<<<<<<<<<
+ *             raise self.fail(code)
+ *         return 0
+*/
+  }
+
+  /* "ivshmem/channel/roles.pyx":190
+ *         if code:
+ *             raise self.fail(code)
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     cdef object too_long(self, uint64_t size):
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pyx":181
+ *         return position
+ * 
+ *     cdef int wait_again(self, object timeout) except -1:             # <<<<<<<<<<<<<<
+ *         """After a time without the GIL: whether there is still room, and a channel."""
+ *         cdef int code
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_AddTraceback("ivshmem.channel.roles.WriterEnd.wait_again", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":192
+ *         return 0
+ * 
+ *     cdef object too_long(self, uint64_t size):             # <<<<<<<<<<<<<<
+ *         return MessageTooLong(
+ *             f"channel {self.name!r}: a message of {size} bytes, and its limit is"
+*/
+
+static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, uint64_t __pyx_v_size) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7[6];
+  Py_ssize_t __pyx_t_8;
+  int __pyx_t_9;
+  PyObject *__pyx_t_10 = NULL;
+  size_t __pyx_t_11;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("too_long", 0);
+
+  /* "ivshmem/channel/roles.pyx":193
+ * 
+ *     cdef object too_long(self, uint64_t size):
+ *         return MessageTooLong(             # <<<<<<<<<<<<<<
+ *             f"channel {self.name!r}: a message of {size} bytes, and its limit is"
+ *             f" {self.channel.record.geometry.limit}"
+*/
+  __pyx_t_2 = NULL;
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 193, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+
+  /* "ivshmem/channel/roles.pyx":194
+ *     cdef object too_long(self, uint64_t size):
+ *         return MessageTooLong(
+ *             f"channel {self.name!r}: a message of {size} bytes, and its limit is"             # <<<<<<<<<<<<<<
+ *             f" {self.channel.record.geometry.limit}"
+ *         )
+*/
+  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 194, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_5 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 194, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
+
+  /* "ivshmem/channel/roles.pyx":195
+ *         return MessageTooLong(
+ *             f"channel {self.name!r}: a message of {size} bytes, and its limit is"
+ *             f" {self.channel.record.geometry.limit}"             # <<<<<<<<<<<<<<
+ *         )
+ * 
+*/
+  __pyx_t_6 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.channel.record.geometry.limit, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 195, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_6);
+  __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_channel;
+  __pyx_t_7[1] = __pyx_t_4;
+  __pyx_t_7[2] = __pyx_mstate_global->__pyx_kp_u_a_message_of;
+  __pyx_t_7[3] = __pyx_t_5;
+  __pyx_t_7[4] = __pyx_mstate_global->__pyx_kp_u_bytes_and_its_limit_is;
+  __pyx_t_7[5] = __pyx_t_6;
+
+  /* "ivshmem/channel/roles.pyx":194
+ *     cdef object too_long(self, uint64_t size):
+ *         return MessageTooLong(
+ *             f"channel {self.name!r}: a message of {size} bytes, and its limit is"             # <<<<<<<<<<<<<<
+ *             f" {self.channel.record.geometry.limit}"
+ *         )
+*/
+  __pyx_t_8 = 48;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_8 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_7[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_7[3]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_7[5]);
+  #endif
+  __pyx_t_9 = 0;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
+  #endif
+  __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 6, __pyx_t_8, __pyx_t_9);
+  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 194, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_10);
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+  __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+  __pyx_t_11 = 1;
+  #if CYTHON_UNPACK_METHODS
+  if (unlikely(PyMethod_Check(__pyx_t_3))) {
+    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_3);
+    assert(__pyx_t_2);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
+    __Pyx_INCREF(__pyx_t_2);
+    __Pyx_INCREF(__pyx__function);
+    __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
+    __pyx_t_11 = 0;
+  }
+  #endif
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_t_10};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 193, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pyx":192
+ *         return 0
+ * 
+ *     cdef object too_long(self, uint64_t size):             # <<<<<<<<<<<<<<
+ *         return MessageTooLong(
+ *             f"channel {self.name!r}: a message of {size} bytes, and its limit is"
 */
 
   /* function exit code */
@@ -3012,10 +7503,8 @@ static PyObject *__pyx_f_7ivshmem_6native_5areas_described(struct ivshmem_area c
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_6);
-  __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_XDECREF(__pyx_t_9);
-  __Pyx_AddTraceback("ivshmem.native.areas.described", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_AddTraceback("ivshmem.channel.roles.WriterEnd.too_long", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = 0;
   __pyx_L0:;
   __Pyx_XGIVEREF(__pyx_r);
@@ -3023,907 +7512,261 @@ static PyObject *__pyx_f_7ivshmem_6native_5areas_described(struct ivshmem_area c
   return __pyx_r;
 }
 
-/* "ivshmem/native/areas.pyx":69
- * 
- * 
- * def make_area(Mapping mapping not None, uint64_t offset, uint64_t size, unsigned places=0,             # <<<<<<<<<<<<<<
- *               unsigned records=0):
- *     """Make an area of `size` bytes at an offset, a multiple of 4096 from 8192 on.
+/* "ivshmem/channel/roles.pxd":27
+ * cdef class WriterEnd(ChannelEnd):
+ *     cdef ivshmem_writer writer
+ *     cdef readonly object type  # of the messages: what checks and converts them, or None             # <<<<<<<<<<<<<<
+ *     cdef bint times
+ *     cdef bint claims  # a queue's, or calls': a slot is chosen by its claim
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_6native_5areas_1make_area(PyObject *__pyx_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_5areas_make_area, "make_area(mapping, offset, size, places=0, records=0)\n--\n\nMake an area of `size` bytes at an offset, a multiple of 4096 from 8192 on.\n\nArgs:\n    places: how many processes can take part, up to 1024; 0: 16 to 256, by the size.\n    records: how many channels there can be, up to 1024; 0: 8 to 256, by the size.\n\nRaises:\n    RegionError: the tables and one unit of data do not fit, or the mapping is read-only.");
-static PyMethodDef __pyx_mdef_7ivshmem_6native_5areas_1make_area = {"make_area", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_5areas_1make_area, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_5areas_make_area};
-static PyObject *__pyx_pw_7ivshmem_6native_5areas_1make_area(PyObject *__pyx_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping = 0;
-  uint64_t __pyx_v_offset;
-  uint64_t __pyx_v_size;
-  unsigned int __pyx_v_places;
-  unsigned int __pyx_v_records;
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_4type_1__get__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_4type_1__get__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[5] = {0,0,0,0,0};
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("make_area (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_places,&__pyx_mstate_global->__pyx_n_u_records,0};
-    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 69, __pyx_L3_error)
-    if (__pyx_kwds_len > 0) {
-      switch (__pyx_nargs) {
-        case  5:
-        values[4] = __Pyx_ArgRef_FASTCALL(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 69, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  4:
-        values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 69, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  3:
-        values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 69, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  2:
-        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 69, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  1:
-        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 69, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  0: break;
-        default: goto __pyx_L5_argtuple_error;
-      }
-      const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "make_area", 0) < (0)) __PYX_ERR(0, 69, __pyx_L3_error)
-      for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("make_area", 0, 3, 5, i); __PYX_ERR(0, 69, __pyx_L3_error) }
-      }
-    } else {
-      switch (__pyx_nargs) {
-        case  5:
-        values[4] = __Pyx_ArgRef_FASTCALL(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 69, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  4:
-        values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 69, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  3:
-        values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 69, __pyx_L3_error)
-        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 69, __pyx_L3_error)
-        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 69, __pyx_L3_error)
-        break;
-        default: goto __pyx_L5_argtuple_error;
-      }
-    }
-    __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
-    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 69, __pyx_L3_error)
-    __pyx_v_size = __Pyx_PyLong_As_uint64_t(values[2]); if (unlikely((__pyx_v_size == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 69, __pyx_L3_error)
-    if (values[3]) {
-      __pyx_v_places = __Pyx_PyLong_As_unsigned_int(values[3]); if (unlikely((__pyx_v_places == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 69, __pyx_L3_error)
-    } else {
-      __pyx_v_places = ((unsigned int)0);
-    }
-    if (values[4]) {
-      __pyx_v_records = __Pyx_PyLong_As_unsigned_int(values[4]); if (unlikely((__pyx_v_records == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 70, __pyx_L3_error)
-    } else {
-      __pyx_v_records = ((unsigned int)0);
-    }
-  }
-  goto __pyx_L6_skip;
-  __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("make_area", 0, 3, 5, __pyx_nargs); __PYX_ERR(0, 69, __pyx_L3_error)
-  __pyx_L6_skip:;
-  goto __pyx_L4_argument_unpacking_done;
-  __pyx_L3_error:;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_AddTraceback("ivshmem.native.areas.make_area", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __Pyx_RefNannyFinishContext();
-  return NULL;
-  __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 69, __pyx_L1_error)
-  __pyx_r = __pyx_pf_7ivshmem_6native_5areas_make_area(__pyx_self, __pyx_v_mapping, __pyx_v_offset, __pyx_v_size, __pyx_v_places, __pyx_v_records);
+  __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4type___get__(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self));
 
   /* function exit code */
-  goto __pyx_L0;
-  __pyx_L1_error:;
-  __pyx_r = NULL;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  goto __pyx_L7_cleaned_up;
-  __pyx_L0:;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __pyx_L7_cleaned_up:;
-
-
-
-
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, uint64_t __pyx_v_offset, uint64_t __pyx_v_size, unsigned int __pyx_v_places, unsigned int __pyx_v_records) {
-  struct ivshmem_memory __pyx_v_memory;
-  struct ivshmem_area __pyx_v_area;
-  int __pyx_v_code;
+static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4type___get__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  long __pyx_t_2;
-  long __pyx_t_3;
-  uint64_t __pyx_t_4;
-  uint64_t __pyx_t_5;
-  int __pyx_t_6;
-  PyObject *__pyx_t_7 = NULL;
-  PyObject *__pyx_t_8 = NULL;
-  PyObject *__pyx_t_9 = NULL;
-  PyObject *__pyx_t_10 = NULL;
-  PyObject *__pyx_t_11 = NULL;
-  PyObject *__pyx_t_12 = NULL;
-  PyObject *__pyx_t_13 = NULL;
-  PyObject *__pyx_t_14 = NULL;
-  PyObject *__pyx_t_15[11];
-  Py_ssize_t __pyx_t_16;
-  PyObject *__pyx_t_17 = NULL;
-  size_t __pyx_t_18;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("make_area", 0);
-
-
-
-  /* "ivshmem/native/areas.pyx":83
- *     cdef ivshmem_area area
- *     cdef int code
- *     if places == 0:             # <<<<<<<<<<<<<<
- *         places = min(max(size // FOR_A_PLACE, 16), 256)
- *     if records == 0:
-*/
-  __pyx_t_1 = (__pyx_v_places == 0);
-
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/native/areas.pyx":84
- *     cdef int code
- *     if places == 0:
- *         places = min(max(size // FOR_A_PLACE, 16), 256)             # <<<<<<<<<<<<<<
- *     if records == 0:
- *         records = min(max(size // FOR_A_RECORD, 8), 256)
-*/
-
-    __pyx_t_2 = 0x100;
-
-    __pyx_t_3 = 16;
-    if (unlikely(__pyx_e_7ivshmem_6native_5areas_FOR_A_PLACE == 0)) {
-      PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-      __PYX_ERR(0, 84, __pyx_L1_error)
-    }
-
-    __pyx_t_4 = (__pyx_v_size / __pyx_e_7ivshmem_6native_5areas_FOR_A_PLACE);
-    __pyx_t_1 = (__pyx_t_3 > __pyx_t_4);
-
-    if (__pyx_t_1) {
-
-      __pyx_t_5 = __pyx_t_3;
-    } else {
-
-      __pyx_t_5 = __pyx_t_4;
-    }
-
-
-    __pyx_t_4 = __pyx_t_5;
-
-    __pyx_t_1 = (__pyx_t_2 < __pyx_t_4);
-
-    if (__pyx_t_1) {
-
-      __pyx_t_5 = __pyx_t_2;
-    } else {
-
-      __pyx_t_5 = __pyx_t_4;
-    }
-
-    __pyx_v_places = __pyx_t_5;
-
-
-    /* "ivshmem/native/areas.pyx":83
- *     cdef ivshmem_area area
- *     cdef int code
- *     if places == 0:             # <<<<<<<<<<<<<<
- *         places = min(max(size // FOR_A_PLACE, 16), 256)
- *     if records == 0:
-*/
-  }
-
-  /* "ivshmem/native/areas.pyx":85
- *     if places == 0:
- *         places = min(max(size // FOR_A_PLACE, 16), 256)
- *     if records == 0:             # <<<<<<<<<<<<<<
- *         records = min(max(size // FOR_A_RECORD, 8), 256)
- *     memory_of(mapping, &memory)
-*/
-  __pyx_t_1 = (__pyx_v_records == 0);
-
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/native/areas.pyx":86
- *         places = min(max(size // FOR_A_PLACE, 16), 256)
- *     if records == 0:
- *         records = min(max(size // FOR_A_RECORD, 8), 256)             # <<<<<<<<<<<<<<
- *     memory_of(mapping, &memory)
- *     try:
-*/
-
-    __pyx_t_2 = 0x100;
-
-    __pyx_t_3 = 8;
-    if (unlikely(__pyx_e_7ivshmem_6native_5areas_FOR_A_RECORD == 0)) {
-      PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-      __PYX_ERR(0, 86, __pyx_L1_error)
-    }
-
-    __pyx_t_5 = (__pyx_v_size / __pyx_e_7ivshmem_6native_5areas_FOR_A_RECORD);
-    __pyx_t_1 = (__pyx_t_3 > __pyx_t_5);
-
-    if (__pyx_t_1) {
-
-      __pyx_t_4 = __pyx_t_3;
-    } else {
-
-      __pyx_t_4 = __pyx_t_5;
-    }
-
-
-    __pyx_t_5 = __pyx_t_4;
-
-    __pyx_t_1 = (__pyx_t_2 < __pyx_t_5);
-
-    if (__pyx_t_1) {
-
-      __pyx_t_4 = __pyx_t_2;
-    } else {
-
-      __pyx_t_4 = __pyx_t_5;
-    }
-
-    __pyx_v_records = __pyx_t_4;
-
-
-    /* "ivshmem/native/areas.pyx":85
- *     if places == 0:
- *         places = min(max(size // FOR_A_PLACE, 16), 256)
- *     if records == 0:             # <<<<<<<<<<<<<<
- *         records = min(max(size // FOR_A_RECORD, 8), 256)
- *     memory_of(mapping, &memory)
-*/
-  }
-
-  /* "ivshmem/native/areas.pyx":87
- *     if records == 0:
- *         records = min(max(size // FOR_A_RECORD, 8), 256)
- *     memory_of(mapping, &memory)             # <<<<<<<<<<<<<<
- *     try:
- *         with nogil:
-*/
-  __pyx_t_6 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 87, __pyx_L1_error)
-
-
-  /* "ivshmem/native/areas.pyx":88
- *         records = min(max(size // FOR_A_RECORD, 8), 256)
- *     memory_of(mapping, &memory)
- *     try:             # <<<<<<<<<<<<<<
- *         with nogil:
- *             code = ivshmem_area_make(&area, &memory, offset, size, places, records)
-*/
-  /*try:*/ {
-
-    /* "ivshmem/native/areas.pyx":89
- *     memory_of(mapping, &memory)
- *     try:
- *         with nogil:             # <<<<<<<<<<<<<<
- *             code = ivshmem_area_make(&area, &memory, offset, size, places, records)
- *     finally:
-*/
-    {
-        PyThreadState * _save;
-        _save = PyEval_SaveThread();
-        __Pyx_FastGIL_Remember();
-        /*try:*/ {
-
-          /* "ivshmem/native/areas.pyx":90
- *     try:
- *         with nogil:
- *             code = ivshmem_area_make(&area, &memory, offset, size, places, records)             # <<<<<<<<<<<<<<
- *     finally:
- *         mapping.unpin()
-*/
-          __pyx_v_code = ivshmem_area_make((&__pyx_v_area), (&__pyx_v_memory), __pyx_v_offset, __pyx_v_size, __pyx_v_places, __pyx_v_records);
-        }
-
-        /* "ivshmem/native/areas.pyx":89
- *     memory_of(mapping, &memory)
- *     try:
- *         with nogil:             # <<<<<<<<<<<<<<
- *             code = ivshmem_area_make(&area, &memory, offset, size, places, records)
- *     finally:
-*/
-        /*finally:*/ {
-          /*normal exit:*/{
-            __Pyx_FastGIL_Forget();
-            PyEval_RestoreThread(_save);
-            goto __pyx_L10;
-          }
-          __pyx_L10:;
-        }
-    }
-  }
-
-  /* "ivshmem/native/areas.pyx":92
- *             code = ivshmem_area_make(&area, &memory, offset, size, places, records)
- *     finally:
- *         mapping.unpin()             # <<<<<<<<<<<<<<
- *     if code == 0:
- *         return described(&area)
-*/
-  /*finally:*/ {
-    /*normal exit:*/{
-      ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_mapping->__pyx_vtab)->unpin(__pyx_v_mapping);
-      goto __pyx_L7;
-    }
-    __pyx_L7:;
-  }
-
-  /* "ivshmem/native/areas.pyx":93
- *     finally:
- *         mapping.unpin()
- *     if code == 0:             # <<<<<<<<<<<<<<
- *         return described(&area)
- *     if code == IVSHMEM_NO_ROOM:
-*/
-  __pyx_t_1 = (__pyx_v_code == 0);
-
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/native/areas.pyx":94
- *         mapping.unpin()
- *     if code == 0:
- *         return described(&area)             # <<<<<<<<<<<<<<
- *     if code == IVSHMEM_NO_ROOM:
- *         raise RegionError(
-*/
-    __pyx_t_7 = __pyx_f_7ivshmem_6native_5areas_described((&__pyx_v_area)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 94, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_7);
-    {
-      PyObject *__pyx_temp;
-      {
-        __pyx_temp = __pyx_r;
-        __pyx_r = __pyx_t_7;
-      }
-      __Pyx_XDECREF(__pyx_temp);
-    }
-    __pyx_t_7 = 0;
-    goto __pyx_L0;
-
-    /* "ivshmem/native/areas.pyx":93
- *     finally:
- *         mapping.unpin()
- *     if code == 0:             # <<<<<<<<<<<<<<
- *         return described(&area)
- *     if code == IVSHMEM_NO_ROOM:
-*/
-  }
-
-  /* "ivshmem/native/areas.pyx":95
- *     if code == 0:
- *         return described(&area)
- *     if code == IVSHMEM_NO_ROOM:             # <<<<<<<<<<<<<<
- *         raise RegionError(
- *             f"no area of {size} bytes can be made at {offset:#x} of {memory.size} bytes, for"
-*/
-  __pyx_t_1 = (__pyx_v_code == IVSHMEM_NO_ROOM);
-
-  if (unlikely(__pyx_t_1)) {
-
-
-    /* "ivshmem/native/areas.pyx":96
- *         return described(&area)
- *     if code == IVSHMEM_NO_ROOM:
- *         raise RegionError(             # <<<<<<<<<<<<<<
- *             f"no area of {size} bytes can be made at {offset:#x} of {memory.size} bytes, for"
- *             f" {places} processes and {records} channels"
-*/
-    __pyx_t_8 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 96, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_9);
-
-    /* "ivshmem/native/areas.pyx":97
- *     if code == IVSHMEM_NO_ROOM:
- *         raise RegionError(
- *             f"no area of {size} bytes can be made at {offset:#x} of {memory.size} bytes, for"             # <<<<<<<<<<<<<<
- *             f" {places} processes and {records} channels"
- *         )
-*/
-    __pyx_t_10 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 97, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_11 = __Pyx_PyLong_From_uint64_t(__pyx_v_offset); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 97, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_12 = __Pyx_PyObject_Format(__pyx_t_11, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 97, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_12);
-    __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-    __pyx_t_11 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_memory.size, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 97, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_11);
-
-    /* "ivshmem/native/areas.pyx":98
- *         raise RegionError(
- *             f"no area of {size} bytes can be made at {offset:#x} of {memory.size} bytes, for"
- *             f" {places} processes and {records} channels"             # <<<<<<<<<<<<<<
- *         )
- *     raise RegionError("the memory is mapped for reading only: no area can be made in it")
-*/
-    __pyx_t_13 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_places, 0, ' ', 'd'); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 98, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_13);
-    __pyx_t_14 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_records, 0, ' ', 'd'); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 98, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_14);
-    __pyx_t_15[0] = __pyx_mstate_global->__pyx_kp_u_no_area_of;
-    __pyx_t_15[1] = __pyx_t_10;
-    __pyx_t_15[2] = __pyx_mstate_global->__pyx_kp_u_bytes_can_be_made_at;
-    __pyx_t_15[3] = __pyx_t_12;
-    __pyx_t_15[4] = __pyx_mstate_global->__pyx_kp_u_of;
-    __pyx_t_15[5] = __pyx_t_11;
-    __pyx_t_15[6] = __pyx_mstate_global->__pyx_kp_u_bytes_for;
-    __pyx_t_15[7] = __pyx_t_13;
-    __pyx_t_15[8] = __pyx_mstate_global->__pyx_kp_u_processes_and;
-    __pyx_t_15[9] = __pyx_t_14;
-    __pyx_t_15[10] = __pyx_mstate_global->__pyx_kp_u_channels;
-
-    /* "ivshmem/native/areas.pyx":97
- *     if code == IVSHMEM_NO_ROOM:
- *         raise RegionError(
- *             f"no area of {size} bytes can be made at {offset:#x} of {memory.size} bytes, for"             # <<<<<<<<<<<<<<
- *             f" {places} processes and {records} channels"
- *         )
-*/
-    __pyx_t_16 = 73;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    for (Py_ssize_t i=1; i <= 9; i += 2) {
-      Py_ssize_t l = __Pyx_PyUnicode_GET_LENGTH(__pyx_t_15[i]);
-      __pyx_t_16 += l;
-    }
-    #endif
-    __pyx_t_6 = 0;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_15[3]);
-    #endif
-    __pyx_t_17 = __Pyx_PyUnicode_Join(__pyx_t_15, 11, __pyx_t_16, __pyx_t_6);
-    if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 97, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_17);
-    __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-    __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-    __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-    __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-    __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    __pyx_t_18 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_9))) {
-      __pyx_t_8 = PyMethod_GET_SELF(__pyx_t_9);
-      assert(__pyx_t_8);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_9);
-      __Pyx_INCREF(__pyx_t_8);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_9, __pyx__function);
-      __pyx_t_18 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_8, __pyx_t_17};
-      __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_9, __pyx_callargs+__pyx_t_18, (2-__pyx_t_18) | (__pyx_t_18*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
-      __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
-      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 96, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_7);
-    }
-    __Pyx_Raise(__pyx_t_7, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __PYX_ERR(0, 96, __pyx_L1_error)
-
-    /* "ivshmem/native/areas.pyx":95
- *     if code == 0:
- *         return described(&area)
- *     if code == IVSHMEM_NO_ROOM:             # <<<<<<<<<<<<<<
- *         raise RegionError(
- *             f"no area of {size} bytes can be made at {offset:#x} of {memory.size} bytes, for"
-*/
-  }
-
-  /* "ivshmem/native/areas.pyx":100
- *             f" {places} processes and {records} channels"
- *         )
- *     raise RegionError("the memory is mapped for reading only: no area can be made in it")             # <<<<<<<<<<<<<<
- * 
- * 
-*/
-  __pyx_t_9 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_17, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 100, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_17);
-  __pyx_t_18 = 1;
-  #if CYTHON_UNPACK_METHODS
-  if (unlikely(PyMethod_Check(__pyx_t_17))) {
-    __pyx_t_9 = PyMethod_GET_SELF(__pyx_t_17);
-    assert(__pyx_t_9);
-    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_17);
-    __Pyx_INCREF(__pyx_t_9);
-    __Pyx_INCREF(__pyx__function);
-    __Pyx_DECREF_SET(__pyx_t_17, __pyx__function);
-    __pyx_t_18 = 0;
-  }
-  #endif
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_9, __pyx_mstate_global->__pyx_kp_u_the_memory_is_mapped_for_reading};
-    __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_17, __pyx_callargs+__pyx_t_18, (2-__pyx_t_18) | (__pyx_t_18*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-    __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 100, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_7);
-  }
-  __Pyx_Raise(__pyx_t_7, 0, 0, 0);
-  __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-  __PYX_ERR(0, 100, __pyx_L1_error)
-
-  /* "ivshmem/native/areas.pyx":69
- * 
- * 
- * def make_area(Mapping mapping not None, uint64_t offset, uint64_t size, unsigned places=0,             # <<<<<<<<<<<<<<
- *               unsigned records=0):
- *     """Make an area of `size` bytes at an offset, a multiple of 4096 from 8192 on.
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_XDECREF(__pyx_t_9);
-  __Pyx_XDECREF(__pyx_t_10);
-  __Pyx_XDECREF(__pyx_t_11);
-  __Pyx_XDECREF(__pyx_t_12);
-  __Pyx_XDECREF(__pyx_t_13);
-  __Pyx_XDECREF(__pyx_t_14);
-  __Pyx_XDECREF(__pyx_t_17);
-  __Pyx_AddTraceback("ivshmem.native.areas.make_area", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-
-
-
-
-
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/native/areas.pyx":103
- * 
- * 
- * def area_of(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
- *     """Return the Area whose header is at an offset; None: there is none, or of another version."""
- *     cdef ivshmem_memory memory
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_6native_5areas_3area_of(PyObject *__pyx_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_5areas_2area_of, "area_of(mapping, offset)\n--\n\nReturn the Area whose header is at an offset; None: there is none, or of another version.");
-static PyMethodDef __pyx_mdef_7ivshmem_6native_5areas_3area_of = {"area_of", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_5areas_3area_of, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_5areas_2area_of};
-static PyObject *__pyx_pw_7ivshmem_6native_5areas_3area_of(PyObject *__pyx_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping = 0;
-  uint64_t __pyx_v_offset;
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[2] = {0,0};
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("area_of (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,&__pyx_mstate_global->__pyx_n_u_offset,0};
-    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 103, __pyx_L3_error)
-    if (__pyx_kwds_len > 0) {
-      switch (__pyx_nargs) {
-        case  2:
-        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 103, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  1:
-        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 103, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  0: break;
-        default: goto __pyx_L5_argtuple_error;
-      }
-      const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "area_of", 0) < (0)) __PYX_ERR(0, 103, __pyx_L3_error)
-      for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("area_of", 1, 2, 2, i); __PYX_ERR(0, 103, __pyx_L3_error) }
-      }
-    } else if (unlikely(__pyx_nargs != 2)) {
-      goto __pyx_L5_argtuple_error;
-    } else {
-      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 103, __pyx_L3_error)
-      values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 103, __pyx_L3_error)
-    }
-    __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
-    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 103, __pyx_L3_error)
-  }
-  goto __pyx_L6_skip;
-  __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("area_of", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 103, __pyx_L3_error)
-  __pyx_L6_skip:;
-  goto __pyx_L4_argument_unpacking_done;
-  __pyx_L3_error:;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_AddTraceback("ivshmem.native.areas.area_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __Pyx_RefNannyFinishContext();
-  return NULL;
-  __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 103, __pyx_L1_error)
-  __pyx_r = __pyx_pf_7ivshmem_6native_5areas_2area_of(__pyx_self, __pyx_v_mapping, __pyx_v_offset);
-
-  /* function exit code */
-  goto __pyx_L0;
-  __pyx_L1_error:;
-  __pyx_r = NULL;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  goto __pyx_L7_cleaned_up;
-  __pyx_L0:;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __pyx_L7_cleaned_up:;
-
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_6native_5areas_2area_of(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, uint64_t __pyx_v_offset) {
-  struct ivshmem_memory __pyx_v_memory;
-  struct ivshmem_area __pyx_v_area;
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
+  PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
-  int __pyx_t_3;
-  PyObject *__pyx_t_4 = NULL;
-  int __pyx_t_5;
-  char const *__pyx_t_6;
-  PyObject *__pyx_t_7 = NULL;
-  PyObject *__pyx_t_8 = NULL;
-  PyObject *__pyx_t_9 = NULL;
-  PyObject *__pyx_t_10 = NULL;
-  PyObject *__pyx_t_11 = NULL;
-  PyObject *__pyx_t_12 = NULL;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("area_of", 0);
-
-  /* "ivshmem/native/areas.pyx":107
- *     cdef ivshmem_memory memory
- *     cdef ivshmem_area area
- *     memory_of(mapping, &memory)             # <<<<<<<<<<<<<<
- *     try:
- *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None
-*/
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 107, __pyx_L1_error)
-
-
-  /* "ivshmem/native/areas.pyx":108
- *     cdef ivshmem_area area
- *     memory_of(mapping, &memory)
- *     try:             # <<<<<<<<<<<<<<
- *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None
- *     finally:
-*/
-  /*try:*/ {
-
-    /* "ivshmem/native/areas.pyx":109
- *     memory_of(mapping, &memory)
- *     try:
- *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None             # <<<<<<<<<<<<<<
- *     finally:
- *         mapping.unpin()
-*/
-    __pyx_t_3 = (ivshmem_area_open((&__pyx_v_area), (&__pyx_v_memory), __pyx_v_offset) == 0);
-
-    if (__pyx_t_3) {
-      __pyx_t_4 = __pyx_f_7ivshmem_6native_5areas_described((&__pyx_v_area)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 109, __pyx_L4_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_2 = __pyx_t_4;
-      __pyx_t_4 = 0;
-    } else {
-      __Pyx_INCREF(Py_None);
-      __pyx_t_2 = Py_None;
-    }
-
-    {
-      PyObject *__pyx_temp;
-      {
-        __pyx_temp = __pyx_r;
-        __pyx_r = __pyx_t_2;
+  __Pyx_RefNannySetupContext("__get__", 0);
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
+        {
+          PyObject *__pyx_temp;
+          {
+            __pyx_temp = __pyx_r;
+            __Pyx_INCREF(__pyx_v_self->type);
+            __pyx_r = __pyx_v_self->type;
+          }
+          __Pyx_XDECREF(__pyx_temp);
+        }
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        goto __pyx_L3_return;
       }
-      __Pyx_XDECREF(__pyx_temp);
-    }
-    __pyx_t_2 = 0;
-    goto __pyx_L3_return;
-  }
-
-  /* "ivshmem/native/areas.pyx":111
- *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None
- *     finally:
- *         mapping.unpin()             # <<<<<<<<<<<<<<
- * 
- * 
-*/
-  /*finally:*/ {
-    __pyx_L4_error:;
-    /*exception exit:*/{
-      __Pyx_PyThreadState_declare
-      __Pyx_PyThreadState_assign
-      __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0;
-      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-       __Pyx_ExceptionSwap(&__pyx_t_10, &__pyx_t_11, &__pyx_t_12);
-      if ( unlikely(__Pyx_GetException(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9) < 0)) __Pyx_ErrFetch(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9);
-      __Pyx_XGOTREF(__pyx_t_7);
-      __Pyx_XGOTREF(__pyx_t_8);
-      __Pyx_XGOTREF(__pyx_t_9);
-      __Pyx_XGOTREF(__pyx_t_10);
-      __Pyx_XGOTREF(__pyx_t_11);
-      __Pyx_XGOTREF(__pyx_t_12);
-      __pyx_t_1 = __pyx_lineno; __pyx_t_5 = __pyx_clineno; __pyx_t_6 = __pyx_filename;
-      {
-        ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_mapping->__pyx_vtab)->unpin(__pyx_v_mapping);
+      /*finally:*/ {
+        __pyx_L3_return: {
+          __pyx_t_2 = __pyx_r;
+          __pyx_r = 0;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_2;
+          __pyx_t_2 = 0;
+          goto __pyx_L0;
+        }
       }
-      __Pyx_XGIVEREF(__pyx_t_10);
-      __Pyx_XGIVEREF(__pyx_t_11);
-      __Pyx_XGIVEREF(__pyx_t_12);
-      __Pyx_ExceptionReset(__pyx_t_10, __pyx_t_11, __pyx_t_12);
-      __Pyx_XGIVEREF(__pyx_t_7);
-      __Pyx_XGIVEREF(__pyx_t_8);
-      __Pyx_XGIVEREF(__pyx_t_9);
-      __Pyx_ErrRestore(__pyx_t_7, __pyx_t_8, __pyx_t_9);
-      __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0;
-      __pyx_lineno = __pyx_t_1; __pyx_clineno = __pyx_t_5; __pyx_filename = __pyx_t_6;
-      goto __pyx_L1_error;
-    }
-    __pyx_L3_return: {
-      __pyx_t_12 = __pyx_r;
-      __pyx_r = 0;
-      ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_mapping->__pyx_vtab)->unpin(__pyx_v_mapping);
-      __pyx_r = __pyx_t_12;
-      __pyx_t_12 = 0;
-      goto __pyx_L0;
-    }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
-
-  /* "ivshmem/native/areas.pyx":103
- * 
- * 
- * def area_of(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
- *     """Return the Area whose header is at an offset; None: there is none, or of another version."""
- *     cdef ivshmem_memory memory
-*/
 
   /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem.native.areas.area_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
   __pyx_L0:;
-
-
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/native/areas.pyx":114
+/* "ivshmem/channel/roles.pxd":30
+ *     cdef bint times
+ *     cdef bint claims  # a queue's, or calls': a slot is chosen by its claim
+ *     cdef readonly uint64_t missed             # <<<<<<<<<<<<<<
  * 
- * 
- * def find_area(Mapping mapping not None):             # <<<<<<<<<<<<<<
- *     """Return the Area that the region's directory of names tells of; None: there is none."""
- *     cdef ivshmem_memory memory
+ *     cdef int ready(self) noexcept
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_6native_5areas_5find_area(PyObject *__pyx_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_6missed_1__get__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_6missed_1__get__(PyObject *__pyx_v_self) {
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_6missed___get__(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_6missed___get__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__get__", 0);
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
+        __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->missed); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 30, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_2);
+        {
+          PyObject *__pyx_temp;
+          {
+            __pyx_temp = __pyx_r;
+            __pyx_r = __pyx_t_2;
+          }
+          __Pyx_XDECREF(__pyx_temp);
+        }
+        __pyx_t_2 = 0;
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        goto __pyx_L3_return;
+      }
+      /*finally:*/ {
+        __pyx_L3_return: {
+          __pyx_t_3 = __pyx_r;
+          __pyx_r = 0;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_3;
+          __pyx_t_3 = 0;
+          goto __pyx_L0;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_AddTraceback("ivshmem.channel.roles.WriterEnd.missed.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_5__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_5areas_4find_area, "find_area(mapping)\n--\n\nReturn the Area that the region\047s directory of names tells of; None: there is none.");
-static PyMethodDef __pyx_mdef_7ivshmem_6native_5areas_5find_area = {"find_area", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_5areas_5find_area, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_5areas_4find_area};
-static PyObject *__pyx_pw_7ivshmem_6native_5areas_5find_area(PyObject *__pyx_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5roles_9WriterEnd_4__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_5roles_9WriterEnd_5__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_5__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5roles_9WriterEnd_4__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_5__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ) {
-  struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__reduce_cython__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__reduce_cython__", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__reduce_cython__", 0);
+
+  /* "(tree fragment)":2
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
+ * def __setstate_cython__(self, __pyx_state):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
+  __PYX_ERR(2, 2, __pyx_L1_error)
+
+  /* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.roles.WriterEnd.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_7__setstate_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5roles_9WriterEnd_6__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_5roles_9WriterEnd_7__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_7__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5roles_9WriterEnd_6__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_7__setstate_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  CYTHON_UNUSED PyObject *__pyx_v___pyx_state = 0;
   #if !CYTHON_VECTORCALL
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
   #endif
@@ -3934,7 +7777,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   int __pyx_clineno = 0;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("find_area (wrapper)", 0);
+  __Pyx_RefNannySetupContext("__setstate_cython__ (wrapper)", 0);
   #if !CYTHON_VECTORCALL
   #if CYTHON_ASSUME_SAFE_SIZE
   __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
@@ -3944,51 +7787,243 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   #endif
   __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
   {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,0};
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 114, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(2, 3, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 114, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 3, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "find_area", 0) < (0)) __PYX_ERR(0, 114, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(2, 3, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("find_area", 1, 1, 1, i); __PYX_ERR(0, 114, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(2, 3, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 114, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 3, __pyx_L3_error)
     }
-    __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
+    __pyx_v___pyx_state = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("find_area", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 114, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(2, 3, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
-  __Pyx_AddTraceback("ivshmem.native.areas.find_area", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.channel.roles.WriterEnd.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 114, __pyx_L1_error)
-  __pyx_r = __pyx_pf_7ivshmem_6native_5areas_4find_area(__pyx_self, __pyx_v_mapping);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_6__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v___pyx_state);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_6__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__setstate_cython__", 0);
+
+  /* "(tree fragment)":4
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
+*/
+  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
+  __PYX_ERR(2, 4, __pyx_L1_error)
+
+  /* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.roles.WriterEnd.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":204
+ *     """The slot of a reader, or of a server; or, where memory can only be read, none."""
+ * 
+ *     def __cinit__(             # <<<<<<<<<<<<<<
+ *         self,
+ *         channels,
+*/
+
+/* Python wrapper */
+static int __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_1__cinit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds); /*proto*/
+static int __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_1__cinit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds) {
+  PyObject *__pyx_v_channels = 0;
+  struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership = 0;
+  unsigned int __pyx_v_index;
+  PyObject *__pyx_v_name = 0;
+  PyObject *__pyx_v_message_type = 0;
+  uint32_t __pyx_v_overflow;
+  uint32_t __pyx_v_history;
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[7] = {0,0,0,0,0,0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__cinit__ (wrapper)", 0);
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return -1;
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_channels,&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_index,&__pyx_mstate_global->__pyx_n_u_name,&__pyx_mstate_global->__pyx_n_u_message_type,&__pyx_mstate_global->__pyx_n_u_overflow,&__pyx_mstate_global->__pyx_n_u_history,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 204, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  7:
+        values[6] = __Pyx_ArgRef_VARARGS(__pyx_args, 6);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 204, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  6:
+        values[5] = __Pyx_ArgRef_VARARGS(__pyx_args, 5);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 204, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  5:
+        values[4] = __Pyx_ArgRef_VARARGS(__pyx_args, 4);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 204, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  4:
+        values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 204, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  3:
+        values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 204, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  2:
+        values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 204, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 204, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 204, __pyx_L3_error)
+
+      /* "ivshmem/channel/roles.pyx":210
+ *         unsigned index,
+ *         str name,
+ *         message_type=None,             # <<<<<<<<<<<<<<
+ *         uint32_t overflow=0,
+ *         uint32_t history=0,
+*/
+      if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)Py_None));
+      for (Py_ssize_t i = __pyx_nargs; i < 4; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 4, 7, i); __PYX_ERR(0, 204, __pyx_L3_error) }
+      }
+    } else {
+      switch (__pyx_nargs) {
+        case  7:
+        values[6] = __Pyx_ArgRef_VARARGS(__pyx_args, 6);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 204, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  6:
+        values[5] = __Pyx_ArgRef_VARARGS(__pyx_args, 5);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 204, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  5:
+        values[4] = __Pyx_ArgRef_VARARGS(__pyx_args, 4);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 204, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  4:
+        values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 204, __pyx_L3_error)
+        values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 204, __pyx_L3_error)
+        values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 204, __pyx_L3_error)
+        values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 204, __pyx_L3_error)
+        break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)Py_None));
+    }
+    __pyx_v_channels = values[0];
+    __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[1]);
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 208, __pyx_L3_error)
+    __pyx_v_name = ((PyObject*)values[3]);
+    __pyx_v_message_type = values[4];
+    if (values[5]) {
+      __pyx_v_overflow = __Pyx_PyLong_As_uint32_t(values[5]); if (unlikely((__pyx_v_overflow == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 211, __pyx_L3_error)
+    } else {
+      __pyx_v_overflow = ((uint32_t)0);
+    }
+    if (values[6]) {
+      __pyx_v_history = __Pyx_PyLong_As_uint32_t(values[6]); if (unlikely((__pyx_v_history == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 212, __pyx_L3_error)
+    } else {
+      __pyx_v_history = ((uint32_t)0);
+    }
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 4, 7, __pyx_nargs); __PYX_ERR(0, 204, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem.channel.roles.ReaderEnd.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return -1;
+  __pyx_L4_argument_unpacking_done:;
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 207, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 209, __pyx_L1_error)
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name, __pyx_v_message_type, __pyx_v_overflow, __pyx_v_history);
+
+  /* "ivshmem/channel/roles.pyx":204
+ *     """The slot of a reader, or of a server; or, where memory can only be read, none."""
+ * 
+ *     def __cinit__(             # <<<<<<<<<<<<<<
+ *         self,
+ *         channels,
+*/
 
   /* function exit code */
   goto __pyx_L0;
   __pyx_L1_error:;
-  __pyx_r = NULL;
+  __pyx_r = -1;
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
     Py_XDECREF(values[__pyx_temp]);
   }
@@ -3998,231 +8033,468 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
     Py_XDECREF(values[__pyx_temp]);
   }
   __pyx_L7_cleaned_up:;
+
+
+
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping) {
-  struct ivshmem_memory __pyx_v_memory;
-  struct ivshmem_area __pyx_v_area;
-  uint64_t __pyx_v_offset;
-  PyObject *__pyx_r = NULL;
+static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, unsigned int __pyx_v_index, PyObject *__pyx_v_name, PyObject *__pyx_v_message_type, uint32_t __pyx_v_overflow, uint32_t __pyx_v_history) {
+  struct ivshmem_geometry *__pyx_v_g;
+  int __pyx_v_code;
+  int __pyx_r;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
   int __pyx_t_2;
   PyObject *__pyx_t_3 = NULL;
   PyObject *__pyx_t_4 = NULL;
-  int __pyx_t_5;
-  char const *__pyx_t_6;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
   PyObject *__pyx_t_7 = NULL;
   PyObject *__pyx_t_8 = NULL;
   PyObject *__pyx_t_9 = NULL;
-  PyObject *__pyx_t_10 = NULL;
-  PyObject *__pyx_t_11 = NULL;
-  PyObject *__pyx_t_12 = NULL;
+  PyObject *__pyx_t_10[5];
+  Py_ssize_t __pyx_t_11;
+  size_t __pyx_t_12;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("find_area", 0);
+  __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/native/areas.pyx":119
- *     cdef ivshmem_area area
- *     cdef uint64_t offset
- *     memory_of(mapping, &memory)             # <<<<<<<<<<<<<<
- *     try:
- *         if ivshmem_find_area(&memory, &offset) != 0:
+  /* "ivshmem/channel/roles.pyx":216
+ *         cdef ivshmem_geometry *g
+ *         cdef int code
+ *         open_channel(self, channels, membership, index, name)             # <<<<<<<<<<<<<<
+ *         self.type = message_type
+ *         g = &self.channel.record.geometry
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 119, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 216, __pyx_L1_error)
 
 
-  /* "ivshmem/native/areas.pyx":120
- *     cdef uint64_t offset
- *     memory_of(mapping, &memory)
- *     try:             # <<<<<<<<<<<<<<
- *         if ivshmem_find_area(&memory, &offset) != 0:
- *             return None
+  /* "ivshmem/channel/roles.pyx":217
+ *         cdef int code
+ *         open_channel(self, channels, membership, index, name)
+ *         self.type = message_type             # <<<<<<<<<<<<<<
+ *         g = &self.channel.record.geometry
+ *         self.held = <Held *>malloc((g.views + 2) * sizeof(Held))
 */
-  /*try:*/ {
+  __Pyx_INCREF(__pyx_v_message_type);
+  __Pyx_GIVEREF(__pyx_v_message_type);
+  __Pyx_GOTREF(__pyx_v_self->type);
+  __Pyx_DECREF_SET(__pyx_v_self->type, __pyx_v_message_type);
 
-    /* "ivshmem/native/areas.pyx":121
- *     memory_of(mapping, &memory)
- *     try:
- *         if ivshmem_find_area(&memory, &offset) != 0:             # <<<<<<<<<<<<<<
- *             return None
- *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None
+  /* "ivshmem/channel/roles.pyx":218
+ *         open_channel(self, channels, membership, index, name)
+ *         self.type = message_type
+ *         g = &self.channel.record.geometry             # <<<<<<<<<<<<<<
+ *         self.held = <Held *>malloc((g.views + 2) * sizeof(Held))
+ *         if self.held == NULL:
 */
-    __pyx_t_2 = (ivshmem_find_area((&__pyx_v_memory), (&__pyx_v_offset)) != 0);
+  __pyx_v_g = (&__pyx_v_self->__pyx_base.channel.record.geometry);
 
-    if (__pyx_t_2) {
-
-
-      /* "ivshmem/native/areas.pyx":122
- *     try:
- *         if ivshmem_find_area(&memory, &offset) != 0:
- *             return None             # <<<<<<<<<<<<<<
- *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None
- *     finally:
+  /* "ivshmem/channel/roles.pyx":219
+ *         self.type = message_type
+ *         g = &self.channel.record.geometry
+ *         self.held = <Held *>malloc((g.views + 2) * sizeof(Held))             # <<<<<<<<<<<<<<
+ *         if self.held == NULL:
+ *             raise MemoryError
 */
-      {
-        PyObject *__pyx_temp;
-        {
-          __pyx_temp = __pyx_r;
-          __pyx_r = Py_None; __Pyx_INCREF(Py_None);
-        }
-        __Pyx_XDECREF(__pyx_temp);
-      }
-      goto __pyx_L3_return;
+  __pyx_v_self->held = ((struct __pyx_t_7ivshmem_7channel_5roles_Held *)malloc(((__pyx_v_g->views + 2) * (sizeof(struct __pyx_t_7ivshmem_7channel_5roles_Held)))));
 
-      /* "ivshmem/native/areas.pyx":121
- *     memory_of(mapping, &memory)
- *     try:
- *         if ivshmem_find_area(&memory, &offset) != 0:             # <<<<<<<<<<<<<<
- *             return None
- *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None
+  /* "ivshmem/channel/roles.pyx":220
+ *         g = &self.channel.record.geometry
+ *         self.held = <Held *>malloc((g.views + 2) * sizeof(Held))
+ *         if self.held == NULL:             # <<<<<<<<<<<<<<
+ *             raise MemoryError
+ *         self.reader.channel = &self.channel
 */
-    }
+  __pyx_t_2 = (__pyx_v_self->held == NULL);
 
-    /* "ivshmem/native/areas.pyx":123
- *         if ivshmem_find_area(&memory, &offset) != 0:
- *             return None
- *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None             # <<<<<<<<<<<<<<
- *     finally:
- *         mapping.unpin()
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "ivshmem/channel/roles.pyx":221
+ *         self.held = <Held *>malloc((g.views + 2) * sizeof(Held))
+ *         if self.held == NULL:
+ *             raise MemoryError             # <<<<<<<<<<<<<<
+ *         self.reader.channel = &self.channel
+ *         self.reader.member = &membership.member
 */
-    __pyx_t_2 = (ivshmem_area_open((&__pyx_v_area), (&__pyx_v_memory), __pyx_v_offset) == 0);
+    PyErr_NoMemory(); __PYX_ERR(0, 221, __pyx_L1_error)
 
-    if (__pyx_t_2) {
-      __pyx_t_4 = __pyx_f_7ivshmem_6native_5areas_described((&__pyx_v_area)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 123, __pyx_L4_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_3 = __pyx_t_4;
-      __pyx_t_4 = 0;
-    } else {
-      __Pyx_INCREF(Py_None);
-      __pyx_t_3 = Py_None;
-    }
-
-    {
-      PyObject *__pyx_temp;
-      {
-        __pyx_temp = __pyx_r;
-        __pyx_r = __pyx_t_3;
-      }
-      __Pyx_XDECREF(__pyx_temp);
-    }
-    __pyx_t_3 = 0;
-    goto __pyx_L3_return;
+    /* "ivshmem/channel/roles.pyx":220
+ *         g = &self.channel.record.geometry
+ *         self.held = <Held *>malloc((g.views + 2) * sizeof(Held))
+ *         if self.held == NULL:             # <<<<<<<<<<<<<<
+ *             raise MemoryError
+ *         self.reader.channel = &self.channel
+*/
   }
 
-  /* "ivshmem/native/areas.pyx":125
- *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None
- *     finally:
- *         mapping.unpin()             # <<<<<<<<<<<<<<
- * 
- * 
+  /* "ivshmem/channel/roles.pyx":222
+ *         if self.held == NULL:
+ *             raise MemoryError
+ *         self.reader.channel = &self.channel             # <<<<<<<<<<<<<<
+ *         self.reader.member = &membership.member
+ *         self.reader.overflow = <ivshmem_overflow>overflow
 */
-  /*finally:*/ {
-    __pyx_L4_error:;
-    /*exception exit:*/{
-      __Pyx_PyThreadState_declare
-      __Pyx_PyThreadState_assign
-      __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0;
-      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-       __Pyx_ExceptionSwap(&__pyx_t_10, &__pyx_t_11, &__pyx_t_12);
-      if ( unlikely(__Pyx_GetException(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9) < 0)) __Pyx_ErrFetch(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9);
-      __Pyx_XGOTREF(__pyx_t_7);
-      __Pyx_XGOTREF(__pyx_t_8);
-      __Pyx_XGOTREF(__pyx_t_9);
-      __Pyx_XGOTREF(__pyx_t_10);
-      __Pyx_XGOTREF(__pyx_t_11);
-      __Pyx_XGOTREF(__pyx_t_12);
-      __pyx_t_1 = __pyx_lineno; __pyx_t_5 = __pyx_clineno; __pyx_t_6 = __pyx_filename;
-      {
-        ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_mapping->__pyx_vtab)->unpin(__pyx_v_mapping);
-      }
-      __Pyx_XGIVEREF(__pyx_t_10);
-      __Pyx_XGIVEREF(__pyx_t_11);
-      __Pyx_XGIVEREF(__pyx_t_12);
-      __Pyx_ExceptionReset(__pyx_t_10, __pyx_t_11, __pyx_t_12);
-      __Pyx_XGIVEREF(__pyx_t_7);
-      __Pyx_XGIVEREF(__pyx_t_8);
-      __Pyx_XGIVEREF(__pyx_t_9);
-      __Pyx_ErrRestore(__pyx_t_7, __pyx_t_8, __pyx_t_9);
-      __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0;
-      __pyx_lineno = __pyx_t_1; __pyx_clineno = __pyx_t_5; __pyx_filename = __pyx_t_6;
-      goto __pyx_L1_error;
-    }
-    __pyx_L3_return: {
-      __pyx_t_12 = __pyx_r;
-      __pyx_r = 0;
-      ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_mapping->__pyx_vtab)->unpin(__pyx_v_mapping);
-      __pyx_r = __pyx_t_12;
+  __pyx_v_self->reader.channel = (&__pyx_v_self->__pyx_base.channel);
+
+  /* "ivshmem/channel/roles.pyx":223
+ *             raise MemoryError
+ *         self.reader.channel = &self.channel
+ *         self.reader.member = &membership.member             # <<<<<<<<<<<<<<
+ *         self.reader.overflow = <ivshmem_overflow>overflow
+ *         code = ivshmem_reader_open(&self.reader, history)
+*/
+  __pyx_v_self->reader.member = (&__pyx_v_membership->member);
+
+  /* "ivshmem/channel/roles.pyx":224
+ *         self.reader.channel = &self.channel
+ *         self.reader.member = &membership.member
+ *         self.reader.overflow = <ivshmem_overflow>overflow             # <<<<<<<<<<<<<<
+ *         code = ivshmem_reader_open(&self.reader, history)
+ *         if code == IVSHMEM_TAKEN:
+*/
+  __pyx_v_self->reader.overflow = ((enum ivshmem_overflow)__pyx_v_overflow);
+
+  /* "ivshmem/channel/roles.pyx":225
+ *         self.reader.member = &membership.member
+ *         self.reader.overflow = <ivshmem_overflow>overflow
+ *         code = ivshmem_reader_open(&self.reader, history)             # <<<<<<<<<<<<<<
+ *         if code == IVSHMEM_TAKEN:
+ *             raise ChannelError(
+*/
+  __pyx_v_code = ivshmem_reader_open((&__pyx_v_self->reader), __pyx_v_history);
+
+  /* "ivshmem/channel/roles.pyx":226
+ *         self.reader.overflow = <ivshmem_overflow>overflow
+ *         code = ivshmem_reader_open(&self.reader, history)
+ *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
+ *             raise ChannelError(
+ *                 f"channel {name!r}: all its {counted(g.readers, 'reader')} are open"
+*/
+  __pyx_t_2 = (__pyx_v_code == IVSHMEM_TAKEN);
+
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "ivshmem/channel/roles.pyx":227
+ *         code = ivshmem_reader_open(&self.reader, history)
+ *         if code == IVSHMEM_TAKEN:
+ *             raise ChannelError(             # <<<<<<<<<<<<<<
+ *                 f"channel {name!r}: all its {counted(g.readers, 'reader')} are open"
+ *             )
+*/
+    __pyx_t_4 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 227, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+
+    /* "ivshmem/channel/roles.pyx":228
+ *         if code == IVSHMEM_TAKEN:
+ *             raise ChannelError(
+ *                 f"channel {name!r}: all its {counted(g.readers, 'reader')} are open"             # <<<<<<<<<<<<<<
+ *             )
+ *         if code:
+*/
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 228, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 228, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_g->readers); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 228, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
+    __pyx_t_9 = PyTuple_New(2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 228, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_9);
+    __Pyx_GIVEREF(__pyx_t_8);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 0, __pyx_t_8) != (0)) __PYX_ERR(0, 228, __pyx_L1_error);
+    __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_reader);
+    __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_reader);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 1, __pyx_mstate_global->__pyx_n_u_reader) != (0)) __PYX_ERR(0, 228, __pyx_L1_error);
+    __pyx_t_8 = 0;
+    __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_9, NULL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 228, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
+    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+    __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+    __pyx_t_9 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 228, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_9);
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_channel;
+    __pyx_t_10[1] = __pyx_t_6;
+    __pyx_t_10[2] = __pyx_mstate_global->__pyx_kp_u_all_its;
+    __pyx_t_10[3] = __pyx_t_9;
+    __pyx_t_10[4] = __pyx_mstate_global->__pyx_kp_u_are_open;
+    __pyx_t_11 = 27;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_11 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_10[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_10[3]);
+    #endif
+    __pyx_t_1 = 0;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_10[3]);
+    #endif
+    __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_10, 5, __pyx_t_11, __pyx_t_1);
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 228, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+    __pyx_t_12 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_5))) {
+      __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_5);
+      assert(__pyx_t_4);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
+      __Pyx_INCREF(__pyx_t_4);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
       __pyx_t_12 = 0;
-      goto __pyx_L0;
     }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_8};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 227, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(0, 227, __pyx_L1_error)
+
+    /* "ivshmem/channel/roles.pyx":226
+ *         self.reader.overflow = <ivshmem_overflow>overflow
+ *         code = ivshmem_reader_open(&self.reader, history)
+ *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
+ *             raise ChannelError(
+ *                 f"channel {name!r}: all its {counted(g.readers, 'reader')} are open"
+*/
   }
 
-  /* "ivshmem/native/areas.pyx":114
+  /* "ivshmem/channel/roles.pyx":230
+ *                 f"channel {name!r}: all its {counted(g.readers, 'reader')} are open"
+ *             )
+ *         if code:             # <<<<<<<<<<<<<<
+ *             raise self.fail(code)
+ *         self.open = True
+*/
+  __pyx_t_2 = (__pyx_v_code != 0);
+
+  if (unlikely(__pyx_t_2)) {
+
+
+    /* "ivshmem/channel/roles.pyx":231
+ *             )
+ *         if code:
+ *             raise self.fail(code)             # <<<<<<<<<<<<<<
+ *         self.open = True
+ *         membership.flush()
+*/
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 231, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(0, 231, __pyx_L1_error)
+
+    /* "ivshmem/channel/roles.pyx":230
+ *                 f"channel {name!r}: all its {counted(g.readers, 'reader')} are open"
+ *             )
+ *         if code:             # <<<<<<<<<<<<<<
+ *             raise self.fail(code)
+ *         self.open = True
+*/
+  }
+
+  /* "ivshmem/channel/roles.pyx":232
+ *         if code:
+ *             raise self.fail(code)
+ *         self.open = True             # <<<<<<<<<<<<<<
+ *         membership.flush()
+ *         membership.ends.add(self)
+*/
+  __pyx_v_self->__pyx_base.open = 1;
+
+  /* "ivshmem/channel/roles.pyx":233
+ *             raise self.fail(code)
+ *         self.open = True
+ *         membership.flush()             # <<<<<<<<<<<<<<
+ *         membership.ends.add(self)
  * 
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->flush(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 233, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/roles.pyx":234
+ *         self.open = True
+ *         membership.flush()
+ *         membership.ends.add(self)             # <<<<<<<<<<<<<<
  * 
- * def find_area(Mapping mapping not None):             # <<<<<<<<<<<<<<
- *     """Return the Area that the region's directory of names tells of; None: there is none."""
- *     cdef ivshmem_memory memory
+ *     def __dealloc__(self):
+*/
+  __pyx_t_5 = __pyx_v_membership->ends;
+  __Pyx_INCREF(__pyx_t_5);
+  __pyx_t_12 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self)};
+    __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 234, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+  }
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+
+  /* "ivshmem/channel/roles.pyx":204
+ *     """The slot of a reader, or of a server; or, where memory can only be read, none."""
+ * 
+ *     def __cinit__(             # <<<<<<<<<<<<<<
+ *         self,
+ *         channels,
 */
 
   /* function exit code */
+  __pyx_r = 0;
+  goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem.native.areas.find_area", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_AddTraceback("ivshmem.channel.roles.ReaderEnd.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
   __pyx_L0:;
 
 
 
-  __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/native/areas.pyx":128
+/* "ivshmem/channel/roles.pyx":236
+ *         membership.ends.add(self)
  * 
- * 
- * def sweep(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
- *     """Free all places of an area, and return how many there were; 0 if there is no area.
+ *     def __dealloc__(self):             # <<<<<<<<<<<<<<
+ *         free(self.held)
  * 
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_6native_5areas_7sweep(PyObject *__pyx_self, 
+static void __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_3__dealloc__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_3__dealloc__(PyObject *__pyx_v_self) {
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__dealloc__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_2__dealloc__(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+}
+
+static void __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_2__dealloc__(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self) {
+
+  /* "ivshmem/channel/roles.pyx":237
+ * 
+ *     def __dealloc__(self):
+ *         free(self.held)             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int give_up(self) except -1:
+*/
+  free(__pyx_v_self->held);
+
+  /* "ivshmem/channel/roles.pyx":236
+ *         membership.ends.add(self)
+ * 
+ *     def __dealloc__(self):             # <<<<<<<<<<<<<<
+ *         free(self.held)
+ * 
+*/
+
+  /* function exit code */
+
+}
+
+/* "ivshmem/channel/roles.pyx":239
+ *         free(self.held)
+ * 
+ *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
+ *         ivshmem_reader_close(&self.reader)
+ *         return 0
+*/
+
+static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self) {
+  int __pyx_r;
+
+  /* "ivshmem/channel/roles.pyx":240
+ * 
+ *     cdef int give_up(self) except -1:
+ *         ivshmem_reader_close(&self.reader)             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+  ivshmem_reader_close((&__pyx_v_self->reader));
+
+  /* "ivshmem/channel/roles.pyx":241
+ *     cdef int give_up(self) except -1:
+ *         ivshmem_reader_close(&self.reader)
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     def close(self):
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pyx":239
+ *         free(self.held)
+ * 
+ *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
+ *         ivshmem_reader_close(&self.reader)
+ *         return 0
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":243
+ *         return 0
+ * 
+ *     def close(self):             # <<<<<<<<<<<<<<
+ *         """Free the slot; may be called twice.
+ * 
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_5close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_5areas_6sweep, "sweep(mapping, offset)\n--\n\nFree all places of an area, and return how many there were; 0 if there is no area.\n\nThe caller knows that none of their processes is left: no other process has the memory, or its\ncontents came from a file or from another machine.");
-static PyMethodDef __pyx_mdef_7ivshmem_6native_5areas_7sweep = {"sweep", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_5areas_7sweep, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_5areas_6sweep};
-static PyObject *__pyx_pw_7ivshmem_6native_5areas_7sweep(PyObject *__pyx_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5roles_9ReaderEnd_4close, "Free the slot; may be called twice.\n\n        Raises:\n            BufferError: a View of a message is alive. Nothing has changed then.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_5roles_9ReaderEnd_5close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_5close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5roles_9ReaderEnd_4close};
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_5close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ) {
-  struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping = 0;
-  uint64_t __pyx_v_offset;
   #if !CYTHON_VECTORCALL
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
   #endif
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[2] = {0,0};
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("sweep (wrapper)", 0);
+  __Pyx_RefNannySetupContext("close (wrapper)", 0);
   #if !CYTHON_VECTORCALL
   #if CYTHON_ASSUME_SAFE_SIZE
   __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
@@ -4231,148 +8503,999 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   #endif
   #endif
   __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,&__pyx_mstate_global->__pyx_n_u_offset,0};
-    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 128, __pyx_L3_error)
-    if (__pyx_kwds_len > 0) {
-      switch (__pyx_nargs) {
-        case  2:
-        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 128, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  1:
-        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 128, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  0: break;
-        default: goto __pyx_L5_argtuple_error;
-      }
-      const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sweep", 0) < (0)) __PYX_ERR(0, 128, __pyx_L3_error)
-      for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sweep", 1, 2, 2, i); __PYX_ERR(0, 128, __pyx_L3_error) }
-      }
-    } else if (unlikely(__pyx_nargs != 2)) {
-      goto __pyx_L5_argtuple_error;
-    } else {
-      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 128, __pyx_L3_error)
-      values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 128, __pyx_L3_error)
-    }
-    __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
-    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 128, __pyx_L3_error)
-  }
-  goto __pyx_L6_skip;
-  __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("sweep", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 128, __pyx_L3_error)
-  __pyx_L6_skip:;
-  goto __pyx_L4_argument_unpacking_done;
-  __pyx_L3_error:;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_AddTraceback("ivshmem.native.areas.sweep", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __Pyx_RefNannyFinishContext();
-  return NULL;
-  __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 128, __pyx_L1_error)
-  __pyx_r = __pyx_pf_7ivshmem_6native_5areas_6sweep(__pyx_self, __pyx_v_mapping, __pyx_v_offset);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("close", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self));
 
   /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  int __pyx_t_4;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9 = NULL;
+  size_t __pyx_t_10;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("close", 0);
+
+  /* "ivshmem/channel/roles.pyx":249
+ *             BufferError: a View of a message is alive. Nothing has changed then.
+ *         """
+ *         if self.open and self.views and not self.membership.closed:             # <<<<<<<<<<<<<<
+ *             raise BufferError(f"{counted(self.views, 'view')} of messages: release them first")
+ *         ChannelEnd.close(self)
+*/
+  if (__pyx_v_self->__pyx_base.open) {
+  } else {
+
+    __pyx_t_1 = __pyx_v_self->__pyx_base.open;
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (__pyx_v_self->views != 0);
+
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->__pyx_base.membership), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 249, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 249, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  __pyx_t_4 = (!__pyx_t_2);
+
+
+
+  __pyx_t_1 = __pyx_t_4;
+
+  __pyx_L4_bool_binop_done:;
+  if (unlikely(__pyx_t_1)) {
+
+
+    /* "ivshmem/channel/roles.pyx":250
+ *         """
+ *         if self.open and self.views and not self.membership.closed:
+ *             raise BufferError(f"{counted(self.views, 'view')} of messages: release them first")             # <<<<<<<<<<<<<<
+ *         ChannelEnd.close(self)
+ * 
+*/
+    __pyx_t_5 = NULL;
+    __pyx_t_7 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 250, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
+    __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->views); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 250, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_9);
+    __pyx_t_10 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_8))) {
+      __pyx_t_7 = PyMethod_GET_SELF(__pyx_t_8);
+      assert(__pyx_t_7);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_8);
+      __Pyx_INCREF(__pyx_t_7);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_8, __pyx__function);
+      __pyx_t_10 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[3] = {__pyx_t_7, __pyx_t_9, __pyx_mstate_global->__pyx_n_u_view};
+      __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_10, (3-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+      __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 250, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_6);
+    }
+    __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_6, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 250, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __pyx_t_6 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_8, __pyx_mstate_global->__pyx_kp_u_of_messages_release_them_first); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 250, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __pyx_t_10 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_t_6};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 250, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(0, 250, __pyx_L1_error)
+
+    /* "ivshmem/channel/roles.pyx":249
+ *             BufferError: a View of a message is alive. Nothing has changed then.
+ *         """
+ *         if self.open and self.views and not self.membership.closed:             # <<<<<<<<<<<<<<
+ *             raise BufferError(f"{counted(self.views, 'view')} of messages: release them first")
+ *         ChannelEnd.close(self)
+*/
+  }
+
+  /* "ivshmem/channel/roles.pyx":251
+ *         if self.open and self.views and not self.membership.closed:
+ *             raise BufferError(f"{counted(self.views, 'view')} of messages: release them first")
+ *         ChannelEnd.close(self)             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int hold(self, const ivshmem_message *message) except -1:
+*/
+  __pyx_t_6 = ((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
+  __Pyx_INCREF(__pyx_t_6);
+  __pyx_t_10 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_6, ((PyObject *)__pyx_v_self)};
+    __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 251, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+  }
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+
+  /* "ivshmem/channel/roles.pyx":243
+ *         return 0
+ * 
+ *     def close(self):             # <<<<<<<<<<<<<<
+ *         """Free the slot; may be called twice.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_AddTraceback("ivshmem.channel.roles.ReaderEnd.close", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  goto __pyx_L7_cleaned_up;
   __pyx_L0:;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":253
+ *         ChannelEnd.close(self)
+ * 
+ *     cdef int hold(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
+ *         """Note that a message is being looked at."""
+ *         if self.holding > self.channel.record.geometry.views + 1:
+*/
+
+static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, struct ivshmem_message const *__pyx_v_message) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6[3];
+  Py_ssize_t __pyx_t_7;
+  int __pyx_t_8;
+  PyObject *__pyx_t_9 = NULL;
+  size_t __pyx_t_10;
+  unsigned int __pyx_t_11;
+  uint64_t __pyx_t_12;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("hold", 0);
+
+  /* "ivshmem/channel/roles.pyx":255
+ *     cdef int hold(self, const ivshmem_message *message) except -1:
+ *         """Note that a message is being looked at."""
+ *         if self.holding > self.channel.record.geometry.views + 1:             # <<<<<<<<<<<<<<
+ *             raise ChannelError(f"channel {self.name!r}: more views than it was made for")
+ *         self.held[self.holding].writer = message.writer
+*/
+  __pyx_t_1 = (__pyx_v_self->holding > (__pyx_v_self->__pyx_base.channel.record.geometry.views + 1));
+
+  if (unlikely(__pyx_t_1)) {
+
+
+    /* "ivshmem/channel/roles.pyx":256
+ *         """Note that a message is being looked at."""
+ *         if self.holding > self.channel.record.geometry.views + 1:
+ *             raise ChannelError(f"channel {self.name!r}: more views than it was made for")             # <<<<<<<<<<<<<<
+ *         self.held[self.holding].writer = message.writer
+ *         self.held[self.holding].position = message.position
+*/
+    __pyx_t_3 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 256, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 256, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_channel;
+    __pyx_t_6[1] = __pyx_t_5;
+    __pyx_t_6[2] = __pyx_mstate_global->__pyx_kp_u_more_views_than_it_was_made_for;
+    __pyx_t_7 = 41;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_7 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_6[1]);
+    #endif
+    __pyx_t_8 = 0;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_8 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
+    #endif
+    __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_8);
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 256, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_9);
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __pyx_t_10 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_4))) {
+      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
+      assert(__pyx_t_3);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
+      __Pyx_INCREF(__pyx_t_3);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
+      __pyx_t_10 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_9};
+      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 256, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+    }
+    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __PYX_ERR(0, 256, __pyx_L1_error)
+
+    /* "ivshmem/channel/roles.pyx":255
+ *     cdef int hold(self, const ivshmem_message *message) except -1:
+ *         """Note that a message is being looked at."""
+ *         if self.holding > self.channel.record.geometry.views + 1:             # <<<<<<<<<<<<<<
+ *             raise ChannelError(f"channel {self.name!r}: more views than it was made for")
+ *         self.held[self.holding].writer = message.writer
+*/
   }
-  __pyx_L7_cleaned_up:;
+
+  /* "ivshmem/channel/roles.pyx":257
+ *         if self.holding > self.channel.record.geometry.views + 1:
+ *             raise ChannelError(f"channel {self.name!r}: more views than it was made for")
+ *         self.held[self.holding].writer = message.writer             # <<<<<<<<<<<<<<
+ *         self.held[self.holding].position = message.position
+ *         self.holding += 1
+*/
+  __pyx_t_11 = __pyx_v_message->writer;
+
+  (__pyx_v_self->held[__pyx_v_self->holding]).writer = __pyx_t_11;
+
+  /* "ivshmem/channel/roles.pyx":258
+ *             raise ChannelError(f"channel {self.name!r}: more views than it was made for")
+ *         self.held[self.holding].writer = message.writer
+ *         self.held[self.holding].position = message.position             # <<<<<<<<<<<<<<
+ *         self.holding += 1
+ *         return 0
+*/
+  __pyx_t_12 = __pyx_v_message->position;
+
+  (__pyx_v_self->held[__pyx_v_self->holding]).position = __pyx_t_12;
+
+  /* "ivshmem/channel/roles.pyx":259
+ *         self.held[self.holding].writer = message.writer
+ *         self.held[self.holding].position = message.position
+ *         self.holding += 1             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+  __pyx_v_self->holding = (__pyx_v_self->holding + 1);
+
+  /* "ivshmem/channel/roles.pyx":260
+ *         self.held[self.holding].position = message.position
+ *         self.holding += 1
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int forget(self, unsigned writer, uint64_t position) except -1:
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pyx":253
+ *         ChannelEnd.close(self)
+ * 
+ *     cdef int hold(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
+ *         """Note that a message is being looked at."""
+ *         if self.holding > self.channel.record.geometry.views + 1:
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_AddTraceback("ivshmem.channel.roles.ReaderEnd.hold", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
 
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, uint64_t __pyx_v_offset) {
-  struct ivshmem_memory __pyx_v_memory;
-  struct ivshmem_area __pyx_v_area;
-  unsigned int __pyx_v_freed;
+/* "ivshmem/channel/roles.pyx":262
+ *         return 0
+ * 
+ *     cdef int forget(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
+ *         """Note that a message is not looked at any more; its writer hears of it later."""
+ *         cdef uint32_t i
+*/
+
+static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, unsigned int __pyx_v_writer, uint64_t __pyx_v_position) {
+  uint32_t __pyx_v_i;
+  int __pyx_r;
+  uint32_t __pyx_t_1;
+  uint32_t __pyx_t_2;
+  uint32_t __pyx_t_3;
+  int __pyx_t_4;
+  int __pyx_t_5;
+
+  /* "ivshmem/channel/roles.pyx":265
+ *         """Note that a message is not looked at any more; its writer hears of it later."""
+ *         cdef uint32_t i
+ *         for i in range(self.holding):             # <<<<<<<<<<<<<<
+ *             if self.held[i].writer == writer and self.held[i].position == position:
+ *                 self.holding -= 1
+*/
+
+  __pyx_t_1 = __pyx_v_self->holding;
+  __pyx_t_2 = __pyx_t_1;
+
+  for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
+    __pyx_v_i = __pyx_t_3;
+
+    /* "ivshmem/channel/roles.pyx":266
+ *         cdef uint32_t i
+ *         for i in range(self.holding):
+ *             if self.held[i].writer == writer and self.held[i].position == position:             # <<<<<<<<<<<<<<
+ *                 self.holding -= 1
+ *                 self.held[i] = self.held[self.holding]
+*/
+    __pyx_t_5 = ((__pyx_v_self->held[__pyx_v_i]).writer == __pyx_v_writer);
+
+    if (__pyx_t_5) {
+
+    } else {
+
+      __pyx_t_4 = __pyx_t_5;
+
+      goto __pyx_L6_bool_binop_done;
+    }
+    __pyx_t_5 = ((__pyx_v_self->held[__pyx_v_i]).position == __pyx_v_position);
+
+
+    __pyx_t_4 = __pyx_t_5;
+
+    __pyx_L6_bool_binop_done:;
+    if (__pyx_t_4) {
+
+
+      /* "ivshmem/channel/roles.pyx":267
+ *         for i in range(self.holding):
+ *             if self.held[i].writer == writer and self.held[i].position == position:
+ *                 self.holding -= 1             # <<<<<<<<<<<<<<
+ *                 self.held[i] = self.held[self.holding]
+ *                 break
+*/
+      __pyx_v_self->holding = (__pyx_v_self->holding - 1);
+
+      /* "ivshmem/channel/roles.pyx":268
+ *             if self.held[i].writer == writer and self.held[i].position == position:
+ *                 self.holding -= 1
+ *                 self.held[i] = self.held[self.holding]             # <<<<<<<<<<<<<<
+ *                 break
+ *         return 0
+*/
+      (__pyx_v_self->held[__pyx_v_i]) = (__pyx_v_self->held[__pyx_v_self->holding]);
+
+      /* "ivshmem/channel/roles.pyx":269
+ *                 self.holding -= 1
+ *                 self.held[i] = self.held[self.holding]
+ *                 break             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+      goto __pyx_L4_break;
+
+      /* "ivshmem/channel/roles.pyx":266
+ *         cdef uint32_t i
+ *         for i in range(self.holding):
+ *             if self.held[i].writer == writer and self.held[i].position == position:             # <<<<<<<<<<<<<<
+ *                 self.holding -= 1
+ *                 self.held[i] = self.held[self.holding]
+*/
+    }
+  }
+  __pyx_L4_break:;
+
+
+  /* "ivshmem/channel/roles.pyx":270
+ *                 self.held[i] = self.held[self.holding]
+ *                 break
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int let_go(self, unsigned writer, uint64_t position) except -1:
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pyx":262
+ *         return 0
+ * 
+ *     cdef int forget(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
+ *         """Note that a message is not looked at any more; its writer hears of it later."""
+ *         cdef uint32_t i
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":272
+ *         return 0
+ * 
+ *     cdef int let_go(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
+ *         """Do the same, and tell the writer up to which message nothing is looked at."""
+ *         cdef uint64_t oldest = self.reader.sources[writer].next
+*/
+
+static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, unsigned int __pyx_v_writer, uint64_t __pyx_v_position) {
+  uint64_t __pyx_v_oldest;
+  uint32_t __pyx_v_i;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  uint64_t __pyx_t_1;
+  int __pyx_t_2;
+  uint32_t __pyx_t_3;
+  uint32_t __pyx_t_4;
+  uint32_t __pyx_t_5;
+  int __pyx_t_6;
+  int __pyx_t_7;
+  PyObject *__pyx_t_8 = NULL;
+  int __pyx_t_9;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("let_go", 0);
+
+  /* "ivshmem/channel/roles.pyx":274
+ *     cdef int let_go(self, unsigned writer, uint64_t position) except -1:
+ *         """Do the same, and tell the writer up to which message nothing is looked at."""
+ *         cdef uint64_t oldest = self.reader.sources[writer].next             # <<<<<<<<<<<<<<
+ *         cdef uint32_t i
+ *         self.forget(writer, position)
+*/
+  __pyx_t_1 = (__pyx_v_self->reader.sources[__pyx_v_writer]).next;
+
+  __pyx_v_oldest = __pyx_t_1;
+
+  /* "ivshmem/channel/roles.pyx":276
+ *         cdef uint64_t oldest = self.reader.sources[writer].next
+ *         cdef uint32_t i
+ *         self.forget(writer, position)             # <<<<<<<<<<<<<<
+ *         for i in range(self.holding):
+ *             if self.held[i].writer == writer and (
+*/
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->forget(__pyx_v_self, __pyx_v_writer, __pyx_v_position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 276, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/roles.pyx":277
+ *         cdef uint32_t i
+ *         self.forget(writer, position)
+ *         for i in range(self.holding):             # <<<<<<<<<<<<<<
+ *             if self.held[i].writer == writer and (
+ *                 ivshmem_ahead(oldest, self.held[i].position) < <uint64_t>1 << 39
+*/
+
+  __pyx_t_3 = __pyx_v_self->holding;
+  __pyx_t_4 = __pyx_t_3;
+
+  for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
+    __pyx_v_i = __pyx_t_5;
+
+    /* "ivshmem/channel/roles.pyx":278
+ *         self.forget(writer, position)
+ *         for i in range(self.holding):
+ *             if self.held[i].writer == writer and (             # <<<<<<<<<<<<<<
+ *                 ivshmem_ahead(oldest, self.held[i].position) < <uint64_t>1 << 39
+ *             ):
+*/
+    __pyx_t_7 = ((__pyx_v_self->held[__pyx_v_i]).writer == __pyx_v_writer);
+
+    if (__pyx_t_7) {
+
+    } else {
+
+      __pyx_t_6 = __pyx_t_7;
+
+      goto __pyx_L6_bool_binop_done;
+    }
+
+    /* "ivshmem/channel/roles.pyx":279
+ *         for i in range(self.holding):
+ *             if self.held[i].writer == writer and (
+ *                 ivshmem_ahead(oldest, self.held[i].position) < <uint64_t>1 << 39             # <<<<<<<<<<<<<<
+ *             ):
+ *                 oldest = self.held[i].position
+*/
+    __pyx_t_7 = (ivshmem_ahead(__pyx_v_oldest, (__pyx_v_self->held[__pyx_v_i]).position) < (((uint64_t)1) << 39));
+
+
+    __pyx_t_6 = __pyx_t_7;
+
+    __pyx_L6_bool_binop_done:;
+
+    /* "ivshmem/channel/roles.pyx":278
+ *         self.forget(writer, position)
+ *         for i in range(self.holding):
+ *             if self.held[i].writer == writer and (             # <<<<<<<<<<<<<<
+ *                 ivshmem_ahead(oldest, self.held[i].position) < <uint64_t>1 << 39
+ *             ):
+*/
+    if (__pyx_t_6) {
+
+
+      /* "ivshmem/channel/roles.pyx":281
+ *                 ivshmem_ahead(oldest, self.held[i].position) < <uint64_t>1 << 39
+ *             ):
+ *                 oldest = self.held[i].position             # <<<<<<<<<<<<<<
+ *         if self.open and not self.membership.closed:
+ *             ivshmem_release(&self.reader, writer, oldest)
+*/
+      __pyx_t_1 = (__pyx_v_self->held[__pyx_v_i]).position;
+
+      __pyx_v_oldest = __pyx_t_1;
+
+      /* "ivshmem/channel/roles.pyx":278
+ *         self.forget(writer, position)
+ *         for i in range(self.holding):
+ *             if self.held[i].writer == writer and (             # <<<<<<<<<<<<<<
+ *                 ivshmem_ahead(oldest, self.held[i].position) < <uint64_t>1 << 39
+ *             ):
+*/
+    }
+  }
+
+
+  /* "ivshmem/channel/roles.pyx":282
+ *             ):
+ *                 oldest = self.held[i].position
+ *         if self.open and not self.membership.closed:             # <<<<<<<<<<<<<<
+ *             ivshmem_release(&self.reader, writer, oldest)
+ *             if self.membership.rings.count:
+*/
+  if (__pyx_v_self->__pyx_base.open) {
+  } else {
+
+    __pyx_t_6 = __pyx_v_self->__pyx_base.open;
+    goto __pyx_L9_bool_binop_done;
+  }
+  __pyx_t_8 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->__pyx_base.membership), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 282, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_8);
+  __pyx_t_7 = __Pyx_PyObject_IsTrue(__pyx_t_8); if (unlikely((__pyx_t_7 < 0))) __PYX_ERR(0, 282, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+  __pyx_t_9 = (!__pyx_t_7);
+
+
+
+  __pyx_t_6 = __pyx_t_9;
+
+  __pyx_L9_bool_binop_done:;
+  if (__pyx_t_6) {
+
+
+    /* "ivshmem/channel/roles.pyx":283
+ *                 oldest = self.held[i].position
+ *         if self.open and not self.membership.closed:
+ *             ivshmem_release(&self.reader, writer, oldest)             # <<<<<<<<<<<<<<
+ *             if self.membership.rings.count:
+ *                 self.membership.flush()
+*/
+    ivshmem_release((&__pyx_v_self->reader), __pyx_v_writer, __pyx_v_oldest);
+
+    /* "ivshmem/channel/roles.pyx":284
+ *         if self.open and not self.membership.closed:
+ *             ivshmem_release(&self.reader, writer, oldest)
+ *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
+ *                 self.membership.flush()
+ *         return 0
+*/
+    __pyx_t_6 = (__pyx_v_self->__pyx_base.membership->rings.count != 0);
+
+    if (__pyx_t_6) {
+
+
+      /* "ivshmem/channel/roles.pyx":285
+ *             ivshmem_release(&self.reader, writer, oldest)
+ *             if self.membership.rings.count:
+ *                 self.membership.flush()             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 285, __pyx_L1_error)
+
+
+      /* "ivshmem/channel/roles.pyx":284
+ *         if self.open and not self.membership.closed:
+ *             ivshmem_release(&self.reader, writer, oldest)
+ *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
+ *                 self.membership.flush()
+ *         return 0
+*/
+    }
+
+    /* "ivshmem/channel/roles.pyx":282
+ *             ):
+ *                 oldest = self.held[i].position
+ *         if self.open and not self.membership.closed:             # <<<<<<<<<<<<<<
+ *             ivshmem_release(&self.reader, writer, oldest)
+ *             if self.membership.rings.count:
+*/
+  }
+
+  /* "ivshmem/channel/roles.pyx":286
+ *             if self.membership.rings.count:
+ *                 self.membership.flush()
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     cdef object starved(self):
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pyx":272
+ *         return 0
+ * 
+ *     cdef int let_go(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
+ *         """Do the same, and tell the writer up to which message nothing is looked at."""
+ *         cdef uint64_t oldest = self.reader.sources[writer].next
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_AddTraceback("ivshmem.channel.roles.ReaderEnd.let_go", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":288
+ *         return 0
+ * 
+ *     cdef object starved(self):             # <<<<<<<<<<<<<<
+ *         return Overtaken(
+ *             f"channel {self.name!r}: its writer is faster than this reader: {TRIES} messages in a"
+*/
+
+static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6[5];
+  Py_ssize_t __pyx_t_7;
+  int __pyx_t_8;
+  PyObject *__pyx_t_9 = NULL;
+  size_t __pyx_t_10;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("starved", 0);
+
+  /* "ivshmem/channel/roles.pyx":289
+ * 
+ *     cdef object starved(self):
+ *         return Overtaken(             # <<<<<<<<<<<<<<
+ *             f"channel {self.name!r}: its writer is faster than this reader: {TRIES} messages in a"
+ *             " row were overwritten while they were copied"
+*/
+  __pyx_t_2 = NULL;
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 289, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+
+  /* "ivshmem/channel/roles.pyx":290
+ *     cdef object starved(self):
+ *         return Overtaken(
+ *             f"channel {self.name!r}: its writer is faster than this reader: {TRIES} messages in a"             # <<<<<<<<<<<<<<
+ *             " row were overwritten while they were copied"
+ *         )
+*/
+  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 290, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_5 = __Pyx_PyUnicode_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5roles_TRIES, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 290, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
+  __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_channel;
+  __pyx_t_6[1] = __pyx_t_4;
+  __pyx_t_6[2] = __pyx_mstate_global->__pyx_kp_u_its_writer_is_faster_than_this;
+  __pyx_t_6[3] = __pyx_t_5;
+  __pyx_t_6[4] = __pyx_mstate_global->__pyx_kp_u_messages_in_a_row_were_overwrit;
+  __pyx_t_7 = 107;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_7 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_6[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_6[3]);
+  #endif
+  __pyx_t_8 = 0;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_8 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
+  #endif
+  __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 5, __pyx_t_7, __pyx_t_8);
+  if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 290, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_9);
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+  __pyx_t_10 = 1;
+  #if CYTHON_UNPACK_METHODS
+  if (unlikely(PyMethod_Check(__pyx_t_3))) {
+    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_3);
+    assert(__pyx_t_2);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
+    __Pyx_INCREF(__pyx_t_2);
+    __Pyx_INCREF(__pyx__function);
+    __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
+    __pyx_t_10 = 0;
+  }
+  #endif
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_t_9};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 289, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_1;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_1 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/roles.pyx":288
+ *         return 0
+ * 
+ *     cdef object starved(self):             # <<<<<<<<<<<<<<
+ *         return Overtaken(
+ *             f"channel {self.name!r}: its writer is faster than this reader: {TRIES} messages in a"
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_AddTraceback("ivshmem.channel.roles.ReaderEnd.starved", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":294
+ *         )
+ * 
+ *     cdef int copy_to(self, const ivshmem_message *message, char *into) except -2:             # <<<<<<<<<<<<<<
+ *         """Copy a message out, check it and let it go; 0, or IVSHMEM_OVERTAKEN."""
+ *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset
+*/
+
+static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, struct ivshmem_message const *__pyx_v_message, char *__pyx_v_into) {
+  char const *__pyx_v_at;
+  int __pyx_v_code;
+  int __pyx_r;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
   int __pyx_t_2;
   int __pyx_t_3;
-  PyObject *__pyx_t_4 = NULL;
+  int __pyx_t_4;
+  char const *__pyx_t_5;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9 = NULL;
+  PyObject *__pyx_t_10 = NULL;
+  PyObject *__pyx_t_11 = NULL;
+  int __pyx_t_12;
+  unsigned int __pyx_t_13;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("sweep", 0);
+  __Pyx_RefNannySetupContext("copy_to", 0);
 
-  /* "ivshmem/native/areas.pyx":136
- *     cdef ivshmem_memory memory
- *     cdef ivshmem_area area
- *     cdef unsigned freed = 0             # <<<<<<<<<<<<<<
- *     memory_of(mapping, &memory)
- *     try:
+  /* "ivshmem/channel/roles.pyx":296
+ *     cdef int copy_to(self, const ivshmem_message *message, char *into) except -2:
+ *         """Copy a message out, check it and let it go; 0, or IVSHMEM_OVERTAKEN."""
+ *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset             # <<<<<<<<<<<<<<
+ *         cdef int code
+ *         if message.length < LARGE and not self.holding:
 */
-  __pyx_v_freed = 0;
+  __pyx_v_at = (((char const *)__pyx_v_self->__pyx_base.channel.area.memory.start) + __pyx_v_message->offset);
 
-  /* "ivshmem/native/areas.pyx":137
- *     cdef ivshmem_area area
- *     cdef unsigned freed = 0
- *     memory_of(mapping, &memory)             # <<<<<<<<<<<<<<
- *     try:
- *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:
+  /* "ivshmem/channel/roles.pyx":298
+ *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset
+ *         cdef int code
+ *         if message.length < LARGE and not self.holding:             # <<<<<<<<<<<<<<
+ *             memcpy(into, at, message.length)
+ *             code = ivshmem_check(&self.channel, message)
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 137, __pyx_L1_error)
+  __pyx_t_2 = (__pyx_v_message->length < __pyx_e_7ivshmem_7channel_5roles_LARGE);
+
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (!(__pyx_v_self->holding != 0));
 
 
-  /* "ivshmem/native/areas.pyx":138
- *     cdef unsigned freed = 0
- *     memory_of(mapping, &memory)
- *     try:             # <<<<<<<<<<<<<<
- *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:
- *             with nogil:
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/roles.pyx":299
+ *         cdef int code
+ *         if message.length < LARGE and not self.holding:
+ *             memcpy(into, at, message.length)             # <<<<<<<<<<<<<<
+ *             code = ivshmem_check(&self.channel, message)
+ *             ivshmem_release(
 */
-  /*try:*/ {
+    (void)(memcpy(__pyx_v_into, __pyx_v_at, __pyx_v_message->length));
 
-    /* "ivshmem/native/areas.pyx":139
- *     memory_of(mapping, &memory)
- *     try:
- *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:             # <<<<<<<<<<<<<<
- *             with nogil:
- *                 freed = ivshmem_area_sweep(&area)
+    /* "ivshmem/channel/roles.pyx":300
+ *         if message.length < LARGE and not self.holding:
+ *             memcpy(into, at, message.length)
+ *             code = ivshmem_check(&self.channel, message)             # <<<<<<<<<<<<<<
+ *             ivshmem_release(
+ *                 &self.reader, message.writer, self.reader.sources[message.writer].next
 */
-    __pyx_t_3 = (!(__pyx_v_memory.readonly != 0));
+    __pyx_v_code = ivshmem_check((&__pyx_v_self->__pyx_base.channel), __pyx_v_message);
 
-    if (__pyx_t_3) {
+    /* "ivshmem/channel/roles.pyx":301
+ *             memcpy(into, at, message.length)
+ *             code = ivshmem_check(&self.channel, message)
+ *             ivshmem_release(             # <<<<<<<<<<<<<<
+ *                 &self.reader, message.writer, self.reader.sources[message.writer].next
+ *             )
+*/
+    ivshmem_release((&__pyx_v_self->reader), __pyx_v_message->writer, (__pyx_v_self->reader.sources[__pyx_v_message->writer]).next);
 
-    } else {
+    /* "ivshmem/channel/roles.pyx":304
+ *                 &self.reader, message.writer, self.reader.sources[message.writer].next
+ *             )
+ *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
+ *                 self.membership.flush()
+ *         else:
+*/
+    __pyx_t_1 = (__pyx_v_self->__pyx_base.membership->rings.count != 0);
 
-      __pyx_t_2 = __pyx_t_3;
+    if (__pyx_t_1) {
 
-      goto __pyx_L7_bool_binop_done;
+
+      /* "ivshmem/channel/roles.pyx":305
+ *             )
+ *             if self.membership.rings.count:
+ *                 self.membership.flush()             # <<<<<<<<<<<<<<
+ *         else:
+ *             self.hold(message)
+*/
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 305, __pyx_L1_error)
+
+
+      /* "ivshmem/channel/roles.pyx":304
+ *                 &self.reader, message.writer, self.reader.sources[message.writer].next
+ *             )
+ *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
+ *                 self.membership.flush()
+ *         else:
+*/
     }
-    __pyx_t_3 = (ivshmem_area_open((&__pyx_v_area), (&__pyx_v_memory), __pyx_v_offset) == 0);
+
+    /* "ivshmem/channel/roles.pyx":298
+ *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset
+ *         cdef int code
+ *         if message.length < LARGE and not self.holding:             # <<<<<<<<<<<<<<
+ *             memcpy(into, at, message.length)
+ *             code = ivshmem_check(&self.channel, message)
+*/
+    goto __pyx_L3;
+  }
+
+  /* "ivshmem/channel/roles.pyx":307
+ *                 self.membership.flush()
+ *         else:
+ *             self.hold(message)             # <<<<<<<<<<<<<<
+ *             self.membership.mapping.pin()  # which keeps the region from being closed
+ *             try:
+*/
+  /*else*/ {
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->hold(__pyx_v_self, __pyx_v_message); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 307, __pyx_L1_error)
 
 
-    __pyx_t_2 = __pyx_t_3;
+    /* "ivshmem/channel/roles.pyx":308
+ *         else:
+ *             self.hold(message)
+ *             self.membership.mapping.pin()  # which keeps the region from being closed             # <<<<<<<<<<<<<<
+ *             try:
+ *                 with nogil:
+*/
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.membership->mapping); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 308, __pyx_L1_error)
 
-    __pyx_L7_bool_binop_done:;
-    if (__pyx_t_2) {
 
+    /* "ivshmem/channel/roles.pyx":309
+ *             self.hold(message)
+ *             self.membership.mapping.pin()  # which keeps the region from being closed
+ *             try:             # <<<<<<<<<<<<<<
+ *                 with nogil:
+ *                     ivshmem_copy_payload(into, at, message.length)
+*/
+    /*try:*/ {
 
-      /* "ivshmem/native/areas.pyx":140
- *     try:
- *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:
- *             with nogil:             # <<<<<<<<<<<<<<
- *                 freed = ivshmem_area_sweep(&area)
- *     finally:
+      /* "ivshmem/channel/roles.pyx":310
+ *             self.membership.mapping.pin()  # which keeps the region from being closed
+ *             try:
+ *                 with nogil:             # <<<<<<<<<<<<<<
+ *                     ivshmem_copy_payload(into, at, message.length)
+ *                 self.enter()
 */
       {
           PyThreadState * _save;
@@ -4380,97 +9503,994 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject 
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/native/areas.pyx":141
- *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:
- *             with nogil:
- *                 freed = ivshmem_area_sweep(&area)             # <<<<<<<<<<<<<<
- *     finally:
- *         mapping.unpin()
+            /* "ivshmem/channel/roles.pyx":311
+ *             try:
+ *                 with nogil:
+ *                     ivshmem_copy_payload(into, at, message.length)             # <<<<<<<<<<<<<<
+ *                 self.enter()
+ *                 code = ivshmem_check(&self.channel, message)
 */
-            __pyx_v_freed = ivshmem_area_sweep((&__pyx_v_area));
+            ivshmem_copy_payload(__pyx_v_into, __pyx_v_at, __pyx_v_message->length);
           }
 
-          /* "ivshmem/native/areas.pyx":140
- *     try:
- *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:
- *             with nogil:             # <<<<<<<<<<<<<<
- *                 freed = ivshmem_area_sweep(&area)
- *     finally:
+          /* "ivshmem/channel/roles.pyx":310
+ *             self.membership.mapping.pin()  # which keeps the region from being closed
+ *             try:
+ *                 with nogil:             # <<<<<<<<<<<<<<
+ *                     ivshmem_copy_payload(into, at, message.length)
+ *                 self.enter()
 */
           /*finally:*/ {
             /*normal exit:*/{
               __Pyx_FastGIL_Forget();
               PyEval_RestoreThread(_save);
-              goto __pyx_L11;
+              goto __pyx_L12;
             }
-            __pyx_L11:;
+            __pyx_L12:;
           }
       }
 
-      /* "ivshmem/native/areas.pyx":139
- *     memory_of(mapping, &memory)
- *     try:
- *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:             # <<<<<<<<<<<<<<
- *             with nogil:
- *                 freed = ivshmem_area_sweep(&area)
+      /* "ivshmem/channel/roles.pyx":312
+ *                 with nogil:
+ *                     ivshmem_copy_payload(into, at, message.length)
+ *                 self.enter()             # <<<<<<<<<<<<<<
+ *                 code = ivshmem_check(&self.channel, message)
+ *             finally:
 */
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 312, __pyx_L8_error)
+
+
+      /* "ivshmem/channel/roles.pyx":313
+ *                     ivshmem_copy_payload(into, at, message.length)
+ *                 self.enter()
+ *                 code = ivshmem_check(&self.channel, message)             # <<<<<<<<<<<<<<
+ *             finally:
+ *                 self.let_go(message.writer, message.position)
+*/
+      __pyx_v_code = ivshmem_check((&__pyx_v_self->__pyx_base.channel), __pyx_v_message);
+    }
+
+    /* "ivshmem/channel/roles.pyx":315
+ *                 code = ivshmem_check(&self.channel, message)
+ *             finally:
+ *                 self.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
+ *                 self.membership.mapping.unpin()
+ *         if code:
+*/
+    /*finally:*/ {
+      /*normal exit:*/{
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 315, __pyx_L1_error)
+
+
+        /* "ivshmem/channel/roles.pyx":316
+ *             finally:
+ *                 self.let_go(message.writer, message.position)
+ *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
+ *         if code:
+ *             self.reader.sources[message.writer].lost += 1
+*/
+        ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->__pyx_base.membership->mapping);
+        goto __pyx_L9;
+      }
+      __pyx_L8_error:;
+      /*exception exit:*/{
+        __Pyx_PyThreadState_declare
+        __Pyx_PyThreadState_assign
+        __pyx_t_6 = 0; __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0;
+         __Pyx_ExceptionSwap(&__pyx_t_9, &__pyx_t_10, &__pyx_t_11);
+        if ( unlikely(__Pyx_GetException(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8) < 0)) __Pyx_ErrFetch(&__pyx_t_6, &__pyx_t_7, &__pyx_t_8);
+        __Pyx_XGOTREF(__pyx_t_6);
+        __Pyx_XGOTREF(__pyx_t_7);
+        __Pyx_XGOTREF(__pyx_t_8);
+        __Pyx_XGOTREF(__pyx_t_9);
+        __Pyx_XGOTREF(__pyx_t_10);
+        __Pyx_XGOTREF(__pyx_t_11);
+        __pyx_t_3 = __pyx_lineno; __pyx_t_4 = __pyx_clineno; __pyx_t_5 = __pyx_filename;
+        {
+
+          /* "ivshmem/channel/roles.pyx":315
+ *                 code = ivshmem_check(&self.channel, message)
+ *             finally:
+ *                 self.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
+ *                 self.membership.mapping.unpin()
+ *         if code:
+*/
+          __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 315, __pyx_L14_error)
+
+
+          /* "ivshmem/channel/roles.pyx":316
+ *             finally:
+ *                 self.let_go(message.writer, message.position)
+ *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
+ *         if code:
+ *             self.reader.sources[message.writer].lost += 1
+*/
+          ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->__pyx_base.membership->mapping);
+        }
+        __Pyx_XGIVEREF(__pyx_t_9);
+        __Pyx_XGIVEREF(__pyx_t_10);
+        __Pyx_XGIVEREF(__pyx_t_11);
+        __Pyx_ExceptionReset(__pyx_t_9, __pyx_t_10, __pyx_t_11);
+        __Pyx_XGIVEREF(__pyx_t_6);
+        __Pyx_XGIVEREF(__pyx_t_7);
+        __Pyx_XGIVEREF(__pyx_t_8);
+        __Pyx_ErrRestore(__pyx_t_6, __pyx_t_7, __pyx_t_8);
+        __pyx_t_6 = 0; __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0;
+        __pyx_lineno = __pyx_t_3; __pyx_clineno = __pyx_t_4; __pyx_filename = __pyx_t_5;
+        goto __pyx_L1_error;
+        __pyx_L14_error:;
+        __Pyx_XGIVEREF(__pyx_t_9);
+        __Pyx_XGIVEREF(__pyx_t_10);
+        __Pyx_XGIVEREF(__pyx_t_11);
+        __Pyx_ExceptionReset(__pyx_t_9, __pyx_t_10, __pyx_t_11);
+        __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+        __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+        __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
+        __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0;
+        goto __pyx_L1_error;
+      }
+      __pyx_L9:;
     }
   }
+  __pyx_L3:;
 
-  /* "ivshmem/native/areas.pyx":143
- *                 freed = ivshmem_area_sweep(&area)
- *     finally:
- *         mapping.unpin()             # <<<<<<<<<<<<<<
- *     return freed
+  /* "ivshmem/channel/roles.pyx":317
+ *                 self.let_go(message.writer, message.position)
+ *                 self.membership.mapping.unpin()
+ *         if code:             # <<<<<<<<<<<<<<
+ *             self.reader.sources[message.writer].lost += 1
+ *         return code
 */
-  /*finally:*/ {
-    /*normal exit:*/{
-      ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_mapping->__pyx_vtab)->unpin(__pyx_v_mapping);
-      goto __pyx_L5;
-    }
-    __pyx_L5:;
+  __pyx_t_1 = (__pyx_v_code != 0);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/roles.pyx":318
+ *                 self.membership.mapping.unpin()
+ *         if code:
+ *             self.reader.sources[message.writer].lost += 1             # <<<<<<<<<<<<<<
+ *         return code
+*/
+
+    __pyx_t_13 = __pyx_v_message->writer;
+    (__pyx_v_self->reader.sources[__pyx_t_13]).lost = ((__pyx_v_self->reader.sources[__pyx_t_13]).lost + 1);
+
+    /* "ivshmem/channel/roles.pyx":317
+ *                 self.let_go(message.writer, message.position)
+ *                 self.membership.mapping.unpin()
+ *         if code:             # <<<<<<<<<<<<<<
+ *             self.reader.sources[message.writer].lost += 1
+ *         return code
+*/
   }
 
-  /* "ivshmem/native/areas.pyx":144
- *     finally:
- *         mapping.unpin()
- *     return freed             # <<<<<<<<<<<<<<
+  /* "ivshmem/channel/roles.pyx":319
+ *         if code:
+ *             self.reader.sources[message.writer].lost += 1
+ *         return code             # <<<<<<<<<<<<<<
 */
-  __pyx_t_4 = __Pyx_PyLong_From_unsigned_int(__pyx_v_freed); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 144, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
   {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_4;
-    }
-    __Pyx_XDECREF(__pyx_temp);
+
+    __pyx_r = __pyx_v_code;
   }
-  __pyx_t_4 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/areas.pyx":128
+  /* "ivshmem/channel/roles.pyx":294
+ *         )
  * 
- * 
- * def sweep(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
- *     """Free all places of an area, and return how many there were; 0 if there is no area.
- * 
+ *     cdef int copy_to(self, const ivshmem_message *message, char *into) except -2:             # <<<<<<<<<<<<<<
+ *         """Copy a message out, check it and let it go; 0, or IVSHMEM_OVERTAKEN."""
+ *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_AddTraceback("ivshmem.native.areas.sweep", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
+  __Pyx_AddTraceback("ivshmem.channel.roles.ReaderEnd.copy_to", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -2;
   __pyx_L0:;
 
 
 
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pxd":44
+ * cdef class ReaderEnd(ChannelEnd):
+ *     cdef ivshmem_reader reader
+ *     cdef readonly object type             # <<<<<<<<<<<<<<
+ *     cdef Held *held
+ *     cdef uint32_t holding
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_4type_1__get__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_4type_1__get__(PyObject *__pyx_v_self) {
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4type___get__(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4type___get__(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  __Pyx_RefNannySetupContext("__get__", 0);
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
+        {
+          PyObject *__pyx_temp;
+          {
+            __pyx_temp = __pyx_r;
+            __Pyx_INCREF(__pyx_v_self->type);
+            __pyx_r = __pyx_v_self->type;
+          }
+          __Pyx_XDECREF(__pyx_temp);
+        }
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        goto __pyx_L3_return;
+      }
+      /*finally:*/ {
+        __pyx_L3_return: {
+          __pyx_t_2 = __pyx_r;
+          __pyx_r = 0;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_2;
+          __pyx_t_2 = 0;
+          goto __pyx_L0;
+        }
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+
+  /* function exit code */
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pxd":47
+ *     cdef Held *held
+ *     cdef uint32_t holding
+ *     cdef readonly uint32_t views  # Views that are alive             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int hold(self, const ivshmem_message *message) except -1
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_5views_1__get__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_5views_1__get__(PyObject *__pyx_v_self) {
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__get__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_5views___get__(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_5views___get__(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__get__", 0);
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
+        __pyx_t_2 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->views); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 47, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_2);
+        {
+          PyObject *__pyx_temp;
+          {
+            __pyx_temp = __pyx_r;
+            __pyx_r = __pyx_t_2;
+          }
+          __Pyx_XDECREF(__pyx_temp);
+        }
+        __pyx_t_2 = 0;
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        goto __pyx_L3_return;
+      }
+      /*finally:*/ {
+        __pyx_L3_return: {
+          __pyx_t_3 = __pyx_r;
+          __pyx_r = 0;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_3;
+          __pyx_t_3 = 0;
+          goto __pyx_L0;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_AddTraceback("ivshmem.channel.roles.ReaderEnd.views.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_7__reduce_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5roles_9ReaderEnd_6__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_5roles_9ReaderEnd_7__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_7__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5roles_9ReaderEnd_6__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_7__reduce_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__reduce_cython__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__reduce_cython__", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_6__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_6__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__reduce_cython__", 0);
+
+  /* "(tree fragment)":2
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
+ * def __setstate_cython__(self, __pyx_state):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
+  __PYX_ERR(2, 2, __pyx_L1_error)
+
+  /* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.roles.ReaderEnd.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_9__setstate_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5roles_9ReaderEnd_8__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_5roles_9ReaderEnd_9__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_9__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5roles_9ReaderEnd_8__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_9__setstate_cython__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  CYTHON_UNUSED PyObject *__pyx_v___pyx_state = 0;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[1] = {0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__setstate_cython__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(2, 3, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 3, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(2, 3, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(2, 3, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 1)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(2, 3, __pyx_L3_error)
+    }
+    __pyx_v___pyx_state = values[0];
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(2, 3, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem.channel.roles.ReaderEnd.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_8__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v___pyx_state);
+
+  /* function exit code */
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_8__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__setstate_cython__", 0);
+
+  /* "(tree fragment)":4
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
+*/
+  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
+  __PYX_ERR(2, 4, __pyx_L1_error)
+
+  /* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.roles.ReaderEnd.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 /* #### Code section: module_exttypes ### */
+static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd;
+
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_5roles_WriterEnd(PyObject *o, PyObject *a, PyObject *k) {
+  struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *p = ((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)o);
+  p->__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd*)__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
+  p->type = Py_None; Py_INCREF(Py_None);
+  {
+    int cinit_result = __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_1__cinit__(o, a, k);
+    if (unlikely(cinit_result)) goto bad;
+  }
+  return o;
+  bad:
+  Py_DECREF(o); o = 0;
+  return NULL;
+}
+
+static PyObject *__pyx_tp_new_7ivshmem_7channel_5roles_WriterEnd(PyTypeObject *t, PyObject *a, PyObject *k) {
+  PyObject *o;
+  newfunc base_tp_new = __Pyx_PyType_TryGetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_new, newfunc);
+  #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_VEX < 0x030A0000
+  if (unlikely(!base_tp_new)) {
+    __Pyx_RaiseTypeErrorWithTypes("Type " __Pyx_FMT_TYPENAME " cannot be instantiated because it cannot access tp_new of its base " __Pyx_FMT_TYPENAME ". This is probably because the base is not a heap type and is a restriction of the Limited API in Python<=3.9", t, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
+    o = NULL;
+  } else
+  #endif
+  o = base_tp_new(t, a, k);
+  if (unlikely(!o)) return 0;
+  return __pyx_tp_new__initialisation_7ivshmem_7channel_5roles_WriterEnd(o, a, k);
+}
+
+static void __pyx_tp_dealloc_7ivshmem_7channel_5roles_WriterEnd(PyObject *o) {
+  struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *p = (struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)o;
+  #if CYTHON_USE_TP_FINALIZE
+  if (unlikely(__Pyx_PyObject_GetSlot(o, tp_finalize, destructor)) && !__Pyx_PyObject_GC_IsFinalized(o)) {
+    if (__Pyx_PyObject_GetSlot(o, tp_dealloc, destructor) == __pyx_tp_dealloc_7ivshmem_7channel_5roles_WriterEnd) {
+      if (PyObject_CallFinalizerFromDealloc(o)) return;
+    }
+  }
+  #endif
+  PyObject_GC_UnTrack(o);
+  {
+    PyObject *etype, *eval, *etb;
+    __Pyx_PyErr_FetchException(&etype, &eval, &etb);
+    __Pyx_DeallocKeepAliveBegin(o);
+    __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_3__dealloc__(o);
+    __Pyx_DeallocKeepAliveEnd(o);
+    __Pyx_PyErr_RestoreException(etype, eval, etb);
+  }
+  Py_CLEAR(p->type);
+  #if CYTHON_USE_TYPE_SPECS
+  PyObject *tp = (PyObject*)Py_TYPE(o);
+  #endif
+  if (PyType_IS_GC(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) PyObject_GC_Track(o);
+  #if !CYTHON_USE_MODULE_STATE
+  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_dealloc, destructor)(o); else
+  #endif
+  __Pyx_call_next_tp_dealloc(o, __pyx_tp_dealloc_7ivshmem_7channel_5roles_WriterEnd);
+  #if CYTHON_USE_TYPE_SPECS
+  if (!__Pyx_PyType_HasFeature(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, Py_TPFLAGS_HEAPTYPE)) {
+    Py_DECREF(tp);
+  }
+  #endif
+}
+
+static int __pyx_tp_traverse_7ivshmem_7channel_5roles_WriterEnd(PyObject *o, visitproc v, void *a) {
+  int e;
+  struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *p = (struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)o;
+  #if !CYTHON_USE_MODULE_STATE
+  e = 0;
+  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) {
+    traverseproc traverse = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_traverse, traverseproc);
+    if (traverse) { e = traverse(o, v, a); }
+  } else
+  #endif
+  { e = __Pyx_call_next_tp_traverse(o, v, a, __pyx_tp_traverse_7ivshmem_7channel_5roles_WriterEnd); }
+  if (e) return e;
+  {
+    e = __Pyx_call_type_traverse(o, 0, v, a);
+    if (e) return e;
+  }
+  if (p->type) {
+    e = (*v)(p->type, a); if (e) return e;
+  }
+  return 0;
+}
+
+static int __pyx_tp_clear_7ivshmem_7channel_5roles_WriterEnd(PyObject *o) {
+  PyObject* tmp;
+  struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *p = (struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)o;
+  #if !CYTHON_USE_MODULE_STATE
+  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) {
+    inquiry clear = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_clear, inquiry);
+    if (clear) clear(o);
+  } else
+  #endif
+  { __Pyx_call_next_tp_clear(o, __pyx_tp_clear_7ivshmem_7channel_5roles_WriterEnd); }
+  tmp = ((PyObject*)p->type);
+  p->type = Py_None; Py_INCREF(Py_None);
+  Py_XDECREF(tmp);
+  return 0;
+}
+
+static PyObject *__pyx_getprop_7ivshmem_7channel_5roles_9WriterEnd_limit(PyObject *o, CYTHON_UNUSED void *x) {
+  return __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_5limit_1__get__(o);
+}
+
+static PyObject *__pyx_getprop_7ivshmem_7channel_5roles_9WriterEnd_type(PyObject *o, CYTHON_UNUSED void *x) {
+  return __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_4type_1__get__(o);
+}
+
+static PyObject *__pyx_getprop_7ivshmem_7channel_5roles_9WriterEnd_missed(PyObject *o, CYTHON_UNUSED void *x) {
+  return __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_6missed_1__get__(o);
+}
+
+static PyMethodDef __pyx_methods_7ivshmem_7channel_5roles_WriterEnd[] = {
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_5__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5roles_9WriterEnd_4__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_7__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5roles_9WriterEnd_6__setstate_cython__},
+  {0, 0, 0, 0}
+};
+
+static struct PyGetSetDef __pyx_getsets_7ivshmem_7channel_5roles_WriterEnd[] = {
+  {"limit", __pyx_getprop_7ivshmem_7channel_5roles_9WriterEnd_limit, 0, PyDoc_STR("Bytes that a message can have."), 0},
+  {"type", __pyx_getprop_7ivshmem_7channel_5roles_9WriterEnd_type, 0, 0, 0},
+  {"missed", __pyx_getprop_7ivshmem_7channel_5roles_9WriterEnd_missed, 0, 0, 0},
+  {0, 0, 0, 0, 0}
+};
+#if CYTHON_USE_TYPE_SPECS
+static PyType_Slot __pyx_type_7ivshmem_7channel_5roles_WriterEnd_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_5roles_WriterEnd},
+  {Py_tp_doc, (void *)PyDoc_STR("The slot of a writer, or of a caller.")},
+  {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_5roles_WriterEnd},
+  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7channel_5roles_WriterEnd},
+  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_5roles_WriterEnd},
+  {Py_tp_getset, (void *)__pyx_getsets_7ivshmem_7channel_5roles_WriterEnd},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_5roles_WriterEnd},
+  {0, 0},
+};
+static PyType_Spec __pyx_type_7ivshmem_7channel_5roles_WriterEnd_spec = {
+  "ivshmem.channel.roles.WriterEnd",
+  sizeof(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd),
+  0,
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC,
+  __pyx_type_7ivshmem_7channel_5roles_WriterEnd_slots,
+};
+#else
+
+static PyTypeObject __pyx_type_7ivshmem_7channel_5roles_WriterEnd = {
+  PyVarObject_HEAD_INIT(0, 0)
+  "ivshmem.channel.roles.""WriterEnd", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd), /*tp_basicsize*/
+  0, /*tp_itemsize*/
+  __pyx_tp_dealloc_7ivshmem_7channel_5roles_WriterEnd, /*tp_dealloc*/
+  0, /*tp_vectorcall_offset*/
+  0, /*tp_getattr*/
+  0, /*tp_setattr*/
+  0, /*tp_as_async*/
+  0, /*tp_repr*/
+  0, /*tp_as_number*/
+  0, /*tp_as_sequence*/
+  0, /*tp_as_mapping*/
+  0, /*tp_hash*/
+  0, /*tp_call*/
+  0, /*tp_str*/
+  0, /*tp_getattro*/
+  0, /*tp_setattro*/
+  0, /*tp_as_buffer*/
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
+  PyDoc_STR("The slot of a writer, or of a caller."), /*tp_doc*/
+  __pyx_tp_traverse_7ivshmem_7channel_5roles_WriterEnd, /*tp_traverse*/
+  __pyx_tp_clear_7ivshmem_7channel_5roles_WriterEnd, /*tp_clear*/
+  0, /*tp_richcompare*/
+  0, /*tp_weaklistoffset*/
+  0, /*tp_iter*/
+  0, /*tp_iternext*/
+  __pyx_methods_7ivshmem_7channel_5roles_WriterEnd, /*tp_methods*/
+  0, /*tp_members*/
+  __pyx_getsets_7ivshmem_7channel_5roles_WriterEnd, /*tp_getset*/
+  0, /*tp_base*/
+  0, /*tp_dict*/
+  0, /*tp_descr_get*/
+  0, /*tp_descr_set*/
+  #if !CYTHON_USE_TYPE_SPECS
+  0, /*tp_dictoffset*/
+  #endif
+  0, /*tp_init*/
+  0, /*tp_alloc*/
+  __pyx_tp_new_7ivshmem_7channel_5roles_WriterEnd, /*tp_new*/
+  0, /*tp_free*/
+  0, /*tp_is_gc*/
+  0, /*tp_bases*/
+  0, /*tp_mro*/
+  0, /*tp_cache*/
+  0, /*tp_subclasses*/
+  0, /*tp_weaklist*/
+  0, /*tp_del*/
+  0, /*tp_version_tag*/
+  #if CYTHON_USE_TP_FINALIZE
+  0, /*tp_finalize*/
+  #else
+  NULL, /*tp_finalize*/
+  #endif
+  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
+  #if CYTHON_VECTORCALL_TPNEW
+  0, /*tp_vectorcall*/
+  #else
+  NULL, /*tp_vectorcall*/
+  #endif
+  #endif
+  #if __PYX_NEED_TP_PRINT_SLOT == 1
+  0, /*tp_print*/
+  #endif
+  #if PY_VERSION_HEX >= 0x030C0000
+  0, /*tp_watched*/
+  #endif
+  #if PY_VERSION_HEX >= 0x030d00A4
+  0, /*tp_versions_used*/
+  #endif
+  #if CYTHON_COMPILING_IN_PYPY && PY_VERSION_HEX < 0x030a0000
+  0, /*tp_pypy_flags*/
+  #endif
+};
+#endif
+static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd;
+
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_5roles_ReaderEnd(PyObject *o, PyObject *a, PyObject *k) {
+  struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *p = ((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)o);
+  p->__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd*)__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd;
+  p->type = Py_None; Py_INCREF(Py_None);
+  {
+    int cinit_result = __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_1__cinit__(o, a, k);
+    if (unlikely(cinit_result)) goto bad;
+  }
+  return o;
+  bad:
+  Py_DECREF(o); o = 0;
+  return NULL;
+}
+
+static PyObject *__pyx_tp_new_7ivshmem_7channel_5roles_ReaderEnd(PyTypeObject *t, PyObject *a, PyObject *k) {
+  PyObject *o;
+  newfunc base_tp_new = __Pyx_PyType_TryGetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_new, newfunc);
+  #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_VEX < 0x030A0000
+  if (unlikely(!base_tp_new)) {
+    __Pyx_RaiseTypeErrorWithTypes("Type " __Pyx_FMT_TYPENAME " cannot be instantiated because it cannot access tp_new of its base " __Pyx_FMT_TYPENAME ". This is probably because the base is not a heap type and is a restriction of the Limited API in Python<=3.9", t, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
+    o = NULL;
+  } else
+  #endif
+  o = base_tp_new(t, a, k);
+  if (unlikely(!o)) return 0;
+  return __pyx_tp_new__initialisation_7ivshmem_7channel_5roles_ReaderEnd(o, a, k);
+}
+
+static void __pyx_tp_dealloc_7ivshmem_7channel_5roles_ReaderEnd(PyObject *o) {
+  struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *p = (struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)o;
+  #if CYTHON_USE_TP_FINALIZE
+  if (unlikely(__Pyx_PyObject_GetSlot(o, tp_finalize, destructor)) && !__Pyx_PyObject_GC_IsFinalized(o)) {
+    if (__Pyx_PyObject_GetSlot(o, tp_dealloc, destructor) == __pyx_tp_dealloc_7ivshmem_7channel_5roles_ReaderEnd) {
+      if (PyObject_CallFinalizerFromDealloc(o)) return;
+    }
+  }
+  #endif
+  PyObject_GC_UnTrack(o);
+  {
+    PyObject *etype, *eval, *etb;
+    __Pyx_PyErr_FetchException(&etype, &eval, &etb);
+    __Pyx_DeallocKeepAliveBegin(o);
+    __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_3__dealloc__(o);
+    __Pyx_DeallocKeepAliveEnd(o);
+    __Pyx_PyErr_RestoreException(etype, eval, etb);
+  }
+  Py_CLEAR(p->type);
+  #if CYTHON_USE_TYPE_SPECS
+  PyObject *tp = (PyObject*)Py_TYPE(o);
+  #endif
+  if (PyType_IS_GC(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) PyObject_GC_Track(o);
+  #if !CYTHON_USE_MODULE_STATE
+  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_dealloc, destructor)(o); else
+  #endif
+  __Pyx_call_next_tp_dealloc(o, __pyx_tp_dealloc_7ivshmem_7channel_5roles_ReaderEnd);
+  #if CYTHON_USE_TYPE_SPECS
+  if (!__Pyx_PyType_HasFeature(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, Py_TPFLAGS_HEAPTYPE)) {
+    Py_DECREF(tp);
+  }
+  #endif
+}
+
+static int __pyx_tp_traverse_7ivshmem_7channel_5roles_ReaderEnd(PyObject *o, visitproc v, void *a) {
+  int e;
+  struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *p = (struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)o;
+  #if !CYTHON_USE_MODULE_STATE
+  e = 0;
+  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) {
+    traverseproc traverse = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_traverse, traverseproc);
+    if (traverse) { e = traverse(o, v, a); }
+  } else
+  #endif
+  { e = __Pyx_call_next_tp_traverse(o, v, a, __pyx_tp_traverse_7ivshmem_7channel_5roles_ReaderEnd); }
+  if (e) return e;
+  {
+    e = __Pyx_call_type_traverse(o, 0, v, a);
+    if (e) return e;
+  }
+  if (p->type) {
+    e = (*v)(p->type, a); if (e) return e;
+  }
+  return 0;
+}
+
+static int __pyx_tp_clear_7ivshmem_7channel_5roles_ReaderEnd(PyObject *o) {
+  PyObject* tmp;
+  struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *p = (struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)o;
+  #if !CYTHON_USE_MODULE_STATE
+  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) {
+    inquiry clear = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_clear, inquiry);
+    if (clear) clear(o);
+  } else
+  #endif
+  { __Pyx_call_next_tp_clear(o, __pyx_tp_clear_7ivshmem_7channel_5roles_ReaderEnd); }
+  tmp = ((PyObject*)p->type);
+  p->type = Py_None; Py_INCREF(Py_None);
+  Py_XDECREF(tmp);
+  return 0;
+}
+
+static PyObject *__pyx_getprop_7ivshmem_7channel_5roles_9ReaderEnd_type(PyObject *o, CYTHON_UNUSED void *x) {
+  return __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_4type_1__get__(o);
+}
+
+static PyObject *__pyx_getprop_7ivshmem_7channel_5roles_9ReaderEnd_views(PyObject *o, CYTHON_UNUSED void *x) {
+  return __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_5views_1__get__(o);
+}
+
+static PyMethodDef __pyx_methods_7ivshmem_7channel_5roles_ReaderEnd[] = {
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_5close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5roles_9ReaderEnd_4close},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_7__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5roles_9ReaderEnd_6__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_9__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5roles_9ReaderEnd_8__setstate_cython__},
+  {0, 0, 0, 0}
+};
+
+static struct PyGetSetDef __pyx_getsets_7ivshmem_7channel_5roles_ReaderEnd[] = {
+  {"type", __pyx_getprop_7ivshmem_7channel_5roles_9ReaderEnd_type, 0, 0, 0},
+  {"views", __pyx_getprop_7ivshmem_7channel_5roles_9ReaderEnd_views, 0, 0, 0},
+  {0, 0, 0, 0, 0}
+};
+#if CYTHON_USE_TYPE_SPECS
+static PyType_Slot __pyx_type_7ivshmem_7channel_5roles_ReaderEnd_slots[] = {
+  {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_5roles_ReaderEnd},
+  {Py_tp_doc, (void *)PyDoc_STR("The slot of a reader, or of a server; or, where memory can only be read, none.")},
+  {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_5roles_ReaderEnd},
+  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7channel_5roles_ReaderEnd},
+  {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_5roles_ReaderEnd},
+  {Py_tp_getset, (void *)__pyx_getsets_7ivshmem_7channel_5roles_ReaderEnd},
+  {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_5roles_ReaderEnd},
+  {0, 0},
+};
+static PyType_Spec __pyx_type_7ivshmem_7channel_5roles_ReaderEnd_spec = {
+  "ivshmem.channel.roles.ReaderEnd",
+  sizeof(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd),
+  0,
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC,
+  __pyx_type_7ivshmem_7channel_5roles_ReaderEnd_slots,
+};
+#else
+
+static PyTypeObject __pyx_type_7ivshmem_7channel_5roles_ReaderEnd = {
+  PyVarObject_HEAD_INIT(0, 0)
+  "ivshmem.channel.roles.""ReaderEnd", /*tp_name*/
+  sizeof(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd), /*tp_basicsize*/
+  0, /*tp_itemsize*/
+  __pyx_tp_dealloc_7ivshmem_7channel_5roles_ReaderEnd, /*tp_dealloc*/
+  0, /*tp_vectorcall_offset*/
+  0, /*tp_getattr*/
+  0, /*tp_setattr*/
+  0, /*tp_as_async*/
+  0, /*tp_repr*/
+  0, /*tp_as_number*/
+  0, /*tp_as_sequence*/
+  0, /*tp_as_mapping*/
+  0, /*tp_hash*/
+  0, /*tp_call*/
+  0, /*tp_str*/
+  0, /*tp_getattro*/
+  0, /*tp_setattro*/
+  0, /*tp_as_buffer*/
+  Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
+  PyDoc_STR("The slot of a reader, or of a server; or, where memory can only be read, none."), /*tp_doc*/
+  __pyx_tp_traverse_7ivshmem_7channel_5roles_ReaderEnd, /*tp_traverse*/
+  __pyx_tp_clear_7ivshmem_7channel_5roles_ReaderEnd, /*tp_clear*/
+  0, /*tp_richcompare*/
+  0, /*tp_weaklistoffset*/
+  0, /*tp_iter*/
+  0, /*tp_iternext*/
+  __pyx_methods_7ivshmem_7channel_5roles_ReaderEnd, /*tp_methods*/
+  0, /*tp_members*/
+  __pyx_getsets_7ivshmem_7channel_5roles_ReaderEnd, /*tp_getset*/
+  0, /*tp_base*/
+  0, /*tp_dict*/
+  0, /*tp_descr_get*/
+  0, /*tp_descr_set*/
+  #if !CYTHON_USE_TYPE_SPECS
+  0, /*tp_dictoffset*/
+  #endif
+  0, /*tp_init*/
+  0, /*tp_alloc*/
+  __pyx_tp_new_7ivshmem_7channel_5roles_ReaderEnd, /*tp_new*/
+  0, /*tp_free*/
+  0, /*tp_is_gc*/
+  0, /*tp_bases*/
+  0, /*tp_mro*/
+  0, /*tp_cache*/
+  0, /*tp_subclasses*/
+  0, /*tp_weaklist*/
+  0, /*tp_del*/
+  0, /*tp_version_tag*/
+  #if CYTHON_USE_TP_FINALIZE
+  0, /*tp_finalize*/
+  #else
+  NULL, /*tp_finalize*/
+  #endif
+  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
+  #if CYTHON_VECTORCALL_TPNEW
+  0, /*tp_vectorcall*/
+  #else
+  NULL, /*tp_vectorcall*/
+  #endif
+  #endif
+  #if __PYX_NEED_TP_PRINT_SLOT == 1
+  0, /*tp_print*/
+  #endif
+  #if PY_VERSION_HEX >= 0x030C0000
+  0, /*tp_watched*/
+  #endif
+  #if PY_VERSION_HEX >= 0x030d00A4
+  0, /*tp_versions_used*/
+  #endif
+  #if CYTHON_COMPILING_IN_PYPY && PY_VERSION_HEX < 0x030a0000
+  0, /*tp_pypy_flags*/
+  #endif
+};
+#endif
 
 static PyMethodDef __pyx_methods[] = {
   {0, 0, 0, 0}
@@ -4484,6 +10504,8 @@ static CYTHON_SMALL_CODE int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate)
 static CYTHON_SMALL_CODE int __Pyx_modinit_Global_init_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_WriterEnd(__pyx_mstatetype *__pyx_mstate); /*proto*/
+static CYTHON_SMALL_CODE int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_ReaderEnd(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Variable_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
 static CYTHON_SMALL_CODE int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate); /*proto*/
@@ -4510,11 +10532,154 @@ static int __Pyx_modinit_Variable_export_code(__pyx_mstatetype *__pyx_mstate) {
 
 static int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Function_export_code", 0);
   /*--- Function export code ---*/
+  {
+    __pyx_t_1 = __Pyx_ApiExport_GetApiDict(); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+    const char * __pyx_export_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_int_struct___pyx_obj_7ivshmem_7c);
+    #if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(!__pyx_export_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
+    #endif
+    const char * __pyx_export_name = __pyx_export_signature + 183;
+    void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_7channel_5roles_open_channel, (void (*)(void))&__pyx_f_7ivshmem_7channel_5roles_microseconds, (void (*)(void)) NULL};
+    void (*const *__pyx_export_pointer)(void) = __pyx_export_pointers;
+    const char *__pyx_export_current_signature = __pyx_export_signature;
+    while (*__pyx_export_pointer) {
+      if (__Pyx_ExportFunction(__pyx_t_1, __pyx_export_name, *__pyx_export_pointer, __pyx_export_current_signature) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
+      ++__pyx_export_pointer;
+      __pyx_export_name = strchr(__pyx_export_name, '\0') + 1;
+      __pyx_export_signature = strchr(__pyx_export_signature, '\0') + 1;
+      if (*__pyx_export_signature != '\0') __pyx_export_current_signature = __pyx_export_signature;
+    }
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
   __Pyx_RefNannyFinishContext();
   return 0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_RefNannyFinishContext();
+  return -1;
+}
+
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_WriterEnd(__pyx_mstatetype *__pyx_mstate) {
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  CYTHON_UNUSED_VAR(__pyx_mstate);
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_WriterEnd", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_7channel_5roles_WriterEnd ---*/
+  __pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd = &__pyx_vtable_7ivshmem_7channel_5roles_WriterEnd;
+  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd;
+  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.__pyx_base.attempt = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt;
+  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.__pyx_base.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep;
+  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_end_sleep;
+  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.__pyx_base.mend = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_mend;
+  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.__pyx_base.give_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_give_up;
+  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.ready = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready;
+  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.blocked = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked;
+  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.too_long = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint64_t))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long;
+  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.wait_again = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again;
+  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.loan_cell = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_loan_cell;
+  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.copy_in = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t, char const *, uint64_t))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in;
+  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.send = (uint64_t (*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t, uint32_t, uint64_t))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send;
+  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.at = (char *(*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_at;
+  #if CYTHON_USE_TYPE_SPECS
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 52, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5roles_WriterEnd_spec, __pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd)) __PYX_ERR(0, 52, __pyx_L1_error)
+  #else
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd = &__pyx_type_7ivshmem_7channel_5roles_WriterEnd;
+  #endif
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd;
+  #endif
+  #if !CYTHON_USE_TYPE_SPECS
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 52, __pyx_L1_error)
+  #endif
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd);
+  #endif
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd->tp_getattro = PyObject_GenericGetAttr;
+  }
+  #endif
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, __pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 52, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_WriterEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 52, __pyx_L1_error)
+  #if CYTHON_USE_TYPE_SLOTS
+  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd, __pyx_base.__weakref__);
+  #endif
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 52, __pyx_L1_error)
+  __Pyx_RefNannyFinishContext();
+  return 0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_RefNannyFinishContext();
+  return -1;
+}
+
+static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_ReaderEnd(__pyx_mstatetype *__pyx_mstate) {
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  CYTHON_UNUSED_VAR(__pyx_mstate);
+  __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_ReaderEnd", 0);
+  /*--- Exttype __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd ---*/
+  __pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd = &__pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd;
+  __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd;
+  __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.__pyx_base.give_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up;
+  __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.hold = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold;
+  __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.forget = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget;
+  __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.let_go = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, unsigned int, uint64_t))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go;
+  __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.copy_to = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *, char *))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to;
+  __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.starved = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved;
+  #if CYTHON_USE_TYPE_SPECS
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 201, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5roles_ReaderEnd_spec, __pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd)) __PYX_ERR(0, 201, __pyx_L1_error)
+  #else
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd = &__pyx_type_7ivshmem_7channel_5roles_ReaderEnd;
+  #endif
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd;
+  #endif
+  #if !CYTHON_USE_TYPE_SPECS
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 201, __pyx_L1_error)
+  #endif
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd);
+  #endif
+  #if !CYTHON_COMPILING_IN_LIMITED_API
+  if ((CYTHON_USE_TYPE_SLOTS && CYTHON_USE_PYTYPE_LOOKUP) && likely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_dictoffset && __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_getattro == PyObject_GenericGetAttr)) {
+    __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_getattro = PyObject_GenericGetAttr;
+  }
+  #endif
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, __pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 201, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ReaderEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 201, __pyx_L1_error)
+  #if CYTHON_USE_TYPE_SLOTS
+  if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd, __pyx_base.__weakref__);
+  #endif
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 201, __pyx_L1_error)
+  __Pyx_RefNannyFinishContext();
+  return 0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_RefNannyFinishContext();
+  return -1;
 }
 
 static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
@@ -4526,7 +10691,84 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Type_import_code", 0);
   /*--- Type import code ---*/
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.mapping"); if (unlikely(!__pyx_t_1)) __PYX_ERR(1, 6, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule(__Pyx_BUILTIN_MODULE_NAME); if (unlikely(!__pyx_t_1)) __PYX_ERR(3, 9, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7cpython_4type_type = __Pyx_ImportType_3_3_1(__pyx_t_1, __Pyx_BUILTIN_MODULE_NAME, "type",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(PyTypeObject), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(PyTypeObject),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  0, 0,
+  #else
+  sizeof(PyHeapTypeObject), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(PyHeapTypeObject),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7cpython_4type_type) __PYX_ERR(3, 9, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.descriptors"); if (unlikely(!__pyx_t_1)) __PYX_ERR(4, 86, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Fd",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Fd),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Fd) __PYX_ERR(4, 86, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "FdArray",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray) __PYX_ERR(4, 93, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_FdArray) != 1)) __PYX_ERR(4, 93, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Signaller",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Signaller),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller) __PYX_ERR(4, 117, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Signaller, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Signaller) != 1)) __PYX_ERR(4, 117, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Relay",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Relay),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay) __PYX_ERR(4, 127, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Relay, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Relay) != 1)) __PYX_ERR(4, 127, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.descriptors", "Epoll",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll) __PYX_ERR(4, 134, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, (void**)&__pyx_vtabptr_7ivshmem_6native_11descriptors_Epoll) != 1)) __PYX_ERR(4, 134, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.bell"); if (unlikely(!__pyx_t_1)) __PYX_ERR(5, 23, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.bell", "Doorbell",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4bell_Doorbell),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell) __PYX_ERR(5, 23, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4bell_Doorbell, (void**)&__pyx_vtabptr_7ivshmem_6native_4bell_Doorbell) != 1)) __PYX_ERR(5, 23, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.mapping"); if (unlikely(!__pyx_t_1)) __PYX_ERR(6, 6, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Mapping",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -4536,8 +10778,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Mapping),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping) __PYX_ERR(1, 6, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping) != 1)) __PYX_ERR(1, 6, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping) __PYX_ERR(6, 6, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Mapping) != 1)) __PYX_ERR(6, 6, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Atomic",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
@@ -4546,8 +10788,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(1, 20, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(1, 20, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic) __PYX_ERR(6, 20, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Atomic, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Atomic) != 1)) __PYX_ERR(6, 20, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU32",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
@@ -4556,8 +10798,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(1, 31, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(1, 31, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32) __PYX_ERR(6, 31, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU32, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU32) != 1)) __PYX_ERR(6, 31, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64 = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "AtomicU64",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
@@ -4566,8 +10808,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(1, 35, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(1, 35, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64) __PYX_ERR(6, 35, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_AtomicU64, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_AtomicU64) != 1)) __PYX_ERR(6, 35, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.mapping", "Registers",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
@@ -4576,8 +10818,57 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_6native_7mapping_Registers), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_7mapping_Registers),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(1, 39, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(1, 39, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers) __PYX_ERR(6, 39, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_7mapping_Registers, (void**)&__pyx_vtabptr_7ivshmem_6native_7mapping_Registers) != 1)) __PYX_ERR(6, 39, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.native.spin"); if (unlikely(!__pyx_t_1)) __PYX_ERR(7, 30, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.native.spin", "Spinner",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_6native_4spin_Spinner), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4spin_Spinner),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_6native_4spin_Spinner), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4spin_Spinner),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_6native_4spin_Spinner), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_6native_4spin_Spinner),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner) __PYX_ERR(7, 30, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_6native_4spin_Spinner, (void**)&__pyx_vtabptr_7ivshmem_6native_4spin_Spinner) != 1)) __PYX_ERR(7, 30, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = PyImport_ImportModule("ivshmem._core"); if (unlikely(!__pyx_t_1)) __PYX_ERR(8, 56, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem._core", "Doorbells",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_5_core_Doorbells), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_5_core_Doorbells),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_5_core_Doorbells), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_5_core_Doorbells),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_5_core_Doorbells), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_5_core_Doorbells),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells) __PYX_ERR(8, 56, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_5_core_Doorbells, (void**)&__pyx_vtabptr_7ivshmem_5_core_Doorbells) != 1)) __PYX_ERR(8, 56, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 21, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Wakeup",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup) __PYX_ERR(9, 21, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Wakeup) != 1)) __PYX_ERR(9, 21, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.membership", "Membership",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_Membership), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_Membership),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(9, 25, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(9, 25, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -4607,10 +10898,10 @@ static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
 
 #if CYTHON_PEP489_MULTI_PHASE_INIT
 static PyObject* __pyx_pymod_create(PyObject *spec, PyModuleDef *def); /*proto*/
-static int __pyx_pymod_exec_areas(PyObject* module); /*proto*/
+static int __pyx_pymod_exec_roles(PyObject* module); /*proto*/
 static PyModuleDef_Slot __pyx_moduledef_slots[] = {
   {Py_mod_create, (void*)__pyx_pymod_create},
-  {Py_mod_exec, (void*)__pyx_pymod_exec_areas},
+  {Py_mod_exec, (void*)__pyx_pymod_exec_roles},
   #if CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
   {Py_mod_gil, __Pyx_FREETHREADING_COMPATIBLE},
   #endif
@@ -4629,8 +10920,8 @@ namespace {
   #endif
   {
       PyModuleDef_HEAD_INIT,
-      "areas",
-      __pyx_k_Areas_the_parts_of_regions_that, /* m_doc */
+      "roles",
+      __pyx_k_Internal_the_two_roles_in_a_chan, /* m_doc */
     #if CYTHON_USE_MODULE_STATE
       sizeof(__pyx_mstatetype), /* m_size */
     #else
@@ -4667,8 +10958,8 @@ namespace {
   #endif
 #endif
 
-__Pyx_PyMODINIT_FUNC PyInit_areas(void) CYTHON_SMALL_CODE; /*proto*/
-__Pyx_PyMODINIT_FUNC PyInit_areas(void)
+__Pyx_PyMODINIT_FUNC PyInit_roles(void) CYTHON_SMALL_CODE; /*proto*/
+__Pyx_PyMODINIT_FUNC PyInit_roles(void)
 #if CYTHON_PEP489_MULTI_PHASE_INIT
 {
   return PyModuleDef_Init(&__pyx_moduledef);
@@ -4786,7 +11077,7 @@ bad:
 }
 
 
-static CYTHON_SMALL_CODE int __pyx_pymod_exec_areas(PyObject *__pyx_pyinit_module)
+static CYTHON_SMALL_CODE int __pyx_pymod_exec_roles(PyObject *__pyx_pyinit_module)
 #endif
 {
   int stringtab_initialized = 0;
@@ -4805,7 +11096,7 @@ static CYTHON_SMALL_CODE int __pyx_pymod_exec_areas(PyObject *__pyx_pyinit_modul
   #if CYTHON_PEP489_MULTI_PHASE_INIT
   if (__pyx_m) {
     if (__pyx_m == __pyx_pyinit_module) return 0;
-    PyErr_SetString(PyExc_RuntimeError, "Module 'areas' has already been imported. Re-initialisation is not supported.");
+    PyErr_SetString(PyExc_RuntimeError, "Module 'roles' has already been imported. Re-initialisation is not supported.");
     return -1;
   }
   #else
@@ -4821,7 +11112,7 @@ static CYTHON_SMALL_CODE int __pyx_pymod_exec_areas(PyObject *__pyx_pyinit_modul
   #if CYTHON_USE_MODULE_STATE
   {
     int add_module_result = __Pyx_State_AddModule(__pyx_t_1, &__pyx_moduledef);
-    __pyx_t_1 = 0; /* transfer ownership from __pyx_t_1 to "areas" pseudovariable */
+    __pyx_t_1 = 0; /* transfer ownership from __pyx_t_1 to "roles" pseudovariable */
     if (unlikely((add_module_result < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
     pystate_addmodule_run = 1;
   }
@@ -4851,7 +11142,7 @@ static CYTHON_SMALL_CODE int __pyx_pymod_exec_areas(PyObject *__pyx_pyinit_modul
   }
   #endif
   
-__Pyx_RefNannySetupContext("PyInit_areas", 0);
+__Pyx_RefNannySetupContext("PyInit_roles", 0);
   __Pyx_init_runtime_version();
   if (__Pyx_check_binary_version(__PYX_LIMITED_VERSION_HEX, __Pyx_get_runtime_version(), CYTHON_COMPILING_IN_LIMITED_API) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   __pyx_mstate->__pyx_empty_tuple = PyTuple_New(0); if (unlikely(!__pyx_mstate->__pyx_empty_tuple)) __PYX_ERR(0, 1, __pyx_L1_error)
@@ -4862,13 +11153,13 @@ __Pyx_RefNannySetupContext("PyInit_areas", 0);
   if (__Pyx_InitConstants(__pyx_mstate) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   stringtab_initialized = 1;
   if (__Pyx_InitGlobals() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
-  if (__pyx_module_is_main_ivshmem__native__areas) {
-    if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_name, __pyx_mstate_global->__pyx_n_u_main) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (__pyx_module_is_main_ivshmem__channel__roles) {
+    if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_name_2, __pyx_mstate_global->__pyx_n_u_main) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   }
   {
     PyObject *modules = PyImport_GetModuleDict(); if (unlikely(!modules)) __PYX_ERR(0, 1, __pyx_L1_error)
-    if (!PyDict_GetItemString(modules, "ivshmem.native.areas")) {
-      if (unlikely((PyDict_SetItemString(modules, "ivshmem.native.areas", __pyx_m) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+    if (!PyDict_GetItemString(modules, "ivshmem.channel.roles")) {
+      if (unlikely((PyDict_SetItemString(modules, "ivshmem.channel.roles", __pyx_m) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
     }
   }
   /*--- Builtin init code ---*/
@@ -4879,146 +11170,155 @@ __Pyx_RefNannySetupContext("PyInit_areas", 0);
   /*--- Global type/function init code ---*/
   (void)__Pyx_modinit_Global_init_code(__pyx_mstate);
   (void)__Pyx_modinit_Variable_export_code(__pyx_mstate);
-  (void)__Pyx_modinit_Function_export_code(__pyx_mstate);
+  if (unlikely((__Pyx_modinit_Function_export_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Type init code ---*/
+  __pyx_t_2 = PyImport_ImportModule("ivshmem.channel.membership"); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd = __Pyx_ImportType_3_3_1(__pyx_t_2, "ivshmem.channel.membership", "ChannelEnd",
+  #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd),
+  #elif CYTHON_COMPILING_IN_LIMITED_API
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd),
+  #else
+  sizeof(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd),
+  #endif
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd) != 1)) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_WriterEnd(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  if (unlikely((__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_ReaderEnd(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   if (unlikely((__Pyx_modinit_Type_import_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   (void)__Pyx_modinit_Variable_import_code(__pyx_mstate);
   (void)__Pyx_modinit_Function_import_code(__pyx_mstate);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/native/areas.pyx":18
- * from .mapping cimport Mapping
+  /* "ivshmem/channel/roles.pyx":21
+ * from .membership cimport ChannelEnd, Membership
  * 
- * from collections import namedtuple             # <<<<<<<<<<<<<<
+ * from ..errors import ChannelError, ClosedError, MessageTooLong, Overtaken             # <<<<<<<<<<<<<<
+ * from ..text import counted
  * 
- * from ..errors import RegionError
 */
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_namedtuple};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_collections, __pyx_imported_names, 1, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 18, __pyx_L1_error)
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_Overtaken};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 4, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 21, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_namedtuple};
-    __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 18, __pyx_L1_error)
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_Overtaken};
+    for (__pyx_t_3=0; __pyx_t_3 < 4; __pyx_t_3++) {
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 21, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 18, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 21, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/areas.pyx":20
- * from collections import namedtuple
+  /* "ivshmem/channel/roles.pyx":22
  * 
- * from ..errors import RegionError             # <<<<<<<<<<<<<<
+ * from ..errors import ChannelError, ClosedError, MessageTooLong, Overtaken
+ * from ..text import counted             # <<<<<<<<<<<<<<
  * 
- * 
+ * cdef extern from "<time.h>" nogil:
 */
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_RegionError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 20, __pyx_L1_error)
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 22, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_RegionError};
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
     __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 20, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 22, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 20, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 22, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/areas.pyx":47
- * 
- * 
- * Area = namedtuple("Area", "offset size places records unit units")             # <<<<<<<<<<<<<<
- * Area.__doc__ = """An area, as its header says: bytes, numbers of table entries, units of data."""
- * 
+  /* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
 */
-  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_namedtuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 47, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9WriterEnd_5__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_WriterEnd___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_4 = __Pyx_PyObject_Call(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0], NULL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 47, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 1, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_Area, __pyx_t_4) < (0)) __PYX_ERR(0, 47, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/areas.pyx":48
- * 
- * Area = namedtuple("Area", "offset size places records unit units")
- * Area.__doc__ = """An area, as its header says: bytes, numbers of table entries, units of data."""             # <<<<<<<<<<<<<<
- * 
- * cdef enum:
+  /* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_Area); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 48, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  if (__Pyx_PyObject_SetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_doc, __pyx_mstate_global->__pyx_kp_u_An_area_as_its_header_says_bytes) < (0)) __PYX_ERR(0, 48, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9WriterEnd_7__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_WriterEnd___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 3, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/areas.pyx":69
+  /* "ivshmem/channel/roles.pyx":243
+ *         return 0
  * 
- * 
- * def make_area(Mapping mapping not None, uint64_t offset, uint64_t size, unsigned places=0,             # <<<<<<<<<<<<<<
- *               unsigned records=0):
- *     """Make an area of `size` bytes at an offset, a multiple of 4096 from 8192 on.
-*/
-  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_1make_area, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 69, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_make_area, __pyx_t_4) < (0)) __PYX_ERR(0, 69, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-
-  /* "ivshmem/native/areas.pyx":103
- * 
- * 
- * def area_of(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
- *     """Return the Area whose header is at an offset; None: there is none, or of another version."""
- *     cdef ivshmem_memory memory
-*/
-  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_3area_of, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 103, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_area_of, __pyx_t_4) < (0)) __PYX_ERR(0, 103, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-
-  /* "ivshmem/native/areas.pyx":114
- * 
- * 
- * def find_area(Mapping mapping not None):             # <<<<<<<<<<<<<<
- *     """Return the Area that the region's directory of names tells of; None: there is none."""
- *     cdef ivshmem_memory memory
-*/
-  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_5find_area, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 114, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_find_area, __pyx_t_4) < (0)) __PYX_ERR(0, 114, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-
-  /* "ivshmem/native/areas.pyx":128
- * 
- * 
- * def sweep(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
- *     """Free all places of an area, and return how many there were; 0 if there is no area.
+ *     def close(self):             # <<<<<<<<<<<<<<
+ *         """Free the slot; may be called twice.
  * 
 */
-  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_7sweep, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 128, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_sweep, __pyx_t_4) < (0)) __PYX_ERR(0, 128, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9ReaderEnd_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ReaderEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 243, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 243, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/areas.pyx":1
- * # cython: language_level=3, binding=False, freethreading_compatible=True             # <<<<<<<<<<<<<<
+  /* "(tree fragment)":1
+ * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9ReaderEnd_7__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ReaderEnd___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 1, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 1, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "(tree fragment)":3
+ * def __reduce_cython__(self):
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+ * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
+ *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9ReaderEnd_9__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ReaderEnd___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 3, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/roles.pyx":1
+ * # cython: language_level=3, binding=True, freethreading_compatible=True             # <<<<<<<<<<<<<<
  * # cython: embedsignature=True, embedsignature.format=clinic
- * """Areas: the parts of regions that hold channels; made, found, and swept.
+ * """Internal: the two roles in a channel, writing and reading, as far as all kinds share them.
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_test, __pyx_t_4) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_test, __pyx_t_2) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /*--- Wrapped vars code ---*/
 
@@ -5028,7 +11328,7 @@ __Pyx_RefNannySetupContext("PyInit_areas", 0);
   __Pyx_XDECREF(__pyx_t_4);
   if (__pyx_m) {
     if (__pyx_mstate->__pyx_d && stringtab_initialized) {
-      __Pyx_AddTraceback("init ivshmem.native.areas", __pyx_clineno, __pyx_lineno, __pyx_filename);
+      __Pyx_AddTraceback("init ivshmem.channel.roles", __pyx_clineno, __pyx_lineno, __pyx_filename);
     }
     #if !CYTHON_USE_MODULE_STATE
     Py_CLEAR(__pyx_m);
@@ -5042,7 +11342,7 @@ __Pyx_RefNannySetupContext("PyInit_areas", 0);
     }
     #endif
   } else if (!PyErr_Occurred()) {
-    PyErr_SetString(PyExc_ImportError, "init ivshmem.native.areas");
+    PyErr_SetString(PyExc_ImportError, "init ivshmem.channel.roles");
   }
   __pyx_L0:;
   __Pyx_RefNannyFinishContext();
@@ -5077,16 +11377,16 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/native/areas.pyx":47
- * 
- * 
- * Area = namedtuple("Area", "offset size places records unit units")             # <<<<<<<<<<<<<<
- * Area.__doc__ = """An area, as its header says: bytes, numbers of table entries, units of data."""
- * 
+  /* "ivshmem/channel/roles.pyx":44
+ *     end.name = name
+ *     membership.check()
+ *     if code or record.name.decode(errors="replace") != name:             # <<<<<<<<<<<<<<
+ *         raise ClosedError(f"channel {name!r} was removed")
+ *     ivshmem_channel_open(&end.channel, &membership.member.area, &record)
 */
   {
-    PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_n_u_Area, __pyx_mstate_global->__pyx_kp_u_offset_size_places_records_unit};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 47, __pyx_L1_error)
+    PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 44, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -5127,31 +11427,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{22},{12},{9},{4},{15},{2},{1},{1},{76},{179},{8},{14},{11},{37},{64},{4},{11},{20},{7},{8},{10},{8},{14},{12},{8},{7},{18},{11},{6},{9},{5},{20},{9},{7},{10},{6},{6},{3},{7},{10},{4},{5},{6}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{9},{58},{44},{25},{8},{36},{58},{32},{2},{12},{15},{1},{2},{15},{10},{41},{33},{1},{179},{8},{8},{7},{6},{2},{9},{14},{12},{25},{50},{12},{11},{14},{9},{9},{27},{29},{15},{9},{27},{29},{20},{12},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{18},{8},{18},{5},{6},{7},{6},{6},{1},{7},{5},{5},{21},{4},{10},{12},{4},{8},{3},{6},{7},{4},{10},{4},{6},{4},{6}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{208},{9},{57}};
     #ifndef CYTHON_COMPRESS_STRINGS
-      #define CYTHON_COMPRESS_STRINGS 0
+      #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (423 bytes) */
-static const char cstring[] = "x\332MQAn\3340\014\374\n\201\036rI}\312\241\310\245\010\332\024\350%X\344\003\002-\321\261\032\231TEz\273\356\353Ki\273@\014\030\222(\316pf\004\363a\244\020\221a&\3300\021\240\001\214\352=,\322\000\342\212\314T\024d\001\250M\"\251:\0049\301\247\313\364\365\211\001\033\341=\240B6\205\225\234\244\201\342\241\2177\036\336\267\231\332`0\234\013\001\261\265\334ov\356\030\257\0474\234^\304\010lu\005\337\016[\205!+$*\331\301hT\016P\207Eszob8=\237>?|y\030R\032\375\242\350T\272\317\261\340P\350\254\363\236\213e\006;*\351\004?\0278d\007&J`\002\325\373>\002l%\006%\353\033\270s\327bhY88<\363\333\035\244\334|H>SG\377\300\2424aJ\301\373(\237u\335h\233\2505i\3122B\351\022dY:\245\346\277\004\265\240\247\347Z\243\264\244\303\3745\201>\320\321\322\216ny\303Z]aO\337I\222\217\006\341r<\302\215\366\343s\271\273lO^}\2457\327\372\334\347\207p:.\376\177\367\260\302\013]\354\225\226\020\222\304\340\337\206\231\307*i/\324w\214\333X\253\203\316\343\201\372\351\367\216\345v\343\257h!\364\331A\226X2Sp\022kng\306\370\036\245\224\036\214\260^\375/\231\323h\317F\233\336\262a\354\331M\275\256\033\276\323\350\350f\335a\237\224l\257\205\256\201]\243\252R\377\207\345\245D\013\356\305z\222\372\207\250\236\261\354\244\377\000\235\342\t\221";
-    PyObject *data = __Pyx_DecompressString(cstring, 423, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (864 bytes) */
+static const char cstring[] = "x\332\225T=o\0347\020\225\000\027\371P\023\303@\332\251b+\226\3171 \304\3015A )@\200\330\226\014\003NGp\311\331[Z\\\316\232\344\356\335v.U\252\274R\345\225.\363S\3643\362\0232\344\356\255\016\221\233\034p{\263\034\316\2337of\016\244G\240\006\035l\215# \017KO\021\241\306\020\344\002\003\304JF\220\340Qj\364P\311\000=F\210\224O\200}\344\024\036\301\2622\252\312@\322\332!\310DX\362\365\232\003\241d\340\242\217\030\216@:\315\256\000\326\324|\303\004H\337\262\345\250\361w~\227.\022]\202\243X\031\267\310\030w\274\214K\327h\tKL\354;\364Kob\344j\230\212E\246\200\375\340S\324\030\324@\345\024<g|\2132\344[5\224\306\207\010!\263\365X3\226~\022=2k/\0275\272x8\233Cb5\306\047\250y\2563\3251\317\317\224\234\t\247\022dH\026K\340\370a\302XKB\250\211\351t\006\227ap\377G\241__\047\345\263v\047}\254\310%8\215\326\024\350eD\333C\210\336\250\t\375\374\354\374\331\361/\307YQ\217\037P1\217\320\026\312\312\020X!fY\264\306FV*\366\r\206\031\374QBO-8d9\270\203\r\337\333\r`1\034\204\324\335\n\341\261t,\274\214\206\234\340pn\300c\320\306s\022\323a\212\376]\332\2003\251\265\340{\250\230\220C\313W\202,,\242K\317\2052a\260\264\351BUc=C\357\311\207\355[\304U\034\355\347#\302sO\226\2716\375\312\021\027_\312\326F\020\302\243n\025\n\001\272\315\331\035\271g,Fg\244e\2572\316D!N\006\210\263\224\343\304R@\235\315WC\333\336\021\375In\361\206G%\312Ktos_\316\234\236\214\331\224Ge\375\205\330u\2612\201\005\371\222S\245d\357\363\010\360\353d\334\307\333u\335\303\023\342\274_\361\367\224{,^\2634o\261\024b\354\003&\177\331:\225~\027\333P\376\324\322\344\330\232tk\363\211\223u\376e\r\205\222\215\331\332cH2\273\230\272\222\034\037[i\267\001[\221\357\321\236\016p\225^\230\371\224$\354P\371BE\274\362\334\030a\202P\344\251\345ad\321\264\014\275S\206f\323Y\030\273\037\224\3457\301\025E/\025\026R]fm\363C+j]D\255Q\221\306a\222\026\274a\221|o\234\306\025k[O\2635\"\316\362<Y\222\216\017y\221Be\232q\217\323\\c\252#\375{\224\226\226\r5\303\262zl,\247\017hK\256i\234\3024\254\235\264-\206\264\302\303\302\033\027\341\toe\253""\322\220&e\251\370 ^\216\034\304\313\221\204x\361\323]\366iLym\177<\202\363\376M\221v7\331\377\027\351\325d\246\350\326\005\263p\274\333\314j\027\367p\257\345\223\237\217\005s\355\310\350\303\275\364g/F\304\275\332(\237$&\247\303\247\375\333\007\337\\=\275\276\370\364\333?\007{_\037\\\035_u\327\357\326\217\326\357oN7\0176\247\237\277\375\373\305\355\301\303\353\247\353\213uq\263\177\363\375f\177\363h\363\327\347\213\333\257\036^\377\260\336_\177\367/\310eg6";
+    PyObject *data = __Pyx_DecompressString(cstring, 864, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (706 bytes) */
-static const char bytes[] = " bytes can be made at  bytes, for  channels of  processes and #x.?An area, as its header says: bytes, numbers of table entries, units of data.Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_noteivshmem.errorsno area of offset size places records unit unitsthe memory is mapped for reading only: no area can be made in itAreaRegionError__Pyx_PyDict_NextRef__doc____main____module____name____pyx_vtable____qualname____test__area_ofcline_in_tracebackcollectionserrorsfind_areaitemsivshmem.native.areasmake_areamappingnamedtupleoffsetplacespoprecordssetdefaultsizesweepvalues";
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1161 bytes) */
+static const char cstring[] = "\377 are ope\375n\000\006, or w\377rote mes\377sages th\377at a rea\377der has \277yet to\r\002 \376\031\000once, w\357hichM\002all^/\003it w,\000m6\000\373 fV\000bytes\377, and it\337s lim\037\000is\233  \001\000fu3\000\001\004:\376e\007took no\237thing?\002\216\007i\376\264\000 row we\376\303\001verwrit\331t\313\000\210\000le\265\000ey\376\026\003copied \353of\314\006:\314\000lea\375s!\002m firs\367t s\251\002remo\377ved(tree\377 fragmen\037t).: \222\001\216$G\001\010\242\000\256\001\305\000:\311\002y\001\235 \307\001\047ast\247 \265 n\272 \335\000\354\265#>\001mo\357 viemw\322\"n \223,?N\366!\276\354\"Cytho\036\000s\377 deliber\377ately st\367ricU\006PEP-\367484\315\"reje\375c\323 subcla\363ss\267@\356\000buil\375t\247 types.\377 If you Sne\214 \277@p%\000 &\010\353th\211`s\332Ahe \367\047an\366 atio\363n_<\000\376 \047 di\355rb\000iv\333 o F\377alse.add\335_\236@ech-\000el\376 \000sableen\336\002\001gcis\004\003di\377vshmem.e\337rrors\006\005te\353xt\023\004/;\004/ro}l\251\000pyxno\372\000\377fault __\377reduce__\367 duy\002non-\336\212 vial\033\000ci\277nit__C\177\003E~`\001Closed\006\002\375M\306\204\003TooLon\373gO\250`taken]R\316\204\002End\000\006._\006\315c\373\"__\017\t\227 st\252\205@_\013\017ci\001W\375`e\301rM\000\000\006>\017\017\t?\016__\327Pyx\001\000D\341@_N>\230 Ref__\201D\371\000\377__func__\237__get\205\003\n\000m\367ain\020\001modu\235l!\002nam)\002\301 _\017capi.\001\010\001,\004\023\001\363vt\242AG\001qual0)\005\335%\366\016\367&ex{\001\241`\345_]\005s\200\010\277\020tes\376\226@_is_cor\277outine\260`a\177syncio.\013\006]s\271dscl\037\000_\317\000\377tracebac\371k\327\"\334\"dcoun\377teddecod\375e\304cghisto\377ryindexi\247tem\323f\213\204\004.\313bl\367oan\374`bers\247hip\326\210\004\324\204\001e\251!o\377verflowp{op\342\210\003repl|\000\377selfsetd\371e\201\204\002\251\204\001value\371s\277\206\001\353\206\003int (\237struc\241\204\001\355!oobj_7\347\204\004_7\220\205\004\347_10t\007\236\204\006nd \177*, PyOb\270\206\001\234\010\001\032-Mem""\314\004F\001u\377nsigned \334\223\000L\t)\000u\245\00064\375_\251\000void)\000\372\362\212\001_\254\206\004\000micr\373os\321 nds\200\001\377\330\004\n\210+\220Q\200\377A\360\014\000\t\014\2104\377\210v\220T\230\024\230W\377\240D\250\004\250D\260\013\377\2701\330\014\022\220+\230\377Q\230b\240\001\240\027\250\377\001\250\024\250X\260Q\330\377\010\022\220&\230\001\230\021";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1161, 1622);
+    #define __Pyx_DecompressString_UNUSED
+    if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
+    const char* const bytes = __Pyx_PyBytes_AsString(data);
+    #if !CYTHON_ASSUME_SAFE_MACROS
+    if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
+    #endif
+    #else /* compression: none (1622 bytes) */
+static const char bytes[] = " are open are open, or wrote messages that a reader has yet to read at once, which are all that it was made for bytes, and its limit is  is full is full: a reader took nothing for  messages in a row were overwritten while they were copied of messages: release them first s was removed(tree fragment).: : a message of : all its : its writer is faster than this reader: : more views than it was made for?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notechannel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/roles.pyxno default __reduce__ due to non-trivial __cinit__ChannelErrorClosedErrorMessageTooLongOvertakenReaderEndReaderEnd.__reduce_cython__ReaderEnd.__setstate_cython__ReaderEnd.closeWriterEndWriterEnd.__reduce_cython__WriterEnd.__setstate_cython____Pyx_PyDict_NextRef__annotate____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddasyncio.coroutineschannelscline_in_tracebackcloseclosedcounteddecodeerrorsghistoryindexitemsivshmem.channel.rolesloanmembershipmessage_typenameoverflowpopreaderreplaceselfsetdefaulttextvaluesviewwriterint (struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, unsigned int, PyObject *)\000uint64_t (void)\000open_channel\000microseconds\200\001\330\004\n\210+\220Q\200A\360\014\000\t\014\2104\210v\220T\230\024\230W\240D\250\004\250D\260\013\2701\330\014\022\220+\230Q\230b\240\001\240\027\250\001\250\024\250X\260Q\330\010\022\220&\230\001\230\021";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 43; i++) {
+    for (int i = 0; i < 87; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 15) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 29) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -5159,22 +11469,109 @@ static const char bytes[] = " bytes can be made at  bytes, for  channels of  pro
       stringtab[i] = string;
       pos += bytes_length;
     }
+    for (int i = 87; i < 90; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-87].length;
+      PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
+      stringtab[i] = string;
+      pos += bytes_length;
+      if (unlikely(!string)) {
+        Py_XDECREF(data);
+        __PYX_ERR(0, 1, __pyx_L1_error)
+      }
+    }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 43; i++) {
+    for (Py_ssize_t i = 0; i < 90; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
+    #if CYTHON_IMMORTAL_CONSTANTS
+    {
+      PyObject **table = stringtab + 87;
+      for (Py_ssize_t i=0; i<3; ++i) {
+        #if PY_VERSION_HEX >= 0x030F0000
+        PyUnstable_SetImmortal(table[i]);
+        #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
+        if ((PY_SSIZE_T_MAX <= _Py_IMMORTAL_REFCNT_LOCAL)) break;
+        #if PY_VERSION_HEX < 0x030E0000
+        if (_Py_IsOwnedByCurrentThread(table[i]) && Py_REFCNT(table[i]) == 1)
+        #else
+        if (PyUnstable_Object_IsUniquelyReferenced(table[i]))
+        #endif
+        {
+          Py_SET_REFCNT(table[i], ((Py_ssize_t)_Py_IMMORTAL_REFCNT_LOCAL + 1));
+        }
+        #else
+        if ((PY_SSIZE_T_MAX < _Py_IMMORTAL_INITIAL_REFCNT)) break;
+        Py_SET_REFCNT(table[i], _Py_IMMORTAL_INITIAL_REFCNT);
+        #endif
+      }
+    }
+    #endif
   }
   return 0;
   __pyx_L1_error:;
   return -1;
 }
 /* #### Code section: init_codeobjects ### */
+#ifdef __cplusplus
+namespace {
+#endif
+typedef struct {
+    unsigned int argcount : 2;
+    unsigned int num_posonly_args : 1;
+    unsigned int num_kwonly_args : 1;
+    unsigned int nlocals : 2;
+    unsigned int flags : 10;
+    unsigned int first_line : 8;
+} __Pyx_PyCode_New_function_description;
+#ifdef __cplusplus
+} /* anonymous namespace */
+#endif
+/* NewCodeObj.proto */
+static PyObject* __Pyx_PyCode_New(
+        const __Pyx_PyCode_New_function_description descr,
+        PyObject * const *varnames,
+        PyObject *filename,
+        PyObject *funcname,
+        PyObject *line_table,
+        PyObject *tuple_dedup_map
+);
+
 
 static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
-  CYTHON_UNUSED_VAR(__pyx_mstate);
+  PyObject* tuple_dedup_map = PyDict_New();
+  if (unlikely(!tuple_dedup_map)) return -1;
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
+    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 243};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_roles_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4vT_WD_D_1_Qb_XQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+  }
+  Py_DECREF(tuple_dedup_map);
   return 0;
+  bad:
+  Py_DECREF(tuple_dedup_map);
+  return -1;
 }
 /* #### Code section: init_globals ### */
 
@@ -5187,6 +11584,25 @@ static int __Pyx_InitGlobals(void) {
   
   if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 1, __pyx_L1_error)
 
+  /* CommonTypesMetaclass.init */
+  if (likely(__pyx_CommonTypesMetaclass_init(__pyx_m) == 0)); else
+  
+  if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 1, __pyx_L1_error)
+
+  /* CachedMethodType.init */
+  #if CYTHON_COMPILING_IN_LIMITED_API
+  {
+      PyObject *typesModule=NULL;
+      typesModule = PyImport_ImportModule("types");
+      if (typesModule) {
+          __pyx_mstate_global->__Pyx_CachedMethodType = PyObject_GetAttrString(typesModule, "MethodType");
+          Py_DECREF(typesModule);
+      }
+  } // error handling follows
+  #endif
+  
+  if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 1, __pyx_L1_error)
+
   return 0;
   __pyx_L1_error:;
   return -1;
@@ -5194,7 +11610,17 @@ static int __Pyx_InitGlobals(void) {
 /* #### Code section: init_after_shared_utility ### */
 
 static int __Pyx_InitAfterSharedUtility(void) {
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  /* CythonFunctionPerModule.init */
+  if (likely(__pyx_CyFunction_init(__pyx_m) == 0)); else
+  
+  if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 1, __pyx_L1_error)
+
   return 0;
+  __pyx_L1_error:;
+  return -1;
 }
 /* #### Code section: cleanup_globals ### */
 /* #### Code section: cleanup_module ### */
@@ -5230,6 +11656,346 @@ end:
     return (__Pyx_RefNannyAPIStruct *)r;
 }
 #endif
+
+/* DivInt[int64_t] */
+static CYTHON_INLINE int64_t __Pyx_div_int64_t(int64_t a, int64_t b, int b_is_constant) {
+    int64_t q = a / b;
+    int64_t r = a - q*b;
+    int64_t adapt_python = (b_is_constant ?
+        ((r != 0) & ((r < 0) ^ (b < 0))) :
+        ((r != 0) & ((r ^ b) < 0))
+    );
+    return q - adapt_python;
+}
+
+/* ModInt[int64_t] */
+static CYTHON_INLINE int64_t __Pyx_mod_int64_t(int64_t a, int64_t b, int b_is_constant) {
+    int64_t r = a % b;
+    int64_t adapt_python = (b_is_constant ?
+        ((r != 0) & ((r < 0) ^ (b < 0))) :
+        ((r != 0) & ((r ^ b) < 0))
+    );
+    return r + adapt_python * b;
+}
+
+/* DivInt[long] */
+static CYTHON_INLINE long __Pyx_div_long(long a, long b, int b_is_constant) {
+    long q = a / b;
+    long r = a - q*b;
+    long adapt_python = (b_is_constant ?
+        ((r != 0) & ((r < 0) ^ (b < 0))) :
+        ((r != 0) & ((r ^ b) < 0))
+    );
+    return q - adapt_python;
+}
+
+/* CopyObjectArray (used by TupleOrListFromArrayImpl) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE void __Pyx_copy_object_array(PyObject *const *CYTHON_RESTRICT src, PyObject** CYTHON_RESTRICT dest, Py_ssize_t length) {
+    PyObject *v;
+    Py_ssize_t i;
+    for (i = 0; i < length; i++) {
+        v = dest[i] = src[i];
+        Py_INCREF(v);
+    }
+}
+#endif
+
+/* TupleOrListFromArrayImpl (used by TupleFromArray) */
+#if !(PY_VERSION_HEX >= 0x030F0000 && !CYTHON_COMPILING_IN_LIMITED_API)
+CYTHON_UNUSED static PyObject *
+__Pyx_PyTuple_FromArray(PyObject *const *src, Py_ssize_t n) {
+    if (n <= 0) {
+        return __Pyx_NewRef(__pyx_mstate_global->__pyx_empty_tuple);
+    }
+    PyObject *res = PyTuple_New(n);
+    if (unlikely(res == NULL)) return NULL;
+    #if CYTHON_COMPILING_IN_CPYTHON
+    __Pyx_copy_object_array(src, ((PyTupleObject*)res)->ob_item, n);
+    #else
+    Py_ssize_t i;
+    for (i = 0; i < n; i++) {
+        Py_INCREF(src[i]);
+        if (unlikely(__Pyx_PyTuple_SET_ITEM(res, i, src[i]) < (0))) {
+            Py_DECREF(res);
+            return NULL;
+        }
+    }
+    #endif
+    return res;
+}
+#endif
+
+/* PyObjectCall (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
+    PyObject *result;
+    ternaryfunc call = Py_TYPE(func)->tp_call;
+    if (unlikely(!call))
+        return PyObject_Call(func, arg, kw);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = (*call)(func, arg, kw);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
+}
+#endif
+
+/* PyObjectCallMethO (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
+    PyObject *self, *result;
+    PyCFunction cfunc;
+    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
+    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
+    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
+        return NULL;
+    result = cfunc(self, arg);
+    Py_LeaveRecursiveCall();
+    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
+        PyErr_SetString(
+            PyExc_SystemError,
+            "NULL result without error in PyObject_Call");
+    }
+    return result;
+}
+#endif
+
+/* PyObjectFastCall (used by PyObjectVectorcallKwds) */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
+    PyObject *argstuple;
+    PyObject *result = 0;
+    size_t i;
+    argstuple = PyTuple_New((Py_ssize_t)nargs);
+    if (unlikely(!argstuple)) return NULL;
+    for (i = 0; i < nargs; i++) {
+        Py_INCREF(args[i]);
+        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
+    }
+    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
+  bad:
+    Py_DECREF(argstuple);
+    return result;
+}
+#endif
+#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
+  #if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
+    PyTypeObject *tp = Py_TYPE(callable);
+    #if defined(__Pyx_CyFunction_USED)
+    if (__Pyx_CyFunction_CheckExact(callable)) {
+        return __Pyx_CyFunction_func_vectorcall(callable);
+    }
+    #endif
+    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
+        return NULL;
+    }
+    assert(PyCallable_Check(callable));
+    Py_ssize_t offset = tp->tp_vectorcall_offset;
+    assert(offset > 0);
+    vectorcallfunc ptr;
+    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
+    return ptr;
+}
+  #else
+    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
+  #endif
+#endif
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
+    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
+#if CYTHON_COMPILING_IN_CPYTHON
+    if (nargs == 0 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
+            return __Pyx_PyObject_CallMethO(func, NULL);
+    }
+    else if (nargs == 1 && kwargs == NULL) {
+        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
+            return __Pyx_PyObject_CallMethO(func, args[0]);
+    }
+#endif
+    if (kwargs == NULL) {
+        #if CYTHON_VECTORCALL
+          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
+            return PyObject_Vectorcall(func, args, nargsf, NULL);
+          #else
+            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
+            if (f) {
+                return f(func, args, nargsf, NULL);
+            }
+          #endif
+        #endif
+    }
+    if (nargs == 0) {
+        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
+    }
+    #if CYTHON_COMPILING_IN_LIMITED_API
+    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
+    #elif CYTHON_COMPILING_IN_PYPY
+    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
+    #else
+    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
+    #endif
+}
+
+/* PyObjectVectorcallKwds (used by PyObjectVectorcallMethodKwds) */
+#if CYTHON_VECTORCALL
+CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject *kwnames, Py_ssize_t i) {
+    PyObject *key = __Pyx_PyTuple_GET_ITEM(kwnames, i);
+#if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(!key)) return -1;
+#endif
+    if (unlikely(!PyUnicode_Check(key))) {
+        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
+        return -1;
+    }
+    return 0;
+}
+#else
+CYTHON_UNUSED static PyObject *__Pyx_MakeKwargDict(PyObject **keys, PyObject **values, Py_ssize_t n) {
+    PyObject *out = PyDict_New();
+    if (unlikely(!out)) return NULL;
+    for (Py_ssize_t i=0; i<n; ++i) {
+        if (unlikely(PyDict_SetItem(out, keys[i], values[i]) < 0)) {
+            Py_DECREF(out);
+            return NULL;
+        }
+    }
+    return out;
+}
+CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject **kwnames, Py_ssize_t i) {
+    PyObject *key = kwnames[i];
+    if (unlikely(!PyUnicode_Check(key))) {
+        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
+        return -1;
+    }
+    return 0;
+}
+#endif
+
+/* PyObjectVectorcallMethodKwds */
+#if !CYTHON_VECTORCALL
+static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+    PyObject *result;
+    PyObject *obj = PyObject_GetAttr(args[0], name);
+    if (unlikely(!obj))
+        return NULL;
+    result = __Pyx_Object_VectorcallKwds(obj, args+1, nargsf-1, kwnames);
+    Py_DECREF(obj);
+    return result;
+}
+#endif
+
+/* FormatTypeName (used by RaiseErrorWithObjectType1) */
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+static __Pyx_TypeName
+__Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp)
+{
+    PyObject *module = NULL, *name = NULL, *result = NULL;
+    #if __PYX_LIMITED_VERSION_HEX < 0x030b0000
+    name = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
+                                               __pyx_mstate_global->__pyx_n_u_qualname);
+    #else
+    name = PyType_GetQualName(tp);
+    #endif
+    if (unlikely(name == NULL) || unlikely(!PyUnicode_Check(name))) goto bad;
+    module = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
+                                               __pyx_mstate_global->__pyx_n_u_module);
+    if (unlikely(module == NULL) || unlikely(!PyUnicode_Check(module))) goto bad;
+    if (PyUnicode_CompareWithASCIIString(module, "builtins") == 0) {
+        result = name;
+        name = NULL;
+        goto done;
+    }
+    result = PyUnicode_FromFormat("%U.%U", module, name);
+    if (unlikely(result == NULL)) goto bad;
+  done:
+    Py_XDECREF(name);
+    Py_XDECREF(module);
+    return result;
+  bad:
+    PyErr_Clear();
+    if (name) {
+        result = name;
+        name = NULL;
+    } else {
+        result = __Pyx_NewRef(__pyx_mstate_global->__pyx_kp_u_);
+    }
+    goto done;
+}
+#endif
+
+/* RaiseErrorWithObjectType1 (used by RaiseUnexpectedTypeError) */
+static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj) {
+    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name)) return;
+    #endif
+    PyErr_Format(exc_type, message, arg, type_name);
+    __Pyx_DECREF_TypeName(type_name);
+}
+
+/* RaiseUnexpectedTypeError */
+static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj) {
+    __Pyx_RaiseTypeErrorWithObjectType1(
+        "Expected %.42s, got " __Pyx_FMT_TYPENAME,
+        expected, obj);
+    return 0;
+}
+
+/* PyObjectCompare */
+#ifndef __Pyx_DEFINED_PyObject_CompareStrStrBoolNe
+#define __Pyx_DEFINED_PyObject_CompareStrStrBoolNe
+static CYTHON_INLINE int __Pyx_PyObject_CompareStrStrBoolNe(PyObject* s1, PyObject* s2) {
+    #if __PYX_LIMITED_VERSION_HEX >= 0x030e0000
+    int result = PyUnicode_Equal(s1, s2);
+    #if !CYTHON_COMPILING_IN_CPYTHON
+    if (unlikely(result == -1)) return -1;
+    #endif
+    if (result != 0) goto __pyx_return_false; else goto __pyx_return_true;
+    #else
+    int result = PyUnicode_Compare(s1, s2);
+    if (unlikely((result == -1) && PyErr_Occurred())) return -1;
+    if (result != 0) goto __pyx_return_true; else goto __pyx_return_false;
+    #endif
+__pyx_return_true:
+    return 1;
+__pyx_return_false:
+    return 0;
+}
+#endif
+static CYTHON_INLINE int __Pyx_PyObject_CompareBoolNe_str_str(PyObject *op1, PyObject *op2, int pyop) {
+    CYTHON_UNUSED_VAR(pyop);
+    if (unlikely(op1 == Py_None)) {
+        if (op2 == Py_None) goto __pyx_return_false; else goto __pyx_return_true;
+    }
+    if (unlikely(op2 == Py_None)) {
+        if (op1 == Py_None) goto __pyx_return_false; else goto __pyx_return_true;
+    }
+    
+    if (likely(op1 != Py_None)) {
+        if (op1 == op2) goto __pyx_return_false;
+        if (likely(op2 != Py_None)) {
+            return __Pyx_PyObject_CompareStrStrBoolNe(op1, op2);
+        }
+        goto __pyx_richcmp;
+    }
+    
+    if ((0)) goto __pyx_richcmp;
+    if ((0)) goto __pyx_return_true;
+    if ((0)) goto __pyx_return_false;
+__pyx_richcmp:
+    return __Pyx_PyObject_RichCompareBool(op1, op2, Py_NE);
+__pyx_return_true:
+    return 1;
+__pyx_return_false:
+    return 0;
+}
 
 /* IgnoreException (used by GetModuleGlobalName) */
 static CYTHON_INLINE int __Pyx_IgnoreGivenException(PyObject *given_exception, PyObject *ignorable_exception) {
@@ -5551,159 +12317,204 @@ static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name)
     return __Pyx_GetBuiltinName(name);
 }
 
-/* PyObjectCall (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
+/* PyObjectFormatAndDecref */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f) {
+    if (unlikely(!s)) return NULL;
+    if (likely(PyUnicode_CheckExact(s))) return s;
+    return __Pyx_PyObject_FormatAndDecref(s, f);
+}
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObject* f) {
     PyObject *result;
-    ternaryfunc call = Py_TYPE(func)->tp_call;
-    if (unlikely(!call))
-        return PyObject_Call(func, arg, kw);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = (*call)(func, arg, kw);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
-    }
+    if (unlikely(!s)) return NULL;
+    result = PyObject_Format(s, f);
+    Py_DECREF(s);
     return result;
 }
-#endif
 
-/* PyObjectCallMethO (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg) {
-    PyObject *self, *result;
-    PyCFunction cfunc;
-    cfunc = __Pyx_CyOrPyCFunction_GET_FUNCTION(func);
-    self = __Pyx_CyOrPyCFunction_GET_SELF(func);
-    if (unlikely(Py_EnterRecursiveCall(" while calling a Python object")))
-        return NULL;
-    result = cfunc(self, arg);
-    Py_LeaveRecursiveCall();
-    if (unlikely(!result) && unlikely(!PyErr_Occurred())) {
-        PyErr_SetString(
-            PyExc_SystemError,
-            "NULL result without error in PyObject_Call");
-    }
-    return result;
-}
-#endif
-
-/* PyObjectFastCall */
-#if CYTHON_COMPILING_IN_LIMITED_API
-static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
-    PyObject *argstuple;
-    PyObject *result = 0;
-    size_t i;
-    argstuple = PyTuple_New((Py_ssize_t)nargs);
-    if (unlikely(!argstuple)) return NULL;
-    for (i = 0; i < nargs; i++) {
-        Py_INCREF(args[i]);
-        if (__Pyx_PyTuple_SET_ITEM(argstuple, (Py_ssize_t)i, args[i]) != (0)) goto bad;
-    }
-    result = __Pyx_PyObject_Call(func, argstuple, kwargs);
-  bad:
-    Py_DECREF(argstuple);
-    return result;
-}
-#endif
-#if CYTHON_VECTORCALL && !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY)
-  #if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE vectorcallfunc __Pyx_PyVectorcall_Function(PyObject *callable) {
-    PyTypeObject *tp = Py_TYPE(callable);
-    #if defined(__Pyx_CyFunction_USED)
-    if (__Pyx_CyFunction_CheckExact(callable)) {
-        return __Pyx_CyFunction_func_vectorcall(callable);
-    }
-    #endif
-    if (!PyType_HasFeature(tp, Py_TPFLAGS_HAVE_VECTORCALL)) {
-        return NULL;
-    }
-    assert(PyCallable_Check(callable));
-    Py_ssize_t offset = tp->tp_vectorcall_offset;
-    assert(offset > 0);
-    vectorcallfunc ptr;
-    memcpy(&ptr, (char *) callable + offset, sizeof(ptr));
-    return ptr;
-}
-  #else
-    #define __Pyx_PyVectorcall_Function(callable) PyVectorcall_Function(callable)
-  #endif
-#endif
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwargs) {
-    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
-#if CYTHON_COMPILING_IN_CPYTHON
-    if (nargs == 0 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_NOARGS))
-            return __Pyx_PyObject_CallMethO(func, NULL);
-    }
-    else if (nargs == 1 && kwargs == NULL) {
-        if (__Pyx_CyOrPyCFunction_Check(func) && likely( __Pyx_CyOrPyCFunction_GET_FLAGS(func) & METH_O))
-            return __Pyx_PyObject_CallMethO(func, args[0]);
-    }
-#endif
-    if (kwargs == NULL) {
-        #if CYTHON_VECTORCALL
-          #if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY
-            return PyObject_Vectorcall(func, args, nargsf, NULL);
-          #else
-            vectorcallfunc f = __Pyx_PyVectorcall_Function(func);
-            if (f) {
-                return f(func, args, nargsf, NULL);
-            }
-          #endif
+/* JoinPyUnicode */
+static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind) {
+#if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH && CYTHON_USE_UNICODE_INTERNALS
+    PyObject *result_uval;
+    int result_ukind, kind_shift;
+    Py_ssize_t i, char_pos;
+    void *result_udata;
+    static const Py_UCS4 max_char[5] = {0x7fU, 0xffU, 0xffffU, 0xffffU, 0x10ffffU};
+    assert (kind >= 0);
+    if (kind > PyUnicode_4BYTE_KIND) kind = PyUnicode_4BYTE_KIND;
+    result_uval = PyUnicode_New(result_ulength, max_char[kind]);
+    if (unlikely(!result_uval)) return NULL;
+    kind_shift = kind >> 1;  // 0, 1, 2
+    result_ukind = 1 << kind_shift;  // 1, 2, 4
+    result_udata = PyUnicode_DATA(result_uval);
+    assert(kind_shift == 2 || kind_shift == 1 || kind_shift == 0);
+    if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - result_ulength < 0))
+        goto overflow;
+    char_pos = 0;
+    for (i=0; i < value_count; i++) {
+        int ukind;
+        Py_ssize_t ulength;
+        void *udata;
+        PyObject *uval = values[i];
+        if (__Pyx_PyUnicode_READY(uval) == (-1))
+            goto bad;
+        ulength = __Pyx_PyUnicode_GET_LENGTH(uval);
+        #if !CYTHON_ASSUME_SAFE_SIZE
+        if (unlikely(ulength < 0)) goto bad;
         #endif
-    }
-    if (nargs == 0) {
-        return __Pyx_PyObject_Call(func, __pyx_mstate_global->__pyx_empty_tuple, kwargs);
-    }
-    #if CYTHON_COMPILING_IN_LIMITED_API
-    return __Pyx_PyObject_FastCall_fallback(func, args, (size_t)nargs, kwargs);
-    #elif CYTHON_COMPILING_IN_PYPY
-    return PyObject_VectorcallDict(func, args, (size_t) nargs, kwargs);
-    #else
-    return PyObject_VectorcallDict(func, args, nargsf, kwargs);
-    #endif
-}
-
-/* CopyObjectArray (used by TupleOrListFromArrayImpl) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE void __Pyx_copy_object_array(PyObject *const *CYTHON_RESTRICT src, PyObject** CYTHON_RESTRICT dest, Py_ssize_t length) {
-    PyObject *v;
-    Py_ssize_t i;
-    for (i = 0; i < length; i++) {
-        v = dest[i] = src[i];
-        Py_INCREF(v);
-    }
-}
-#endif
-
-/* TupleOrListFromArrayImpl (used by TupleFromArray) */
-#if !(PY_VERSION_HEX >= 0x030F0000 && !CYTHON_COMPILING_IN_LIMITED_API)
-CYTHON_UNUSED static PyObject *
-__Pyx_PyTuple_FromArray(PyObject *const *src, Py_ssize_t n) {
-    if (n <= 0) {
-        return __Pyx_NewRef(__pyx_mstate_global->__pyx_empty_tuple);
-    }
-    PyObject *res = PyTuple_New(n);
-    if (unlikely(res == NULL)) return NULL;
-    #if CYTHON_COMPILING_IN_CPYTHON
-    __Pyx_copy_object_array(src, ((PyTupleObject*)res)->ob_item, n);
-    #else
-    Py_ssize_t i;
-    for (i = 0; i < n; i++) {
-        Py_INCREF(src[i]);
-        if (unlikely(__Pyx_PyTuple_SET_ITEM(res, i, src[i]) < (0))) {
-            Py_DECREF(res);
-            return NULL;
+        if (unlikely(!ulength))
+            continue;
+        if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - ulength < char_pos))
+            goto overflow;
+        ukind = __Pyx_PyUnicode_KIND(uval);
+        udata = __Pyx_PyUnicode_DATA(uval);
+        if (ukind == result_ukind) {
+            memcpy((char *)result_udata + (char_pos << kind_shift), udata, (size_t) (ulength << kind_shift));
+        } else {
+            #if PY_VERSION_HEX >= 0x030d0000
+            if (unlikely(PyUnicode_CopyCharacters(result_uval, char_pos, uval, 0, ulength) < 0)) goto bad;
+            #elif CYTHON_COMPILING_IN_CPYTHON || defined(_PyUnicode_FastCopyCharacters)
+            _PyUnicode_FastCopyCharacters(result_uval, char_pos, uval, 0, ulength);
+            #else
+            Py_ssize_t j;
+            for (j=0; j < ulength; j++) {
+                Py_UCS4 uchar = __Pyx_PyUnicode_READ(ukind, udata, j);
+                __Pyx_PyUnicode_WRITE(result_ukind, result_udata, char_pos+j, uchar);
+            }
+            #endif
         }
+        char_pos += ulength;
     }
-    #endif
-    return res;
-}
+    return result_uval;
+overflow:
+    PyErr_SetString(PyExc_OverflowError, "join() result is too long for a Python string");
+bad:
+    Py_DECREF(result_uval);
+    return NULL;
+#else
+    Py_ssize_t i;
+    PyObject *result = NULL;
+    PyObject *value_tuple = PyTuple_New(value_count);
+    if (unlikely(!value_tuple)) return NULL;
+    CYTHON_UNUSED_VAR(kind);
+    CYTHON_UNUSED_VAR(result_ulength);
+    for (i=0; i<value_count; i++) {
+        Py_INCREF(values[i]);
+        if (__Pyx_PyTuple_SET_ITEM(value_tuple, i, values[i]) != (0)) goto bad;
+    }
+    result = PyUnicode_Join(__pyx_mstate_global->__pyx_empty_unicode, value_tuple);
+bad:
+    Py_DECREF(value_tuple);
+    return result;
 #endif
+}
+
+/* RaiseException */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
+    PyObject* owned_instance = NULL;
+    if (tb == Py_None) {
+        tb = 0;
+    } else if (tb && !PyTraceBack_Check(tb)) {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: arg 3 must be a traceback or None");
+        goto bad;
+    }
+    if (value == Py_None)
+        value = 0;
+    if (PyExceptionInstance_Check(type)) {
+        if (value) {
+            PyErr_SetString(PyExc_TypeError,
+                "instance exception may not have a separate value");
+            goto bad;
+        }
+        value = type;
+        type = (PyObject*) Py_TYPE(value);
+    } else if (PyExceptionClass_Check(type)) {
+        PyObject *instance_class = NULL;
+        if (value && PyExceptionInstance_Check(value)) {
+            instance_class = (PyObject*) Py_TYPE(value);
+            if (instance_class != type) {
+                int is_subclass = PyObject_IsSubclass(instance_class, type);
+                if (!is_subclass) {
+                    instance_class = NULL;
+                } else if (unlikely(is_subclass == -1)) {
+                    goto bad;
+                } else {
+                    type = instance_class;
+                }
+            }
+        }
+        if (!instance_class) {
+            PyObject *args;
+            if (!value)
+                args = PyTuple_New(0);
+            else if (PyTuple_Check(value)) {
+                Py_INCREF(value);
+                args = value;
+            } else
+                args = PyTuple_Pack(1, value);
+            if (!args)
+                goto bad;
+            owned_instance = PyObject_Call(type, args, NULL);
+            Py_DECREF(args);
+            if (!owned_instance)
+                goto bad;
+            value = owned_instance;
+            if (!PyExceptionInstance_Check(value)) {
+                PyErr_Format(PyExc_TypeError,
+                             "calling %R should have returned an instance of "
+                             "BaseException, not %R",
+                             type, Py_TYPE(value));
+                goto bad;
+            }
+        }
+    } else {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: exception class must be a subclass of BaseException");
+        goto bad;
+    }
+    if (cause) {
+        PyObject *fixed_cause;
+        if (cause == Py_None) {
+            fixed_cause = NULL;
+        } else if (PyExceptionClass_Check(cause)) {
+            fixed_cause = PyObject_CallObject(cause, NULL);
+            if (fixed_cause == NULL)
+                goto bad;
+        } else if (PyExceptionInstance_Check(cause)) {
+            fixed_cause = cause;
+            Py_INCREF(fixed_cause);
+        } else {
+            PyErr_SetString(PyExc_TypeError,
+                            "exception causes must derive from "
+                            "BaseException");
+            goto bad;
+        }
+        PyException_SetCause(value, fixed_cause);
+    }
+    PyErr_SetObject(type, value);
+    if (tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+        PyException_SetTraceback(value, tb);
+#elif CYTHON_FAST_THREAD_STATE
+        PyThreadState *tstate = __Pyx_PyThreadState_Current;
+        PyObject* tmp_tb = tstate->curexc_traceback;
+        if (tb != tmp_tb) {
+            Py_INCREF(tb);
+            tstate->curexc_traceback = tb;
+            Py_XDECREF(tmp_tb);
+        }
+#else
+        PyObject *tmp_type, *tmp_value, *tmp_tb;
+        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
+        Py_INCREF(tb);
+        PyErr_Restore(tmp_type, tmp_value, tb);
+        Py_XDECREF(tmp_tb);
+#endif
+    }
+bad:
+    Py_XDECREF(owned_instance);
+    return;
+}
 
 /* PyObjectCompare (used by UnicodeEquals) */
 #ifndef __Pyx_DEFINED_PyObject_CompareStrStrBoolEq
@@ -6540,6 +13351,59 @@ static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, in
     return 0;
 }
 
+/* PyObjectFastCallMethod */
+#if !CYTHON_VECTORCALL
+static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
+    PyObject *result;
+    switch (__Pyx_PyVectorcall_NARGS(nargsf)) {
+        case 1:
+            return PyObject_CallMethodObjArgs(args[0], name, NULL);
+        case 2:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], NULL);
+        case 3:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], NULL);
+        case 4:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], NULL);
+        case 5:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], args[4], NULL);
+    }
+    PyObject *attr = PyObject_GetAttr(args[0], name);
+    if (unlikely(!attr))
+        return NULL;
+    result = __Pyx_PyObject_FastCall(attr, args+1, nargsf - 1);
+    Py_DECREF(attr);
+    return result;
+}
+#endif
+
+/* PyObjectFormat */
+#if CYTHON_USE_UNICODE_WRITER
+static PyObject* __Pyx_PyObject_Format(PyObject* obj, PyObject* format_spec) {
+    int ret;
+    _PyUnicodeWriter writer;
+    if (likely(PyFloat_CheckExact(obj))) {
+        _PyUnicodeWriter_Init(&writer);
+        ret = _PyFloat_FormatAdvancedWriter(
+            &writer,
+            obj,
+            format_spec, 0, PyUnicode_GET_LENGTH(format_spec));
+    } else if (likely(PyLong_CheckExact(obj))) {
+        _PyUnicodeWriter_Init(&writer);
+        ret = _PyLong_FormatAdvancedWriter(
+            &writer,
+            obj,
+            format_spec, 0, PyUnicode_GET_LENGTH(format_spec));
+    } else {
+        return PyObject_Format(obj, format_spec);
+    }
+    if (unlikely(ret == -1)) {
+        _PyUnicodeWriter_Dealloc(&writer);
+        return NULL;
+    }
+    return _PyUnicodeWriter_Finish(&writer);
+}
+#endif
+
 /* CIntToDigits (used by CIntToPyUnicode) */
 static const char DIGIT_PAIRS_10[2*10*10+1] = {
     "00010203040506070809"
@@ -6784,47 +13648,115 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_uint64_t(uint64_t val
     return __Pyx_PyUnicode_BuildFromAscii(ulength, dpos, (int) length, prepend_sign, padding_char);
 }
 
-/* PyObjectFormat */
-#if CYTHON_USE_UNICODE_WRITER
-static PyObject* __Pyx_PyObject_Format(PyObject* obj, PyObject* format_spec) {
-    int ret;
-    _PyUnicodeWriter writer;
-    if (likely(PyFloat_CheckExact(obj))) {
-        _PyUnicodeWriter_Init(&writer);
-        ret = _PyFloat_FormatAdvancedWriter(
-            &writer,
-            obj,
-            format_spec, 0, PyUnicode_GET_LENGTH(format_spec));
-    } else if (likely(PyLong_CheckExact(obj))) {
-        _PyUnicodeWriter_Init(&writer);
-        ret = _PyLong_FormatAdvancedWriter(
-            &writer,
-            obj,
-            format_spec, 0, PyUnicode_GET_LENGTH(format_spec));
+/* RejectKeywords */
+static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds) {
+    PyObject *key = NULL;
+    if (CYTHON_VECTORCALL && likely(PyTuple_Check(kwds))) {
+        key = __Pyx_PySequence_ITEM(kwds, 0);
     } else {
-        return PyObject_Format(obj, format_spec);
+#if CYTHON_AVOID_BORROWED_REFS
+        PyObject *pos = NULL;
+#else
+        Py_ssize_t pos = 0;
+#endif
+#if !CYTHON_COMPILING_IN_PYPY || defined(PyArg_ValidateKeywordArguments)
+        if (unlikely(!PyArg_ValidateKeywordArguments(kwds))) return;
+#endif
+        __Pyx_PyDict_NextRef(kwds, &pos, &key, NULL);
+#if CYTHON_AVOID_BORROWED_REFS
+        Py_XDECREF(pos);
+#endif
     }
-    if (unlikely(ret == -1)) {
-        _PyUnicodeWriter_Dealloc(&writer);
+    if (likely(key)) {
+        PyErr_Format(PyExc_TypeError,
+            "%s() got an unexpected keyword argument '%U'",
+            function_name, key);
+        Py_DECREF(key);
+    }
+}
+
+/* UnicodeConcatInPlace */
+# if CYTHON_COMPILING_IN_CPYTHON
+static int
+__Pyx_unicode_modifiable(PyObject *unicode, int unsafe_shared)
+{
+    if (!__Pyx_IS_UNIQUELY_REFERENCED(unicode, unsafe_shared))
+        return 0;
+#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX > 0x030F0000
+    if (PyUnstable_Unicode_GET_CACHED_HASH(unicode) != -1)
+        return 0;
+#endif
+    if (!PyUnicode_CheckExact(unicode))
+        return 0;
+    if (PyUnicode_CHECK_INTERNED(unicode))
+        return 0;
+    return 1;
+}
+static CYTHON_INLINE PyObject *__Pyx_PyUnicode_ConcatInPlaceImpl(PyObject **p_left, PyObject *right, int unsafe_shared
+        #if CYTHON_REFNANNY
+        , void* __pyx_refnanny
+        #endif
+    ) {
+    PyObject *left = *p_left;
+    Py_ssize_t left_len, right_len, new_len;
+    if (unlikely(__Pyx_PyUnicode_READY(left) == -1))
+        return NULL;
+    if (unlikely(__Pyx_PyUnicode_READY(right) == -1))
+        return NULL;
+    left_len = PyUnicode_GET_LENGTH(left);
+    if (left_len == 0) {
+        Py_INCREF(right);
+        return right;
+    }
+    right_len = PyUnicode_GET_LENGTH(right);
+    if (right_len == 0) {
+        Py_INCREF(left);
+        return left;
+    }
+    if (unlikely(left_len > PY_SSIZE_T_MAX - right_len)) {
+        PyErr_SetString(PyExc_OverflowError,
+                        "strings are too large to concat");
         return NULL;
     }
-    return _PyUnicodeWriter_Finish(&writer);
-}
+    new_len = left_len + right_len;
+    if (left != right
+            && __Pyx_unicode_modifiable(left, unsafe_shared)
+            && PyUnicode_CheckExact(right)
+            && PyUnicode_KIND(right) <= PyUnicode_KIND(left)
+            && !(PyUnicode_IS_ASCII(left) && !PyUnicode_IS_ASCII(right))) {
+        int ret;
+        __Pyx_GIVEREF(*p_left);
+        ret = PyUnicode_Resize(p_left, new_len);
+        __Pyx_GOTREF(*p_left);
+        if (unlikely(ret != 0))
+            return NULL;
+        #if PY_VERSION_HEX >= 0x030d0000
+        if (unlikely(PyUnicode_CopyCharacters(*p_left, left_len, right, 0, right_len) < 0)) return NULL;
+        #else
+        _PyUnicode_FastCopyCharacters(*p_left, left_len, right, 0, right_len);
+        #endif
+        __Pyx_INCREF(*p_left);
+        __Pyx_GIVEREF(*p_left);
+        return *p_left;
+    } else {
+        return __Pyx_PyUnicode_Concat(left, right);
+    }
+  }
 #endif
 
 /* CIntToPyUnicode */
-static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_unsigned_int(unsigned int value, Py_ssize_t width, char padding_char) {
+static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From___pyx_anon_enum(int value, Py_ssize_t width, char padding_char) {
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wconversion"
 #endif
-    const unsigned int neg_one = (unsigned int) -1, const_zero = (unsigned int) 0;
+    const int neg_one = (int) -1, const_zero = (int) 0;
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic pop
 #endif
     const int is_unsigned = neg_one > const_zero;
     if (unlikely(!(is_unsigned || value == 0 || value > 0) ||
-                    !(sizeof(value) <= 2 || value & ~ (unsigned int) 0x01fffff || __Pyx_CheckUnicodeValue((int) value)))) {
+                    !(sizeof(value) <= 2 || value & ~ (int) 0x01fffff || __Pyx_CheckUnicodeValue((int) value)))) {
         PyErr_SetString(PyExc_OverflowError, "%c arg not in range(0x110000)");
         return NULL;
     }
@@ -6833,18 +13765,18 @@ static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_unsigned_int(uns
     }
     return __Pyx_PyUnicode_FromOrdinal_Padded((int) value, width, padding_char);
 }
-static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_unsigned_int(unsigned int value, Py_ssize_t width, char padding_char, char format_char) {
-    char digits[sizeof(unsigned int)*3+2];
-    char *dpos, *end = digits + sizeof(unsigned int)*3+2;
+static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From___pyx_anon_enum(int value, Py_ssize_t width, char padding_char, char format_char) {
+    char digits[sizeof(int)*3+2];
+    char *dpos, *end = digits + sizeof(int)*3+2;
     const char *hex_digits = DIGITS_HEX;
     Py_ssize_t length, ulength;
     int prepend_sign, last_one_off;
-    unsigned int remaining;
+    int remaining;
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wconversion"
 #endif
-    const unsigned int neg_one = (unsigned int) -1, const_zero = (unsigned int) 0;
+    const int neg_one = (int) -1, const_zero = (int) 0;
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic pop
 #endif
@@ -6861,21 +13793,21 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_unsigned_int(unsigned
         switch (format_char) {
         case 'o':
             digit_pos = abs((int)(remaining % (8*8)));
-            remaining = (unsigned int) (remaining / (8*8));
+            remaining = (int) (remaining / (8*8));
             dpos -= 2;
             memcpy(dpos, DIGIT_PAIRS_8 + digit_pos * 2, 2);
             last_one_off = (digit_pos < 8);
             break;
         case 'd':
             digit_pos = abs((int)(remaining % (10*10)));
-            remaining = (unsigned int) (remaining / (10*10));
+            remaining = (int) (remaining / (10*10));
             dpos -= 2;
             memcpy(dpos, DIGIT_PAIRS_10 + digit_pos * 2, 2);
             last_one_off = (digit_pos < 10);
             break;
         case 'x':
             *(--dpos) = hex_digits[abs((int)(remaining % 16))];
-            remaining = (unsigned int) (remaining / 16);
+            remaining = (int) (remaining / 16);
             break;
         default:
             assert(0);
@@ -6903,191 +13835,6 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_unsigned_int(unsigned
         return PyUnicode_FromOrdinal(*dpos);
     }
     return __Pyx_PyUnicode_BuildFromAscii(ulength, dpos, (int) length, prepend_sign, padding_char);
-}
-
-/* JoinPyUnicode */
-static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind) {
-#if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH && CYTHON_USE_UNICODE_INTERNALS
-    PyObject *result_uval;
-    int result_ukind, kind_shift;
-    Py_ssize_t i, char_pos;
-    void *result_udata;
-    static const Py_UCS4 max_char[5] = {0x7fU, 0xffU, 0xffffU, 0xffffU, 0x10ffffU};
-    assert (kind >= 0);
-    if (kind > PyUnicode_4BYTE_KIND) kind = PyUnicode_4BYTE_KIND;
-    result_uval = PyUnicode_New(result_ulength, max_char[kind]);
-    if (unlikely(!result_uval)) return NULL;
-    kind_shift = kind >> 1;  // 0, 1, 2
-    result_ukind = 1 << kind_shift;  // 1, 2, 4
-    result_udata = PyUnicode_DATA(result_uval);
-    assert(kind_shift == 2 || kind_shift == 1 || kind_shift == 0);
-    if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - result_ulength < 0))
-        goto overflow;
-    char_pos = 0;
-    for (i=0; i < value_count; i++) {
-        int ukind;
-        Py_ssize_t ulength;
-        void *udata;
-        PyObject *uval = values[i];
-        if (__Pyx_PyUnicode_READY(uval) == (-1))
-            goto bad;
-        ulength = __Pyx_PyUnicode_GET_LENGTH(uval);
-        #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely(ulength < 0)) goto bad;
-        #endif
-        if (unlikely(!ulength))
-            continue;
-        if (unlikely((PY_SSIZE_T_MAX >> kind_shift) - ulength < char_pos))
-            goto overflow;
-        ukind = __Pyx_PyUnicode_KIND(uval);
-        udata = __Pyx_PyUnicode_DATA(uval);
-        if (ukind == result_ukind) {
-            memcpy((char *)result_udata + (char_pos << kind_shift), udata, (size_t) (ulength << kind_shift));
-        } else {
-            #if PY_VERSION_HEX >= 0x030d0000
-            if (unlikely(PyUnicode_CopyCharacters(result_uval, char_pos, uval, 0, ulength) < 0)) goto bad;
-            #elif CYTHON_COMPILING_IN_CPYTHON || defined(_PyUnicode_FastCopyCharacters)
-            _PyUnicode_FastCopyCharacters(result_uval, char_pos, uval, 0, ulength);
-            #else
-            Py_ssize_t j;
-            for (j=0; j < ulength; j++) {
-                Py_UCS4 uchar = __Pyx_PyUnicode_READ(ukind, udata, j);
-                __Pyx_PyUnicode_WRITE(result_ukind, result_udata, char_pos+j, uchar);
-            }
-            #endif
-        }
-        char_pos += ulength;
-    }
-    return result_uval;
-overflow:
-    PyErr_SetString(PyExc_OverflowError, "join() result is too long for a Python string");
-bad:
-    Py_DECREF(result_uval);
-    return NULL;
-#else
-    Py_ssize_t i;
-    PyObject *result = NULL;
-    PyObject *value_tuple = PyTuple_New(value_count);
-    if (unlikely(!value_tuple)) return NULL;
-    CYTHON_UNUSED_VAR(kind);
-    CYTHON_UNUSED_VAR(result_ulength);
-    for (i=0; i<value_count; i++) {
-        Py_INCREF(values[i]);
-        if (__Pyx_PyTuple_SET_ITEM(value_tuple, i, values[i]) != (0)) goto bad;
-    }
-    result = PyUnicode_Join(__pyx_mstate_global->__pyx_empty_unicode, value_tuple);
-bad:
-    Py_DECREF(value_tuple);
-    return result;
-#endif
-}
-
-/* RaiseException */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
-    PyObject* owned_instance = NULL;
-    if (tb == Py_None) {
-        tb = 0;
-    } else if (tb && !PyTraceBack_Check(tb)) {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: arg 3 must be a traceback or None");
-        goto bad;
-    }
-    if (value == Py_None)
-        value = 0;
-    if (PyExceptionInstance_Check(type)) {
-        if (value) {
-            PyErr_SetString(PyExc_TypeError,
-                "instance exception may not have a separate value");
-            goto bad;
-        }
-        value = type;
-        type = (PyObject*) Py_TYPE(value);
-    } else if (PyExceptionClass_Check(type)) {
-        PyObject *instance_class = NULL;
-        if (value && PyExceptionInstance_Check(value)) {
-            instance_class = (PyObject*) Py_TYPE(value);
-            if (instance_class != type) {
-                int is_subclass = PyObject_IsSubclass(instance_class, type);
-                if (!is_subclass) {
-                    instance_class = NULL;
-                } else if (unlikely(is_subclass == -1)) {
-                    goto bad;
-                } else {
-                    type = instance_class;
-                }
-            }
-        }
-        if (!instance_class) {
-            PyObject *args;
-            if (!value)
-                args = PyTuple_New(0);
-            else if (PyTuple_Check(value)) {
-                Py_INCREF(value);
-                args = value;
-            } else
-                args = PyTuple_Pack(1, value);
-            if (!args)
-                goto bad;
-            owned_instance = PyObject_Call(type, args, NULL);
-            Py_DECREF(args);
-            if (!owned_instance)
-                goto bad;
-            value = owned_instance;
-            if (!PyExceptionInstance_Check(value)) {
-                PyErr_Format(PyExc_TypeError,
-                             "calling %R should have returned an instance of "
-                             "BaseException, not %R",
-                             type, Py_TYPE(value));
-                goto bad;
-            }
-        }
-    } else {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: exception class must be a subclass of BaseException");
-        goto bad;
-    }
-    if (cause) {
-        PyObject *fixed_cause;
-        if (cause == Py_None) {
-            fixed_cause = NULL;
-        } else if (PyExceptionClass_Check(cause)) {
-            fixed_cause = PyObject_CallObject(cause, NULL);
-            if (fixed_cause == NULL)
-                goto bad;
-        } else if (PyExceptionInstance_Check(cause)) {
-            fixed_cause = cause;
-            Py_INCREF(fixed_cause);
-        } else {
-            PyErr_SetString(PyExc_TypeError,
-                            "exception causes must derive from "
-                            "BaseException");
-            goto bad;
-        }
-        PyException_SetCause(value, fixed_cause);
-    }
-    PyErr_SetObject(type, value);
-    if (tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-        PyException_SetTraceback(value, tb);
-#elif CYTHON_FAST_THREAD_STATE
-        PyThreadState *tstate = __Pyx_PyThreadState_Current;
-        PyObject* tmp_tb = tstate->curexc_traceback;
-        if (tb != tmp_tb) {
-            Py_INCREF(tb);
-            tstate->curexc_traceback = tb;
-            Py_XDECREF(tmp_tb);
-        }
-#else
-        PyObject *tmp_type, *tmp_value, *tmp_tb;
-        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
-        Py_INCREF(tb);
-        PyErr_Restore(tmp_type, tmp_value, tb);
-        Py_XDECREF(tmp_tb);
-#endif
-    }
-bad:
-    Py_XDECREF(owned_instance);
-    return;
 }
 
 /* GetException */
@@ -7329,6 +14076,115 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
 }
 #endif
 
+/* RaiseErrorWithObjectTypes */
+static void __Pyx_RaiseErrorWithTypes1(PyObject* exc_type, const char *message, const char *arg, PyTypeObject *type_obj1, PyTypeObject *type_obj2) {
+    __Pyx_TypeName type_name1 = __Pyx_PyType_GetFullyQualifiedName(type_obj1);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name1)) return;
+    #endif
+    __Pyx_TypeName type_name2 = __Pyx_PyType_GetFullyQualifiedName(type_obj2);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name2)) goto type2_failed;
+    #endif
+    PyErr_Format(exc_type, message, arg, type_name1, type_name2);
+    __Pyx_DECREF_TypeName(type_name2);
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+type2_failed:
+#endif
+    __Pyx_DECREF_TypeName(type_name1);
+}
+
+/* CallNextTpDealloc */
+static void __Pyx_call_next_tp_dealloc(PyObject* obj, destructor current_tp_dealloc) {
+    PyTypeObject* type = Py_TYPE(obj);
+    destructor tp_dealloc = NULL;
+    while (type && __Pyx_PyType_GetSlot(type, tp_dealloc, destructor) != current_tp_dealloc)
+        type = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
+    while (type && (tp_dealloc = __Pyx_PyType_GetSlot(type, tp_dealloc, destructor)) == current_tp_dealloc)
+        type = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
+    if (type)
+        tp_dealloc(obj);
+}
+
+/* CallNextTpTraverse */
+static int __Pyx_call_next_tp_traverse(PyObject* obj, visitproc v, void *a, traverseproc current_tp_traverse) {
+    PyTypeObject* type = Py_TYPE(obj);
+    traverseproc tp_traverse = NULL;
+    while (type && __Pyx_PyType_GetSlot(type, tp_traverse, traverseproc) != current_tp_traverse)
+        type = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
+    while (type && (tp_traverse = __Pyx_PyType_GetSlot(type, tp_traverse, traverseproc)) == current_tp_traverse)
+        type = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
+    if (type && tp_traverse)
+        return tp_traverse(obj, v, a);
+    return 0;
+}
+
+/* CallTypeTraverse */
+#if !CYTHON_USE_TYPE_SPECS
+#else
+static int __Pyx_call_type_traverse(PyObject *o, int always_call, visitproc visit, void *arg) {
+    if (!always_call) {
+        PyTypeObject *base = __Pyx_PyObject_GetSlot(o, tp_base, PyTypeObject*);
+        unsigned long flags = PyType_GetFlags(base);
+        if (flags & Py_TPFLAGS_HEAPTYPE) {
+            return 0;
+        }
+    }
+    Py_VISIT((PyObject*)Py_TYPE(o));
+    return 0;
+}
+#endif
+
+/* CallNextTpClear */
+static void __Pyx_call_next_tp_clear(PyObject* obj, inquiry current_tp_clear) {
+    PyTypeObject* type = Py_TYPE(obj);
+    inquiry tp_clear = NULL;
+    while (type && __Pyx_PyType_GetSlot(type, tp_clear, inquiry) != current_tp_clear)
+        type = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
+    while (type && (tp_clear = __Pyx_PyType_GetSlot(type, tp_clear, inquiry)) == current_tp_clear)
+        type = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
+    if (type && tp_clear)
+        tp_clear(obj);
+}
+
+/* FunctionExport */
+static int __Pyx_ExportFunction(PyObject *api_dict, const char *name, void (*f)(void), const char *sig) {
+    PyObject *cobj;
+    union {
+        void (*fp)(void);
+        void *p;
+    } tmp;
+    tmp.fp = f;
+    cobj = PyCapsule_New(tmp.p, sig, 0);
+    if (!cobj)
+        goto bad;
+    if (PyDict_SetItemString(api_dict, name, cobj) < 0)
+        goto bad;
+    Py_DECREF(cobj);
+    return 0;
+bad:
+    Py_XDECREF(cobj);
+    return -1;
+}
+
+/* GetApiDict */
+static PyObject *__Pyx_ApiExport_GetApiDict(void) {
+    PyObject *d;
+    if (__Pyx_PyDict_GetItemRef(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_pyx_capi, &d) == -1)
+        return NULL;
+    if (!d) {
+        d = PyDict_New();
+        if (!d)
+            goto bad;
+        if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_pyx_capi, d) < 0)
+            goto bad;
+    }
+    return d;
+bad:
+    Py_XDECREF(d);
+    return NULL;
+}
+
 /* TypeImport */
 #ifndef __PYX_HAVE_RT_ImportType_3_3_1
 #define __PYX_HAVE_RT_ImportType_3_3_1
@@ -7435,6 +14291,531 @@ no_attr:
     }
     Py_XDECREF(ob);
     return -1;
+}
+
+/* PyObjectCallMethod0 (used by PyType_Ready) */
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethod0(PyObject* obj, PyObject* method_name) {
+#if CYTHON_VECTORCALL && (__PYX_LIMITED_VERSION_HEX >= 0x030C0000 || !CYTHON_COMPILING_IN_LIMITED_API)
+    return PyObject_VectorcallMethod(method_name, &obj, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+#elif CYTHON_COMPILING_IN_LIMITED_API
+    return PyObject_CallMethodObjArgs(obj, method_name, NULL);
+#else
+    return PyObject_CallMethodNoArgs(obj, method_name);
+#endif
+}
+
+/* GetTypeDictOffset (used by ValidateBasesTuple) */
+#if !CYTHON_USE_TYPE_SLOTS
+CYTHON_UNUSED static Py_ssize_t __Pyx_GetTypeDictOffset(PyObject *tp, int require_cython_valid_result) {
+    PyObject *tp_dictoffset_o;
+    Py_ssize_t tp_dictoffset;
+    tp_dictoffset_o = PyObject_GetAttrString(tp, "__dictoffset__");
+    if (unlikely(!tp_dictoffset_o)) return -1;
+    tp_dictoffset = PyLong_AsSsize_t(tp_dictoffset_o);
+    Py_DECREF(tp_dictoffset_o);
+    if (unlikely(require_cython_valid_result && tp_dictoffset == 0)) {
+        PyErr_SetString(
+            PyExc_TypeError,
+            "'type' doesn't have a dictoffset");
+        return -1;
+    } else if (unlikely(require_cython_valid_result && tp_dictoffset < 0)) {
+        PyErr_SetString(
+            PyExc_TypeError,
+            "'type' has an unexpected negative dictoffset. "
+            "Please report this as Cython bug");
+        return -1;
+    }
+    return tp_dictoffset;
+}
+#endif
+
+/* RaiseErrorWithObjectType (used by ValidateBasesTuple) */
+static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, PyTypeObject *type_obj) {
+    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name)) return;
+    #endif
+    PyErr_Format(exc_type, message, type_name);
+    __Pyx_DECREF_TypeName(type_name);
+}
+
+/* ValidateBasesTuple (used by PyType_Ready) */
+#if CYTHON_COMPILING_IN_CPYTHON || CYTHON_COMPILING_IN_LIMITED_API || CYTHON_USE_TYPE_SPECS
+static int __Pyx_validate_bases_tuple(const char *type_name, int has_dictoffset, PyObject *bases) {
+    Py_ssize_t i, n;
+#if CYTHON_ASSUME_SAFE_SIZE
+    n = PyTuple_GET_SIZE(bases);
+#else
+    n = PyTuple_Size(bases);
+    if (unlikely(n < 0)) return -1;
+#endif
+    if (!has_dictoffset) {
+        PyObject *b;
+#if CYTHON_AVOID_BORROWED_REFS
+        b = PySequence_GetItem(bases, 0);
+        if (!b) return -1;
+#elif CYTHON_ASSUME_SAFE_MACROS
+        b = PyTuple_GET_ITEM(bases, 0);
+#else
+        b = PyTuple_GetItem(bases, 0);
+        if (!b) return -1;
+#endif
+#if CYTHON_USE_TYPE_SLOTS
+        has_dictoffset = ((PyTypeObject*)b)->tp_dictoffset != 0;
+#else
+        Py_ssize_t dictoffset = __Pyx_GetTypeDictOffset(b, 0);
+        has_dictoffset = dictoffset != 0;
+#endif
+#if CYTHON_AVOID_BORROWED_REFS
+        Py_DECREF(b);
+#endif
+#if !CYTHON_USE_TYPE_SLOTS
+        if (dictoffset == -1 && PyErr_Occurred()) return -1;
+#endif
+    }
+    for (i = 1; i < n; i++)
+    {
+        PyTypeObject *b;
+#if CYTHON_AVOID_BORROWED_REFS
+        PyObject *b0 = PySequence_GetItem(bases, i);
+        if (!b0) return -1;
+#elif CYTHON_ASSUME_SAFE_MACROS
+        PyObject *b0 = PyTuple_GET_ITEM(bases, i);
+#else
+        PyObject *b0 = PyTuple_GetItem(bases, i);
+        if (!b0) return -1;
+#endif
+        b = (PyTypeObject*) b0;
+        if (!__Pyx_PyType_HasFeature(b, Py_TPFLAGS_HEAPTYPE))
+        {
+            __Pyx_RaiseErrorWithType(
+                PyExc_TypeError, "base class '" __Pyx_FMT_TYPENAME "' is not a heap type", b);
+#if CYTHON_AVOID_BORROWED_REFS
+            Py_DECREF(b0);
+#endif
+            return -1;
+        }
+        if (!has_dictoffset)
+        {
+            Py_ssize_t b_dictoffset = 0;
+#if CYTHON_USE_TYPE_SLOTS
+            b_dictoffset = b->tp_dictoffset;
+#else
+            b_dictoffset = __Pyx_GetTypeDictOffset((PyObject*)b, 0);
+            if (b_dictoffset == -1 && PyErr_Occurred()) goto dictoffset_return;
+#endif
+            if (b_dictoffset) {
+                __Pyx_RaiseErrorWithType1(
+                    PyExc_TypeError,
+                    "extension type '%.200s' has no __dict__ slot, "
+                    "but base type '" __Pyx_FMT_TYPENAME "' has: "
+                    "either add 'cdef dict __dict__' to the extension type "
+                    "or add '__slots__ = [...]' to the base type",
+                    type_name, b);
+#if !CYTHON_USE_TYPE_SLOTS
+              dictoffset_return:
+#endif
+#if CYTHON_AVOID_BORROWED_REFS
+                Py_DECREF(b0);
+#endif
+                return -1;
+            }
+        }
+#if CYTHON_AVOID_BORROWED_REFS
+        Py_DECREF(b0);
+#endif
+    }
+    return 0;
+}
+#endif
+
+/* PyType_Ready */
+CYTHON_UNUSED static int __Pyx_PyType_HasMultipleInheritance(PyTypeObject *t) {
+    while (t) {
+        PyObject *bases = __Pyx_PyType_GetSlot(t, tp_bases, PyObject*);
+        if (bases) {
+            return 1;
+        }
+        t = __Pyx_PyType_GetSlot(t, tp_base, PyTypeObject*);
+    }
+    return 0;
+}
+static int __Pyx_PyType_Ready(PyTypeObject *t) {
+#if CYTHON_USE_TYPE_SPECS || !CYTHON_COMPILING_IN_CPYTHON
+    (void)&__Pyx_PyObject_CallMethod0;
+#if CYTHON_USE_TYPE_SPECS
+    (void)&__Pyx_validate_bases_tuple;
+#endif
+    return PyType_Ready(t);
+#else
+    int r;
+    if (!__Pyx_PyType_HasMultipleInheritance(t)) {
+        return PyType_Ready(t);
+    }
+    PyObject *bases = __Pyx_PyType_GetSlot(t, tp_bases, PyObject*);
+    if (bases && unlikely(__Pyx_validate_bases_tuple(t->tp_name, t->tp_dictoffset != 0, bases) == -1))
+        return -1;
+    {
+        int gc_was_enabled;
+    #if PY_VERSION_HEX >= 0x030A00b1
+        gc_was_enabled = PyGC_Disable();
+        (void)&__Pyx_PyObject_CallMethod0;
+    #else
+        PyObject *ret, *py_status;
+        PyObject *gc = NULL;
+        #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM+0 >= 0x07030400) &&\
+                !CYTHON_COMPILING_IN_GRAAL
+        gc = PyImport_GetModule(__pyx_mstate_global->__pyx_kp_u_gc);
+        #endif
+        if (unlikely(!gc)) gc = PyImport_Import(__pyx_mstate_global->__pyx_kp_u_gc);
+        if (unlikely(!gc)) return -1;
+        py_status = __Pyx_PyObject_CallMethod0(gc, __pyx_mstate_global->__pyx_kp_u_isenabled);
+        if (unlikely(!py_status)) {
+            Py_DECREF(gc);
+            return -1;
+        }
+        gc_was_enabled = __Pyx_PyObject_IsTrue(py_status);
+        Py_DECREF(py_status);
+        if (gc_was_enabled > 0) {
+            ret = __Pyx_PyObject_CallMethod0(gc, __pyx_mstate_global->__pyx_kp_u_disable);
+            if (unlikely(!ret)) {
+                Py_DECREF(gc);
+                return -1;
+            }
+            Py_DECREF(ret);
+        } else if (unlikely(gc_was_enabled == -1)) {
+            Py_DECREF(gc);
+            return -1;
+        }
+    #endif
+        t->tp_flags |= Py_TPFLAGS_HEAPTYPE;
+#if PY_VERSION_HEX >= 0x030A0000
+        t->tp_flags |= Py_TPFLAGS_IMMUTABLETYPE;
+#endif
+        r = PyType_Ready(t);
+        t->tp_flags &= ~Py_TPFLAGS_HEAPTYPE;
+    #if PY_VERSION_HEX >= 0x030A00b1
+        if (gc_was_enabled)
+            PyGC_Enable();
+    #else
+        if (gc_was_enabled) {
+            PyObject *tp, *v, *tb;
+            PyErr_Fetch(&tp, &v, &tb);
+            ret = __Pyx_PyObject_CallMethod0(gc, __pyx_mstate_global->__pyx_kp_u_enable);
+            if (likely(ret || r == -1)) {
+                Py_XDECREF(ret);
+                PyErr_Restore(tp, v, tb);
+            } else {
+                Py_XDECREF(tp);
+                Py_XDECREF(v);
+                Py_XDECREF(tb);
+                r = -1;
+            }
+        }
+        Py_DECREF(gc);
+    #endif
+    }
+    return r;
+#endif
+}
+
+/* MergeVTables (used by SetVTable) */
+static int __Pyx_MergeVtables(PyTypeObject *type) {
+    int i=0;
+    Py_ssize_t size;
+    void** base_vtables;
+    void* unknown = (void*)-1;
+    PyObject* bases = __Pyx_PyType_GetSlot(type, tp_bases, PyObject*);
+    int base_depth = 0;
+    {
+        PyTypeObject* base = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
+        while (base) {
+            base_depth += 1;
+            base = __Pyx_PyType_TryGetSlot(base, tp_base, PyTypeObject*);
+        }
+    }
+    base_vtables = (void**) PyMem_Malloc(sizeof(void*) * (size_t)(base_depth + 1));
+    if (unlikely(!base_vtables)) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    base_vtables[0] = unknown;
+#if CYTHON_COMPILING_IN_LIMITED_API
+    size = PyTuple_Size(bases);
+    if (size < 0) goto other_failure;
+#else
+    size = PyTuple_GET_SIZE(bases);
+#endif
+    for (i = 1; i < size; i++) {
+        PyObject *basei;
+        void* base_vtable;
+#if CYTHON_AVOID_BORROWED_REFS
+        basei = PySequence_GetItem(bases, i);
+        if (unlikely(!basei)) goto other_failure;
+#elif !CYTHON_ASSUME_SAFE_MACROS
+        basei = PyTuple_GetItem(bases, i);
+        if (unlikely(!basei)) goto other_failure;
+#else
+        basei = PyTuple_GET_ITEM(bases, i);
+#endif
+        int get_vtable_result = __Pyx_GetVtable((PyTypeObject*)basei, &base_vtable);
+#if CYTHON_AVOID_BORROWED_REFS
+        Py_DECREF(basei);
+#endif
+        if (get_vtable_result != 1) {
+            if (get_vtable_result == -1) {
+                goto other_failure;
+            }
+            PyErr_Clear(); // Class doesn't have a vtable.
+        } else {
+            assert(base_vtable != NULL);
+            int j;
+            PyTypeObject* base = __Pyx_PyType_TryGetSlot(type, tp_base, PyTypeObject*);
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+            if (!base) goto bad;
+#endif
+            for (j = 0; j < base_depth; j++) {
+                if (base_vtables[j] == unknown) {
+                    switch (__Pyx_GetVtable(base, &base_vtables[j])) {
+                        case 1:
+                            assert(base_vtables[j] == NULL);
+                            break;
+                        case 0:
+                            goto bad;
+                        case -1:
+                        default:
+                            goto other_failure;
+                    }
+                    base_vtables[j + 1] = unknown;
+                }
+                if (base_vtables[j] == base_vtable) {
+                    break;
+                }
+                base = __Pyx_PyType_TryGetSlot(base, tp_base, PyTypeObject*);
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+                if (!base) goto bad;
+#endif
+            }
+        }
+    }
+    PyMem_Free(base_vtables);
+    return 0;
+bad:
+    {
+        PyTypeObject* tp_base = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
+        PyTypeObject* basei;
+#if CYTHON_AVOID_BORROWED_REFS
+        basei = (PyTypeObject*)PySequence_GetItem(bases, i);
+        if (unlikely(!basei)) goto other_failure;
+#elif !CYTHON_ASSUME_SAFE_MACROS
+        basei = (PyTypeObject*)PyTuple_GetItem(bases, i);
+        if (unlikely(!basei)) goto other_failure;
+#else
+        basei = (PyTypeObject*)PyTuple_GET_ITEM(bases, i);
+#endif
+    __Pyx_RaiseTypeErrorWithTypes(
+        "multiple bases have vtable conflict: '" __Pyx_FMT_TYPENAME "' and '" __Pyx_FMT_TYPENAME "'", tp_base, basei);
+#if CYTHON_AVOID_BORROWED_REFS
+        Py_DECREF(basei);
+#endif
+    }
+other_failure:
+    PyMem_Free(base_vtables);
+    return -1;
+}
+
+/* SetVTable */
+static int __Pyx_SetVtable(PyTypeObject *type, void *vtable) {
+    PyObject *ob = PyCapsule_New(vtable, 0, 0);
+    if (unlikely(!ob))
+        goto bad;
+#if CYTHON_COMPILING_IN_LIMITED_API
+    if (unlikely(PyObject_SetAttr((PyObject *) type, __pyx_mstate_global->__pyx_n_u_pyx_vtable, ob) < 0))
+#else
+    if (unlikely(PyDict_SetItem(type->tp_dict, __pyx_mstate_global->__pyx_n_u_pyx_vtable, ob) < 0))
+#endif
+        goto bad;
+    Py_DECREF(ob);
+    return __Pyx_MergeVtables(type);
+bad:
+    Py_XDECREF(ob);
+    return -1;
+}
+
+/* LimitedApiGetTypeTypeDict (used by DelItemOnTypeDict) */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static PyObject *__Pyx_GetTypeTypeDict(PyTypeObject *tp) {
+    static Py_ssize_t tp_dictoffset = 0;
+    if (unlikely(tp_dictoffset == 0)) {
+        tp_dictoffset = __Pyx_GetTypeDictOffset((PyObject*)(&PyType_Type), 1);
+        if (unlikely(tp_dictoffset == -1 && PyErr_Occurred())) {
+            tp_dictoffset = 0; // try again next time?
+            return NULL;
+        }
+    }
+    return *(PyObject**)((char*)tp + tp_dictoffset);
+}
+#endif
+
+/* DelItemOnTypeDict (used by SetupReduce) */
+static int __Pyx__DelItemOnTypeDict(PyTypeObject *tp, PyObject *k) {
+    int result;
+    PyObject *tp_dict;
+#if CYTHON_COMPILING_IN_LIMITED_API
+    tp_dict = __Pyx_GetTypeTypeDict(tp);
+    if (unlikely(!tp_dict)) return -1;
+#else
+    tp_dict = tp->tp_dict;
+#endif
+    result = PyDict_DelItem(tp_dict, k);
+    if (likely(!result)) PyType_Modified(tp);
+    return result;
+}
+
+/* SetItemOnTypeDict (used by SetupReduce) */
+static int __Pyx__SetItemOnTypeDict(PyTypeObject *tp, PyObject *k, PyObject *v) {
+    int result;
+    PyObject *tp_dict;
+#if CYTHON_COMPILING_IN_LIMITED_API
+    tp_dict = __Pyx_GetTypeTypeDict(tp);
+    if (unlikely(!tp_dict)) return -1;
+#else
+    tp_dict = tp->tp_dict;
+#endif
+    result = PyDict_SetItem(tp_dict, k, v);
+    if (likely(!result)) {
+        PyType_Modified(tp);
+        if (unlikely(PyObject_HasAttr(v, __pyx_mstate_global->__pyx_n_u_set_name))) {
+            PyObject *setNameResult = PyObject_CallMethodObjArgs(v, __pyx_mstate_global->__pyx_n_u_set_name,  (PyObject *) tp, k, NULL);
+            if (!setNameResult) return -1;
+            Py_DECREF(setNameResult);
+        }
+    }
+    return result;
+}
+
+/* SetupReduce */
+static int __Pyx_setup_reduce_is_named(PyObject* meth, PyObject* name) {
+  int ret;
+  PyObject *name_attr;
+  name_attr = __Pyx_PyObject_GetAttrStrNoError(meth, __pyx_mstate_global->__pyx_n_u_name_2);
+  if (likely(name_attr)) {
+      ret = PyObject_RichCompareBool(name_attr, name, Py_EQ);
+  } else {
+      ret = -1;
+  }
+  if (unlikely(ret < 0) && __Pyx_IgnoreException(PyExc_Exception)) {
+      ret = 0;  // But BaseException is still propagated.
+  }
+  Py_XDECREF(name_attr);
+  return ret;
+}
+static PyObject *__Pyx_setup_reduce_get_reduce_attribute(PyObject *type_obj, PyObject *name, int allow_not_present) {
+#if CYTHON_USE_PYTYPE_LOOKUP
+    CYTHON_UNUSED_VAR(allow_not_present);
+    return _PyType_Lookup((PyTypeObject*)type_obj, name);
+#else
+    if (allow_not_present) {
+        return __Pyx_PyObject_GetAttrStrNoError(type_obj, name);
+    } else {
+        return __Pyx_PyObject_GetAttrStr(type_obj, name);
+    }
+#endif
+}
+static int __Pyx_setup_reduce(PyObject* type_obj) {
+    int ret = 0;
+    PyObject *object_reduce = NULL;
+    PyObject *object_getstate = NULL;
+    PyObject *object_reduce_ex = NULL;
+    PyObject *reduce = NULL;
+    PyObject *reduce_ex = NULL;
+    PyObject *reduce_cython = NULL;
+    PyObject *setstate = NULL;
+    PyObject *setstate_cython = NULL;
+    PyObject *getstate = NULL;
+    getstate = __Pyx_setup_reduce_get_reduce_attribute(type_obj, __pyx_mstate_global->__pyx_n_u_getstate, 1);
+    if (!getstate && PyErr_Occurred()) {
+        goto __PYX_BAD;
+    }
+    if (getstate) {
+        object_getstate = __Pyx_setup_reduce_get_reduce_attribute((PyObject*)&PyBaseObject_Type, __pyx_mstate_global->__pyx_n_u_getstate, 1);
+        if (!object_getstate && PyErr_Occurred()) {
+            goto __PYX_BAD;
+        }
+        if (object_getstate != getstate) {
+            goto __PYX_GOOD;
+        }
+    }
+    object_reduce_ex = __Pyx_setup_reduce_get_reduce_attribute((PyObject*)&PyBaseObject_Type, __pyx_mstate_global->__pyx_n_u_reduce_ex, 0);
+    if (unlikely(!object_reduce_ex)) goto __PYX_BAD;
+    reduce_ex = __Pyx_PyObject_GetAttrStr(type_obj, __pyx_mstate_global->__pyx_n_u_reduce_ex); if (unlikely(!reduce_ex)) goto __PYX_BAD;
+    if (reduce_ex == object_reduce_ex) {
+        object_reduce = __Pyx_setup_reduce_get_reduce_attribute((PyObject*)&PyBaseObject_Type, __pyx_mstate_global->__pyx_n_u_reduce, 0);
+        if (!object_reduce) goto __PYX_BAD;
+        reduce = __Pyx_PyObject_GetAttrStr(type_obj, __pyx_mstate_global->__pyx_n_u_reduce); if (unlikely(!reduce)) goto __PYX_BAD;
+        int try_to_replace_reduce = (reduce == object_reduce);
+        if (!try_to_replace_reduce) {
+            try_to_replace_reduce = __Pyx_setup_reduce_is_named(reduce, __pyx_mstate_global->__pyx_n_u_reduce_cython);
+            if (unlikely(try_to_replace_reduce < 0)) {
+                goto __PYX_BAD;
+            }
+        }
+        if (try_to_replace_reduce) {
+            reduce_cython = __Pyx_PyObject_GetAttrStrNoError(type_obj, __pyx_mstate_global->__pyx_n_u_reduce_cython);
+            if (likely(reduce_cython)) {
+                ret = __Pyx_SetItemOnTypeDict((PyTypeObject*)type_obj, __pyx_mstate_global->__pyx_n_u_reduce, reduce_cython); if (unlikely(ret < 0)) goto __PYX_BAD;
+                ret = __Pyx_DelItemOnTypeDict((PyTypeObject*)type_obj, __pyx_mstate_global->__pyx_n_u_reduce_cython); if (unlikely(ret < 0)) goto __PYX_BAD;
+            } else if (reduce == object_reduce || PyErr_Occurred()) {
+                goto __PYX_BAD;
+            }
+            setstate = __Pyx_PyObject_GetAttrStrNoError(type_obj, __pyx_mstate_global->__pyx_n_u_setstate);
+            int try_to_replace_setstate;
+            if (!setstate) {
+                PyObject *exc = PyErr_Occurred();
+                if (exc && !__Pyx_IgnoreGivenException(exc, PyExc_Exception)) {
+                    goto __PYX_BAD;
+                }
+                try_to_replace_setstate = 1;
+            } else {
+                try_to_replace_setstate = __Pyx_setup_reduce_is_named(setstate, __pyx_mstate_global->__pyx_n_u_setstate_cython);
+                if (unlikely(try_to_replace_setstate < 0)) {
+                    goto __PYX_BAD;
+                }
+            }
+            if (try_to_replace_setstate) {
+                setstate_cython = __Pyx_PyObject_GetAttrStrNoError(type_obj, __pyx_mstate_global->__pyx_n_u_setstate_cython);
+                if (likely(setstate_cython)) {
+                    ret = __Pyx_SetItemOnTypeDict((PyTypeObject*)type_obj, __pyx_mstate_global->__pyx_n_u_setstate, setstate_cython); if (unlikely(ret < 0)) goto __PYX_BAD;
+                    ret = __Pyx_DelItemOnTypeDict((PyTypeObject*)type_obj, __pyx_mstate_global->__pyx_n_u_setstate_cython); if (unlikely(ret < 0)) goto __PYX_BAD;
+                } else if (!setstate || PyErr_Occurred()) {
+                    goto __PYX_BAD;
+                }
+            }
+            PyType_Modified((PyTypeObject*)type_obj);
+        }
+    }
+    goto __PYX_GOOD;
+__PYX_BAD:
+    if (!PyErr_Occurred()) {
+        __Pyx_RaiseErrorWithType(
+            PyExc_RuntimeError,
+            "Unable to initialize pickling for " __Pyx_FMT_TYPENAME,
+            (PyTypeObject*)type_obj);
+    }
+    ret = -1;
+__PYX_GOOD:
+#if !CYTHON_USE_PYTYPE_LOOKUP
+    Py_XDECREF(object_reduce);
+    Py_XDECREF(object_reduce_ex);
+    Py_XDECREF(object_getstate);
+    Py_XDECREF(getstate);
+#endif
+    Py_XDECREF(reduce);
+    Py_XDECREF(reduce_ex);
+    Py_XDECREF(reduce_cython);
+    Py_XDECREF(setstate);
+    Py_XDECREF(setstate_cython);
+    return ret;
 }
 
 /* HasAttr (used by ImportImpl) */
@@ -7604,7 +14985,7 @@ static PyObject* __Pyx_ImportFrom(PyObject* module, PyObject* name) {
         if (unlikely(!module_name_str)) { goto modbad; }
         module_name = PyUnicode_FromString(module_name_str);
         if (unlikely(!module_name)) { goto modbad; }
-        module_dot = PyUnicode_Concat(module_name, __pyx_mstate_global->__pyx_kp_u_);
+        module_dot = PyUnicode_Concat(module_name, __pyx_mstate_global->__pyx_kp_u__3);
         if (unlikely(!module_dot)) { goto modbad; }
         full_name = PyUnicode_Concat(module_dot, name);
         if (unlikely(!full_name)) { goto modbad; }
@@ -7630,17 +15011,7 @@ static PyObject* __Pyx_ImportFrom(PyObject* module, PyObject* name) {
     return value;
 }
 
-/* PyObjectSetAttrStr */
-#if CYTHON_USE_TYPE_SLOTS
-static CYTHON_INLINE int __Pyx_PyObject_SetAttrStr(PyObject* obj, PyObject* attr_name, PyObject* value) {
-    PyTypeObject* tp = Py_TYPE(obj);
-    if (likely(tp->tp_setattro))
-        return tp->tp_setattro(obj, attr_name, value);
-    return PyObject_SetAttr(obj, attr_name, value);
-}
-#endif
-
-/* dict_setdefault (used by CLineInTraceback) */
+/* dict_setdefault (used by FetchCommonType) */
 static CYTHON_INLINE PyObject *__Pyx_PyDict_SetDefault(PyObject *d, PyObject *key, PyObject *default_value) {
     PyObject* value;
 #if __PYX_LIMITED_VERSION_HEX >= 0x030F0000 || (!CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4)
@@ -7656,6 +15027,1474 @@ static CYTHON_INLINE PyObject *__Pyx_PyDict_SetDefault(PyObject *d, PyObject *ke
     Py_INCREF(value);
 #endif
     return value;
+}
+
+/* AddModuleRef (used by FetchSharedCythonModule) */
+#if CYTHON_COMPILING_IN_CPYTHON_FREETHREADING && PY_VERSION_HEX < 0x030F00a3
+  static PyObject *__Pyx_PyImport_AddModuleObjectRef(PyObject *name) {
+      PyObject *module_dict = PyImport_GetModuleDict();
+      PyObject *m;
+      if (PyMapping_GetOptionalItem(module_dict, name, &m) < 0) {
+          return NULL;
+      }
+      if (m != NULL && PyModule_Check(m)) {
+          return m;
+      }
+      Py_XDECREF(m);
+      m = PyModule_NewObject(name);
+      if (m == NULL)
+          return NULL;
+      if (PyDict_CheckExact(module_dict)) {
+          PyObject *new_m;
+          (void)PyDict_SetDefaultRef(module_dict, name, m, &new_m);
+          Py_DECREF(m);
+          return new_m;
+      } else {
+           if (PyObject_SetItem(module_dict, name, m) != 0) {
+                Py_DECREF(m);
+                return NULL;
+            }
+            return m;
+      }
+  }
+  static PyObject *__Pyx_PyImport_AddModuleRef(const char *name) {
+      if ((PY_VERSION_HEX >= 0x030E0000) &&  Py_Version >= 0x030E0100) {
+          return PyImport_AddModuleRef(name);
+      }
+      PyObject *py_name = PyUnicode_FromString(name);
+      if (!py_name) return NULL;
+      PyObject *module = __Pyx_PyImport_AddModuleObjectRef(py_name);
+      Py_DECREF(py_name);
+      return module;
+  }
+#elif __PYX_LIMITED_VERSION_HEX < 0x030d0000
+  static PyObject *__Pyx_PyImport_AddModuleRef(const char *name) {
+      PyObject *module = PyImport_AddModule(name);
+      Py_XINCREF(module);
+      return module;
+  }
+#endif
+
+/* FetchSharedCythonModule (used by FetchCommonType) */
+static PyObject *__Pyx_FetchSharedCythonABIModule(void) {
+    return __Pyx_PyImport_AddModuleRef(__PYX_ABI_MODULE_NAME);
+}
+
+/* VerifyCachedType (used by FetchCommonType) */
+static int __Pyx_VerifyCachedType(PyObject *cached_type,
+                               const char *name,
+                               Py_ssize_t expected_basicsize) {
+    Py_ssize_t basicsize;
+    if (!PyType_Check(cached_type)) {
+        PyErr_Format(PyExc_TypeError,
+            "Shared Cython type %.200s is not a type object", name);
+        return -1;
+    }
+    if (expected_basicsize == 0) {
+        return 0; // size is inherited, nothing useful to check
+    }
+#if CYTHON_COMPILING_IN_LIMITED_API && CYTHON_OPAQUE_OBJECTS
+    if (expected_basicsize < 0) {
+        basicsize = PyType_GetTypeDataSize((PyTypeObject*)cached_type);
+    } else
+#endif
+    {
+    #if CYTHON_COMPILING_IN_LIMITED_API
+        PyObject *py_basicsize;
+        py_basicsize = PyObject_GetAttrString(cached_type, "__basicsize__");
+        if (unlikely(!py_basicsize)) return -1;
+        basicsize = PyLong_AsSsize_t(py_basicsize);
+        Py_DECREF(py_basicsize);
+        py_basicsize = NULL;
+        if (unlikely(basicsize == (Py_ssize_t)-1) && PyErr_Occurred()) return -1;
+    #else
+        basicsize = ((PyTypeObject*) cached_type)->tp_basicsize;
+    #endif
+    }
+    if ((expected_basicsize >= 0) ?
+            (basicsize != expected_basicsize) :
+            (basicsize < -expected_basicsize)) {
+        PyErr_Format(PyExc_TypeError,
+            "Shared Cython type %.200s has the wrong size, try recompiling",
+            name);
+        return -1;
+    }
+    return 0;
+}
+
+/* FetchCommonType (used by CommonTypesMetaclass) */
+#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
+static PyObject* __Pyx_PyType_FromMetaclass(PyTypeObject *metaclass, PyObject *module, PyType_Spec *spec, PyObject *bases) {
+    PyObject *result = __Pyx_PyType_FromModuleAndSpec(module, spec, bases);
+    if (result && metaclass) {
+        PyObject *old_tp = (PyObject*)Py_TYPE(result);
+        Py_INCREF((PyObject*)metaclass);
+        Py_SET_TYPE(result, metaclass);
+        Py_DECREF(old_tp);
+        PyType_Modified((PyTypeObject*)result);
+    }
+    return result;
+}
+#else
+#define __Pyx_PyType_FromMetaclass(me, mo, s, b) PyType_FromMetaclass(me, mo, s, b)
+#endif
+static PyTypeObject *__Pyx_FetchCommonTypeFromSpec(PyTypeObject *metaclass, PyObject *module, PyType_Spec *spec, PyObject *bases) {
+    PyObject *abi_module = NULL, *cached_type = NULL, *abi_module_dict, *new_cached_type, *py_object_name;
+    int get_item_ref_result;
+    const char* object_name = strrchr(spec->name, '.');
+    object_name = object_name ? object_name+1 : spec->name;
+    py_object_name = PyUnicode_FromString(object_name);
+    if (!py_object_name) return NULL;
+    abi_module = __Pyx_FetchSharedCythonABIModule();
+    if (!abi_module) goto done;
+    abi_module_dict = PyModule_GetDict(abi_module);
+    if (!abi_module_dict) goto done;
+    get_item_ref_result = __Pyx_PyDict_GetItemRef(abi_module_dict, py_object_name, &cached_type);
+    if (get_item_ref_result == 1) {
+        if (__Pyx_VerifyCachedType(
+              cached_type,
+              object_name,
+              spec->basicsize) < 0) {
+            goto bad;
+        }
+        goto done;
+    } else if (unlikely(get_item_ref_result == -1)) {
+        goto bad;
+    }
+    cached_type = __Pyx_PyType_FromMetaclass(
+        metaclass,
+        CYTHON_USE_MODULE_STATE ? module : abi_module,
+        spec, bases);
+    if (unlikely(!cached_type)) goto bad;
+    new_cached_type = __Pyx_PyDict_SetDefault(abi_module_dict, py_object_name, cached_type);
+    if (unlikely(new_cached_type != cached_type)) {
+        if (unlikely(!new_cached_type)) goto bad;
+        Py_DECREF(cached_type);
+        cached_type = new_cached_type;
+        if (__Pyx_VerifyCachedType(
+                cached_type,
+                object_name,
+                spec->basicsize) < 0) {
+            goto bad;
+        }
+        goto done;
+    } else {
+        Py_DECREF(new_cached_type);
+    }
+done:
+    Py_XDECREF(abi_module);
+    Py_DECREF(py_object_name);
+    assert(cached_type == NULL || PyType_Check(cached_type));
+    return (PyTypeObject *) cached_type;
+bad:
+    Py_XDECREF(cached_type);
+    cached_type = NULL;
+    goto done;
+}
+
+/* CommonTypesMetaclass (used by CythonFunctionShared) */
+static PyObject* __pyx_CommonTypesMetaclass_get_module(CYTHON_UNUSED PyObject *self, CYTHON_UNUSED void* context) {
+    return PyUnicode_FromString(__PYX_ABI_MODULE_NAME);
+}
+#if __PYX_LIMITED_VERSION_HEX < 0x030A0000
+static PyObject* __pyx_CommonTypesMetaclass_call(CYTHON_UNUSED PyObject *self, CYTHON_UNUSED PyObject *args, CYTHON_UNUSED PyObject *kwds) {
+    PyErr_SetString(PyExc_TypeError, "Cannot instantiate Cython internal types");
+    return NULL;
+}
+static int __pyx_CommonTypesMetaclass_setattr(CYTHON_UNUSED PyObject *self, CYTHON_UNUSED PyObject *attr, CYTHON_UNUSED PyObject *value) {
+    PyErr_SetString(PyExc_TypeError, "Cython internal types are immutable");
+    return -1;
+}
+#endif
+static PyGetSetDef __pyx_CommonTypesMetaclass_getset[] = {
+    {"__module__", __pyx_CommonTypesMetaclass_get_module, NULL, NULL, NULL},
+    {0, 0, 0, 0, 0}
+};
+static PyType_Slot __pyx_CommonTypesMetaclass_slots[] = {
+    {Py_tp_getset, (void *)__pyx_CommonTypesMetaclass_getset},
+    #if __PYX_LIMITED_VERSION_HEX < 0x030A0000
+    {Py_tp_call, (void*)__pyx_CommonTypesMetaclass_call},
+    {Py_tp_new, (void*)__pyx_CommonTypesMetaclass_call},
+    {Py_tp_setattro, (void*)__pyx_CommonTypesMetaclass_setattr},
+    #endif
+    {0, 0}
+};
+static PyType_Spec __pyx_CommonTypesMetaclass_spec = {
+    __PYX_TYPE_MODULE_PREFIX "_common_types_metatype",
+    0,
+    0,
+    Py_TPFLAGS_IMMUTABLETYPE |
+    Py_TPFLAGS_DISALLOW_INSTANTIATION |
+    Py_TPFLAGS_DEFAULT,
+    __pyx_CommonTypesMetaclass_slots
+};
+static int __pyx_CommonTypesMetaclass_init(PyObject *module) {
+    __pyx_mstatetype *mstate = __Pyx_PyModule_GetState(module);
+    PyObject *bases = PyTuple_Pack(1, &PyType_Type);
+    if (unlikely(!bases)) {
+        return -1;
+    }
+    mstate->__pyx_CommonTypesMetaclassType = __Pyx_FetchCommonTypeFromSpec(NULL, module, &__pyx_CommonTypesMetaclass_spec, bases);
+    Py_DECREF(bases);
+    if (unlikely(mstate->__pyx_CommonTypesMetaclassType == NULL)) {
+        return -1;
+    }
+    return 0;
+}
+
+/* CythonFunctionPerModule (used by CythonFunctionShared) */
+#if CYTHON_OPAQUE_SHARED_TYPES && CYTHON_USE_MODULE_STATE
+static __pyx_CyFunctionObject *__Pyx_as_CyFunctionObject_safe(PyObject *o) {
+    PyTypeObject *cyfunctype = Py_TYPE(o);
+    while (1) {
+        PyTypeObject *base = (PyTypeObject *)PyType_GetSlot(cyfunctype, Py_tp_base);
+        if (base == &PyBaseObject_Type || base == NULL) {
+            break;
+        }
+        cyfunctype = base;
+    }
+    return (__pyx_CyFunctionObject *)PyObject_GetTypeData((o), cyfunctype);
+}
+#else
+#define __Pyx_as_CyFunctionObject_safe __Pyx_as_CyFunctionObject
+#endif
+#if CYTHON_COMPILING_IN_LIMITED_API
+static CYTHON_INLINE int __Pyx__IsSameCyOrCFunctionNoMethod(PyObject *func, void (*cfunc)(void)) {
+    if (__Pyx_CyFunction_Check(func)) {
+        return __Pyx_CyFunction_MethodDef(__Pyx_as_CyFunctionObject(func))->ml_meth == (PyCFunction) cfunc;
+    } else if (PyCFunction_Check(func)) {
+        return PyCFunction_GetFunction(func) == (PyCFunction) cfunc;
+    }
+    return 0;
+}
+static CYTHON_INLINE int __Pyx__IsSameCyOrCFunction(PyObject *func, void (*cfunc)(void)) {
+    if ((PyObject*)Py_TYPE(func) == __pyx_mstate_global->__Pyx_CachedMethodType) {
+        int result;
+        PyObject *newFunc = PyObject_GetAttr(func, __pyx_mstate_global->__pyx_n_u_func);
+        if (unlikely(!newFunc)) {
+            PyErr_Clear(); // It's only an optimization, so don't throw an error
+            return 0;
+        }
+        result = __Pyx__IsSameCyOrCFunctionNoMethod(newFunc, cfunc);
+        Py_DECREF(newFunc);
+        return result;
+    }
+    return __Pyx__IsSameCyOrCFunctionNoMethod(func, cfunc);
+}
+#else
+static CYTHON_INLINE int __Pyx__IsSameCyOrCFunction(PyObject *func, void (*cfunc)(void)) {
+    if (PyMethod_Check(func)) {
+        func = PyMethod_GET_FUNCTION(func);
+    }
+    return __Pyx_CyOrPyCFunction_Check(func) && __Pyx_CyOrPyCFunction_GET_FUNCTION(func) == (PyCFunction) cfunc;
+}
+#endif
+static CYTHON_INLINE void __Pyx__CyFunction_SetClassObj(__pyx_CyFunctionObject* f, PyObject* classobj) {
+#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL
+    __Pyx_Py_XDECREF_SET(
+        __Pyx_CyFunction_ClassObj(f),
+            ((classobj) ? __Pyx_NewRef(classobj) : NULL));
+#else
+    __Pyx_Py_XDECREF_SET(
+        ((PyCMethodObject *) (f))->mm_class,
+        (PyTypeObject*)((classobj) ? __Pyx_NewRef(classobj) : NULL));
+#endif
+}
+static CYTHON_INLINE PyObject *__Pyx_CyFunction_InitDefaults(PyObject *func, PyTypeObject *defaults_type) {
+    __pyx_CyFunctionObject *m = __Pyx_as_CyFunctionObject(func);
+    m->defaults = PyObject_CallObject((PyObject*)defaults_type, NULL); // _PyObject_New(defaults_type);
+    if (unlikely(!m->defaults))
+        return NULL;
+    return m->defaults;
+}
+static CYTHON_INLINE void __Pyx_CyFunction_SetDefaultsTuple(PyObject *func, PyObject *tuple) {
+    __pyx_CyFunctionObject *m = __Pyx_as_CyFunctionObject(func);
+    m->defaults_tuple = tuple;
+    Py_INCREF(tuple);
+}
+static CYTHON_INLINE void __Pyx_CyFunction_SetDefaultsKwDict(PyObject *func, PyObject *dict) {
+    __pyx_CyFunctionObject *m = __Pyx_as_CyFunctionObject(func);
+    m->defaults_kwdict = dict;
+    Py_INCREF(dict);
+}
+static CYTHON_INLINE void __Pyx_CyFunction_SetAnnotationsDict(PyObject *func, PyObject *dict) {
+    __pyx_CyFunctionObject *m = __Pyx_as_CyFunctionObject(func);
+    m->func_annotations = dict;
+    Py_INCREF(dict);
+}
+
+/* PyMethodNew (used by CythonFunctionShared) */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static PyObject *__Pyx_PyMethod_New(PyObject *func, PyObject *self, PyObject *typ) {
+    PyObject *result;
+    CYTHON_UNUSED_VAR(typ);
+    if (!self)
+        return __Pyx_NewRef(func);
+    #if __PYX_LIMITED_VERSION_HEX >= 0x030C0000
+    {
+        PyObject *args[] = {func, self};
+        result = PyObject_Vectorcall(__pyx_mstate_global->__Pyx_CachedMethodType, args, 2, NULL);
+    }
+    #else
+    result = PyObject_CallFunctionObjArgs(__pyx_mstate_global->__Pyx_CachedMethodType, func, self, NULL);
+    #endif
+    return result;
+}
+#else
+static PyObject *__Pyx_PyMethod_New(PyObject *func, PyObject *self, PyObject *typ) {
+    CYTHON_UNUSED_VAR(typ);
+    if (!self)
+        return __Pyx_NewRef(func);
+    return PyMethod_New(func, self);
+}
+#endif
+
+/* PyVectorcallFastCallDict (used by CythonFunctionShared) */
+#if CYTHON_VECTORCALL
+static PyObject *__Pyx_PyVectorcall_FastCallDict_kw(PyObject *func, __pyx_vectorcallfunc vc, PyObject *const *args, size_t nargs, PyObject *kw)
+{
+    PyObject *res = NULL;
+    PyObject *kwnames;
+    PyObject **newargs;
+    PyObject **kwvalues;
+    Py_ssize_t i;
+    #if CYTHON_AVOID_BORROWED_REFS
+    PyObject *pos;
+    #else
+    Py_ssize_t pos;
+    #endif
+    size_t j;
+    PyObject *key, *value;
+    unsigned long keys_are_strings;
+    #if !CYTHON_ASSUME_SAFE_SIZE
+    Py_ssize_t nkw = PyDict_Size(kw);
+    if (unlikely(nkw == -1)) return NULL;
+    #else
+    Py_ssize_t nkw = PyDict_GET_SIZE(kw);
+    #endif
+    newargs = (PyObject **)PyMem_Malloc((nargs + (size_t)nkw) * sizeof(args[0]));
+    if (unlikely(newargs == NULL)) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    for (j = 0; j < nargs; j++) newargs[j] = args[j];
+    kwnames = PyTuple_New(nkw);
+    if (unlikely(kwnames == NULL)) {
+        PyMem_Free(newargs);
+        return NULL;
+    }
+    kwvalues = newargs + nargs;
+    pos = 0;
+    i = 0;
+    keys_are_strings = Py_TPFLAGS_UNICODE_SUBCLASS;
+    while (__Pyx_PyDict_NextRef(kw, &pos, &key, &value)) {
+        keys_are_strings &=
+        #if CYTHON_COMPILING_IN_LIMITED_API
+            PyType_GetFlags(Py_TYPE(key));
+        #else
+            Py_TYPE(key)->tp_flags;
+        #endif
+        #if !CYTHON_ASSUME_SAFE_MACROS
+        if (unlikely(PyTuple_SetItem(kwnames, i, key) < 0)) goto cleanup;
+        #else
+        PyTuple_SET_ITEM(kwnames, i, key);
+        #endif
+        kwvalues[i] = value;
+        i++;
+    }
+    if (unlikely(!keys_are_strings)) {
+        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
+        goto cleanup;
+    }
+    res = vc(func, newargs, nargs, kwnames);
+cleanup:
+    #if CYTHON_AVOID_BORROWED_REFS
+    Py_DECREF(pos);
+    #endif
+    Py_DECREF(kwnames);
+    for (i = 0; i < nkw; i++)
+        Py_DECREF(kwvalues[i]);
+    PyMem_Free(newargs);
+    return res;
+}
+static CYTHON_INLINE PyObject *__Pyx_PyVectorcall_FastCallDict(PyObject *func, __pyx_vectorcallfunc vc, PyObject *const *args, size_t nargs, PyObject *kw)
+{
+    Py_ssize_t kw_size =
+        likely(kw == NULL) ?
+        0 :
+#if !CYTHON_ASSUME_SAFE_SIZE
+        PyDict_Size(kw);
+#else
+        PyDict_GET_SIZE(kw);
+#endif
+    if (kw_size == 0) {
+        return vc(func, args, nargs, NULL);
+    }
+#if !CYTHON_ASSUME_SAFE_SIZE
+    else if (unlikely(kw_size == -1)) {
+        return NULL;
+    }
+#endif
+    return __Pyx_PyVectorcall_FastCallDict_kw(func, vc, args, nargs, kw);
+}
+#endif
+
+/* CythonFunctionShared (used by CythonFunction) */
+static PyObject *
+__Pyx_CyFunction_get_doc_locked(__pyx_CyFunctionObject *op)
+{
+    if (unlikely(op->func_doc == NULL)) {
+        const char *doc = __Pyx_CyFunction_MethodDef(op)->ml_doc;
+        if (doc) {
+            op->func_doc = PyUnicode_FromString(doc);
+            if (unlikely(op->func_doc == NULL))
+                return NULL;
+        } else {
+            Py_INCREF(Py_None);
+            return Py_None;
+        }
+    }
+    Py_INCREF(op->func_doc);
+    return op->func_doc;
+}
+static PyObject *
+__Pyx_CyFunction_get_doc(PyObject *op_in, void *closure) {
+    PyObject *result;
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    CYTHON_UNUSED_VAR(closure);
+    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
+    result = __Pyx_CyFunction_get_doc_locked(op);
+    __Pyx_END_CRITICAL_SECTION();
+    return result;
+}
+static int
+__Pyx_CyFunction_set_doc(PyObject *op_in, PyObject *value, void *context)
+{
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    CYTHON_UNUSED_VAR(context);
+    if (value == NULL) {
+        value = Py_None;
+    }
+    Py_INCREF(value);
+    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
+    __Pyx_Py_XDECREF_SET(op->func_doc, value);
+    __Pyx_END_CRITICAL_SECTION();
+    return 0;
+}
+static PyObject *
+__Pyx_CyFunction_get_name_locked(__pyx_CyFunctionObject *op)
+{
+    if (unlikely(op->func_name == NULL)) {
+        const char *name = __Pyx_CyFunction_MethodDef(op)->ml_name;
+        op->func_name = PyUnicode_InternFromString(name);
+        if (unlikely(op->func_name == NULL))
+            return NULL;
+    }
+    Py_INCREF(op->func_name);
+    return op->func_name;
+}
+static PyObject *
+__Pyx_CyFunction_get_name(PyObject *op, void *context)
+{
+    PyObject *result = NULL;
+    CYTHON_UNUSED_VAR(context);
+    __Pyx_BEGIN_CRITICAL_SECTION(op);
+    result = __Pyx_CyFunction_get_name_locked(__Pyx_as_CyFunctionObject(op));
+    __Pyx_END_CRITICAL_SECTION();
+    return result;
+}
+static int
+__Pyx_CyFunction_set_name(PyObject *op_in, PyObject *value, void *context)
+{
+    CYTHON_UNUSED_VAR(context);
+    if (unlikely(value == NULL || !PyUnicode_Check(value))) {
+        PyErr_SetString(PyExc_TypeError,
+                        "__name__ must be set to a string object");
+        return -1;
+    }
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    Py_INCREF(value);
+    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
+    __Pyx_Py_XDECREF_SET(op->func_name, value);
+    __Pyx_END_CRITICAL_SECTION();
+    return 0;
+}
+static PyObject *
+__Pyx_CyFunction_get_qualname(PyObject *op_in, void *context)
+{
+    CYTHON_UNUSED_VAR(context);
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    PyObject *result;
+    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
+    Py_INCREF(op->func_qualname);
+    result = op->func_qualname;
+    __Pyx_END_CRITICAL_SECTION();
+    return result;
+}
+static int
+__Pyx_CyFunction_set_qualname(PyObject *op_in, PyObject *value, void *context)
+{
+    CYTHON_UNUSED_VAR(context);
+    if (unlikely(value == NULL || !PyUnicode_Check(value))) {
+        PyErr_SetString(PyExc_TypeError,
+                        "__qualname__ must be set to a string object");
+        return -1;
+    }
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    Py_INCREF(value);
+    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
+    __Pyx_Py_XDECREF_SET(op->func_qualname, value);
+    __Pyx_END_CRITICAL_SECTION();
+    return 0;
+}
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+static PyObject *
+__Pyx_CyFunction_get_dict(__pyx_CyFunctionObject *op, void *context)
+{
+    CYTHON_UNUSED_VAR(context);
+    if (unlikely(op->func_dict == NULL)) {
+        op->func_dict = PyDict_New();
+        if (unlikely(op->func_dict == NULL))
+            return NULL;
+    }
+    Py_INCREF(op->func_dict);
+    return op->func_dict;
+}
+#endif
+static PyObject *
+__Pyx_CyFunction_get_globals(PyObject *op_in, void *context)
+{
+    CYTHON_UNUSED_VAR(context);
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    Py_INCREF(op->func_globals);
+    return op->func_globals;
+}
+static PyObject *
+__Pyx_CyFunction_get_closure(PyObject *op, void *context)
+{
+    CYTHON_UNUSED_VAR(op);
+    CYTHON_UNUSED_VAR(context);
+    Py_INCREF(Py_None);
+    return Py_None;
+}
+static PyObject *
+__Pyx_CyFunction_get_code(PyObject *op_in, void *context)
+{
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    PyObject* result = (op->func_code) ? op->func_code : Py_None;
+    CYTHON_UNUSED_VAR(context);
+    Py_INCREF(result);
+    return result;
+}
+static int
+__Pyx_CyFunction_init_defaults(__pyx_CyFunctionObject *op, PyObject *op_obj) {
+    int result = 0;
+    PyObject *res = op->defaults_getter(op_obj);
+    if (unlikely(!res))
+        return -1;
+    #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
+    op->defaults_tuple = PyTuple_GET_ITEM(res, 0);
+    Py_INCREF(op->defaults_tuple);
+    op->defaults_kwdict = PyTuple_GET_ITEM(res, 1);
+    Py_INCREF(op->defaults_kwdict);
+    #else
+    op->defaults_tuple = __Pyx_PySequence_ITEM(res, 0);
+    if (unlikely(!op->defaults_tuple)) result = -1;
+    else {
+        op->defaults_kwdict = __Pyx_PySequence_ITEM(res, 1);
+        if (unlikely(!op->defaults_kwdict)) result = -1;
+    }
+    #endif
+    Py_DECREF(res);
+    return result;
+}
+static int
+__Pyx_CyFunction_set_defaults(PyObject *op_in, PyObject* value, void *context) {
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    CYTHON_UNUSED_VAR(context);
+    if (!value) {
+        value = Py_None;
+    } else if (unlikely(value != Py_None && !PyTuple_Check(value))) {
+        PyErr_SetString(PyExc_TypeError,
+                        "__defaults__ must be set to a tuple object");
+        return -1;
+    }
+    PyErr_WarnEx(PyExc_RuntimeWarning, "changes to cyfunction.__defaults__ will not "
+                 "currently affect the values used in function calls", 1);
+    Py_INCREF(value);
+    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
+    __Pyx_Py_XDECREF_SET(op->defaults_tuple, value);
+    __Pyx_END_CRITICAL_SECTION();
+    return 0;
+}
+static PyObject *
+__Pyx_CyFunction_get_defaults_locked(PyObject *op_in) {
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    PyObject* result = op->defaults_tuple;
+    if (unlikely(!result)) {
+        if (op->defaults_getter) {
+            if (unlikely(__Pyx_CyFunction_init_defaults(op, op_in) < 0)) return NULL;
+            result = op->defaults_tuple;
+        } else {
+            result = Py_None;
+        }
+    }
+    Py_INCREF(result);
+    return result;
+}
+static PyObject *
+__Pyx_CyFunction_get_defaults(PyObject *op, void *context) {
+    PyObject* result = NULL;
+    CYTHON_UNUSED_VAR(context);
+    __Pyx_BEGIN_CRITICAL_SECTION(op);
+    result = __Pyx_CyFunction_get_defaults_locked(op);
+    __Pyx_END_CRITICAL_SECTION();
+    return result;
+}
+static int
+__Pyx_CyFunction_set_kwdefaults(PyObject *op_in, PyObject* value, void *context) {
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    CYTHON_UNUSED_VAR(context);
+    if (!value) {
+        value = Py_None;
+    } else if (unlikely(value != Py_None && !PyDict_Check(value))) {
+        PyErr_SetString(PyExc_TypeError,
+                        "__kwdefaults__ must be set to a dict object");
+        return -1;
+    }
+    PyErr_WarnEx(PyExc_RuntimeWarning, "changes to cyfunction.__kwdefaults__ will not "
+                 "currently affect the values used in function calls", 1);
+    Py_INCREF(value);
+    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
+    __Pyx_Py_XDECREF_SET(op->defaults_kwdict, value);
+    __Pyx_END_CRITICAL_SECTION();
+    return 0;
+}
+static PyObject *
+__Pyx_CyFunction_get_kwdefaults_locked(PyObject *op_in) {
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    PyObject* result = op->defaults_kwdict;
+    if (unlikely(!result)) {
+        if (op->defaults_getter) {
+            if (unlikely(__Pyx_CyFunction_init_defaults(op, op_in) < 0)) return NULL;
+            result = op->defaults_kwdict;
+        } else {
+            result = Py_None;
+        }
+    }
+    Py_INCREF(result);
+    return result;
+}
+static PyObject *
+__Pyx_CyFunction_get_kwdefaults(PyObject *op, void *context) {
+    PyObject* result;
+    CYTHON_UNUSED_VAR(context);
+    __Pyx_BEGIN_CRITICAL_SECTION(op);
+    result = __Pyx_CyFunction_get_kwdefaults_locked(op);
+    __Pyx_END_CRITICAL_SECTION();
+    return result;
+}
+static int __Pyx_CyFunction_set_annotate_in_dict_if_exists(PyObject *op_in, PyObject *value);
+static int
+__Pyx_CyFunction_set_annotations(PyObject *op_in, PyObject* value, void *context) {
+    CYTHON_UNUSED_VAR(context);
+    if (!value || value == Py_None) {
+        value = NULL;
+    } else if (unlikely(!PyDict_Check(value))) {
+        PyErr_SetString(PyExc_TypeError,
+                        "__annotations__ must be set to a dict object");
+        return -1;
+    }
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    Py_XINCREF(value);
+    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
+    __Pyx_Py_XDECREF_SET(op->func_annotations, value);
+    __Pyx_END_CRITICAL_SECTION();
+    if (unlikely(__Pyx_CyFunction_set_annotate_in_dict_if_exists(op_in, Py_None) < 0)) return -1;
+    return 0;
+}
+static int
+__Pyx_CyFunction_get_dict_if_exists(PyObject *op_in, PyObject **dict) {
+    /* Return 1 if the function dict exists, 0 otherwise.  This cannot fail:
+     * _PyObject_GetDictPtr() may clear errors internally, but never reports them. */
+#if CYTHON_COMPILING_IN_PYPY
+    *dict = PyObject_GenericGetDict(op_in, NULL);
+#elif CYTHON_COMPILING_IN_LIMITED_API || PY_VERSION_HEX < 0x030C0000
+    *dict = __Pyx_as_CyFunctionObject(op_in)->func_dict;
+#else
+    PyObject **dictptr = _PyObject_GetDictPtr(op_in);
+    *dict = likely(dictptr) ? *dictptr : NULL;
+#endif
+    return *dict ? 1 : 0;
+}
+static int
+__Pyx_CyFunction_get_annotate_from_dict_if_exists(PyObject *op_in, PyObject **annotate) {
+    PyObject *dict;
+    int dict_found;
+    *annotate = NULL;
+    dict_found = __Pyx_CyFunction_get_dict_if_exists(op_in, &dict);
+    if (!dict_found) return 0;
+    return __Pyx_PyDict_GetItemRef(dict, __pyx_mstate_global->__pyx_n_u_annotate, annotate);
+}
+static int
+__Pyx_CyFunction_set_annotate_in_dict_if_exists(PyObject *op_in, PyObject *value) {
+    PyObject *dict;
+    int dict_found;
+    dict_found = __Pyx_CyFunction_get_dict_if_exists(op_in, &dict);
+    if (!dict_found) return 0;
+    if (value) {
+        return PyDict_SetItem(dict, __pyx_mstate_global->__pyx_n_u_annotate, value);
+    } else {
+#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d0000
+        return PyDict_Pop(dict, __pyx_mstate_global->__pyx_n_u_annotate, NULL);
+#else
+        int result = PyDict_Contains(dict, __pyx_mstate_global->__pyx_n_u_annotate);
+        if (result == 1) {
+            result = PyDict_DelItem(dict, __pyx_mstate_global->__pyx_n_u_annotate);
+        }
+        return result;
+#endif
+    }
+}
+static int
+__Pyx_CyFunction_set_annotate_in_dict(PyObject *op_in, PyObject *value) {
+    PyObject *dict;
+    int result;
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+    dict = __Pyx_CyFunction_get_dict(__Pyx_as_CyFunctionObject(op_in), NULL);
+#else
+    dict = PyObject_GenericGetDict(op_in, NULL);
+#endif
+    if (unlikely(!dict)) return -1;
+    result = PyDict_SetItem(dict, __pyx_mstate_global->__pyx_n_u_annotate, value);
+    Py_DECREF(dict);
+    return result;
+}
+static PyObject *
+__Pyx_CyFunction_get_annotations_locked(__pyx_CyFunctionObject *op) {
+    PyObject* result = op->func_annotations;
+    if (unlikely(!result)) {
+        result = PyDict_New();
+        if (unlikely(!result)) return NULL;
+        op->func_annotations = result;
+    }
+    Py_INCREF(result);
+    return result;
+}
+static PyObject *
+__Pyx_CyFunction_get_annotations(PyObject *op_in, void *context) {
+    PyObject *annotate = NULL;
+    PyObject *result = NULL;
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    CYTHON_UNUSED_VAR(context);
+    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
+    result = __Pyx_XNewRef(op->func_annotations);
+    __Pyx_END_CRITICAL_SECTION();
+    if (result) return result;
+    if (unlikely(__Pyx_CyFunction_get_annotate_from_dict_if_exists(op_in, &annotate) < 0)) return NULL;
+    if (!annotate || annotate == Py_None) {
+        Py_XDECREF(annotate);
+        __Pyx_BEGIN_CRITICAL_SECTION(op_in);
+        result = __Pyx_CyFunction_get_annotations_locked(op);
+        __Pyx_END_CRITICAL_SECTION();
+        return result;
+    }
+    PyObject *format = PyLong_FromLong(1L);  // annotationlib.Format.VALUE
+    if (likely(format)) {
+        if (!Py_EnterRecursiveCall(" cyfunction __annotations__.__get__")) {
+            result = __Pyx_PyObject_CallOneArg(annotate, format);
+            Py_LeaveRecursiveCall();
+            Py_DECREF(format);
+        }
+    }
+    Py_DECREF(annotate);
+    if (unlikely(!result)) return NULL;
+    if (unlikely(!PyDict_Check(result))) {
+        PyErr_SetString(PyExc_TypeError, "__annotate__ must return a dict");
+        Py_DECREF(result);
+        return NULL;
+    }
+    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
+    __Pyx_Py_XDECREF_SET(op->func_annotations, __Pyx_NewRef(result));
+    __Pyx_END_CRITICAL_SECTION();
+    return result;
+}
+static PyObject *__Pyx_CyFunction_annotate_impl(PyObject *self, PyObject *arg) {
+    CYTHON_UNUSED_VAR(arg);
+    if (unlikely(!self)) {
+        PyErr_SetString(PyExc_SystemError, "cython __annotate__ called without 'self' argument");
+        return NULL;
+    }
+    PyObject *result;
+    if (Py_EnterRecursiveCall(" in cyfunction annotate")) {
+        return NULL;
+    }
+    result = __Pyx_CyFunction_get_annotations(self, NULL);
+    Py_LeaveRecursiveCall();
+    return result;
+}
+static PyObject *
+__Pyx_CyFunction_get_annotate(PyObject *op_in, void *context);
+static int
+__Pyx_CyFunction_set_annotate(PyObject *op_in, PyObject* value, void *context) {
+    CYTHON_UNUSED_VAR(context);
+    if (value == NULL) {
+        PyErr_SetString(PyExc_TypeError, "__annotate__ cannot be deleted");
+        return -1;
+    }
+    if (unlikely(value != Py_None && !PyCallable_Check(value))) {
+        PyErr_SetString(PyExc_TypeError, "__annotate__ must be callable or None");
+        return -1;
+    }
+    if (unlikely(__Pyx_TypeCheck(value, &PyCFunction_Type))) {
+#if !CYTHON_ASSUME_SAFE_MACROS && !CYTHON_COMPILING_IN_PYPY
+        PyCFunction cfunction = PyCFunction_GetFunction(value);
+        if (unlikely(!cfunction)) return -1;
+        PyObject *value_self = PyCFunction_GetSelf(value);
+        if (unlikely(!value_self && PyErr_Occurred())) return -1;
+#else
+        PyCFunction cfunction = PyCFunction_GET_FUNCTION(value);
+        PyObject *value_self = PyCFunction_GET_SELF(value);
+#endif
+        if (cfunction == __Pyx_CyFunction_annotate_impl && value_self == op_in) {
+            return __Pyx_CyFunction_set_annotate_in_dict_if_exists(op_in, NULL);
+        }
+    }
+    if (value != Py_None) {
+        __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+        __Pyx_BEGIN_CRITICAL_SECTION(op_in);
+        Py_CLEAR(op->func_annotations);
+        __Pyx_END_CRITICAL_SECTION();
+    }
+    return __Pyx_CyFunction_set_annotate_in_dict(op_in, value);
+}
+#if __PYX_LIMITED_VERSION_HEX < 0x030B0000
+static PyObject *
+__Pyx_CyFunction_get_is_coroutine_value(__pyx_CyFunctionObject *op) {
+    int is_coroutine = op->flags & __Pyx_CYFUNCTION_COROUTINE;
+    if (is_coroutine) {
+        PyObject *is_coroutine_value, *module, *fromlist, *marker = __pyx_mstate_global->__pyx_n_u_is_coroutine;
+        fromlist = PyList_New(1);
+        if (unlikely(!fromlist)) return NULL;
+        Py_INCREF(marker);
+#if CYTHON_ASSUME_SAFE_MACROS
+        PyList_SET_ITEM(fromlist, 0, marker);
+#else
+        if (unlikely(PyList_SetItem(fromlist, 0, marker) < 0)) {
+            Py_DECREF(fromlist);
+            return NULL;
+        }
+#endif
+        module = PyImport_ImportModuleLevelObject(__pyx_mstate_global->__pyx_n_u_asyncio_coroutines, NULL, NULL, fromlist, 0);
+        Py_DECREF(fromlist);
+        if (unlikely(!module)) {
+            goto ignore_or_error;
+        }
+        is_coroutine_value = __Pyx_PyObject_GetAttrStr(module, marker);
+        Py_DECREF(module);
+        if (likely(is_coroutine_value)) {
+            return is_coroutine_value;
+        }
+ignore_or_error:
+        if (!__Pyx_IgnoreException(PyExc_Exception)) {
+            return NULL;
+        }
+    }
+    return __Pyx_PyBool_FromLong(is_coroutine);
+}
+static PyObject *
+__Pyx_CyFunction_get_is_coroutine(PyObject *op_in, void *context) {
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    PyObject *result;
+    CYTHON_UNUSED_VAR(context);
+    if (op->func_is_coroutine) {
+        return __Pyx_NewRef(op->func_is_coroutine);
+    }
+    result = __Pyx_CyFunction_get_is_coroutine_value(op);
+    if (unlikely(!result))
+        return NULL;
+    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
+    if (op->func_is_coroutine) {
+        Py_DECREF(result);
+        result = __Pyx_NewRef(op->func_is_coroutine);
+    } else {
+        op->func_is_coroutine = __Pyx_NewRef(result);
+    }
+    __Pyx_END_CRITICAL_SECTION();
+    return result;
+}
+#endif
+static void __Pyx_CyFunction_raise_argument_count_error(PyObject *func, const char* message, Py_ssize_t size) {
+    const char* name = __Pyx_CyFunction_MethodDef(__Pyx_as_CyFunctionObject(func))->ml_name;
+    PyErr_Format(PyExc_TypeError,
+        "%.200s() %s (%" CYTHON_FORMAT_SSIZE_T "d given)",
+        name, message, size);
+}
+static void __Pyx_CyFunction_raise_type_error(PyObject *func, const char* message) {
+    const char* name = __Pyx_CyFunction_MethodDef(__Pyx_as_CyFunctionObject(func))->ml_name;
+    PyErr_Format(PyExc_TypeError,
+        "%.200s() %s",
+        name, message);
+}
+#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL
+static PyObject *
+__Pyx_CyFunction_get_module(PyObject *op_in, void *context) {
+    CYTHON_UNUSED_VAR(context);
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    Py_INCREF(op->func_module);
+    return op->func_module;
+}
+static int
+__Pyx_CyFunction_set_module(PyObject *op_in, PyObject* value, void *context) {
+    CYTHON_UNUSED_VAR(context);
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    if (value == NULL) {
+        value = Py_None;
+    }
+    Py_INCREF(value);
+    PyObject *old = op->func_module;
+    op->func_module = value;
+    Py_DECREF(old);
+    return 0;
+}
+#endif
+static PyGetSetDef __pyx_CyFunction_getsets[] = {
+    {"func_doc", (getter)__Pyx_CyFunction_get_doc, (setter)__Pyx_CyFunction_set_doc, 0, 0},
+    {"__doc__",  (getter)__Pyx_CyFunction_get_doc, (setter)__Pyx_CyFunction_set_doc, 0, 0},
+    {"func_name", (getter)__Pyx_CyFunction_get_name, (setter)__Pyx_CyFunction_set_name, 0, 0},
+    {"__name__", (getter)__Pyx_CyFunction_get_name, (setter)__Pyx_CyFunction_set_name, 0, 0},
+    {"__qualname__", (getter)__Pyx_CyFunction_get_qualname, (setter)__Pyx_CyFunction_set_qualname, 0, 0},
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+    {"func_dict", (getter)__Pyx_CyFunction_get_dict, (setter)PyObject_GenericSetDict, 0, 0},
+    {"__dict__", (getter)__Pyx_CyFunction_get_dict, (setter)PyObject_GenericSetDict, 0, 0},
+#else
+    {"func_dict", (getter)PyObject_GenericGetDict, (setter)PyObject_GenericSetDict, 0, 0},
+    {"__dict__", (getter)PyObject_GenericGetDict, (setter)PyObject_GenericSetDict, 0, 0},
+#endif
+    {"func_globals", (getter)__Pyx_CyFunction_get_globals, 0, 0, 0},
+    {"__globals__", (getter)__Pyx_CyFunction_get_globals, 0, 0, 0},
+    {"func_closure", (getter)__Pyx_CyFunction_get_closure, 0, 0, 0},
+    {"__closure__", (getter)__Pyx_CyFunction_get_closure, 0, 0, 0},
+    {"func_code", (getter)__Pyx_CyFunction_get_code, 0, 0, 0},
+    {"__code__", (getter)__Pyx_CyFunction_get_code, 0, 0, 0},
+    {"func_defaults", (getter)__Pyx_CyFunction_get_defaults, (setter)__Pyx_CyFunction_set_defaults, 0, 0},
+    {"__defaults__", (getter)__Pyx_CyFunction_get_defaults, (setter)__Pyx_CyFunction_set_defaults, 0, 0},
+    {"__kwdefaults__", (getter)__Pyx_CyFunction_get_kwdefaults, (setter)__Pyx_CyFunction_set_kwdefaults, 0, 0},
+    {"__annotations__", (getter)__Pyx_CyFunction_get_annotations, (setter)__Pyx_CyFunction_set_annotations, 0, 0},
+    {"__annotate__", (getter)__Pyx_CyFunction_get_annotate, (setter)__Pyx_CyFunction_set_annotate, 0, 0},
+#if __PYX_LIMITED_VERSION_HEX < 0x030B0000
+    {"_is_coroutine", (getter)__Pyx_CyFunction_get_is_coroutine, 0, 0, 0},
+#endif
+#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL
+    {"__module__", (getter)__Pyx_CyFunction_get_module, (setter)__Pyx_CyFunction_set_module, 0, 0},
+#endif
+    {0, 0, 0, 0, 0}
+};
+static PyMemberDef __pyx_CyFunction_members[] = {
+#if !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL)
+    {"__module__", T_OBJECT, offsetof(PyCFunctionObject, m_module), 0, 0},
+#endif
+#if PY_VERSION_HEX < 0x030C0000 || CYTHON_COMPILING_IN_LIMITED_API
+    {"__dictoffset__", T_PYSSIZET, offsetof(__pyx_CyFunctionObject, func_dict),
+        __PYX_SHARED_RELATIVE_OFFSET | READONLY, 0},
+#endif
+#if CYTHON_VECTORCALL
+#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL
+    {"__vectorcalloffset__", T_PYSSIZET, offsetof(__pyx_CyFunctionObject, func_vectorcall),
+        __PYX_SHARED_RELATIVE_OFFSET | READONLY, 0},
+#else
+    {"__vectorcalloffset__", T_PYSSIZET, offsetof(PyCFunctionObject, vectorcall), READONLY, 0},
+#endif
+#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL
+    {"__weaklistoffset__", T_PYSSIZET, offsetof(__pyx_CyFunctionObject, func_weakreflist),
+        __PYX_SHARED_RELATIVE_OFFSET | READONLY, 0},
+#else
+    {"__weaklistoffset__", T_PYSSIZET, offsetof(PyCFunctionObject, m_weakreflist), READONLY, 0},
+#endif
+#endif
+    {0, 0, 0,  0, 0}
+};
+static PyObject *
+__Pyx_CyFunction_reduce(PyObject *m_in, PyObject *args)
+{
+    PyObject *result = NULL;
+    __pyx_CyFunctionObject *m = __Pyx_as_CyFunctionObject(m_in);
+    CYTHON_UNUSED_VAR(args);
+    __Pyx_BEGIN_CRITICAL_SECTION(m_in);
+    Py_INCREF(m->func_qualname);
+    result = m->func_qualname;
+    __Pyx_END_CRITICAL_SECTION();
+    return result;
+}
+static PyMethodDef __pyx_CyFunction_methods[] = {
+    {"__annotate_cython__", __Pyx_CyFunction_annotate_impl, METH_O,
+        "Placeholder __annotate__ function to allow 'functools.wraps' to work "
+        "on Cython functions."},
+    {"__reduce__", (PyCFunction)__Pyx_CyFunction_reduce, METH_NOARGS, 0},
+    {0, 0, 0, 0}
+};
+static PyObject *
+__Pyx_CyFunction_get_annotate(PyObject *op_in, void *context) {
+    PyObject *annotate = NULL;
+    CYTHON_UNUSED_VAR(context);
+    if (unlikely(__Pyx_CyFunction_get_annotate_from_dict_if_exists(op_in, &annotate) < 0)) return NULL;
+    if (annotate) return annotate;
+    PyObject *method = PyCFunction_New(
+        &__pyx_CyFunction_methods[0],
+        op_in);
+    return method;
+}
+#if CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL
+#define __Pyx_CyFunction_weakreflist(cyfunc) ((cyfunc)->func_weakreflist)
+#else
+#define __Pyx_CyFunction_weakreflist(cyfunc) (((PyCFunctionObject*)cyfunc)->m_weakreflist)
+#endif
+static PyObject *__Pyx_CyFunction_Init(PyObject *op_in,
+                                       PyMethodDef *ml, int flags, PyObject* qualname,
+                                       PyObject *closure, PyObject *module, PyObject* globals, PyObject* code) {
+    __pyx_CyFunctionObject* op = __Pyx_as_CyFunctionObject(op_in);
+#if !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL)
+    PyCFunctionObject *cf = (PyCFunctionObject*) op;
+#endif
+    if (unlikely(op == NULL))
+        return NULL;
+    __Pyx_CyFunction_MethodDef(op) = ml;
+    Py_XINCREF(module);
+    __Pyx_CyFunction_Module(op) = module;
+    op->flags = flags;
+    __Pyx_CyFunction_weakreflist(op) = NULL;
+#if !(CYTHON_COMPILING_IN_LIMITED_API || CYTHON_COMPILING_IN_GRAAL)
+    cf->m_self = (PyObject *) op;
+#endif
+    Py_XINCREF(closure);
+    op->func_closure = closure;
+#if PY_VERSION_HEX < 0x030C0000 || CYTHON_COMPILING_IN_LIMITED_API
+    op->func_dict = NULL;
+#endif
+    op->func_name = NULL;
+    Py_INCREF(qualname);
+    op->func_qualname = qualname;
+    op->func_doc = NULL;
+    __Pyx_CyFunction_ClassObj(op) = NULL;
+    op->func_globals = globals;
+    Py_INCREF(op->func_globals);
+    Py_XINCREF(code);
+    op->func_code = code;
+    op->defaults = NULL;
+    op->defaults_tuple = NULL;
+    op->defaults_kwdict = NULL;
+    op->defaults_getter = NULL;
+    op->func_annotations = NULL;
+#if __PYX_LIMITED_VERSION_HEX < 0x030B0000
+    op->func_is_coroutine = NULL;
+#endif
+#if CYTHON_VECTORCALL
+    switch (ml->ml_flags & (METH_VARARGS | METH_FASTCALL | METH_NOARGS | METH_O | METH_KEYWORDS | METH_METHOD)) {
+    case METH_NOARGS:
+        __Pyx_CyFunction_func_vectorcall(op) = __Pyx_CyFunction_Vectorcall_NOARGS;
+        break;
+    case METH_O:
+        __Pyx_CyFunction_func_vectorcall(op) = __Pyx_CyFunction_Vectorcall_O;
+        break;
+    case METH_METHOD | METH_FASTCALL | METH_KEYWORDS:
+        __Pyx_CyFunction_func_vectorcall(op) = __Pyx_CyFunction_Vectorcall_FASTCALL_KEYWORDS_METHOD;
+        break;
+    case METH_FASTCALL | METH_KEYWORDS:
+        __Pyx_CyFunction_func_vectorcall(op) = __Pyx_CyFunction_Vectorcall_FASTCALL_KEYWORDS;
+        break;
+    case METH_VARARGS | METH_KEYWORDS:
+        __Pyx_CyFunction_func_vectorcall(op) = NULL;
+        break;
+    default:
+        PyErr_SetString(PyExc_SystemError, "Bad call flags for CyFunction");
+        Py_DECREF(op_in);
+        return NULL;
+    }
+#endif
+    return op_in;
+}
+static int __Pyx__CyFunction_clear(__pyx_CyFunctionObject *m)
+{
+    Py_CLEAR(m->func_closure);
+    Py_CLEAR(__Pyx_CyFunction_Module(m));
+#if PY_VERSION_HEX < 0x030C0000 || CYTHON_COMPILING_IN_LIMITED_API
+    Py_CLEAR(m->func_dict);
+#elif PY_VERSION_HEX < 0x030d0000
+    _PyObject_ClearManagedDict((PyObject*)m);
+#else
+    PyObject_ClearManagedDict((PyObject*)m);
+#endif
+    Py_CLEAR(m->func_name);
+    Py_CLEAR(m->func_qualname);
+    Py_CLEAR(m->func_doc);
+    Py_CLEAR(m->func_globals);
+    Py_CLEAR(m->func_code);
+    Py_CLEAR(__Pyx_CyFunction_ClassObj(m));
+    Py_CLEAR(m->defaults_tuple);
+    Py_CLEAR(m->defaults_kwdict);
+    Py_CLEAR(m->func_annotations);
+#if __PYX_LIMITED_VERSION_HEX < 0x030B0000
+    Py_CLEAR(m->func_is_coroutine);
+#endif
+    Py_CLEAR(m->defaults);
+    return 0;
+}
+static int
+__Pyx_CyFunction_clear(PyObject *m)
+{
+    return __Pyx__CyFunction_clear(__Pyx_as_CyFunctionObject_safe(m));
+}
+static void __Pyx__CyFunction_dealloc(PyObject *m)
+{
+    __pyx_CyFunctionObject *cyfunc = __Pyx_as_CyFunctionObject_safe(m);
+    if (__Pyx_CyFunction_weakreflist(cyfunc) != NULL)
+        PyObject_ClearWeakRefs(m);
+    __Pyx__CyFunction_clear(cyfunc);
+    __Pyx_PyHeapTypeObject_GC_Del(m);
+}
+static void __Pyx_CyFunction_dealloc(PyObject *m)
+{
+    PyObject_GC_UnTrack(m);
+    __Pyx__CyFunction_dealloc(m);
+}
+static int __Pyx_CyFunction_traverse(PyObject *m_in, visitproc visit, void *arg)
+{
+    __pyx_CyFunctionObject *m = __Pyx_as_CyFunctionObject_safe(m_in);
+    {
+        int e = __Pyx_call_type_traverse(m_in, 1, visit, arg);
+        if (e) return e;
+    }
+    Py_VISIT(m->func_closure);
+    Py_VISIT(__Pyx_CyFunction_Module(m));
+#if PY_VERSION_HEX < 0x030C0000 || CYTHON_COMPILING_IN_LIMITED_API
+    Py_VISIT(m->func_dict);
+#else
+    {
+        int e =
+#if PY_VERSION_HEX < 0x030d0000
+            _PyObject_VisitManagedDict
+#else
+            PyObject_VisitManagedDict
+#endif
+                ((PyObject*)m, visit, arg);
+        if (e != 0) return e;
+    }
+#endif
+    __Pyx_VISIT_CONST(m->func_name);
+    __Pyx_VISIT_CONST(m->func_qualname);
+    Py_VISIT(m->func_doc);
+    Py_VISIT(m->func_globals);
+    __Pyx_VISIT_CONST(m->func_code);
+    Py_VISIT(__Pyx_CyFunction_ClassObj(m));
+    Py_VISIT(m->defaults_tuple);
+    Py_VISIT(m->defaults_kwdict);
+    Py_VISIT(m->func_annotations);
+#if __PYX_LIMITED_VERSION_HEX < 0x030B0000
+    Py_VISIT(m->func_is_coroutine);
+#endif
+    Py_VISIT(m->defaults);
+    return 0;
+}
+static PyObject*
+__Pyx_CyFunction_repr(PyObject *op_in)
+{
+    __pyx_CyFunctionObject *op = __Pyx_as_CyFunctionObject(op_in);
+    PyObject *repr;
+    __Pyx_BEGIN_CRITICAL_SECTION(op_in);
+    repr = PyUnicode_FromFormat("<cyfunction %U at %p>",
+                                op->func_qualname, (void *)op);
+    __Pyx_END_CRITICAL_SECTION();
+    return repr;
+}
+static PyObject * __Pyx_CyFunction_CallMethod(PyObject *func, PyObject *self, PyObject *arg, PyObject *kw) {
+    PyMethodDef *methoddef = __Pyx_CyFunction_MethodDef(__Pyx_as_CyFunctionObject(func));
+    PyCFunction meth = methoddef->ml_meth;
+    int flags = methoddef->ml_flags;
+    Py_ssize_t size;
+    switch (flags & (METH_VARARGS | METH_KEYWORDS | METH_NOARGS | METH_O)) {
+    case METH_VARARGS:
+        if (likely(kw == NULL || PyDict_Size(kw) == 0))
+            return (*meth)(self, arg);
+        break;
+    case METH_VARARGS | METH_KEYWORDS:
+        return (*(PyCFunctionWithKeywords)(void(*)(void))meth)(self, arg, kw);
+    case METH_NOARGS:
+        if (likely(kw == NULL || PyDict_Size(kw) == 0)) {
+#if CYTHON_ASSUME_SAFE_SIZE
+            size = PyTuple_GET_SIZE(arg);
+#else
+            size = PyTuple_Size(arg);
+            if (unlikely(size < 0)) return NULL;
+#endif
+            if (likely(size == 0))
+                return (*meth)(self, NULL);
+            __Pyx_CyFunction_raise_argument_count_error(
+                func,
+                "takes no arguments", size);
+            return NULL;
+        }
+        break;
+    case METH_O:
+        if (likely(kw == NULL || PyDict_Size(kw) == 0)) {
+#if CYTHON_ASSUME_SAFE_SIZE
+            size = PyTuple_GET_SIZE(arg);
+#else
+            size = PyTuple_Size(arg);
+            if (unlikely(size < 0)) return NULL;
+#endif
+            if (likely(size == 1)) {
+                PyObject *result, *arg0;
+                #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
+                arg0 = PyTuple_GET_ITEM(arg, 0);
+                #else
+                arg0 = __Pyx_PySequence_ITEM(arg, 0); if (unlikely(!arg0)) return NULL;
+                #endif
+                result = (*meth)(self, arg0);
+                #if !(CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS)
+                Py_DECREF(arg0);
+                #endif
+                return result;
+            }
+            __Pyx_CyFunction_raise_argument_count_error(
+                func,
+                "takes exactly one argument", size);
+            return NULL;
+        }
+        break;
+    default:
+        PyErr_SetString(PyExc_SystemError, "Bad call flags for CyFunction");
+        return NULL;
+    }
+    __Pyx_CyFunction_raise_type_error(
+        func, "takes no keyword arguments");
+    return NULL;
+}
+static CYTHON_INLINE PyObject *__Pyx_CyFunction_Call(PyObject *func, PyObject *arg, PyObject *kw) {
+    PyObject *result;
+    result = __Pyx_CyFunction_CallMethod(func, func, arg, kw);
+    return result;
+}
+static PyObject *__Pyx_CyFunction_CallAsMethod(PyObject *func, PyObject *args, PyObject *kw) {
+    PyObject *result;
+    __pyx_CyFunctionObject *cyfunc = __Pyx_as_CyFunctionObject(func);
+#if CYTHON_VECTORCALL
+     __pyx_vectorcallfunc vc = __Pyx_CyFunction_func_vectorcall(cyfunc);
+    if (vc) {
+#if CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
+        return __Pyx_PyVectorcall_FastCallDict(func, vc, &PyTuple_GET_ITEM(args, 0), (size_t)PyTuple_GET_SIZE(args), kw);
+#else
+        (void) &__Pyx_PyVectorcall_FastCallDict;
+        return PyVectorcall_Call(func, args, kw);
+#endif
+    }
+#endif
+    if ((cyfunc->flags & __Pyx_CYFUNCTION_CCLASS) && !(cyfunc->flags & __Pyx_CYFUNCTION_STATICMETHOD)) {
+        Py_ssize_t argc;
+        PyObject *new_args;
+        PyObject *self;
+#if CYTHON_ASSUME_SAFE_SIZE
+        argc = PyTuple_GET_SIZE(args);
+#else
+        argc = PyTuple_Size(args);
+        if (unlikely(argc < 0)) return NULL;
+#endif
+        new_args = PyTuple_GetSlice(args, 1, argc);
+        if (unlikely(!new_args))
+            return NULL;
+        self = PyTuple_GetItem(args, 0);
+        if (unlikely(!self)) {
+            Py_DECREF(new_args);
+            PyErr_Format(PyExc_TypeError,
+                         "unbound method %.200S() needs an argument",
+                         cyfunc->func_qualname);
+            return NULL;
+        }
+        result = __Pyx_CyFunction_CallMethod(func, self, new_args, kw);
+        Py_DECREF(new_args);
+    } else {
+        result = __Pyx_CyFunction_Call(func, args, kw);
+    }
+    return result;
+}
+#if CYTHON_VECTORCALL
+static CYTHON_INLINE int __Pyx_CyFunction_Vectorcall_CheckArgs(PyObject *func, __pyx_CyFunctionObject *cyfunc, Py_ssize_t nargs, PyObject *kwnames)
+{
+    int ret = 0;
+    if ((cyfunc->flags & __Pyx_CYFUNCTION_CCLASS) && !(cyfunc->flags & __Pyx_CYFUNCTION_STATICMETHOD)) {
+        if (unlikely(nargs < 1)) {
+            __Pyx_CyFunction_raise_type_error(
+                func, "needs an argument");
+            return -1;
+        }
+        ret = 1;
+    }
+    if (unlikely(kwnames) && unlikely(__Pyx_PyTuple_GET_SIZE(kwnames))) {
+        __Pyx_CyFunction_raise_type_error(
+            func, "takes no keyword arguments");
+        return -1;
+    }
+    return ret;
+}
+static PyObject * __Pyx_CyFunction_Vectorcall_NOARGS(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwnames)
+{
+    __pyx_CyFunctionObject *cyfunc = __Pyx_as_CyFunctionObject(func);
+    Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
+    PyObject *self;
+    PyCFunction meth = __Pyx_CyFunction_MethodDef(cyfunc)->ml_meth;
+    switch (__Pyx_CyFunction_Vectorcall_CheckArgs(func, cyfunc, nargs, kwnames)) {
+    case 1:
+        self = args[0];
+        args += 1;
+        nargs -= 1;
+        break;
+    case 0:
+        self = func;
+        break;
+    default:
+        return NULL;
+    }
+    if (unlikely(nargs != 0)) {
+        __Pyx_CyFunction_raise_argument_count_error(
+            func, "takes no arguments", nargs);
+        return NULL;
+    }
+    return meth(self, NULL);
+}
+static PyObject * __Pyx_CyFunction_Vectorcall_O(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwnames)
+{
+    __pyx_CyFunctionObject *cyfunc = __Pyx_as_CyFunctionObject(func);
+    Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
+    PyObject *self;
+    PyCFunction meth = __Pyx_CyFunction_MethodDef(cyfunc)->ml_meth;
+    switch (__Pyx_CyFunction_Vectorcall_CheckArgs(func, cyfunc, nargs, kwnames)) {
+    case 1:
+        self = args[0];
+        args += 1;
+        nargs -= 1;
+        break;
+    case 0:
+        self = func;
+        break;
+    default:
+        return NULL;
+    }
+    if (unlikely(nargs != 1)) {
+        __Pyx_CyFunction_raise_argument_count_error(
+            func, "takes exactly one argument", nargs);
+        return NULL;
+    }
+    return meth(self, args[0]);
+}
+static PyObject * __Pyx_CyFunction_Vectorcall_FASTCALL_KEYWORDS(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwnames)
+{
+    __pyx_CyFunctionObject *cyfunc = __Pyx_as_CyFunctionObject(func);
+    Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
+    PyObject *self;
+    PyCFunction meth = __Pyx_CyFunction_MethodDef(cyfunc)->ml_meth;
+    switch (__Pyx_CyFunction_Vectorcall_CheckArgs(func, cyfunc, nargs, NULL)) {
+    case 1:
+        self = args[0];
+        args += 1;
+        nargs -= 1;
+        break;
+    case 0:
+        self = func;
+        break;
+    default:
+        return NULL;
+    }
+    return ((__Pyx_PyCFunctionFastWithKeywords)(void(*)(void))meth)(self, args, nargs, kwnames);
+}
+static PyObject * __Pyx_CyFunction_Vectorcall_FASTCALL_KEYWORDS_METHOD(PyObject *func, PyObject *const *args, size_t nargsf, PyObject *kwnames)
+{
+    __pyx_CyFunctionObject *cyfunc = __Pyx_as_CyFunctionObject(func);
+    PyTypeObject *cls = (PyTypeObject *) __Pyx_CyFunction_ClassObj(cyfunc);
+    Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
+    PyObject *self;
+    PyCFunction meth = __Pyx_CyFunction_MethodDef(cyfunc)->ml_meth;
+    switch (__Pyx_CyFunction_Vectorcall_CheckArgs(func, cyfunc, nargs, NULL)) {
+    case 1:
+        self = args[0];
+        args += 1;
+        nargs -= 1;
+        break;
+    case 0:
+        self = func;
+        break;
+    default:
+        return NULL;
+    }
+    #if PY_VERSION_HEX < 0x030e00A6
+    size_t nargs_value = (size_t) nargs;
+    #else
+    Py_ssize_t nargs_value = nargs;
+    #endif
+    return ((__Pyx_PyCMethod)(void(*)(void))meth)(self, cls, args, nargs_value, kwnames);
+}
+#endif
+static PyType_Slot __pyx_CyFunctionType_slots[] = {
+    {Py_tp_dealloc, (void *)__Pyx_CyFunction_dealloc},
+    {Py_tp_repr, (void *)__Pyx_CyFunction_repr},
+    {Py_tp_call, (void *)__Pyx_CyFunction_CallAsMethod},
+    {Py_tp_traverse, (void *)__Pyx_CyFunction_traverse},
+    {Py_tp_clear, (void *)__Pyx_CyFunction_clear},
+    {Py_tp_methods, (void *)__pyx_CyFunction_methods},
+    {Py_tp_members, (void *)__pyx_CyFunction_members},
+    {Py_tp_getset, (void *)__pyx_CyFunction_getsets},
+    {Py_tp_descr_get, (void *)__Pyx_PyMethod_New},
+    {0, 0},
+};
+static PyType_Spec __pyx_CyFunctionType_spec = {
+    __PYX_TYPE_MODULE_PREFIX "cython_function_or_method",
+    __PYX_SHARED_SIZEOF(__pyx_CyFunctionObject),
+    0,
+#ifdef Py_TPFLAGS_METHOD_DESCRIPTOR
+    Py_TPFLAGS_METHOD_DESCRIPTOR |
+#endif
+#if CYTHON_VECTORCALL
+#if defined(Py_TPFLAGS_HAVE_VECTORCALL)
+    Py_TPFLAGS_HAVE_VECTORCALL |
+#elif defined(_Py_TPFLAGS_HAVE_VECTORCALL)
+    _Py_TPFLAGS_HAVE_VECTORCALL |
+#endif
+#endif // CYTHON_VECTORCALL
+#if PY_VERSION_HEX >= 0x030C0000 && !CYTHON_COMPILING_IN_LIMITED_API
+    Py_TPFLAGS_MANAGED_DICT |
+#endif
+    Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION |
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE,
+    __pyx_CyFunctionType_slots
+};
+static int __pyx_CyFunction_init(PyObject *module) {
+    __pyx_mstatetype *mstate = __Pyx_PyModule_GetState(module);
+    if (mstate->__pyx_CyFunctionType != NULL) {
+        return 0;
+    }
+    mstate->__pyx_CyFunctionType = __Pyx_FetchCommonTypeFromSpec(
+        mstate->__pyx_CommonTypesMetaclassType, module, &__pyx_CyFunctionType_spec, NULL);
+    if (unlikely(mstate->__pyx_CyFunctionType == NULL)) {
+        return -1;
+    }
+    return 0;
+}
+
+/* CythonFunction */
+static PyObject *__Pyx_CyFunction_New(PyMethodDef *ml, int flags, PyObject* qualname,
+                                      PyObject *closure, PyObject *module, PyObject* globals, PyObject* code) {
+    (void)&__Pyx_Get_CyFunction_Type;
+    PyObject *op = __Pyx_CyFunction_Init(
+        PyObject_GC_New(PyObject, __pyx_mstate_global->__pyx_CyFunctionType),
+        ml, flags, qualname, closure, module, globals, code
+    );
+    if (likely(op)) {
+        PyObject_GC_Track(op);
+    }
+    return op;
+}
+static PyTypeObject *__Pyx_Get_CyFunction_Type(void) {
+    PyTypeObject *tp = __pyx_mstate_global->__pyx_CyFunctionType;
+    Py_INCREF((PyObject*)tp);
+    return tp;
 }
 
 /* CLineInTraceback (used by AddTraceback) */
@@ -7974,307 +16813,6 @@ bad:
     }
 
 /* CIntFromPy */
-static uint64_t __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(PyObject *x);
-static uint64_t __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint64_t(void) {
-    const char* type_name = "uint64_t";
-    PyErr_Format(PyExc_OverflowError,
-        "can't convert negative value to %.200s", type_name);
-    return (uint64_t) -1;
-}
-static uint64_t __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t(void) {
-    const char* type_name = "uint64_t";
-    PyErr_Format(PyExc_OverflowError,
-        "value too large to convert to %.200s", type_name);
-    return (uint64_t) -1;
-}
-static CYTHON_INLINE uint64_t __Pyx_PyULong___Pyx_PyLong_As_uint64_t(PyObject *x) {
-    const int is_unsigned = 1;
-#if CYTHON_USE_PYLONG_INTERNALS
-    {
-        const digit* digits = __Pyx_PyLong_Digits(x);
-        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
-        if (size == 2 && (8 * sizeof(uint64_t) > 1 * PyLong_SHIFT)) {
-            if ((8 * sizeof(unsigned long) > 2 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint64_t) >= 2 * PyLong_SHIFT)) {
-                return (uint64_t) (((((uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
-            }
-        } else
-        if (size == 3 && (8 * sizeof(uint64_t) > 2 * PyLong_SHIFT)) {
-            if ((8 * sizeof(unsigned long) > 3 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint64_t) >= 3 * PyLong_SHIFT)) {
-                return (uint64_t) (((((((uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
-            }
-        } else
-        if (size == 4 && (8 * sizeof(uint64_t) > 3 * PyLong_SHIFT)) {
-            if ((8 * sizeof(unsigned long) > 4 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint64_t) >= 4 * PyLong_SHIFT)) {
-                return (uint64_t) (((((((((uint64_t)digits[3]) << PyLong_SHIFT) | (uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
-            }
-        } else
-        {}
-    }
-#elif CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A7
-    if (unlikely(Py_SIZE(x) < 0)) {
-        goto raise_neg_overflow;
-    }
-#else
-    {
-        int result = PyObject_RichCompareBool(x, Py_False, Py_LT);
-        if (unlikely(result < 0))
-            return (uint64_t) -1;
-        if (unlikely(result == 1))
-            goto raise_neg_overflow;
-    }
-#endif
-    if ((sizeof(uint64_t) <= sizeof(unsigned long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, unsigned long, PyLong_AsUnsignedLong(x))
-    } else if ((sizeof(uint64_t) <= sizeof(unsigned PY_LONG_LONG))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, unsigned PY_LONG_LONG, PyLong_AsUnsignedLongLong(x))
-    }
-    return __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(x);
-raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint64_t();
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t();
-}
-static CYTHON_INLINE uint64_t __Pyx_PySLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
-    const int is_unsigned = 0;
-#if CYTHON_USE_PYLONG_INTERNALS
-    if (__Pyx_PyLong_IsNeg(x)) {
-        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
-        const digit* digits = __Pyx_PyLong_Digits(x);
-        if (size == 2 && (8 * sizeof(uint64_t) > 1 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
-                long ival = - (long) (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(uint64_t, long, ival)
-            } else if ((8 * sizeof(uint64_t) - 1 > 2 * PyLong_SHIFT)) {
-                return (uint64_t) (((uint64_t) -1) * (((((uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0])));
-            }
-        } else
-        if (size == 3 && (8 * sizeof(uint64_t) > 2 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
-                long ival = - (long) (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(uint64_t, long, ival)
-            } else if ((8 * sizeof(uint64_t) - 1 > 3 * PyLong_SHIFT)) {
-                return (uint64_t) (((uint64_t) -1) * (((((((uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0])));
-            }
-        } else
-        if (size == 4 && (8 * sizeof(uint64_t) > 3 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
-                long ival = - (long) (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
-                __PYX_VERIFY_RETURN_INT(uint64_t, long, ival)
-            } else if ((8 * sizeof(uint64_t) - 1 > 4 * PyLong_SHIFT)) {
-                return (uint64_t) (((uint64_t) -1) * (((((((((uint64_t)digits[3]) << PyLong_SHIFT) | (uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0])));
-            }
-        } else
-        {}
-    } else {
-        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
-        const digit* digits = __Pyx_PyLong_Digits(x);
-        if (size == 2 && (8 * sizeof(uint64_t) > 1 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint64_t) - 1 > 2 * PyLong_SHIFT)) {
-                return (uint64_t) (((((uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
-            }
-        } else
-        if (size == 3 && (8 * sizeof(uint64_t) > 2 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint64_t) - 1 > 3 * PyLong_SHIFT)) {
-                return (uint64_t) (((((((uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
-            }
-        } else
-        if (size == 4 && (8 * sizeof(uint64_t) > 3 * PyLong_SHIFT)) {
-            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
-                __PYX_VERIFY_RETURN_INT(uint64_t, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
-            } else if ((8 * sizeof(uint64_t) - 1 > 4 * PyLong_SHIFT)) {
-                return (uint64_t) (((((((((uint64_t)digits[3]) << PyLong_SHIFT) | (uint64_t)digits[2]) << PyLong_SHIFT) | (uint64_t)digits[1]) << PyLong_SHIFT) | (uint64_t)digits[0]));
-            }
-        } else
-        {}
-    }
-#endif
-    #if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-    if ((sizeof(uint64_t) <= sizeof(int)) && (sizeof(int) < sizeof(long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, int, PyLong_AsInt(x))
-    } else
-    #endif
-    if ((sizeof(uint64_t) <= sizeof(long))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, long, PyLong_AsLong(x))
-    } else if ((sizeof(uint64_t) <= sizeof(PY_LONG_LONG))) {
-        __PYX_VERIFY_RETURN_INT_EXC(uint64_t, PY_LONG_LONG, PyLong_AsLongLong(x))
-    }
-    return __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(x);
-raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint64_t();
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t();
-}
-static uint64_t __Pyx_LargePyLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    uint64_t val;
-    int ret = -1;
-#if PY_VERSION_HEX >= 0x030d00A6 && !CYTHON_COMPILING_IN_LIMITED_API
-    Py_ssize_t bytes_copied = PyLong_AsNativeBytes(
-        x, &val, sizeof(val), Py_ASNATIVEBYTES_NATIVE_ENDIAN | (is_unsigned ? Py_ASNATIVEBYTES_UNSIGNED_BUFFER | Py_ASNATIVEBYTES_REJECT_NEGATIVE : 0));
-    if (unlikely(bytes_copied == -1)) {
-    } else if (unlikely(bytes_copied > (Py_ssize_t) sizeof(val))) {
-        goto raise_overflow;
-    } else {
-        ret = 0;
-    }
-#elif PY_VERSION_HEX < 0x030d0000 && !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_LIMITED_API) || defined(_PyLong_AsByteArray)
-    int one = 1; int is_little = (int)*(unsigned char *)&one;
-    unsigned char *bytes = (unsigned char *)&val;
-    ret = _PyLong_AsByteArray((PyLongObject *)x,
-                                bytes, sizeof(val),
-                                is_little, !is_unsigned);
-    if ((0)) goto raise_overflow;
-#else
-    PyObject *v;
-    PyObject *stepval = NULL, *mask = NULL, *shift = NULL;
-    int bits, remaining_bits, is_negative = 0;
-    int chunk_size = (sizeof(long) < 8) ? 30 : 62;
-    if (likely(PyLong_CheckExact(x))) {
-        v = __Pyx_NewRef(x);
-    } else {
-        v = PyNumber_Long(x);
-        if (unlikely(!v)) return (uint64_t) -1;
-        assert(PyLong_CheckExact(v));
-    }
-    {
-        int result = PyObject_RichCompareBool(v, Py_False, Py_LT);
-        if (unlikely(result < 0)) {
-            Py_DECREF(v);
-            return (uint64_t) -1;
-        }
-        is_negative = result == 1;
-    }
-    if (is_unsigned && unlikely(is_negative)) {
-        Py_DECREF(v);
-        PyErr_SetString(PyExc_OverflowError,
-            "can't convert negative value to uint64_t");
-        return (uint64_t) -1;
-    } else if (is_negative) {
-        stepval = PyNumber_Invert(v);
-        Py_DECREF(v);
-        if (unlikely(!stepval))
-            return (uint64_t) -1;
-    } else {
-        stepval = v;
-    }
-    v = NULL;
-    val = (uint64_t) 0;
-    mask = PyLong_FromLong((1L << chunk_size) - 1); if (unlikely(!mask)) goto done;
-    shift = PyLong_FromLong(chunk_size); if (unlikely(!shift)) goto done;
-    for (bits = 0; bits < (int) sizeof(uint64_t) * 8 - chunk_size; bits += chunk_size) {
-        PyObject *tmp, *digit;
-        long idigit;
-        digit = PyNumber_And(stepval, mask);
-        if (unlikely(!digit)) goto done;
-        idigit = PyLong_AsLong(digit);
-        Py_DECREF(digit);
-        if (unlikely(idigit < 0)) goto done;
-        val |= ((uint64_t) idigit) << bits;
-        tmp = PyNumber_Rshift(stepval, shift);
-        if (unlikely(!tmp)) goto done;
-        Py_DECREF(stepval); stepval = tmp;
-    }
-    Py_DECREF(shift); shift = NULL;
-    Py_DECREF(mask); mask = NULL;
-    {
-        long idigit = PyLong_AsLong(stepval);
-        if (unlikely(idigit < 0)) goto done;
-        remaining_bits = ((int) sizeof(uint64_t) * 8) - bits - (is_unsigned ? 0 : 1);
-        if (unlikely(idigit >= (1L << remaining_bits)))
-            goto raise_overflow;
-        val |= ((uint64_t) idigit) << bits;
-    }
-    if (!is_unsigned) {
-        if (unlikely(val & (((uint64_t) 1) << (sizeof(uint64_t) * 8 - 1))))
-            goto raise_overflow;
-        if (is_negative)
-            val = ~val;
-    }
-    ret = 0;
-done:
-    Py_XDECREF(shift);
-    Py_XDECREF(mask);
-    Py_XDECREF(stepval);
-#endif
-    if (unlikely(ret))
-        return (uint64_t) -1;
-    return val;
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t();
-}
-static CYTHON_INLINE uint64_t __Pyx_PyLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    if (is_unsigned) {
-        #if CYTHON_USE_PYLONG_INTERNALS
-        if (unlikely(__Pyx_PyLong_IsNeg(x))) {
-            goto raise_neg_overflow;
-        } else if (__Pyx_PyLong_IsCompact(x)) {
-            __PYX_VERIFY_RETURN_INT(uint64_t, __Pyx_compact_upylong, __Pyx_PyLong_CompactValueUnsigned(x))
-        } else
-        #endif
-        {
-            return __Pyx_PyULong___Pyx_PyLong_As_uint64_t(x);
-        }
-    } else {
-        #if CYTHON_USE_PYLONG_INTERNALS
-        if (__Pyx_PyLong_IsCompact(x)) {
-            __PYX_VERIFY_RETURN_INT(uint64_t, __Pyx_compact_pylong, __Pyx_PyLong_CompactValue(x))
-        } else
-        #endif
-        {
-            return __Pyx_PySLong___Pyx_PyLong_As_uint64_t(x);
-        }
-    }
-#if CYTHON_USE_PYLONG_INTERNALS
-raise_neg_overflow:
-    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint64_t();
-raise_overflow:
-    return __Pyx_raise_overflow___Pyx_PyLong_As_uint64_t();
-#endif
-}
-static uint64_t __Pyx_NonPyLong___Pyx_PyLong_As_uint64_t(PyObject *x) {
-    uint64_t val;
-    PyObject *tmp = __Pyx_PyNumber_Long(x);
-    if (!tmp) return (uint64_t) -1;
-    val = __Pyx_PyLong_As_uint64_t(tmp);
-    Py_DECREF(tmp);
-    return val;
-}
-static CYTHON_INLINE uint64_t __Pyx_PyLong_As_uint64_t(PyObject *x) {
-    if (likely(PyLong_Check(x))) {
-        return __Pyx_PyLong___Pyx_PyLong_As_uint64_t(x);
-    } else {
-        return __Pyx_NonPyLong___Pyx_PyLong_As_uint64_t(x);
-    }
-}
-
-/* CIntFromPy */
 static unsigned int __Pyx_LargePyLong___Pyx_PyLong_As_unsigned_int(PyObject *x);
 static unsigned int __Pyx_raise_neg_overflow___Pyx_PyLong_As_unsigned_int(void) {
     const char* type_name = "unsigned int";
@@ -8575,79 +17113,332 @@ static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *x) {
     }
 }
 
-/* PyObjectVectorcallKwds (used by PyObjectVectorcallMethodKwds) */
-#if CYTHON_VECTORCALL
-CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject *kwnames, Py_ssize_t i) {
-    PyObject *key = __Pyx_PyTuple_GET_ITEM(kwnames, i);
-#if !CYTHON_ASSUME_SAFE_MACROS
-    if (unlikely(!key)) return -1;
-#endif
-    if (unlikely(!PyUnicode_Check(key))) {
-        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
-        return -1;
-    }
-    return 0;
+/* CIntFromPy */
+static uint32_t __Pyx_LargePyLong___Pyx_PyLong_As_uint32_t(PyObject *x);
+static uint32_t __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint32_t(void) {
+    const char* type_name = "uint32_t";
+    PyErr_Format(PyExc_OverflowError,
+        "can't convert negative value to %.200s", type_name);
+    return (uint32_t) -1;
 }
+static uint32_t __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t(void) {
+    const char* type_name = "uint32_t";
+    PyErr_Format(PyExc_OverflowError,
+        "value too large to convert to %.200s", type_name);
+    return (uint32_t) -1;
+}
+static CYTHON_INLINE uint32_t __Pyx_PyULong___Pyx_PyLong_As_uint32_t(PyObject *x) {
+    const int is_unsigned = 1;
+#if CYTHON_USE_PYLONG_INTERNALS
+    {
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        if (size == 2 && (8 * sizeof(uint32_t) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 2 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint32_t) >= 2 * PyLong_SHIFT)) {
+                return (uint32_t) (((((uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(uint32_t) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 3 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint32_t) >= 3 * PyLong_SHIFT)) {
+                return (uint32_t) (((((((uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(uint32_t) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(unsigned long) > 4 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint32_t) >= 4 * PyLong_SHIFT)) {
+                return (uint32_t) (((((((((uint32_t)digits[3]) << PyLong_SHIFT) | (uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
+            }
+        } else
+        {}
+    }
+#elif CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030C00A7
+    if (unlikely(Py_SIZE(x) < 0)) {
+        goto raise_neg_overflow;
+    }
 #else
-CYTHON_UNUSED static PyObject *__Pyx_MakeKwargDict(PyObject **keys, PyObject **values, Py_ssize_t n) {
-    PyObject *out = PyDict_New();
-    if (unlikely(!out)) return NULL;
-    for (Py_ssize_t i=0; i<n; ++i) {
-        if (unlikely(PyDict_SetItem(out, keys[i], values[i]) < 0)) {
-            Py_DECREF(out);
-            return NULL;
-        }
+    {
+        int result = PyObject_RichCompareBool(x, Py_False, Py_LT);
+        if (unlikely(result < 0))
+            return (uint32_t) -1;
+        if (unlikely(result == 1))
+            goto raise_neg_overflow;
     }
-    return out;
-}
-CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject **kwnames, Py_ssize_t i) {
-    PyObject *key = kwnames[i];
-    if (unlikely(!PyUnicode_Check(key))) {
-        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
-        return -1;
+#endif
+    if ((sizeof(uint32_t) <= sizeof(unsigned long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, unsigned long, PyLong_AsUnsignedLong(x))
+    } else if ((sizeof(uint32_t) <= sizeof(unsigned PY_LONG_LONG))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, unsigned PY_LONG_LONG, PyLong_AsUnsignedLongLong(x))
     }
-    return 0;
+    return __Pyx_LargePyLong___Pyx_PyLong_As_uint32_t(x);
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint32_t();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t();
 }
+static CYTHON_INLINE uint32_t __Pyx_PySLong___Pyx_PyLong_As_uint32_t(PyObject *x) {
+    const int is_unsigned = 0;
+#if CYTHON_USE_PYLONG_INTERNALS
+    if (__Pyx_PyLong_IsNeg(x)) {
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        if (size == 2 && (8 * sizeof(uint32_t) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
+                long ival = - (long) (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(uint32_t, long, ival)
+            } else if ((8 * sizeof(uint32_t) - 1 > 2 * PyLong_SHIFT)) {
+                return (uint32_t) (((uint32_t) -1) * (((((uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0])));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(uint32_t) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
+                long ival = - (long) (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(uint32_t, long, ival)
+            } else if ((8 * sizeof(uint32_t) - 1 > 3 * PyLong_SHIFT)) {
+                return (uint32_t) (((uint32_t) -1) * (((((((uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0])));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(uint32_t) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
+                long ival = - (long) (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0]));
+                __PYX_VERIFY_RETURN_INT(uint32_t, long, ival)
+            } else if ((8 * sizeof(uint32_t) - 1 > 4 * PyLong_SHIFT)) {
+                return (uint32_t) (((uint32_t) -1) * (((((((((uint32_t)digits[3]) << PyLong_SHIFT) | (uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0])));
+            }
+        } else
+        {}
+    } else {
+        const Py_ssize_t size = __Pyx_PyLong_DigitCount(x);
+        const digit* digits = __Pyx_PyLong_Digits(x);
+        if (size == 2 && (8 * sizeof(uint32_t) > 1 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 2 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint32_t) - 1 > 2 * PyLong_SHIFT)) {
+                return (uint32_t) (((((uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
+            }
+        } else
+        if (size == 3 && (8 * sizeof(uint32_t) > 2 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 3 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((((unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint32_t) - 1 > 3 * PyLong_SHIFT)) {
+                return (uint32_t) (((((((uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
+            }
+        } else
+        if (size == 4 && (8 * sizeof(uint32_t) > 3 * PyLong_SHIFT)) {
+            if ((8 * sizeof(long) > 4 * PyLong_SHIFT)) {
+                __PYX_VERIFY_RETURN_INT(uint32_t, unsigned long, (((((((((unsigned long)digits[3]) << PyLong_SHIFT) | (unsigned long)digits[2]) << PyLong_SHIFT) | (unsigned long)digits[1]) << PyLong_SHIFT) | (unsigned long)digits[0])))
+            } else if ((8 * sizeof(uint32_t) - 1 > 4 * PyLong_SHIFT)) {
+                return (uint32_t) (((((((((uint32_t)digits[3]) << PyLong_SHIFT) | (uint32_t)digits[2]) << PyLong_SHIFT) | (uint32_t)digits[1]) << PyLong_SHIFT) | (uint32_t)digits[0]));
+            }
+        } else
+        {}
+    }
 #endif
-
-/* PyObjectVectorcallMethodKwds (used by CIntToPy) */
-#if !CYTHON_VECTORCALL
-static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-    PyObject *result;
-    PyObject *obj = PyObject_GetAttr(args[0], name);
-    if (unlikely(!obj))
-        return NULL;
-    result = __Pyx_Object_VectorcallKwds(obj, args+1, nargsf-1, kwnames);
-    Py_DECREF(obj);
-    return result;
+    #if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+    if ((sizeof(uint32_t) <= sizeof(int)) && (sizeof(int) < sizeof(long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, int, PyLong_AsInt(x))
+    } else
+    #endif
+    if ((sizeof(uint32_t) <= sizeof(long))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, long, PyLong_AsLong(x))
+    } else if ((sizeof(uint32_t) <= sizeof(PY_LONG_LONG))) {
+        __PYX_VERIFY_RETURN_INT_EXC(uint32_t, PY_LONG_LONG, PyLong_AsLongLong(x))
+    }
+    return __Pyx_LargePyLong___Pyx_PyLong_As_uint32_t(x);
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint32_t();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t();
 }
-#endif
-
-/* CIntToPy */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value) {
+static uint32_t __Pyx_LargePyLong___Pyx_PyLong_As_uint32_t(PyObject *x) {
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wconversion"
 #endif
-    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
+    const uint32_t neg_one = (uint32_t) -1, const_zero = (uint32_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    uint32_t val;
+    int ret = -1;
+#if PY_VERSION_HEX >= 0x030d00A6 && !CYTHON_COMPILING_IN_LIMITED_API
+    Py_ssize_t bytes_copied = PyLong_AsNativeBytes(
+        x, &val, sizeof(val), Py_ASNATIVEBYTES_NATIVE_ENDIAN | (is_unsigned ? Py_ASNATIVEBYTES_UNSIGNED_BUFFER | Py_ASNATIVEBYTES_REJECT_NEGATIVE : 0));
+    if (unlikely(bytes_copied == -1)) {
+    } else if (unlikely(bytes_copied > (Py_ssize_t) sizeof(val))) {
+        goto raise_overflow;
+    } else {
+        ret = 0;
+    }
+#elif PY_VERSION_HEX < 0x030d0000 && !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_LIMITED_API) || defined(_PyLong_AsByteArray)
+    int one = 1; int is_little = (int)*(unsigned char *)&one;
+    unsigned char *bytes = (unsigned char *)&val;
+    ret = _PyLong_AsByteArray((PyLongObject *)x,
+                                bytes, sizeof(val),
+                                is_little, !is_unsigned);
+    if ((0)) goto raise_overflow;
+#else
+    PyObject *v;
+    PyObject *stepval = NULL, *mask = NULL, *shift = NULL;
+    int bits, remaining_bits, is_negative = 0;
+    int chunk_size = (sizeof(long) < 8) ? 30 : 62;
+    if (likely(PyLong_CheckExact(x))) {
+        v = __Pyx_NewRef(x);
+    } else {
+        v = PyNumber_Long(x);
+        if (unlikely(!v)) return (uint32_t) -1;
+        assert(PyLong_CheckExact(v));
+    }
+    {
+        int result = PyObject_RichCompareBool(v, Py_False, Py_LT);
+        if (unlikely(result < 0)) {
+            Py_DECREF(v);
+            return (uint32_t) -1;
+        }
+        is_negative = result == 1;
+    }
+    if (is_unsigned && unlikely(is_negative)) {
+        Py_DECREF(v);
+        PyErr_SetString(PyExc_OverflowError,
+            "can't convert negative value to uint32_t");
+        return (uint32_t) -1;
+    } else if (is_negative) {
+        stepval = PyNumber_Invert(v);
+        Py_DECREF(v);
+        if (unlikely(!stepval))
+            return (uint32_t) -1;
+    } else {
+        stepval = v;
+    }
+    v = NULL;
+    val = (uint32_t) 0;
+    mask = PyLong_FromLong((1L << chunk_size) - 1); if (unlikely(!mask)) goto done;
+    shift = PyLong_FromLong(chunk_size); if (unlikely(!shift)) goto done;
+    for (bits = 0; bits < (int) sizeof(uint32_t) * 8 - chunk_size; bits += chunk_size) {
+        PyObject *tmp, *digit;
+        long idigit;
+        digit = PyNumber_And(stepval, mask);
+        if (unlikely(!digit)) goto done;
+        idigit = PyLong_AsLong(digit);
+        Py_DECREF(digit);
+        if (unlikely(idigit < 0)) goto done;
+        val |= ((uint32_t) idigit) << bits;
+        tmp = PyNumber_Rshift(stepval, shift);
+        if (unlikely(!tmp)) goto done;
+        Py_DECREF(stepval); stepval = tmp;
+    }
+    Py_DECREF(shift); shift = NULL;
+    Py_DECREF(mask); mask = NULL;
+    {
+        long idigit = PyLong_AsLong(stepval);
+        if (unlikely(idigit < 0)) goto done;
+        remaining_bits = ((int) sizeof(uint32_t) * 8) - bits - (is_unsigned ? 0 : 1);
+        if (unlikely(idigit >= (1L << remaining_bits)))
+            goto raise_overflow;
+        val |= ((uint32_t) idigit) << bits;
+    }
+    if (!is_unsigned) {
+        if (unlikely(val & (((uint32_t) 1) << (sizeof(uint32_t) * 8 - 1))))
+            goto raise_overflow;
+        if (is_negative)
+            val = ~val;
+    }
+    ret = 0;
+done:
+    Py_XDECREF(shift);
+    Py_XDECREF(mask);
+    Py_XDECREF(stepval);
+#endif
+    if (unlikely(ret))
+        return (uint32_t) -1;
+    return val;
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t();
+}
+static CYTHON_INLINE uint32_t __Pyx_PyLong___Pyx_PyLong_As_uint32_t(PyObject *x) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const uint32_t neg_one = (uint32_t) -1, const_zero = (uint32_t) 0;
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic pop
 #endif
     const int is_unsigned = neg_one > const_zero;
     if (is_unsigned) {
-        if (sizeof(uint64_t) < sizeof(long)) {
+        #if CYTHON_USE_PYLONG_INTERNALS
+        if (unlikely(__Pyx_PyLong_IsNeg(x))) {
+            goto raise_neg_overflow;
+        } else if (__Pyx_PyLong_IsCompact(x)) {
+            __PYX_VERIFY_RETURN_INT(uint32_t, __Pyx_compact_upylong, __Pyx_PyLong_CompactValueUnsigned(x))
+        } else
+        #endif
+        {
+            return __Pyx_PyULong___Pyx_PyLong_As_uint32_t(x);
+        }
+    } else {
+        #if CYTHON_USE_PYLONG_INTERNALS
+        if (__Pyx_PyLong_IsCompact(x)) {
+            __PYX_VERIFY_RETURN_INT(uint32_t, __Pyx_compact_pylong, __Pyx_PyLong_CompactValue(x))
+        } else
+        #endif
+        {
+            return __Pyx_PySLong___Pyx_PyLong_As_uint32_t(x);
+        }
+    }
+#if CYTHON_USE_PYLONG_INTERNALS
+raise_neg_overflow:
+    return __Pyx_raise_neg_overflow___Pyx_PyLong_As_uint32_t();
+raise_overflow:
+    return __Pyx_raise_overflow___Pyx_PyLong_As_uint32_t();
+#endif
+}
+static uint32_t __Pyx_NonPyLong___Pyx_PyLong_As_uint32_t(PyObject *x) {
+    uint32_t val;
+    PyObject *tmp = __Pyx_PyNumber_Long(x);
+    if (!tmp) return (uint32_t) -1;
+    val = __Pyx_PyLong_As_uint32_t(tmp);
+    Py_DECREF(tmp);
+    return val;
+}
+static CYTHON_INLINE uint32_t __Pyx_PyLong_As_uint32_t(PyObject *x) {
+    if (likely(PyLong_Check(x))) {
+        return __Pyx_PyLong___Pyx_PyLong_As_uint32_t(x);
+    } else {
+        return __Pyx_NonPyLong___Pyx_PyLong_As_uint32_t(x);
+    }
+}
+
+/* CIntToPy */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const int neg_one = (int) -1, const_zero = (int) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        if (sizeof(int) < sizeof(long)) {
             return PyLong_FromLong((long) value);
-        } else if (sizeof(uint64_t) <= sizeof(unsigned long)) {
+        } else if (sizeof(int) <= sizeof(unsigned long)) {
             return PyLong_FromUnsignedLong((unsigned long) value);
 #if !CYTHON_COMPILING_IN_PYPY
-        } else if (sizeof(uint64_t) <= sizeof(unsigned PY_LONG_LONG)) {
+        } else if (sizeof(int) <= sizeof(unsigned PY_LONG_LONG)) {
             return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
 #endif
         }
     } else {
-        if (sizeof(uint64_t) <= sizeof(long)) {
+        if (sizeof(int) <= sizeof(long)) {
             return PyLong_FromLong((long) value);
-        } else if (sizeof(uint64_t) <= sizeof(PY_LONG_LONG)) {
+        } else if (sizeof(int) <= sizeof(PY_LONG_LONG)) {
             return PyLong_FromLongLong((PY_LONG_LONG) value);
         }
     }
@@ -8661,13 +17452,13 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value) {
         }
 #elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
         int one = 1; int little = (int)*(unsigned char *)&one;
-        return _PyLong_FromByteArray(bytes, sizeof(uint64_t),
+        return _PyLong_FromByteArray(bytes, sizeof(int),
                                      little, !is_unsigned);
 #else
         int one = 1; int little = (int)*(unsigned char *)&one;
         PyObject *result = NULL, *kwds = NULL;
         PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
-        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(uint64_t));
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(int));
         if (!py_bytes) goto limited_bad;
         from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
         if (!from_bytes_str) goto limited_bad;
@@ -8782,30 +17573,30 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint32_t(uint32_t value) {
 }
 
 /* CIntToPy */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_unsigned_int(unsigned int value) {
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value) {
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wconversion"
 #endif
-    const unsigned int neg_one = (unsigned int) -1, const_zero = (unsigned int) 0;
+    const uint64_t neg_one = (uint64_t) -1, const_zero = (uint64_t) 0;
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic pop
 #endif
     const int is_unsigned = neg_one > const_zero;
     if (is_unsigned) {
-        if (sizeof(unsigned int) < sizeof(long)) {
+        if (sizeof(uint64_t) < sizeof(long)) {
             return PyLong_FromLong((long) value);
-        } else if (sizeof(unsigned int) <= sizeof(unsigned long)) {
+        } else if (sizeof(uint64_t) <= sizeof(unsigned long)) {
             return PyLong_FromUnsignedLong((unsigned long) value);
 #if !CYTHON_COMPILING_IN_PYPY
-        } else if (sizeof(unsigned int) <= sizeof(unsigned PY_LONG_LONG)) {
+        } else if (sizeof(uint64_t) <= sizeof(unsigned PY_LONG_LONG)) {
             return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
 #endif
         }
     } else {
-        if (sizeof(unsigned int) <= sizeof(long)) {
+        if (sizeof(uint64_t) <= sizeof(long)) {
             return PyLong_FromLong((long) value);
-        } else if (sizeof(unsigned int) <= sizeof(PY_LONG_LONG)) {
+        } else if (sizeof(uint64_t) <= sizeof(PY_LONG_LONG)) {
             return PyLong_FromLongLong((PY_LONG_LONG) value);
         }
     }
@@ -8819,13 +17610,13 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_unsigned_int(unsigned int value
         }
 #elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
         int one = 1; int little = (int)*(unsigned char *)&one;
-        return _PyLong_FromByteArray(bytes, sizeof(unsigned int),
+        return _PyLong_FromByteArray(bytes, sizeof(uint64_t),
                                      little, !is_unsigned);
 #else
         int one = 1; int little = (int)*(unsigned char *)&one;
         PyObject *result = NULL, *kwds = NULL;
         PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
-        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(unsigned int));
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(uint64_t));
         if (!py_bytes) goto limited_bad;
         from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
         if (!from_bytes_str) goto limited_bad;
@@ -8859,45 +17650,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_unsigned_int(unsigned int value
 #endif
     }
 }
-
-/* FormatTypeName */
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-static __Pyx_TypeName
-__Pyx_PyType_GetFullyQualifiedName(PyTypeObject* tp)
-{
-    PyObject *module = NULL, *name = NULL, *result = NULL;
-    #if __PYX_LIMITED_VERSION_HEX < 0x030b0000
-    name = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
-                                               __pyx_mstate_global->__pyx_n_u_qualname);
-    #else
-    name = PyType_GetQualName(tp);
-    #endif
-    if (unlikely(name == NULL) || unlikely(!PyUnicode_Check(name))) goto bad;
-    module = __Pyx_PyObject_GetAttrStr((PyObject *)tp,
-                                               __pyx_mstate_global->__pyx_n_u_module);
-    if (unlikely(module == NULL) || unlikely(!PyUnicode_Check(module))) goto bad;
-    if (PyUnicode_CompareWithASCIIString(module, "builtins") == 0) {
-        result = name;
-        name = NULL;
-        goto done;
-    }
-    result = PyUnicode_FromFormat("%U.%U", module, name);
-    if (unlikely(result == NULL)) goto bad;
-  done:
-    Py_XDECREF(name);
-    Py_XDECREF(module);
-    return result;
-  bad:
-    PyErr_Clear();
-    if (name) {
-        result = name;
-        name = NULL;
-    } else {
-        result = __Pyx_NewRef(__pyx_mstate_global->__pyx_kp_u__2);
-    }
-    goto done;
-}
-#endif
 
 /* CIntToPy */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_long(long value) {
@@ -9613,52 +18365,6 @@ static unsigned long __Pyx_get_runtime_version(void) {
 #endif
 }
 
-/* AddModuleRef */
-#if CYTHON_COMPILING_IN_CPYTHON_FREETHREADING && PY_VERSION_HEX < 0x030F00a3
-  static PyObject *__Pyx_PyImport_AddModuleObjectRef(PyObject *name) {
-      PyObject *module_dict = PyImport_GetModuleDict();
-      PyObject *m;
-      if (PyMapping_GetOptionalItem(module_dict, name, &m) < 0) {
-          return NULL;
-      }
-      if (m != NULL && PyModule_Check(m)) {
-          return m;
-      }
-      Py_XDECREF(m);
-      m = PyModule_NewObject(name);
-      if (m == NULL)
-          return NULL;
-      if (PyDict_CheckExact(module_dict)) {
-          PyObject *new_m;
-          (void)PyDict_SetDefaultRef(module_dict, name, m, &new_m);
-          Py_DECREF(m);
-          return new_m;
-      } else {
-           if (PyObject_SetItem(module_dict, name, m) != 0) {
-                Py_DECREF(m);
-                return NULL;
-            }
-            return m;
-      }
-  }
-  static PyObject *__Pyx_PyImport_AddModuleRef(const char *name) {
-      if ((PY_VERSION_HEX >= 0x030E0000) &&  Py_Version >= 0x030E0100) {
-          return PyImport_AddModuleRef(name);
-      }
-      PyObject *py_name = PyUnicode_FromString(name);
-      if (!py_name) return NULL;
-      PyObject *module = __Pyx_PyImport_AddModuleObjectRef(py_name);
-      Py_DECREF(py_name);
-      return module;
-  }
-#elif __PYX_LIMITED_VERSION_HEX < 0x030d0000
-  static PyObject *__Pyx_PyImport_AddModuleRef(const char *name) {
-      PyObject *module = PyImport_AddModule(name);
-      Py_XINCREF(module);
-      return module;
-  }
-#endif
-
 /* CheckBinaryVersion */
 static int __Pyx_check_binary_version(unsigned long ct_version, unsigned long rt_version, int allow_newer) {
     const unsigned long MAJOR_MINOR = 0xFFFF0000UL;
@@ -9680,6 +18386,152 @@ static int __Pyx_check_binary_version(unsigned long ct_version, unsigned long rt
        );
         return PyErr_WarnEx(NULL, message, 1);
     }
+}
+
+/* NewCodeObj */
+#if CYTHON_COMPILING_IN_LIMITED_API
+    static PyObject* __Pyx__PyCode_New(int a, int p, int k, int l, int s, int f,
+                                       PyObject *code, PyObject *c, PyObject* n, PyObject *v,
+                                       PyObject *fv, PyObject *cell, PyObject* fn,
+                                       PyObject *name, int fline, PyObject *lnos) {
+        PyObject *exception_table = NULL;
+        PyObject *types_module=NULL, *code_type=NULL, *result=NULL;
+        #if __PYX_LIMITED_VERSION_HEX < 0x030b0000
+        PyObject *version_info;
+        PyObject *py_minor_version = NULL;
+        #endif
+        long minor_version = 0;
+        #if __PYX_LIMITED_VERSION_HEX >= 0x030b0000
+        minor_version = 11;
+        #else
+        if (!(version_info = PySys_GetObject("version_info"))) goto end;
+        if (!(py_minor_version = PySequence_GetItem(version_info, 1))) goto end;
+        minor_version = PyLong_AsLong(py_minor_version);
+        Py_DECREF(py_minor_version);
+        if (minor_version == -1 && PyErr_Occurred()) goto end;
+        #endif
+        if (!(types_module = PyImport_ImportModule("types"))) goto end;
+        if (!(code_type = PyObject_GetAttrString(types_module, "CodeType"))) goto end;
+        if (minor_version <= 10) {
+            result = PyObject_CallFunction(code_type, "iiiiiiOOOOOOiOOO", a,p, k, l, s, f, code,
+                          c, n, v, fn, name, fline, lnos, fv, cell);
+        } else {
+            if (!(exception_table = PyBytes_FromStringAndSize(NULL, 0))) goto end;
+            result = PyObject_CallFunction(code_type, "iiiiiiOOOOOOOiOOOO", a,p, k, l, s, f, code,
+                          c, n, v, fn, name, name, fline, lnos, exception_table, fv, cell);
+        }
+    end:
+        Py_XDECREF(code_type);
+        Py_XDECREF(exception_table);
+        Py_XDECREF(types_module);
+        if (!result) {
+            PyObject *exc_type, *exc_value, *exc_tb;
+            PyErr_Fetch(&exc_type, &exc_value, &exc_tb);
+            if (PyErr_WarnFormat(
+                    PyExc_RuntimeWarning, 1,
+                    "Code object creation failed in Cython module: %S\nTry recompiling with a more recent version of Cython.",
+                    exc_value ? exc_value : exc_type) == 0) {
+                result = Py_None;
+                Py_INCREF(result);
+            }
+            Py_DECREF(exc_type);
+            Py_XDECREF(exc_value);
+            Py_XDECREF(exc_tb);
+        }
+        return result;
+    }
+#elif PY_VERSION_HEX >= 0x030B0000
+  static PyCodeObject* __Pyx__PyCode_New(int a, int p, int k, int l, int s, int f,
+                                         PyObject *code, PyObject *c, PyObject* n, PyObject *v,
+                                         PyObject *fv, PyObject *cell, PyObject* fn,
+                                         PyObject *name, int fline, PyObject *lnos) {
+    PyCodeObject *result;
+    result =
+      #if PY_VERSION_HEX >= 0x030C0000
+        PyUnstable_Code_NewWithPosOnlyArgs
+      #else
+        PyCode_NewWithPosOnlyArgs
+      #endif
+        (a, p, k, l, s, f, code, c, n, v, fv, cell, fn, name, name, fline, lnos, __pyx_mstate_global->__pyx_empty_bytes);
+    #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030c00A1
+    if (likely(result))
+        result->_co_firsttraceable = 0;
+    #endif
+    return result;
+  }
+#elif !CYTHON_COMPILING_IN_PYPY
+  #define __Pyx__PyCode_New(a, p, k, l, s, f, code, c, n, v, fv, cell, fn, name, fline, lnos)\
+          PyCode_NewWithPosOnlyArgs(a, p, k, l, s, f, code, c, n, v, fv, cell, fn, name, fline, lnos)
+#else
+  #define __Pyx__PyCode_New(a, p, k, l, s, f, code, c, n, v, fv, cell, fn, name, fline, lnos)\
+          PyCode_New(a, k, l, s, f, code, c, n, v, fv, cell, fn, name, fline, lnos)
+#endif
+static PyObject* __Pyx_PyCode_New(
+        const __Pyx_PyCode_New_function_description descr,
+        PyObject * const *varnames,
+        PyObject *filename,
+        PyObject *funcname,
+        PyObject *line_table,
+        PyObject *tuple_dedup_map
+) {
+    PyObject *code_obj = NULL, *varnames_tuple_dedup = NULL, *code_bytes = NULL;
+    Py_ssize_t var_count = (Py_ssize_t) descr.nlocals;
+    PyObject *varnames_tuple = PyTuple_New(var_count);
+    if (unlikely(!varnames_tuple)) return NULL;
+    for (Py_ssize_t i=0; i < var_count; i++) {
+        Py_INCREF(varnames[i]);
+        if (__Pyx_PyTuple_SET_ITEM(varnames_tuple, i, varnames[i]) != (0)) goto done;
+    }
+    #if CYTHON_COMPILING_IN_LIMITED_API
+    varnames_tuple_dedup = PyDict_GetItem(tuple_dedup_map, varnames_tuple);
+    if (!varnames_tuple_dedup) {
+        if (unlikely(PyDict_SetItem(tuple_dedup_map, varnames_tuple, varnames_tuple) < 0)) goto done;
+        varnames_tuple_dedup = varnames_tuple;
+    }
+    #else
+    varnames_tuple_dedup = PyDict_SetDefault(tuple_dedup_map, varnames_tuple, varnames_tuple);
+    if (unlikely(!varnames_tuple_dedup)) goto done;
+    #endif
+    #if CYTHON_AVOID_BORROWED_REFS
+    Py_INCREF(varnames_tuple_dedup);
+    #endif
+    if (__PYX_LIMITED_VERSION_HEX >= (0x030b0000) && line_table != NULL && !CYTHON_COMPILING_IN_GRAAL) {
+        Py_ssize_t line_table_length = __Pyx_PyBytes_GET_SIZE(line_table);
+        #if !CYTHON_ASSUME_SAFE_SIZE
+        if (unlikely(line_table_length == -1)) goto done;
+        #endif
+        Py_ssize_t code_len = (line_table_length * 2 + 4) & ~3LL;
+        code_bytes = PyBytes_FromStringAndSize(NULL, code_len);
+        if (unlikely(!code_bytes)) goto done;
+        char* c_code_bytes = PyBytes_AsString(code_bytes);
+        if (unlikely(!c_code_bytes)) goto done;
+        memset(c_code_bytes, 0, (size_t) code_len);
+    }
+    code_obj = (PyObject*) __Pyx__PyCode_New(
+        (int) descr.argcount,
+        (int) descr.num_posonly_args,
+        (int) descr.num_kwonly_args,
+        (int) descr.nlocals,
+        0,
+        (int) descr.flags,
+        code_bytes ? code_bytes : __pyx_mstate_global->__pyx_empty_bytes,
+        __pyx_mstate_global->__pyx_empty_tuple,
+        __pyx_mstate_global->__pyx_empty_tuple,
+        varnames_tuple_dedup,
+        __pyx_mstate_global->__pyx_empty_tuple,
+        __pyx_mstate_global->__pyx_empty_tuple,
+        filename,
+        funcname,
+        (int) descr.first_line,
+        (__PYX_LIMITED_VERSION_HEX >= (0x030b0000) && line_table) ? line_table : __pyx_mstate_global->__pyx_empty_bytes
+    );
+done:
+    Py_XDECREF(code_bytes);
+    #if CYTHON_AVOID_BORROWED_REFS
+    Py_XDECREF(varnames_tuple_dedup);
+    #endif
+    Py_DECREF(varnames_tuple);
+    return code_obj;
 }
 
 /* DecompressString */
@@ -9750,6 +18602,65 @@ import_failed:
 bad:
     Py_XDECREF(module);
     Py_DECREF(methodname);
+    return NULL;
+#endif
+}
+
+/* DecompressString_LZSS */
+#ifndef __Pyx_DecompressString_LZSS_UNUSED
+CYTHON_UNUSED
+static CYTHON_SMALL_CODE size_t __pyx_lzss_decompress(const uint8_t* src, uint8_t* dst, size_t dst_len) {
+    size_t pos = 0, out_pos = 0;
+    while (1) {
+        uint32_t flags = src[pos++] | 0xFF00;
+        while (flags & 0x100) {
+            if (flags & 1) {
+                dst[out_pos++] = src[pos++];
+            } else {
+                uint32_t lo = src[pos++], hi = src[pos++];
+                uint32_t end_offset_of_last_occurrence, match_length;
+                if (!(lo & 0x80)) {
+                    end_offset_of_last_occurrence = lo;
+                    match_length = hi;
+                } else if (!(hi & 0x80)) {
+                    end_offset_of_last_occurrence = 0x80 + (((hi << 2) & 0x180) | (lo & 0x7F));
+                    match_length = hi & 0x1F;
+                } else {
+                    end_offset_of_last_occurrence = 0x80 + ((hi & 0x7F) << 7 | (lo & 0x7F));
+                    match_length = src[pos++];
+                }
+                match_length += 3;
+                size_t ref_pos = out_pos - end_offset_of_last_occurrence - match_length;
+                memcpy(dst + out_pos, dst + ref_pos, match_length);
+                out_pos += match_length;
+            }
+            if (out_pos >= dst_len) return pos;
+            flags >>= 1;
+        }
+    }
+}
+#endif
+static CYTHON_SMALL_CODE PyObject *__Pyx_DecompressString_LZSS(const char *s, size_t compressed_length, size_t uncompressed_length) {
+#ifdef __Pyx_DecompressString_LZSS_UNUSED
+    CYTHON_UNUSED_VAR(s);
+    CYTHON_UNUSED_VAR(compressed_length);
+    CYTHON_UNUSED_VAR(uncompressed_length);
+    return NULL;
+#else
+    PyObject *result;
+    unsigned char *result_data;
+    size_t src_length;
+    result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t) uncompressed_length);
+    if (unlikely(!result)) return NULL;
+    result_data = __Pyx_PyBytes_AsWritableUString(result);
+    if (unlikely(!result_data)) goto bad;
+    src_length = __pyx_lzss_decompress((const uint8_t*) s, result_data, uncompressed_length);
+    if (unlikely(src_length != compressed_length)) goto decompression_failed;
+    return result;
+decompression_failed:
+    PyErr_SetString(PyExc_RuntimeError, "LZSS string data decompression failed");
+bad:
+    Py_DECREF(result);
     return NULL;
 #endif
 }

@@ -171,7 +171,7 @@ def read_info(
         ImageError: it is not a saved region, or of a version that is not known here.
         OSError: as of open(2) and read(2).
     """
-    with _Reader(os.fspath(path), accept_owner) as reader:
+    with _ImageReader(os.fspath(path), accept_owner) as reader:
         return reader.info
 
 
@@ -195,7 +195,7 @@ def check_image(
     """
     if raw:
         return raw_image.check(path, progress or no_progress, accept_owner)
-    with _Reader(os.fspath(path), accept_owner) as reader:
+    with _ImageReader(os.fspath(path), accept_owner) as reader:
         for _ in reader.pieces(progress or no_progress):
             pass
         return reader.info
@@ -240,7 +240,7 @@ def load(
 
 
 def _load(region: Region, path: str, note: OnProgress, accept: Users) -> ImageInfo:
-    with _Reader(path, accept) as reader:
+    with _ImageReader(path, accept) as reader:
         info = reader.info
         check_fits(region, info, reader.path)
         for _ in reader.pieces(lambda done, total: note(done, 2 * total)):
@@ -271,7 +271,7 @@ def _check_values(info: ImageInfo) -> None:
         raise ValueError("values of other types")
 
 
-class _Reader(Uncopied):
+class _ImageReader(Uncopied):
     """A file with a saved region; a context manager."""
 
     def __init__(self, path: str, accept: Users) -> None:
@@ -383,7 +383,7 @@ class _Reader(Uncopied):
     def _damaged(self, where: int, what: str) -> ImageError:
         return ImageError(f"{self.path} is damaged at byte {where}: {what}; {self.effect}")
 
-    def __enter__(self) -> _Reader:
+    def __enter__(self) -> _ImageReader:
         return self
 
     def __exit__(self, *error: object) -> None:

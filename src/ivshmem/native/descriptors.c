@@ -1387,7 +1387,7 @@ static int __Pyx_init_tpflags_variables(void) {
               : operation((uint32_t *)word, __VA_ARGS__))
 
     /* The compilers treat an order that is not a constant as seq_cst. So each order has a case. */
-    static inline uint64_t ivshmem_load(void *word, int wide, int order)
+    static inline uint64_t word_load(void *word, int wide, int order)
     {
         switch (order) {
         case __ATOMIC_RELAXED: return IVSHMEM_ON(__atomic_load_n, __ATOMIC_RELAXED);
@@ -1395,7 +1395,7 @@ static int __Pyx_init_tpflags_variables(void) {
         default: return IVSHMEM_ON(__atomic_load_n, __ATOMIC_SEQ_CST);
         }
     }
-    static inline void ivshmem_store(void *word, int wide, uint64_t value, int order)
+    static inline void word_store(void *word, int wide, uint64_t value, int order)
     {
         switch (order) {
         case __ATOMIC_RELAXED: IVSHMEM_ON(__atomic_store_n, value, __ATOMIC_RELAXED); break;
@@ -1416,12 +1416,12 @@ static int __Pyx_init_tpflags_variables(void) {
             default: return IVSHMEM_ON(operation, value, __ATOMIC_SEQ_CST);                      \
             }                                                                                    \
         }
-    IVSHMEM_CHANGE(ivshmem_exchange, __atomic_exchange_n)
-    IVSHMEM_CHANGE(ivshmem_add, __atomic_fetch_add)
-    IVSHMEM_CHANGE(ivshmem_sub, __atomic_fetch_sub)
-    IVSHMEM_CHANGE(ivshmem_and, __atomic_fetch_and)
-    IVSHMEM_CHANGE(ivshmem_or, __atomic_fetch_or)
-    IVSHMEM_CHANGE(ivshmem_xor, __atomic_fetch_xor)
+    IVSHMEM_CHANGE(word_exchange, __atomic_exchange_n)
+    IVSHMEM_CHANGE(word_add, __atomic_fetch_add)
+    IVSHMEM_CHANGE(word_sub, __atomic_fetch_sub)
+    IVSHMEM_CHANGE(word_and, __atomic_fetch_and)
+    IVSHMEM_CHANGE(word_or, __atomic_fetch_or)
+    IVSHMEM_CHANGE(word_xor, __atomic_fetch_xor)
 
     /* If the word is not as expected, it is only loaded, and a load cannot have release order. */
     #define IVSHMEM_COMPARE(type, order, otherwise)                                              \
@@ -1435,7 +1435,7 @@ static int __Pyx_init_tpflags_variables(void) {
             if (wide)                                                                            \
                 IVSHMEM_COMPARE(uint64_t, order, otherwise)                                      \
             IVSHMEM_COMPARE(uint32_t, order, otherwise)
-    static inline uint64_t ivshmem_compare_exchange(void *word, int wide, uint64_t expected,
+    static inline uint64_t word_compare_exchange(void *word, int wide, uint64_t expected,
                                                     uint64_t desired, int order)
     {
         switch (order) {

@@ -1447,7 +1447,7 @@ static int __Pyx_init_tpflags_variables(void) {
               : operation((uint32_t *)word, __VA_ARGS__))
 
     /* The compilers treat an order that is not a constant as seq_cst. So each order has a case. */
-    static inline uint64_t ivshmem_load(void *word, int wide, int order)
+    static inline uint64_t word_load(void *word, int wide, int order)
     {
         switch (order) {
         case __ATOMIC_RELAXED: return IVSHMEM_ON(__atomic_load_n, __ATOMIC_RELAXED);
@@ -1455,7 +1455,7 @@ static int __Pyx_init_tpflags_variables(void) {
         default: return IVSHMEM_ON(__atomic_load_n, __ATOMIC_SEQ_CST);
         }
     }
-    static inline void ivshmem_store(void *word, int wide, uint64_t value, int order)
+    static inline void word_store(void *word, int wide, uint64_t value, int order)
     {
         switch (order) {
         case __ATOMIC_RELAXED: IVSHMEM_ON(__atomic_store_n, value, __ATOMIC_RELAXED); break;
@@ -1476,12 +1476,12 @@ static int __Pyx_init_tpflags_variables(void) {
             default: return IVSHMEM_ON(operation, value, __ATOMIC_SEQ_CST);                      \
             }                                                                                    \
         }
-    IVSHMEM_CHANGE(ivshmem_exchange, __atomic_exchange_n)
-    IVSHMEM_CHANGE(ivshmem_add, __atomic_fetch_add)
-    IVSHMEM_CHANGE(ivshmem_sub, __atomic_fetch_sub)
-    IVSHMEM_CHANGE(ivshmem_and, __atomic_fetch_and)
-    IVSHMEM_CHANGE(ivshmem_or, __atomic_fetch_or)
-    IVSHMEM_CHANGE(ivshmem_xor, __atomic_fetch_xor)
+    IVSHMEM_CHANGE(word_exchange, __atomic_exchange_n)
+    IVSHMEM_CHANGE(word_add, __atomic_fetch_add)
+    IVSHMEM_CHANGE(word_sub, __atomic_fetch_sub)
+    IVSHMEM_CHANGE(word_and, __atomic_fetch_and)
+    IVSHMEM_CHANGE(word_or, __atomic_fetch_or)
+    IVSHMEM_CHANGE(word_xor, __atomic_fetch_xor)
 
     /* If the word is not as expected, it is only loaded, and a load cannot have release order. */
     #define IVSHMEM_COMPARE(type, order, otherwise)                                              \
@@ -1495,7 +1495,7 @@ static int __Pyx_init_tpflags_variables(void) {
             if (wide)                                                                            \
                 IVSHMEM_COMPARE(uint64_t, order, otherwise)                                      \
             IVSHMEM_COMPARE(uint32_t, order, otherwise)
-    static inline uint64_t ivshmem_compare_exchange(void *word, int wide, uint64_t expected,
+    static inline uint64_t word_compare_exchange(void *word, int wide, uint64_t expected,
                                                     uint64_t desired, int order)
     {
         switch (order) {
@@ -11956,7 +11956,7 @@ static void __pyx_f_7ivshmem_6native_7mapping_6Atomic_unpin(struct __pyx_obj_7iv
  * 
  *     cdef uint64_t peek(self) noexcept nogil:             # <<<<<<<<<<<<<<
  *         """Return the value (acquire), for other Cython code; the word must be pinned."""
- *         return ivshmem_load(at(self), self.wide, ACQUIRE)
+ *         return word_load(at(self), self.wide, ACQUIRE)
 */
 
 static uint64_t __pyx_f_7ivshmem_6native_7mapping_6Atomic_peek(struct __pyx_obj_7ivshmem_6native_7mapping_Atomic *__pyx_v_self) {
@@ -11965,13 +11965,13 @@ static uint64_t __pyx_f_7ivshmem_6native_7mapping_6Atomic_peek(struct __pyx_obj_
   /* "ivshmem/native/mapping.pyx":520
  *     cdef uint64_t peek(self) noexcept nogil:
  *         """Return the value (acquire), for other Cython code; the word must be pinned."""
- *         return ivshmem_load(at(self), self.wide, ACQUIRE)             # <<<<<<<<<<<<<<
+ *         return word_load(at(self), self.wide, ACQUIRE)             # <<<<<<<<<<<<<<
  * 
  *     def load(self, order="acquire"):
 */
   {
 
-    __pyx_r = ivshmem_load(__pyx_f_7ivshmem_6native_7mapping_at(__pyx_v_self), __pyx_v_self->wide, __ATOMIC_ACQUIRE);
+    __pyx_r = word_load(__pyx_f_7ivshmem_6native_7mapping_at(__pyx_v_self), __pyx_v_self->wide, __ATOMIC_ACQUIRE);
   }
   goto __pyx_L0;
 
@@ -11980,7 +11980,7 @@ static uint64_t __pyx_f_7ivshmem_6native_7mapping_6Atomic_peek(struct __pyx_obj_
  * 
  *     cdef uint64_t peek(self) noexcept nogil:             # <<<<<<<<<<<<<<
  *         """Return the value (acquire), for other Cython code; the word must be pinned."""
- *         return ivshmem_load(at(self), self.wide, ACQUIRE)
+ *         return word_load(at(self), self.wide, ACQUIRE)
 */
 
   /* function exit code */
@@ -11989,7 +11989,7 @@ static uint64_t __pyx_f_7ivshmem_6native_7mapping_6Atomic_peek(struct __pyx_obj_
 }
 
 /* "ivshmem/native/mapping.pyx":522
- *         return ivshmem_load(at(self), self.wide, ACQUIRE)
+ *         return word_load(at(self), self.wide, ACQUIRE)
  * 
  *     def load(self, order="acquire"):             # <<<<<<<<<<<<<<
  *         """Return the value."""
@@ -12123,7 +12123,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_6load(struct __pyx_o
  *         cdef int how = ACQUIRE if order is "acquire" else order_of(order, LOADS)
  *         cdef uint64_t value
  *         hold(self.mapping)             # <<<<<<<<<<<<<<
- *         value = ivshmem_load(at(self), self.wide, how)
+ *         value = word_load(at(self), self.wide, how)
  *         let_go(self.mapping)
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_self->mapping);
@@ -12135,15 +12135,15 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_6load(struct __pyx_o
   /* "ivshmem/native/mapping.pyx":527
  *         cdef uint64_t value
  *         hold(self.mapping)
- *         value = ivshmem_load(at(self), self.wide, how)             # <<<<<<<<<<<<<<
+ *         value = word_load(at(self), self.wide, how)             # <<<<<<<<<<<<<<
  *         let_go(self.mapping)
  *         return value
 */
-  __pyx_v_value = ivshmem_load(__pyx_f_7ivshmem_6native_7mapping_at(__pyx_v_self), __pyx_v_self->wide, __pyx_v_how);
+  __pyx_v_value = word_load(__pyx_f_7ivshmem_6native_7mapping_at(__pyx_v_self), __pyx_v_self->wide, __pyx_v_how);
 
   /* "ivshmem/native/mapping.pyx":528
  *         hold(self.mapping)
- *         value = ivshmem_load(at(self), self.wide, how)
+ *         value = word_load(at(self), self.wide, how)
  *         let_go(self.mapping)             # <<<<<<<<<<<<<<
  *         return value
  * 
@@ -12154,7 +12154,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_6load(struct __pyx_o
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "ivshmem/native/mapping.pyx":529
- *         value = ivshmem_load(at(self), self.wide, how)
+ *         value = word_load(at(self), self.wide, how)
  *         let_go(self.mapping)
  *         return value             # <<<<<<<<<<<<<<
  * 
@@ -12174,7 +12174,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_6load(struct __pyx_o
   goto __pyx_L0;
 
   /* "ivshmem/native/mapping.pyx":522
- *         return ivshmem_load(at(self), self.wide, ACQUIRE)
+ *         return word_load(at(self), self.wide, ACQUIRE)
  * 
  *     def load(self, order="acquire"):             # <<<<<<<<<<<<<<
  *         """Return the value."""
@@ -12343,7 +12343,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_8store(struct __pyx_
  *         cdef int how = RELEASE if order is "release" else order_of(order, STORES)
  *         cdef uint64_t number = fitting(self, value)             # <<<<<<<<<<<<<<
  *         hold_own(self.mapping)
- *         ivshmem_store(at(self), self.wide, number, how)
+ *         word_store(at(self), self.wide, number, how)
 */
   __pyx_t_5 = __pyx_f_7ivshmem_6native_7mapping_fitting(__pyx_v_self, __pyx_v_value); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 534, __pyx_L1_error)
   __pyx_v_number = __pyx_t_5;
@@ -12352,7 +12352,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_8store(struct __pyx_
  *         cdef int how = RELEASE if order is "release" else order_of(order, STORES)
  *         cdef uint64_t number = fitting(self, value)
  *         hold_own(self.mapping)             # <<<<<<<<<<<<<<
- *         ivshmem_store(at(self), self.wide, number, how)
+ *         word_store(at(self), self.wide, number, how)
  *         let_go(self.mapping)
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_self->mapping);
@@ -12364,15 +12364,15 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_8store(struct __pyx_
   /* "ivshmem/native/mapping.pyx":536
  *         cdef uint64_t number = fitting(self, value)
  *         hold_own(self.mapping)
- *         ivshmem_store(at(self), self.wide, number, how)             # <<<<<<<<<<<<<<
+ *         word_store(at(self), self.wide, number, how)             # <<<<<<<<<<<<<<
  *         let_go(self.mapping)
  * 
 */
-  ivshmem_store(__pyx_f_7ivshmem_6native_7mapping_at(__pyx_v_self), __pyx_v_self->wide, __pyx_v_number, __pyx_v_how);
+  word_store(__pyx_f_7ivshmem_6native_7mapping_at(__pyx_v_self), __pyx_v_self->wide, __pyx_v_number, __pyx_v_how);
 
   /* "ivshmem/native/mapping.pyx":537
  *         hold_own(self.mapping)
- *         ivshmem_store(at(self), self.wide, number, how)
+ *         word_store(at(self), self.wide, number, how)
  *         let_go(self.mapping)             # <<<<<<<<<<<<<<
  * 
  *     def exchange(self, value, order="seq_cst"):
@@ -12410,7 +12410,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_8store(struct __pyx_
  * 
  *     def exchange(self, value, order="seq_cst"):             # <<<<<<<<<<<<<<
  *         """Set the value; return what it was."""
- *         return change(self, ivshmem_exchange, value, order)
+ *         return change(self, word_exchange, value, order)
 */
 
 /* Python wrapper */
@@ -12525,11 +12525,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_10exchange(struct __
   /* "ivshmem/native/mapping.pyx":541
  *     def exchange(self, value, order="seq_cst"):
  *         """Set the value; return what it was."""
- *         return change(self, ivshmem_exchange, value, order)             # <<<<<<<<<<<<<<
+ *         return change(self, word_exchange, value, order)             # <<<<<<<<<<<<<<
  * 
  *     def compare_exchange(self, expected, desired, order="seq_cst"):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, ivshmem_exchange, __pyx_v_value, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 541, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, word_exchange, __pyx_v_value, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 541, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -12547,7 +12547,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_10exchange(struct __
  * 
  *     def exchange(self, value, order="seq_cst"):             # <<<<<<<<<<<<<<
  *         """Set the value; return what it was."""
- *         return change(self, ivshmem_exchange, value, order)
+ *         return change(self, word_exchange, value, order)
 */
 
   /* function exit code */
@@ -12562,7 +12562,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_10exchange(struct __
 }
 
 /* "ivshmem/native/mapping.pyx":543
- *         return change(self, ivshmem_exchange, value, order)
+ *         return change(self, word_exchange, value, order)
  * 
  *     def compare_exchange(self, expected, desired, order="seq_cst"):             # <<<<<<<<<<<<<<
  *         """Set `desired` if the value is `expected`; return what it was.
@@ -12729,7 +12729,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_12compare_exchange(s
  *         cdef uint64_t old = fitting(self, expected)
  *         cdef uint64_t new = fitting(self, desired)             # <<<<<<<<<<<<<<
  *         hold_own(self.mapping)
- *         old = ivshmem_compare_exchange(at(self), self.wide, old, new, how)
+ *         old = word_compare_exchange(at(self), self.wide, old, new, how)
 */
   __pyx_t_5 = __pyx_f_7ivshmem_6native_7mapping_fitting(__pyx_v_self, __pyx_v_desired); if (unlikely(__pyx_t_5 == ((uint64_t)-1LL) && PyErr_Occurred())) __PYX_ERR(0, 550, __pyx_L1_error)
   __pyx_v_new = __pyx_t_5;
@@ -12738,7 +12738,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_12compare_exchange(s
  *         cdef uint64_t old = fitting(self, expected)
  *         cdef uint64_t new = fitting(self, desired)
  *         hold_own(self.mapping)             # <<<<<<<<<<<<<<
- *         old = ivshmem_compare_exchange(at(self), self.wide, old, new, how)
+ *         old = word_compare_exchange(at(self), self.wide, old, new, how)
  *         let_go(self.mapping)
 */
   __pyx_t_3 = ((PyObject *)__pyx_v_self->mapping);
@@ -12750,15 +12750,15 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_12compare_exchange(s
   /* "ivshmem/native/mapping.pyx":552
  *         cdef uint64_t new = fitting(self, desired)
  *         hold_own(self.mapping)
- *         old = ivshmem_compare_exchange(at(self), self.wide, old, new, how)             # <<<<<<<<<<<<<<
+ *         old = word_compare_exchange(at(self), self.wide, old, new, how)             # <<<<<<<<<<<<<<
  *         let_go(self.mapping)
  *         return old
 */
-  __pyx_v_old = ivshmem_compare_exchange(__pyx_f_7ivshmem_6native_7mapping_at(__pyx_v_self), __pyx_v_self->wide, __pyx_v_old, __pyx_v_new, __pyx_v_how);
+  __pyx_v_old = word_compare_exchange(__pyx_f_7ivshmem_6native_7mapping_at(__pyx_v_self), __pyx_v_self->wide, __pyx_v_old, __pyx_v_new, __pyx_v_how);
 
   /* "ivshmem/native/mapping.pyx":553
  *         hold_own(self.mapping)
- *         old = ivshmem_compare_exchange(at(self), self.wide, old, new, how)
+ *         old = word_compare_exchange(at(self), self.wide, old, new, how)
  *         let_go(self.mapping)             # <<<<<<<<<<<<<<
  *         return old
  * 
@@ -12769,7 +12769,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_12compare_exchange(s
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "ivshmem/native/mapping.pyx":554
- *         old = ivshmem_compare_exchange(at(self), self.wide, old, new, how)
+ *         old = word_compare_exchange(at(self), self.wide, old, new, how)
  *         let_go(self.mapping)
  *         return old             # <<<<<<<<<<<<<<
  * 
@@ -12789,7 +12789,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_12compare_exchange(s
   goto __pyx_L0;
 
   /* "ivshmem/native/mapping.pyx":543
- *         return change(self, ivshmem_exchange, value, order)
+ *         return change(self, word_exchange, value, order)
  * 
  *     def compare_exchange(self, expected, desired, order="seq_cst"):             # <<<<<<<<<<<<<<
  *         """Set `desired` if the value is `expected`; return what it was.
@@ -12815,7 +12815,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_12compare_exchange(s
  * 
  *     def fetch_add(self, amount, order="seq_cst"):             # <<<<<<<<<<<<<<
  *         """Add, modulo 2**32 or 2**64; return what the value was."""
- *         return change(self, ivshmem_add, amount, order)
+ *         return change(self, word_add, amount, order)
 */
 
 /* Python wrapper */
@@ -12930,11 +12930,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_14fetch_add(struct _
   /* "ivshmem/native/mapping.pyx":558
  *     def fetch_add(self, amount, order="seq_cst"):
  *         """Add, modulo 2**32 or 2**64; return what the value was."""
- *         return change(self, ivshmem_add, amount, order)             # <<<<<<<<<<<<<<
+ *         return change(self, word_add, amount, order)             # <<<<<<<<<<<<<<
  * 
  *     def fetch_sub(self, amount, order="seq_cst"):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, ivshmem_add, __pyx_v_amount, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 558, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, word_add, __pyx_v_amount, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 558, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -12952,7 +12952,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_14fetch_add(struct _
  * 
  *     def fetch_add(self, amount, order="seq_cst"):             # <<<<<<<<<<<<<<
  *         """Add, modulo 2**32 or 2**64; return what the value was."""
- *         return change(self, ivshmem_add, amount, order)
+ *         return change(self, word_add, amount, order)
 */
 
   /* function exit code */
@@ -12967,11 +12967,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_14fetch_add(struct _
 }
 
 /* "ivshmem/native/mapping.pyx":560
- *         return change(self, ivshmem_add, amount, order)
+ *         return change(self, word_add, amount, order)
  * 
  *     def fetch_sub(self, amount, order="seq_cst"):             # <<<<<<<<<<<<<<
  *         """Subtract, modulo 2**32 or 2**64; return what the value was."""
- *         return change(self, ivshmem_sub, amount, order)
+ *         return change(self, word_sub, amount, order)
 */
 
 /* Python wrapper */
@@ -13086,11 +13086,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_16fetch_sub(struct _
   /* "ivshmem/native/mapping.pyx":562
  *     def fetch_sub(self, amount, order="seq_cst"):
  *         """Subtract, modulo 2**32 or 2**64; return what the value was."""
- *         return change(self, ivshmem_sub, amount, order)             # <<<<<<<<<<<<<<
+ *         return change(self, word_sub, amount, order)             # <<<<<<<<<<<<<<
  * 
  *     def fetch_and(self, bits, order="seq_cst"):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, ivshmem_sub, __pyx_v_amount, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 562, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, word_sub, __pyx_v_amount, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 562, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -13104,11 +13104,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_16fetch_sub(struct _
   goto __pyx_L0;
 
   /* "ivshmem/native/mapping.pyx":560
- *         return change(self, ivshmem_add, amount, order)
+ *         return change(self, word_add, amount, order)
  * 
  *     def fetch_sub(self, amount, order="seq_cst"):             # <<<<<<<<<<<<<<
  *         """Subtract, modulo 2**32 or 2**64; return what the value was."""
- *         return change(self, ivshmem_sub, amount, order)
+ *         return change(self, word_sub, amount, order)
 */
 
   /* function exit code */
@@ -13123,11 +13123,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_16fetch_sub(struct _
 }
 
 /* "ivshmem/native/mapping.pyx":564
- *         return change(self, ivshmem_sub, amount, order)
+ *         return change(self, word_sub, amount, order)
  * 
  *     def fetch_and(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
  *         """Clear all bits except these; return what the value was."""
- *         return change(self, ivshmem_and, bits, order)
+ *         return change(self, word_and, bits, order)
 */
 
 /* Python wrapper */
@@ -13242,11 +13242,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_18fetch_and(struct _
   /* "ivshmem/native/mapping.pyx":566
  *     def fetch_and(self, bits, order="seq_cst"):
  *         """Clear all bits except these; return what the value was."""
- *         return change(self, ivshmem_and, bits, order)             # <<<<<<<<<<<<<<
+ *         return change(self, word_and, bits, order)             # <<<<<<<<<<<<<<
  * 
  *     def fetch_or(self, bits, order="seq_cst"):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, ivshmem_and, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 566, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, word_and, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 566, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -13260,11 +13260,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_18fetch_and(struct _
   goto __pyx_L0;
 
   /* "ivshmem/native/mapping.pyx":564
- *         return change(self, ivshmem_sub, amount, order)
+ *         return change(self, word_sub, amount, order)
  * 
  *     def fetch_and(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
  *         """Clear all bits except these; return what the value was."""
- *         return change(self, ivshmem_and, bits, order)
+ *         return change(self, word_and, bits, order)
 */
 
   /* function exit code */
@@ -13279,11 +13279,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_18fetch_and(struct _
 }
 
 /* "ivshmem/native/mapping.pyx":568
- *         return change(self, ivshmem_and, bits, order)
+ *         return change(self, word_and, bits, order)
  * 
  *     def fetch_or(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
  *         """Set these bits; return what the value was."""
- *         return change(self, ivshmem_or, bits, order)
+ *         return change(self, word_or, bits, order)
 */
 
 /* Python wrapper */
@@ -13398,11 +13398,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_20fetch_or(struct __
   /* "ivshmem/native/mapping.pyx":570
  *     def fetch_or(self, bits, order="seq_cst"):
  *         """Set these bits; return what the value was."""
- *         return change(self, ivshmem_or, bits, order)             # <<<<<<<<<<<<<<
+ *         return change(self, word_or, bits, order)             # <<<<<<<<<<<<<<
  * 
  *     def fetch_xor(self, bits, order="seq_cst"):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, ivshmem_or, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 570, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, word_or, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 570, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -13416,11 +13416,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_20fetch_or(struct __
   goto __pyx_L0;
 
   /* "ivshmem/native/mapping.pyx":568
- *         return change(self, ivshmem_and, bits, order)
+ *         return change(self, word_and, bits, order)
  * 
  *     def fetch_or(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
  *         """Set these bits; return what the value was."""
- *         return change(self, ivshmem_or, bits, order)
+ *         return change(self, word_or, bits, order)
 */
 
   /* function exit code */
@@ -13435,11 +13435,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_20fetch_or(struct __
 }
 
 /* "ivshmem/native/mapping.pyx":572
- *         return change(self, ivshmem_or, bits, order)
+ *         return change(self, word_or, bits, order)
  * 
  *     def fetch_xor(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
  *         """Invert these bits; return what the value was."""
- *         return change(self, ivshmem_xor, bits, order)
+ *         return change(self, word_xor, bits, order)
 */
 
 /* Python wrapper */
@@ -13554,11 +13554,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_22fetch_xor(struct _
   /* "ivshmem/native/mapping.pyx":574
  *     def fetch_xor(self, bits, order="seq_cst"):
  *         """Invert these bits; return what the value was."""
- *         return change(self, ivshmem_xor, bits, order)             # <<<<<<<<<<<<<<
+ *         return change(self, word_xor, bits, order)             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, ivshmem_xor, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 574, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_7mapping_change(__pyx_v_self, word_xor, __pyx_v_bits, __pyx_v_order); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 574, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -13572,11 +13572,11 @@ static PyObject *__pyx_pf_7ivshmem_6native_7mapping_6Atomic_22fetch_xor(struct _
   goto __pyx_L0;
 
   /* "ivshmem/native/mapping.pyx":572
- *         return change(self, ivshmem_or, bits, order)
+ *         return change(self, word_or, bits, order)
  * 
  *     def fetch_xor(self, bits, order="seq_cst"):             # <<<<<<<<<<<<<<
  *         """Invert these bits; return what the value was."""
- *         return change(self, ivshmem_xor, bits, order)
+ *         return change(self, word_xor, bits, order)
 */
 
   /* function exit code */

@@ -28,11 +28,11 @@ from libc.string cimport memmove
 
 from .descriptors cimport fail, fail_with
 from .syscalls cimport (
-    ACQ_REL, ACQUIRE, EAGAIN, EINTR, EINVAL, EIO, errno, ivshmem_add, ivshmem_and,
-    IVSHMEM_CLOSING, ivshmem_compare_exchange, ivshmem_enter, ivshmem_enter_held,
-    ivshmem_exchange, ivshmem_fence, ivshmem_leave, ivshmem_leave_held, ivshmem_load,
-    ivshmem_load32, ivshmem_or, ivshmem_shut, ivshmem_shut_unused, ivshmem_state, ivshmem_store,
-    ivshmem_store32, ivshmem_sub, ivshmem_touch, ivshmem_xor, MADV_POPULATE_READ,
+    ACQ_REL, ACQUIRE, EAGAIN, EINTR, EINVAL, EIO, errno, word_add, word_and,
+    IVSHMEM_CLOSING, word_compare_exchange, ivshmem_enter, ivshmem_enter_held,
+    word_exchange, ivshmem_fence, ivshmem_leave, ivshmem_leave_held, word_load,
+    ivshmem_load32, word_or, ivshmem_shut, ivshmem_shut_unused, ivshmem_state, word_store,
+    ivshmem_store32, word_sub, ivshmem_touch, word_xor, MADV_POPULATE_READ,
     MADV_POPULATE_WRITE, madvise, MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, MAP_SHARED, mincore,
     mmap, munmap, pread, PROT_NONE, PROT_READ, PROT_WRITE, pwrite, PyNumber_AsSsize_t, RELAXED,
     RELEASE, _SC_PAGESIZE, SEQ_CST, sysconf,
@@ -517,14 +517,14 @@ cdef class Atomic:
 
     cdef uint64_t peek(self) noexcept nogil:
         """Return the value (acquire), for other Cython code; the word must be pinned."""
-        return ivshmem_load(at(self), self.wide, ACQUIRE)
+        return word_load(at(self), self.wide, ACQUIRE)
 
     def load(self, order="acquire"):
         """Return the value."""
         cdef int how = ACQUIRE if order is "acquire" else order_of(order, LOADS)
         cdef uint64_t value
         hold(self.mapping)
-        value = ivshmem_load(at(self), self.wide, how)
+        value = word_load(at(self), self.wide, how)
         let_go(self.mapping)
         return value
 
@@ -533,12 +533,12 @@ cdef class Atomic:
         cdef int how = RELEASE if order is "release" else order_of(order, STORES)
         cdef uint64_t number = fitting(self, value)
         hold_own(self.mapping)
-        ivshmem_store(at(self), self.wide, number, how)
+        word_store(at(self), self.wide, number, how)
         let_go(self.mapping)
 
     def exchange(self, value, order="seq_cst"):
         """Set the value; return what it was."""
-        return change(self, ivshmem_exchange, value, order)
+        return change(self, word_exchange, value, order)
 
     def compare_exchange(self, expected, desired, order="seq_cst"):
         """Set `desired` if the value is `expected`; return what it was.
@@ -549,29 +549,29 @@ cdef class Atomic:
         cdef uint64_t old = fitting(self, expected)
         cdef uint64_t new = fitting(self, desired)
         hold_own(self.mapping)
-        old = ivshmem_compare_exchange(at(self), self.wide, old, new, how)
+        old = word_compare_exchange(at(self), self.wide, old, new, how)
         let_go(self.mapping)
         return old
 
     def fetch_add(self, amount, order="seq_cst"):
         """Add, modulo 2**32 or 2**64; return what the value was."""
-        return change(self, ivshmem_add, amount, order)
+        return change(self, word_add, amount, order)
 
     def fetch_sub(self, amount, order="seq_cst"):
         """Subtract, modulo 2**32 or 2**64; return what the value was."""
-        return change(self, ivshmem_sub, amount, order)
+        return change(self, word_sub, amount, order)
 
     def fetch_and(self, bits, order="seq_cst"):
         """Clear all bits except these; return what the value was."""
-        return change(self, ivshmem_and, bits, order)
+        return change(self, word_and, bits, order)
 
     def fetch_or(self, bits, order="seq_cst"):
         """Set these bits; return what the value was."""
-        return change(self, ivshmem_or, bits, order)
+        return change(self, word_or, bits, order)
 
     def fetch_xor(self, bits, order="seq_cst"):
         """Invert these bits; return what the value was."""
-        return change(self, ivshmem_xor, bits, order)
+        return change(self, word_xor, bits, order)
 
 
 @cython.final

@@ -1387,7 +1387,7 @@ static int __Pyx_init_tpflags_variables(void) {
               : operation((uint32_t *)word, __VA_ARGS__))
 
     /* The compilers treat an order that is not a constant as seq_cst. So each order has a case. */
-    static inline uint64_t ivshmem_load(void *word, int wide, int order)
+    static inline uint64_t word_load(void *word, int wide, int order)
     {
         switch (order) {
         case __ATOMIC_RELAXED: return IVSHMEM_ON(__atomic_load_n, __ATOMIC_RELAXED);
@@ -1395,7 +1395,7 @@ static int __Pyx_init_tpflags_variables(void) {
         default: return IVSHMEM_ON(__atomic_load_n, __ATOMIC_SEQ_CST);
         }
     }
-    static inline void ivshmem_store(void *word, int wide, uint64_t value, int order)
+    static inline void word_store(void *word, int wide, uint64_t value, int order)
     {
         switch (order) {
         case __ATOMIC_RELAXED: IVSHMEM_ON(__atomic_store_n, value, __ATOMIC_RELAXED); break;
@@ -1416,12 +1416,12 @@ static int __Pyx_init_tpflags_variables(void) {
             default: return IVSHMEM_ON(operation, value, __ATOMIC_SEQ_CST);                      \
             }                                                                                    \
         }
-    IVSHMEM_CHANGE(ivshmem_exchange, __atomic_exchange_n)
-    IVSHMEM_CHANGE(ivshmem_add, __atomic_fetch_add)
-    IVSHMEM_CHANGE(ivshmem_sub, __atomic_fetch_sub)
-    IVSHMEM_CHANGE(ivshmem_and, __atomic_fetch_and)
-    IVSHMEM_CHANGE(ivshmem_or, __atomic_fetch_or)
-    IVSHMEM_CHANGE(ivshmem_xor, __atomic_fetch_xor)
+    IVSHMEM_CHANGE(word_exchange, __atomic_exchange_n)
+    IVSHMEM_CHANGE(word_add, __atomic_fetch_add)
+    IVSHMEM_CHANGE(word_sub, __atomic_fetch_sub)
+    IVSHMEM_CHANGE(word_and, __atomic_fetch_and)
+    IVSHMEM_CHANGE(word_or, __atomic_fetch_or)
+    IVSHMEM_CHANGE(word_xor, __atomic_fetch_xor)
 
     /* If the word is not as expected, it is only loaded, and a load cannot have release order. */
     #define IVSHMEM_COMPARE(type, order, otherwise)                                              \
@@ -1435,7 +1435,7 @@ static int __Pyx_init_tpflags_variables(void) {
             if (wide)                                                                            \
                 IVSHMEM_COMPARE(uint64_t, order, otherwise)                                      \
             IVSHMEM_COMPARE(uint32_t, order, otherwise)
-    static inline uint64_t ivshmem_compare_exchange(void *word, int wide, uint64_t expected,
+    static inline uint64_t word_compare_exchange(void *word, int wide, uint64_t expected,
                                                     uint64_t desired, int order)
     {
         switch (order) {
@@ -4359,7 +4359,7 @@ static int64_t __pyx_f_7ivshmem_6native_4spin_spin_of(PyObject *__pyx_v_spin) {
  * # The numbers of a Habit, which threads share without a lock: each is read and written whole.
  * 
  * cdef inline uint32_t get32(uint32_t *number) noexcept nogil:             # <<<<<<<<<<<<<<
- *     return <uint32_t>ivshmem_load(number, False, RELAXED)
+ *     return <uint32_t>word_load(number, False, RELAXED)
  * 
 */
 
@@ -4369,13 +4369,13 @@ static CYTHON_INLINE uint32_t __pyx_f_7ivshmem_6native_4spin_get32(uint32_t *__p
   /* "ivshmem/native/spin.pyx":63
  * 
  * cdef inline uint32_t get32(uint32_t *number) noexcept nogil:
- *     return <uint32_t>ivshmem_load(number, False, RELAXED)             # <<<<<<<<<<<<<<
+ *     return <uint32_t>word_load(number, False, RELAXED)             # <<<<<<<<<<<<<<
  * 
  * 
 */
   {
 
-    __pyx_r = ((uint32_t)ivshmem_load(__pyx_v_number, 0, __ATOMIC_RELAXED));
+    __pyx_r = ((uint32_t)word_load(__pyx_v_number, 0, __ATOMIC_RELAXED));
   }
   goto __pyx_L0;
 
@@ -4383,7 +4383,7 @@ static CYTHON_INLINE uint32_t __pyx_f_7ivshmem_6native_4spin_get32(uint32_t *__p
  * # The numbers of a Habit, which threads share without a lock: each is read and written whole.
  * 
  * cdef inline uint32_t get32(uint32_t *number) noexcept nogil:             # <<<<<<<<<<<<<<
- *     return <uint32_t>ivshmem_load(number, False, RELAXED)
+ *     return <uint32_t>word_load(number, False, RELAXED)
  * 
 */
 
@@ -4396,7 +4396,7 @@ static CYTHON_INLINE uint32_t __pyx_f_7ivshmem_6native_4spin_get32(uint32_t *__p
  * 
  * 
  * cdef inline void set32(uint32_t *number, uint32_t value) noexcept nogil:             # <<<<<<<<<<<<<<
- *     ivshmem_store(number, False, value, RELAXED)
+ *     word_store(number, False, value, RELAXED)
  * 
 */
 
@@ -4405,17 +4405,17 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_6native_4spin_set32(uint32_t *__pyx_v
   /* "ivshmem/native/spin.pyx":67
  * 
  * cdef inline void set32(uint32_t *number, uint32_t value) noexcept nogil:
- *     ivshmem_store(number, False, value, RELAXED)             # <<<<<<<<<<<<<<
+ *     word_store(number, False, value, RELAXED)             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  ivshmem_store(__pyx_v_number, 0, __pyx_v_value, __ATOMIC_RELAXED);
+  word_store(__pyx_v_number, 0, __pyx_v_value, __ATOMIC_RELAXED);
 
   /* "ivshmem/native/spin.pyx":66
  * 
  * 
  * cdef inline void set32(uint32_t *number, uint32_t value) noexcept nogil:             # <<<<<<<<<<<<<<
- *     ivshmem_store(number, False, value, RELAXED)
+ *     word_store(number, False, value, RELAXED)
  * 
 */
 
@@ -4426,7 +4426,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_6native_4spin_set32(uint32_t *__pyx_v
  * 
  * 
  * cdef inline int64_t get64(int64_t *number) noexcept nogil:             # <<<<<<<<<<<<<<
- *     return <int64_t>ivshmem_load(number, True, RELAXED)
+ *     return <int64_t>word_load(number, True, RELAXED)
  * 
 */
 
@@ -4436,13 +4436,13 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_4spin_get64(int64_t *__pyx
   /* "ivshmem/native/spin.pyx":71
  * 
  * cdef inline int64_t get64(int64_t *number) noexcept nogil:
- *     return <int64_t>ivshmem_load(number, True, RELAXED)             # <<<<<<<<<<<<<<
+ *     return <int64_t>word_load(number, True, RELAXED)             # <<<<<<<<<<<<<<
  * 
  * 
 */
   {
 
-    __pyx_r = ((int64_t)ivshmem_load(__pyx_v_number, 1, __ATOMIC_RELAXED));
+    __pyx_r = ((int64_t)word_load(__pyx_v_number, 1, __ATOMIC_RELAXED));
   }
   goto __pyx_L0;
 
@@ -4450,7 +4450,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_4spin_get64(int64_t *__pyx
  * 
  * 
  * cdef inline int64_t get64(int64_t *number) noexcept nogil:             # <<<<<<<<<<<<<<
- *     return <int64_t>ivshmem_load(number, True, RELAXED)
+ *     return <int64_t>word_load(number, True, RELAXED)
  * 
 */
 
@@ -4463,7 +4463,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_4spin_get64(int64_t *__pyx
  * 
  * 
  * cdef inline void set64(int64_t *number, int64_t value) noexcept nogil:             # <<<<<<<<<<<<<<
- *     ivshmem_store(number, True, <uint64_t>value, RELAXED)
+ *     word_store(number, True, <uint64_t>value, RELAXED)
  * 
 */
 
@@ -4472,17 +4472,17 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_6native_4spin_set64(int64_t *__pyx_v_
   /* "ivshmem/native/spin.pyx":75
  * 
  * cdef inline void set64(int64_t *number, int64_t value) noexcept nogil:
- *     ivshmem_store(number, True, <uint64_t>value, RELAXED)             # <<<<<<<<<<<<<<
+ *     word_store(number, True, <uint64_t>value, RELAXED)             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  ivshmem_store(__pyx_v_number, 1, ((uint64_t)__pyx_v_value), __ATOMIC_RELAXED);
+  word_store(__pyx_v_number, 1, ((uint64_t)__pyx_v_value), __ATOMIC_RELAXED);
 
   /* "ivshmem/native/spin.pyx":74
  * 
  * 
  * cdef inline void set64(int64_t *number, int64_t value) noexcept nogil:             # <<<<<<<<<<<<<<
- *     ivshmem_store(number, True, <uint64_t>value, RELAXED)
+ *     word_store(number, True, <uint64_t>value, RELAXED)
  * 
 */
 

@@ -23,7 +23,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from .descriptors cimport now
 from .syscalls cimport (
-    EINTR, ESHUTDOWN, IVSHMEM_CLOSING, ivshmem_load, ivshmem_state, ivshmem_store, RELAXED,
+    EINTR, ESHUTDOWN, IVSHMEM_CLOSING, word_load, ivshmem_state, word_store, RELAXED,
 )
 
 cdef enum:
@@ -60,19 +60,19 @@ cdef int64_t spin_of(object spin) except -2:
 # The numbers of a Habit, which threads share without a lock: each is read and written whole.
 
 cdef inline uint32_t get32(uint32_t *number) noexcept nogil:
-    return <uint32_t>ivshmem_load(number, False, RELAXED)
+    return <uint32_t>word_load(number, False, RELAXED)
 
 
 cdef inline void set32(uint32_t *number, uint32_t value) noexcept nogil:
-    ivshmem_store(number, False, value, RELAXED)
+    word_store(number, False, value, RELAXED)
 
 
 cdef inline int64_t get64(int64_t *number) noexcept nogil:
-    return <int64_t>ivshmem_load(number, True, RELAXED)
+    return <int64_t>word_load(number, True, RELAXED)
 
 
 cdef inline void set64(int64_t *number, int64_t value) noexcept nogil:
-    ivshmem_store(number, True, <uint64_t>value, RELAXED)
+    word_store(number, True, <uint64_t>value, RELAXED)
 
 
 @cython.final

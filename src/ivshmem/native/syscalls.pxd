@@ -276,7 +276,7 @@ cdef extern from *:
               : operation((uint32_t *)word, __VA_ARGS__))
 
     /* The compilers treat an order that is not a constant as seq_cst. So each order has a case. */
-    static inline uint64_t ivshmem_load(void *word, int wide, int order)
+    static inline uint64_t word_load(void *word, int wide, int order)
     {
         switch (order) {
         case __ATOMIC_RELAXED: return IVSHMEM_ON(__atomic_load_n, __ATOMIC_RELAXED);
@@ -284,7 +284,7 @@ cdef extern from *:
         default: return IVSHMEM_ON(__atomic_load_n, __ATOMIC_SEQ_CST);
         }
     }
-    static inline void ivshmem_store(void *word, int wide, uint64_t value, int order)
+    static inline void word_store(void *word, int wide, uint64_t value, int order)
     {
         switch (order) {
         case __ATOMIC_RELAXED: IVSHMEM_ON(__atomic_store_n, value, __ATOMIC_RELAXED); break;
@@ -305,12 +305,12 @@ cdef extern from *:
             default: return IVSHMEM_ON(operation, value, __ATOMIC_SEQ_CST);                      \
             }                                                                                    \
         }
-    IVSHMEM_CHANGE(ivshmem_exchange, __atomic_exchange_n)
-    IVSHMEM_CHANGE(ivshmem_add, __atomic_fetch_add)
-    IVSHMEM_CHANGE(ivshmem_sub, __atomic_fetch_sub)
-    IVSHMEM_CHANGE(ivshmem_and, __atomic_fetch_and)
-    IVSHMEM_CHANGE(ivshmem_or, __atomic_fetch_or)
-    IVSHMEM_CHANGE(ivshmem_xor, __atomic_fetch_xor)
+    IVSHMEM_CHANGE(word_exchange, __atomic_exchange_n)
+    IVSHMEM_CHANGE(word_add, __atomic_fetch_add)
+    IVSHMEM_CHANGE(word_sub, __atomic_fetch_sub)
+    IVSHMEM_CHANGE(word_and, __atomic_fetch_and)
+    IVSHMEM_CHANGE(word_or, __atomic_fetch_or)
+    IVSHMEM_CHANGE(word_xor, __atomic_fetch_xor)
 
     /* If the word is not as expected, it is only loaded, and a load cannot have release order. */
     #define IVSHMEM_COMPARE(type, order, otherwise)                                              \
@@ -324,7 +324,7 @@ cdef extern from *:
             if (wide)                                                                            \
                 IVSHMEM_COMPARE(uint64_t, order, otherwise)                                      \
             IVSHMEM_COMPARE(uint32_t, order, otherwise)
-    static inline uint64_t ivshmem_compare_exchange(void *word, int wide, uint64_t expected,
+    static inline uint64_t word_compare_exchange(void *word, int wide, uint64_t expected,
                                                     uint64_t desired, int order)
     {
         switch (order) {
@@ -343,15 +343,15 @@ cdef extern from *:
         RELEASE "__ATOMIC_RELEASE"
         ACQ_REL "__ATOMIC_ACQ_REL"
         SEQ_CST "__ATOMIC_SEQ_CST"
-    uint64_t ivshmem_load(void *word, bint wide, int order) noexcept nogil
-    void ivshmem_store(void *word, bint wide, uint64_t value, int order) noexcept nogil
-    uint64_t ivshmem_exchange(void *word, bint wide, uint64_t value, int order) noexcept nogil
-    uint64_t ivshmem_add(void *word, bint wide, uint64_t value, int order) noexcept nogil
-    uint64_t ivshmem_sub(void *word, bint wide, uint64_t value, int order) noexcept nogil
-    uint64_t ivshmem_and(void *word, bint wide, uint64_t value, int order) noexcept nogil
-    uint64_t ivshmem_or(void *word, bint wide, uint64_t value, int order) noexcept nogil
-    uint64_t ivshmem_xor(void *word, bint wide, uint64_t value, int order) noexcept nogil
-    uint64_t ivshmem_compare_exchange(
+    uint64_t word_load(void *word, bint wide, int order) noexcept nogil
+    void word_store(void *word, bint wide, uint64_t value, int order) noexcept nogil
+    uint64_t word_exchange(void *word, bint wide, uint64_t value, int order) noexcept nogil
+    uint64_t word_add(void *word, bint wide, uint64_t value, int order) noexcept nogil
+    uint64_t word_sub(void *word, bint wide, uint64_t value, int order) noexcept nogil
+    uint64_t word_and(void *word, bint wide, uint64_t value, int order) noexcept nogil
+    uint64_t word_or(void *word, bint wide, uint64_t value, int order) noexcept nogil
+    uint64_t word_xor(void *word, bint wide, uint64_t value, int order) noexcept nogil
+    uint64_t word_compare_exchange(
         void *word, bint wide, uint64_t expected, uint64_t desired, int order
     ) noexcept nogil
 

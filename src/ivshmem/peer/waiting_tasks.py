@@ -118,7 +118,7 @@ class Share:
         return self._waiter.fail(error)
 
 
-class Queue:
+class TaskQueue:
     """The tasks that wait for the same thing, the oldest first."""
 
     __slots__ = ("loop", "readers", "spare", "streak", "waiters", "watched")
@@ -150,7 +150,7 @@ class Queue:
         self.waiters.popleft().resume(found)
 
 
-class _Vector(Queue):
+class _Vector(TaskQueue):
     """Tasks that wait for rings of one vector."""
 
     __slots__ = ("_fd", "_number", "take")
@@ -184,7 +184,7 @@ class _Vector(Queue):
             self.waiters.popleft().resume(rings)
 
 
-class _AnyVector(Queue):
+class _AnyVector(TaskQueue):
     """Tasks that wait for interrupts of any vector."""
 
     __slots__ = ()
@@ -198,7 +198,7 @@ class _AnyVector(Queue):
         self.watched = True
 
 
-class _Events(Queue):
+class _Events(TaskQueue):
     """Tasks that wait for any event."""
 
     __slots__ = ("_timer",)
@@ -258,14 +258,14 @@ class Readers(Uncopied):
     def __init__(self, loop: asyncio.AbstractEventLoop, endpoint: Endpoint) -> None:
         self.loop = loop
         self.endpoint = endpoint
-        self.queues: dict[Any, Queue] = {}  # by vector, None (any) and EVENTS
+        self.queues: dict[Any, TaskQueue] = {}  # by vector, None (any) and EVENTS
         self._vectors: list[_Vector] = []  # of these
         self._watched: dict[str, int] = {}  # descriptors beside those of vectors
         self._pid = os.getpid()
 
-    def listen(self, what: Any) -> Queue:
+    def listen(self, what: Any) -> TaskQueue:
         """Make the queue for what a task waits for the first time."""
-        queue: Queue
+        queue: TaskQueue
         if what is None:
             queue = _AnyVector(self)
         elif what is EVENTS:
@@ -280,7 +280,7 @@ class Readers(Uncopied):
         """Whether a task waits for a vector by number."""
         return any(vector.waiters for vector in self._vectors)
 
-    def awaited(self, what: Any) -> Queue | None:
+    def awaited(self, what: Any) -> TaskQueue | None:
         """Return the queue if a task waits in it."""
         queue = self.queues.get(what)
         return queue if queue is not None and queue.is_awaited() else None

@@ -96,7 +96,7 @@ from ..server import log_events
 from ..server.limits import LINGER, LONGEST_LINGER
 from ..system import credentials, json_shapes, late_logging
 from ..system.listener import Listener
-from ..system.requests import LONGEST, Caller, RequestServer
+from ..system.requests import LONGEST, Requester, RequestServer
 from ..system.uncopied import Uncopied
 from ..text import command, counted, plain
 from .control_client import PROTOCOL, as_line
@@ -151,7 +151,7 @@ if TYPE_CHECKING:
             """Read the configuration again; what has changed, a line each."""
 
     # What does one kind of request: the reply but for "ok", or None: the connection was detached.
-    Handler: TypeAlias = Callable[[Caller, Mapping[str, Any]], Mapping[str, Any] | None]
+    Handler: TypeAlias = Callable[[Requester, Mapping[str, Any]], Mapping[str, Any] | None]
 
 
 # -- the server's side ----------------------------------------------------------------------------
@@ -180,7 +180,7 @@ class Control(Uncopied):
         self._uids = frozenset({0, os.geteuid()}) if uids is None else uids
         self._state = Status()
         # Who has asked to hold which peers' news, and is still connected.
-        self._askers: dict[Caller, set[tuple[str, int]]] = {}
+        self._askers: dict[Requester, set[tuple[str, int]]] = {}
         self._handlers: dict[str, Handler] = {
             "version": self._version,
             "status": self._status,
@@ -244,7 +244,7 @@ class Control(Uncopied):
         reason = f"uid {uid} is not heard here, only uid {heard}: be one of these"
         return as_line(_refusal(reason, "not-allowed"))
 
-    def _answer(self, caller: Caller, request: bytes) -> bytes | None:
+    def _answer(self, caller: Requester, request: bytes) -> bytes | None:
         try:
             message = _parse(request)
             kind = message.get("do")
@@ -265,10 +265,10 @@ class Control(Uncopied):
 
     # -- requests ---------------------------------------------------------------------------------
 
-    def _version(self, _: Caller, __: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _version(self, _: Requester, __: Mapping[str, Any]) -> Mapping[str, Any]:
         return {"version": __version__, "protocol": PROTOCOL, "pid": os.getpid()}
 
-    def _status(self, _: Caller, message: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _status(self, _: Requester, message: Mapping[str, Any]) -> Mapping[str, Any]:
         peers = message.get("peers", True)
         if not isinstance(peers, bool):
             raise ControlError(f'"peers" is {_shown(peers)}: true or false is allowed', "bad-field")
@@ -281,7 +281,7 @@ class Control(Uncopied):
         status.forget_all_but(each.server.region for each in self._service.regions.values())
         return {"server": status.of_process(), "regions": shown}
 
-    def _evict(self, caller: Caller, message: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _evict(self, caller: Requester, message: Mapping[str, Any]) -> Mapping[str, Any]:
         peer = _id(message)
         name, served = self._named(message)
         with self._known(name):
@@ -293,7 +293,7 @@ class Control(Uncopied):
         )
         return {"region": name}
 
-    def _hold_leaves(self, caller: Caller, message: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _hold_leaves(self, caller: Requester, message: Mapping[str, Any]) -> Mapping[str, Any]:
         on = message.get("on")
         if not isinstance(on, bool):
             raise ControlError(f'"on" is {_shown(on)}: expected true or false', "bad-field")
@@ -305,7 +305,7 @@ class Control(Uncopied):
         _log.info("QEMU %s of %s, as uid %d asked", what, name, by["by_uid"], extra=told)
         return {"region": name}
 
-    def _hold(self, caller: Caller, message: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _hold(self, caller: Requester, message: Mapping[str, Any]) -> Mapping[str, Any]:
         peer, linger = _id(message), message.get("linger", LINGER)
         number = isinstance(linger, int | float) and not isinstance(linger, bool)
         if linger is not None and not (number and 0 < linger <= LONGEST_LINGER):
@@ -332,7 +332,7 @@ class Control(Uncopied):
             )
         return {"region": name, "read": read}
 
-    def _release(self, caller: Caller, message: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _release(self, caller: Requester, message: Mapping[str, Any]) -> Mapping[str, Any]:
         peer = _id(message)
         name, served = self._named(message)
         with self._known(name):
@@ -348,7 +348,7 @@ class Control(Uncopied):
             )
         return {"region": name, "held": held}
 
-    def _free_places(self, caller: Caller, message: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _free_places(self, caller: Requester, message: Mapping[str, Any]) -> Mapping[str, Any]:
         from ..memory import left_places  # here: few servers are asked for it
 
         name, served = self._named(message)
@@ -363,13 +363,13 @@ class Control(Uncopied):
         )
         return {"region": name, "freed": freed}
 
-    def _asker_is_gone(self, caller: Caller) -> None:
+    def _asker_is_gone(self, caller: Requester) -> None:
         self._askers.pop(caller, None)
         for served in list(self._service.regions.values()):
             with contextlib.suppress(ClosedError):
                 served.server.asker_is_gone(caller)
 
-    def _reload(self, caller: Caller, _: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _reload(self, caller: Requester, _: Mapping[str, Any]) -> Mapping[str, Any]:
         by = _who(caller)
         try:
             if self._service.changing:
@@ -483,6 +483,6 @@ def _one_line(error: BaseException) -> str:
     return plain(text)
 
 
-def _who(caller: Caller) -> dict[str, Any]:
+def _who(caller: Requester) -> dict[str, Any]:
     who = credentials.credentials(caller.socket)
     return {"by_uid": who.uid, "by_pid": who.pid}

@@ -62,7 +62,7 @@ from http import HTTPStatus
 from .. import __version__
 from ..errors import MetricsError
 from ..server.report import PeerReport
-from ..system.requests import Caller, RequestServer
+from ..system.requests import Requester, RequestServer
 from ..system.uncopied import Uncopied
 from ..text import NAME, plain
 from . import wsgi
@@ -239,7 +239,7 @@ class Metrics(Uncopied):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _answer(self, caller: Caller, head: bytes) -> bytes:
+    def _answer(self, caller: Requester, head: bytes) -> bytes:
         caller.closing = True
         request = wsgi.parse_head(head)
         if request is None:

@@ -20,7 +20,7 @@ from ..peer import connecting
 from ..server import log_events
 from ..system import sockets
 from ..system.named_tuple import NamedTuple
-from ..system.requests import Caller
+from ..system.requests import Requester
 from ..text import counted
 from . import control, control_client, snapshots
 from .config import RegionConfig, ServiceConfig
@@ -155,10 +155,10 @@ _LATE = (
 )
 
 # A journal, and the descriptors that it names.
-Taken = tuple[Journal, set[int]]
+TakenOver = tuple[Journal, set[int]]
 
 
-def take_over(config: ServiceConfig) -> Taken:
+def take_over(config: ServiceConfig) -> TakenOver:
     """All that the server has that runs where this configuration says."""
     path = config.control
     if path is None:
@@ -186,7 +186,7 @@ def handing_over(service: Service, given: list[socket.socket]) -> control.Handle
         given: gets the socket over which the service was given away; then `service` is stopped.
     """
 
-    def act(caller: Caller, _: Mapping[str, object]) -> None:
+    def act(caller: Requester, _: Mapping[str, object]) -> None:
         if service.changing:
             raise ControlError("a reload is under way: try again when it is done", "busy")
         sock, _rest = caller.detach()

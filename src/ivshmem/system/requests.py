@@ -38,7 +38,7 @@ _RETRY_SECONDS = 0.1
 _SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 
 
-class Caller:
+class Requester:
     """A connection, as `answer` sees it.
 
     Attributes:
@@ -87,7 +87,7 @@ class RequestServer(Uncopied):
         self,
         listener: socket.socket,
         cut: Callable[[bytearray], bytes | None],
-        answer: Callable[[Caller, bytes], bytes | None],
+        answer: Callable[[Requester, bytes], bytes | None],
         *,
         too_long: bytes = b"",
         admit: Callable[[socket.socket], bytes | None] = lambda _: None,
@@ -96,7 +96,7 @@ class RequestServer(Uncopied):
         self._cut, self._answer, self._admit = cut, answer, admit
         self._too_long = too_long
         # By number, in the order in which they come. The one that was idle for longest is first.
-        self._callers: dict[int, Caller] = {}
+        self._callers: dict[int, Requester] = {}
         self._next_number = 0
         self._queue: deque[int] = deque()  # of those with a whole request
         self._unread = 0  # bytes of all replies
@@ -192,7 +192,7 @@ class RequestServer(Uncopied):
         except OSError:  # ENOSPC, ENOMEM
             sock.close()
             return
-        self._callers[number] = Caller(sock, partial(self._let_go, number))
+        self._callers[number] = Requester(sock, partial(self._let_go, number))
 
     def _let_go(self, number: int) -> None:
         caller = self._callers.pop(number)

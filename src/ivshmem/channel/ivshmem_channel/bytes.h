@@ -196,6 +196,28 @@ static inline int ivshmem_stream_connect(struct ivshmem_stream *stream)
     return IVSHMEM_TAKEN;
 }
 
+/* Whether a caller waits in a connection, with its words stored; what was read is not trusted. */
+static inline int ivshmem_caller_waits(const struct ivshmem_channel *channel, unsigned connection)
+{
+    uint64_t at = ivshmem_end_owner_at(channel, connection, 1);
+    uint64_t acceptor = ivshmem_get(channel, at), caller = ivshmem_get(channel, at - 8u);
+    /* Else it is free, or accepted before, or its words are not stored yet. */
+    return ivshmem_flags(caller) != IVSHMEM_SLOT_FREE &&
+           ivshmem_flags(acceptor) == IVSHMEM_SLOT_FREE &&
+           ivshmem_epoch(acceptor) != ivshmem_epoch(caller) &&
+           ivshmem_epoch(ivshmem_get(channel, ivshmem_end_at(channel, connection, 0))) ==
+               ivshmem_epoch(caller);
+}
+
+/* Whether ivshmem_accept would find a caller. */
+static inline int ivshmem_listener_has_caller(const struct ivshmem_listener *listener)
+{
+    for (unsigned i = 0; i < listener->channel->record.geometry.writers; i++)
+        if (ivshmem_caller_waits(listener->channel, i))
+            return 1;
+    return 0;
+}
+
 /* Accept the next caller. IVSHMEM_AGAIN: there is none. */
 static inline int ivshmem_accept(struct ivshmem_listener *listener, struct ivshmem_stream *stream)
 {

@@ -51,6 +51,14 @@ static inline int ivshmem_reply(struct ivshmem_reader *server, const struct ivsh
     return 0;
 }
 
+/* Whether a call has neither a reply nor lost its server, by one look: for a caller that spins. */
+static inline int ivshmem_call_waits(const struct ivshmem_writer *caller, uint64_t position)
+{
+    uint64_t claim =
+        ivshmem_get(caller->channel, ivshmem_claim_at(caller->channel, caller->slot, position));
+    return ivshmem_flags(claim) == IVSHMEM_CLAIM_OPEN || ivshmem_flags(claim) == IVSHMEM_CLAIM_TAKEN;
+}
+
 /* Look at a call. 0: the reply is there; after it was copied, ivshmem_call_end. IVSHMEM_AGAIN: not
  * yet. IVSHMEM_CLOSED: its server is gone, whether it did the work or not; the call is over. */
 static inline int ivshmem_call_look(struct ivshmem_writer *caller, uint64_t position,

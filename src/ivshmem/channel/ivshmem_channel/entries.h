@@ -50,12 +50,23 @@ static inline uint64_t ivshmem_backlog_entry_at(const struct ivshmem_channel *ch
            (position & (channel->record.geometry.slots - 1)) * IVSHMEM_ENTRY_BYTES;
 }
 
+/* The first word of a reader's row: enum ivshmem_overflow (8 bits) | messages that it lost (32). */
+static inline uint64_t ivshmem_policy_word(unsigned overflow, uint64_t lost, unsigned epoch)
+{
+    return ivshmem_word((lost & 0xffffffffu) << 8 | overflow, 0, epoch);
+}
+
+static inline unsigned ivshmem_policy(uint64_t word)
+{
+    return (unsigned)ivshmem_value(word) & 0xffu;
+}
+
 /* Whether the reader in a slot says that it has a backlog of its own. */
 static inline int ivshmem_discards(const struct ivshmem_channel *channel, unsigned reader)
 {
     return (channel->record.geometry.overflow & IVSHMEM_DISCARD) != 0 &&
-           ivshmem_value(ivshmem_get(channel, channel->layout.rows +
-                                                  channel->layout.row_bytes * reader)) ==
+           ivshmem_policy(ivshmem_get(channel, channel->layout.rows +
+                                                   channel->layout.row_bytes * reader)) ==
                IVSHMEM_DISCARD;
 }
 

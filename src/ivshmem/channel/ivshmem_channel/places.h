@@ -24,7 +24,8 @@ struct ivshmem_user {
  *
  *      0  number   (compare-exchange) 40 random bits | IVSHMEM_JOINING, then IVSHMEM_LIVE | epoch;
  *                  value 0: free
- *      8  peer     id (16) | vector (16) << 16: whom to ring
+ *      8  peer     id (16) | vector (16) << 16: whom to ring; or IVSHMEM_PEER_MUTE: it has no
+ *               interrupts, and looks at the memory again and again
  *     16  machine  which kernel and PID namespace, as a hash; 0: unknown
  *     24  process  its PID there, and
  *     32  started  when it started: what proves its end, on that machine
@@ -39,6 +40,7 @@ struct ivshmem_user {
 #define IVSHMEM_PLACE_BEAT 64u
 #define IVSHMEM_PLACE_NAME 72u
 #define IVSHMEM_NAME_WORDS 4u
+#define IVSHMEM_PEER_MUTE (UINT64_C(1) << 32)
 #define IVSHMEM_LIVE 1u
 #define IVSHMEM_JOINING 2u /* it has stored nothing outside this entry, and must still confirm it */
 
@@ -128,7 +130,7 @@ static inline void ivshmem_place_store(const struct ivshmem_member *member)
 
 /* Join: take a place.
  *
- * The caller has set area, user, pulses (zeros), lease, peer (id | vector << 16), machine, process
+ * The caller has set area, user, pulses (zeros), lease, peer (as in the table), machine, process
  * and started; each of the last three has at most 40 bits.
  * `random` must be drawn anew for each call, as from getrandom(2). IVSHMEM_TAKEN: no place is free,
  * and none is proven to be gone.

@@ -156,7 +156,7 @@ static inline int ivshmem_reader_open(struct ivshmem_reader *reader, uint32_t hi
         return 0;
     row = channel->layout.rows + channel->layout.row_bytes * slot;
     ivshmem_announce(memory, channel->at + row,
-                     ivshmem_word((uint64_t)reader->overflow, 0, reader->epoch));
+                     ivshmem_policy_word((unsigned)reader->overflow, 0, reader->epoch));
     return ivshmem_has_claims(channel) ? 0 : ivshmem_reader_join(reader);
 }
 
@@ -275,13 +275,24 @@ static inline int ivshmem_reader_sleep(struct ivshmem_reader *reader)
     return IVSHMEM_AGAIN;
 }
 
-/* Once a beat: store again what a late store of a former owner may have spoiled. */
+/* How many messages were overwritten before this reader took them. */
+static inline uint64_t ivshmem_reader_lost(const struct ivshmem_reader *reader)
+{
+    uint64_t lost = 0;
+    for (unsigned i = 0; i < reader->channel->record.geometry.writers; i++)
+        lost += reader->sources[i].lost;
+    return lost;
+}
+
+/* Once a beat: tell how much was lost, and store again what a late store of a former owner may have
+ * spoiled. */
 static inline void ivshmem_reader_beat(struct ivshmem_reader *reader)
 {
     const struct ivshmem_channel *channel = reader->channel;
     const struct ivshmem_memory *memory = &channel->area.memory;
     uint64_t at = channel->at + channel->layout.rows + channel->layout.row_bytes * reader->slot;
-    uint64_t word = ivshmem_word((uint64_t)reader->overflow, 0, reader->epoch);
+    uint64_t word = ivshmem_policy_word((unsigned)reader->overflow, ivshmem_reader_lost(reader),
+                                        reader->epoch);
     int spoiled;
     if (reader->slot == IVSHMEM_NO_SLOT || ivshmem_has_claims(channel))
         return;

@@ -132,6 +132,8 @@ static inline int ivshmem_wake_one(const struct ivshmem_member *member,
     *rung = sleeper;
     if (ivshmem_epoch(peer) != place.epoch)
         return 0;
+    if (ivshmem_value(peer) & IVSHMEM_PEER_MUTE) /* it looks by itself */
+        return 1;
     member->user.ring(member->user.context, (unsigned)ivshmem_value(peer) & 0xffffu,
                       (unsigned)(ivshmem_value(peer) >> 16) & 0xffffu);
     /* A ring to a process that may have ended does not count: another one is rung as well. */

@@ -219,7 +219,7 @@ static inline int ivshmem_writer_look(struct ivshmem_writer *writer)
             continue;
         policy = ivshmem_get(channel, row);
         if (ivshmem_epoch(policy) == ivshmem_epoch(owner) &&
-            ivshmem_value(policy) == IVSHMEM_DISCARD && (g->overflow & IVSHMEM_DISCARD)) {
+            ivshmem_policy(policy) == IVSHMEM_DISCARD && (g->overflow & IVSHMEM_DISCARD)) {
             struct ivshmem_backlog *backlog = &writer->tables.backlogs[i];
             if (!backlog->is_open || backlog->epoch != ivshmem_epoch(owner)) {
                 ivshmem_backlog_advance(writer, i, backlog->head); /* a former reader's */
@@ -230,7 +230,7 @@ static inline int ivshmem_writer_look(struct ivshmem_writer *writer)
         }
         tail = ivshmem_get(channel, ivshmem_row_at(channel, i, writer->slot));
         if (ivshmem_epoch(policy) != ivshmem_epoch(owner) ||
-            ivshmem_epoch(tail) != ivshmem_epoch(owner) || ivshmem_value(policy) != IVSHMEM_BLOCK)
+            ivshmem_epoch(tail) != ivshmem_epoch(owner) || ivshmem_policy(policy) != IVSHMEM_BLOCK)
             continue; /* its owner changed just now, and will change `joins` */
         ahead = ivshmem_ahead(writer->next, ivshmem_value(tail));
         if (ivshmem_is_behind(writer->next, ivshmem_value(tail)))

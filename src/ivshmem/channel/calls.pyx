@@ -1,0 +1,417 @@
+# cython: language_level=3, binding=True, freethreading_compatible=True
+# cython: embedsignature=True, embedsignature.format=clinic
+"""Internal: the ends of a channel of calls: callers, and servers that reply.
+
+Knows: calls under way, and why one has no reply. Does not know: the protocol, which is in
+ivshmem_channel.h.
+"""
+
+cimport cython
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from ..native.spin cimport Probe
+from .header cimport *
+from .membership cimport ChannelEnd
+from .queues cimport ClaimingEnd, Taken
+from .roles cimport WriterEnd
+
+from time import monotonic
+
+from ..errors import CallFailed, ClosedError, MessageTooLong, ServerLost
+from ..text import plain
+from . import asynchronous
+
+cdef enum:
+    # The status of a reply: what the bytes are.
+    REPLY = 0
+    FAILURE = 1  # text that says why there is none
+    SHOWN = 1000  # bytes of it
+
+
+cdef struct Probed:
+    ivshmem_writer *caller
+    uint64_t position
+
+
+cdef int64_t probe_call(void *what) noexcept nogil:
+    cdef Probed *call = <Probed *>what
+    return not ivshmem_call_waits(call.caller, call.position)
+
+
+@cython.final
+cdef class PendingCall(ChannelEnd):
+    """A call under way; made by `Caller.submit`.
+
+    A call that is forgotten is cancelled.
+    """
+
+    cdef Caller caller
+    cdef uint64_t position
+    cdef bytes reply
+    cdef object error
+    cdef bint over
+    cdef Probed probed
+
+    cdef int attempt(self) except -2:
+        cdef uint32_t length = 0
+        cdef unsigned status = 0
+        cdef int code, never = 0
+        cdef bytes data
+        if self.over:
+            return 0
+        if not self.caller.open:
+            raise ClosedError("the caller is closed")
+        code = ivshmem_call_look(&self.caller.writer, self.position, &length, &status)
+        if code == IVSHMEM_AGAIN:
+            return code
+        if code == 0:
+            data = PyBytes_FromStringAndSize(NULL, length)
+            ivshmem_copy_payload(
+                PyBytes_AS_STRING(data),
+                self.channel.area.memory.start
+                + ivshmem_reply_offset(&self.channel, self.caller.writer.slot, self.position),
+                length,
+            )
+            if status == REPLY:
+                self.reply = data
+            else:
+                why = plain(data[:SHOWN].decode(errors="replace"))
+                self.error = CallFailed(f"call of {self.name!r}: the server failed: {why}")
+        elif code == IVSHMEM_CLOSED:
+            self.error = ServerLost(
+                f"call of {self.name!r}: the server that had begun with it is gone; whether it did"
+                " the work is not known"
+            )
+        else:
+            self.error = self.caller.fail(code)
+        self.over = True
+        ivshmem_call_end(&self.caller.writer, self.position, &never)
+        return 0
+
+    cdef ChannelEnd sleeper(self):
+        return self.caller
+
+    cdef int begin_sleep(self) except -2:
+        ivshmem_queue_writer_sleep(&self.caller.writer)
+        return self.attempt()
+
+    cdef void end_sleep(self) noexcept:
+        ivshmem_sleep_end(&self.channel, &self.caller.writer.sleep)
+
+    cdef int64_t probe(self, void **what, Probe *probe) except -1:
+        self.probed.caller = &self.caller.writer
+        self.probed.position = self.position
+        what[0] = &self.probed
+        probe[0] = probe_call
+        return 1
+
+    def done(self):
+        """Whether `result` would return, or raise, at once."""
+        self.caller.enter()
+        return self.attempt() == 0
+
+    def result(self, timeout=None, *, spin=None):
+        """Return the reply.
+
+        Args:
+            timeout: seconds to wait at most; None: for ever; 0: do not wait.
+            spin: as of `Endpoint.wait`.
+
+        Raises:
+            TimeoutError: no reply came in time; the call goes on.
+            CallFailed: the server replied that it failed.
+            ServerLost: the server that had begun is gone.
+            ChannelCorrupt, ClosedError: as of all calls.
+        """
+        self.caller.enter()
+        if self.wait(timeout, spin) == IVSHMEM_AGAIN:
+            raise TimeoutError(f"call of {self.name!r}: no reply in {timeout:g} s")
+        if self.error is not None:
+            raise self.error
+        return self.reply if self.caller.type is None else self.caller.type.decode(self.reply)
+
+    def result_async(self, timeout=None):
+        """The twin of `result` for asyncio: a coroutine. `await call` does the same."""
+        return asynchronous.until_in_time(self, self.result, timeout)
+
+    def __await__(self):
+        return self.result_async().__await__()
+
+    def cancel(self):
+        """Give the call up; return whether it is certain that no server began with it."""
+        cdef int never = 0
+        if self.over or not self.caller.open or self.caller.closed:
+            return False
+        self.over = True
+        self.error = CallFailed(f"call of {self.name!r}: it was cancelled")
+        if not ivshmem_call_end(&self.caller.writer, self.position, &never):
+            self.caller.given_up.append(self.position)
+        return never != 0
+
+    def __del__(self):
+        if not self.over and self.caller is not None:
+            self.cancel()
+
+
+cdef class Caller(WriterEnd):
+    """One caller; made by `caller()` of a channel of calls. Its `call` waits for the reply."""
+
+    cdef list given_up  # positions of calls that were cancelled while a server had them
+
+    def __init__(self, *args):
+        self.given_up = []
+
+    cdef int ready(self) noexcept:
+        cdef int never = 0
+        if self.given_up:
+            self.given_up = [
+                position
+                for position in self.given_up
+                if not ivshmem_call_end(&self.writer, position, &never)
+            ]
+        return ivshmem_queue_ready(&self.writer)
+
+    @cython.critical_section
+    def submit(self, data, timeout=None, *, spin=None):
+        """Send a request, and return a PendingCall.
+
+        Args:
+            data: bytes, or any contiguous buffer.
+            timeout: seconds to wait for room, which calls under way may take; None: for ever.
+
+        Raises:
+            TimeoutError: there was no room in time; nothing was sent.
+            MessageTooLong, ChannelTypeError, ChannelCorrupt, ClosedError: as of Writer.put.
+        """
+        cdef PendingCall call
+        cdef Py_buffer view
+        cdef uint32_t cell = 0
+        cdef int code
+        self.enter()
+        if self.type is not None:
+            data = self.type.encode(data)
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            if <uint64_t>view.len > self.channel.record.geometry.limit:
+                raise self.too_long(view.len)
+            code = self.ready()
+            if code == IVSHMEM_AGAIN:
+                code = self.wait(timeout, spin)
+                if code == IVSHMEM_AGAIN:
+                    raise self.blocked(timeout)
+            if code:
+                raise self.fail(code)
+            self.loan_cell(&cell)
+            memcpy(self.at(cell), view.buf, view.len)
+            call = PendingCall.__new__(PendingCall)
+            call.caller = self
+            call.membership = self.membership
+            call.channel = self.channel
+            call.name = self.name
+            call.open = True
+            call.over = True  # until it is sent
+            call.position = self.send(cell, view.len, 0)
+            call.over = False
+            return call
+        finally:
+            PyBuffer_Release(&view)
+
+    def call(self, data, timeout=None, *, spin=None):
+        """Send a request, wait for the reply and return it.
+
+        Args:
+            data: bytes, or any contiguous buffer.
+            timeout: seconds for all of it; None: for ever. When they are over, the call is given
+                up, and its server may still do the work.
+
+        Raises:
+            As of `submit` and of PendingCall.result.
+        """
+        cdef PendingCall call
+        begun = monotonic() if timeout else 0.0
+        call = self.submit(data, timeout, spin=spin)
+        try:
+            left = max(timeout - (monotonic() - begun), 0) if timeout else timeout
+            return call.result(left, spin=spin)
+        except TimeoutError:
+            how = "no server has begun with it" if call.cancel() else "a server has begun with it"
+            raise TimeoutError(
+                f"call of {self.name!r}: no reply in {timeout:g} s; {how}"
+            ) from None
+        except BaseException:
+            call.cancel()
+            raise
+
+    def submit_async(self, data, timeout=None):
+        """The twin of `submit` for asyncio: a coroutine."""
+        return asynchronous.until_in_time(self, self.submit, timeout, data)
+
+    async def call_async(self, data, timeout=None):
+        """The twin of `call` for asyncio. If it is cancelled, the call is given up."""
+        cdef PendingCall call
+        begun = monotonic() if timeout else 0.0
+        call = await self.submit_async(data, timeout)
+        try:
+            left = max(timeout - (monotonic() - begun), 0) if timeout else timeout
+            return await call.result_async(left)
+        except TimeoutError:
+            how = "no server has begun with it" if call.cancel() else "a server has begun with it"
+            raise TimeoutError(
+                f"call of {self.name!r}: no reply in {timeout:g} s; {how}"
+            ) from None
+        except BaseException:
+            call.cancel()
+            raise
+
+
+cdef class CallServer(ClaimingEnd):
+    """One server of a channel of calls; made by its `server()`. It iterates over calls."""
+
+    def take(self, timeout=None, *, spin=None):
+        """Take the next call, which no other server gets.
+
+        Args:
+            timeout: seconds to wait at most; None: for ever; 0: do not wait.
+            spin: as of `Endpoint.wait`.
+
+        Returns:
+            A Call, to be replied to; None: none came in time.
+
+        Raises:
+            As of QueueReader.take.
+        """
+        if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin):
+            return None
+        return Call(self)
+
+    def serve(self, function, timeout=None, *, spin=None):
+        """Reply to calls with what `function` returns, one after the other.
+
+        What it raises is told to the caller, whose `result` raises CallFailed; it ends this call
+        only if it is no Exception (KeyboardInterrupt, SystemExit).
+
+        Args:
+            function: takes a request (bytes, or what the type makes of them), returns a reply.
+            timeout: seconds without a call after which this returns; None: for ever.
+        """
+        while True:
+            call = self.take(timeout, spin=spin)
+            if call is None:
+                return
+            try:
+                reply = function(call.get())
+            except Exception as error:
+                call.fail(f"{type(error).__name__}: {error}")
+            except BaseException:
+                call.fail("the server ends")
+                raise
+            else:
+                call.reply(reply)
+
+    async def serve_async(self, function, timeout=None):
+        """The twin of `serve` for asyncio; `function` may be a coroutine function."""
+        while True:
+            call = await self.take_async(timeout)
+            if call is None:
+                return
+            try:
+                reply = function(call.get())
+                if hasattr(reply, "__await__"):
+                    reply = await reply
+            except Exception as error:
+                call.fail(f"{type(error).__name__}: {error}")
+            except BaseException:
+                call.fail("the server ends")
+                raise
+            else:
+                call.reply(reply)
+
+    def take_async(self, timeout=None):
+        """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
+        return asynchronous.until_something(self, self.take, timeout)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return self.take()
+
+    def __aiter__(self):
+        return self
+
+    def __anext__(self):
+        return self.take_async()
+
+
+cdef class Call(Taken):
+    """A call that this server has; made by `CallServer.take`. Its buffer is the request.
+
+    Reply to it once, by `reply` or `fail`. At the end of `with` it is failed if that was not done.
+    """
+
+    def reply(self, data=b""):
+        """Send the reply.
+
+        Returns:
+            Whether the caller still waits for it.
+
+        Raises:
+            MessageTooLong: it is longer than the channel's limit. The call can still be replied to.
+        """
+        cdef CallServer server = self.reader
+        if server.type is not None:
+            data = server.type.encode(data)
+        return self.send(data, REPLY)
+
+    def fail(self, why):
+        """Tell the caller that there is no reply, and why: its `result` raises CallFailed."""
+        limit = min(self.reader.channel.record.geometry.limit, SHOWN)
+        return self.send(str(why).encode()[:limit], FAILURE)
+
+    cdef object send(self, object data, unsigned status):
+        cdef Py_buffer view
+        cdef int code
+        self.check()
+        self.check_exports()
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
+                raise MessageTooLong(
+                    f"a reply of {view.len} bytes, and the channel's limit is"
+                    f" {self.reader.channel.record.geometry.limit}"
+                )
+            memcpy(
+                self.reader.channel.area.memory.start
+                + ivshmem_reply_offset(
+                    &self.reader.channel, self.taken.message.writer, self.taken.message.position
+                ),
+                view.buf,
+                view.len,
+            )
+            code = ivshmem_reply(&self.reader.reader, &self.taken, view.len, status)
+        finally:
+            PyBuffer_Release(&view)
+        self.live = False
+        self.reader.membership.flush()
+        return code == 0
+
+    def done(self):
+        """A call is replied to."""
+        raise TypeError("a call ends with `reply` or `fail`")
+
+    def give_back(self):
+        """No other server may get a call: what this one did would be repeated."""
+        raise TypeError("a call ends with `reply` or `fail`")
+
+    def __exit__(self, kind, *error):
+        if self.live and self.exports == 0:
+            self.fail(
+                "the server gave no reply" if kind is None else f"{kind.__name__}: {error[0]}"
+            )
+
+    def __del__(self):
+        if self.live and self.exports == 0 and not self.reader.closed:
+            self.fail("the server gave no reply")

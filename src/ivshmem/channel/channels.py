@@ -1,0 +1,543 @@
+"""Internal: the channels of a region as a program sees them: open, create, list, remove.
+
+Knows: names, kinds and geometries. Does not know: the protocol (ivshmem_channel.h); how an end
+waits (membership.pyx).
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..errors import ChannelExists, ChannelTypeError, NoChannels, NoSuchChannel
+from ..memory.region import Region
+from ..native.areas import find_area
+from ..peer.endpoint import Endpoint
+from ..system.uncopied import Uncopied
+from ..text import plain
+from . import records, types
+from .info import ChannelInfo, PlaceInfo, ReaderInfo, WriterInfo
+from .kinds import KINDS, Bytes, Calls, Channel, Messages, Queue, Value
+from .membership import Membership
+
+if TYPE_CHECKING:
+    from typing import Literal
+
+    from .kinds import Overflow
+
+BEAT = 0.1  # seconds between two signs of life of a process
+LEASE = 1.0  # seconds without one after which a process counts as silent
+
+_MAPPINGS = {"write-back": 0, "write-combining": 1, "uncached": 2}
+_SHOWN = 20  # names in an error message
+
+
+_C = TypeVar("_C", bound=Channel)
+
+
+class Channels(Uncopied):
+    """The channels of a region, and the place of this process among those that use them.
+
+    Made by `open`. A context manager. A thread shows ten times a second that this process is at
+    work. Calls may come from several threads; a forked child may close its copy, and do nothing
+    else with it.
+    """
+
+    _membership: Membership | None = None  # what __del__ finds if joining was interrupted
+    _thread: threading.Thread
+
+    def __init__(self, *_: object, **__: object) -> None:
+        raise TypeError("Channels are made by ivshmem.channel.open")
+
+    @classmethod
+    def _join(
+        cls,
+        place: Endpoint | Region,
+        offset: int,
+        vector: int,
+        mapping: str,
+        beat: float,
+        lease: float,
+        name: str,
+    ) -> Channels:
+        self = cls.__new__(cls)
+        endpoint = place if isinstance(place, Endpoint) else None
+        region = place.region if isinstance(place, Endpoint) else place
+        at = vector if endpoint is not None and endpoint.vectors else -1
+        if endpoint is not None and endpoint.vectors and not 0 <= vector < endpoint.vectors:
+            raise ValueError(f"vector {vector}: the endpoint has {endpoint.vectors}")
+        self._membership = Membership(
+            region, offset, endpoint, at, _MAPPINGS[mapping], beat, lease, name
+        )
+        self._thread = threading.Thread(
+            target=self._membership.run, name="ivshmem-channels", daemon=True
+        )
+        self._thread.start()
+        return self
+
+    @property
+    def _member(self) -> Membership:
+        assert self._membership is not None
+        return self._membership
+
+    @property
+    def readonly(self) -> bool:
+        """Whether this process may only read."""
+        return self._member.readonly
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called, or the region was closed."""
+        return self._member.closed
+
+    # -- creating ---------------------------------------------------------------------------------
+
+    def create_messages(
+        self,
+        name: str,
+        *,
+        limit: int | None = None,
+        slots: int = 16,
+        writers: int = 4,
+        readers: int = 8,
+        loans: int = 1,
+        views: int | None = None,
+        overflow: Overflow | Iterable[Overflow] = ("block", "overwrite"),
+        dtype: Any = None,
+        shape: Any = None,
+        schema: str = "",
+        times: bool = False,
+        ring_always: bool = False,
+        exist_ok: bool = False,
+    ) -> Messages:
+        """Create a channel of messages.
+
+        Args:
+            name: printable, 1 to 63 bytes of UTF-8.
+            limit: bytes of the longest message; None: what the type needs.
+            slots: how many messages of each writer are kept; rounded up to a power of two.
+            writers, readers: how many of each there can be at once, at most 64.
+            loans: of each writer at once.
+            views: of each reader at once; None: as many as there are slots.
+            overflow: the ways to overflow that readers may choose.
+            dtype, shape: the messages are arrays of this dtype and shape. The first length of the
+                shape may be None: any; shape None: one dimension of any length.
+            schema: words by which both sides know that they mean the same, for instance a version.
+            times: each message has the time of its publication.
+            ring_always: writers also ring peers that cannot say in memory that they sleep.
+            exist_ok: if there is such a channel, open it. It is an error if it is of another kind,
+                type or geometry.
+
+        Raises:
+            ChannelExists: there is a channel of that name.
+            ChannelError: there is no room for it.
+            ChannelTypeError: a type that is not allowed; with `exist_ok`: another one is there.
+            ValueError: a name or a number that is not allowed.
+            RegionError: the region is mapped for reading only.
+        """
+        allowed = (overflow,) if isinstance(overflow, str) else tuple(overflow)
+        for way in allowed:
+            if way not in records.OVERFLOW:
+                raise ValueError(f"overflow {way!r}: {', '.join(records.OVERFLOW)} are possible")
+        text, most = _type_and_limit(dtype, shape, schema, limit)
+        return self._create(
+            Messages,
+            name,
+            text,
+            exist_ok,
+            overflow=sum(records.OVERFLOW[way] for way in dict.fromkeys(allowed)),
+            options=int(times) | 2 * int(ring_always),
+            writers=writers,
+            readers=readers,
+            slots=_power(slots),
+            loans=loans + 1,  # one for `put`, while the program has its own
+            views=_power(slots) if views is None else views,
+            limit=most,
+        )
+
+    def create_queue(
+        self,
+        name: str,
+        *,
+        limit: int | None = None,
+        slots: int = 16,
+        writers: int = 4,
+        readers: int = 8,
+        loans: int = 1,
+        dtype: Any = None,
+        shape: Any = None,
+        schema: str = "",
+        times: bool = False,
+        exist_ok: bool = False,
+    ) -> Queue:
+        """Create a queue; the arguments and errors are those of `create_messages`.
+
+        A queue that is full blocks its writers.
+        """
+        text, most = _type_and_limit(dtype, shape, schema, limit)
+        return self._create(
+            Queue,
+            name,
+            text,
+            exist_ok,
+            overflow=0,
+            options=int(times),
+            writers=writers,
+            readers=readers,
+            slots=_power(slots),
+            loans=loans + 1,
+            views=1,
+            limit=most,
+        )
+
+    def create_value(
+        self,
+        name: str,
+        *,
+        limit: int | None = None,
+        readers: int = 8,
+        dtype: Any = None,
+        shape: Any = None,
+        schema: str = "",
+        times: bool = False,
+        exist_ok: bool = False,
+    ) -> Value:
+        """Create a value; the arguments and errors are those of `create_messages`."""
+        text, most = _type_and_limit(dtype, shape, schema, limit)
+        return self._create(
+            Value,
+            name,
+            text,
+            exist_ok,
+            overflow=records.OVERFLOW["overwrite"],
+            options=int(times),
+            writers=1,
+            readers=readers,
+            slots=4,
+            loans=2,
+            views=4,
+            limit=most,
+        )
+
+    def create_calls(
+        self,
+        name: str,
+        *,
+        limit: int | None = None,
+        slots: int = 16,
+        callers: int = 8,
+        servers: int = 4,
+        dtype: Any = None,
+        shape: Any = None,
+        schema: str = "",
+        exist_ok: bool = False,
+    ) -> Calls:
+        """Create a channel of calls; the errors are those of `create_messages`.
+
+        Args:
+            limit: bytes of the longest request, and of the longest reply.
+            slots: how many calls of each caller can be under way; rounded up to a power of two.
+            callers, servers: how many of each there can be at once, at most 64.
+            name, dtype, shape, schema, exist_ok: as in `create_messages`; requests and replies have
+                the same type.
+        """
+        text, most = _type_and_limit(dtype, shape, schema, limit)
+        return self._create(
+            Calls,
+            name,
+            text,
+            exist_ok,
+            overflow=0,
+            options=0,
+            writers=callers,
+            readers=servers,
+            slots=_power(slots),
+            loans=2,
+            views=1,
+            limit=most,
+        )
+
+    def create_bytes(
+        self,
+        name: str,
+        *,
+        buffer: int = 1 << 16,
+        connections: int = 16,
+        listeners: int = 1,
+        schema: str = "",
+        exist_ok: bool = False,
+    ) -> Bytes:
+        """Create a channel of bytes; the errors are those of `create_messages`.
+
+        Args:
+            buffer: bytes that each direction of a connection holds; rounded up to a power of two,
+                64 or more.
+            connections: how many there can be at once, at most 4096.
+            listeners: how many processes can listen at once.
+            name, schema, exist_ok: as in `create_messages`.
+        """
+        text, _ = _type_and_limit(None, None, schema, 1)
+        return self._create(
+            Bytes,
+            name,
+            text,
+            exist_ok,
+            overflow=0,
+            options=0,
+            writers=connections,
+            readers=listeners,
+            slots=max(_power(buffer), 64),
+            loans=1,
+            views=1,
+            limit=1,
+        )
+
+    def _create(self, kind: type[_C], name: str, text: str, exist_ok: bool, **geometry: int) -> _C:
+        _check_name(name)
+        geometry["kind"] = records.KINDS[kind.kind]
+        while True:
+            if exist_ok:
+                try:
+                    found = records.find(self._member, name)
+                except NoSuchChannel:
+                    pass
+                else:
+                    _check_same(found, kind.kind, name, text, geometry)
+                    return kind(self, self._member, found)
+            try:
+                records.create(self._member, name, geometry, text.encode())
+                return kind(self, self._member, records.find(self._member, name))
+            except ChannelExists:
+                if not exist_ok:
+                    raise  # else another process was quicker
+
+    # -- finding ----------------------------------------------------------------------------------
+
+    def open(
+        self,
+        name: str,
+        kind: str | None = None,
+        *,
+        dtype: Any = None,
+        shape: Any = None,
+        schema: str | None = None,
+    ) -> Channel:
+        """Open the channel of that name.
+
+        Args:
+            kind: "messages", "queue", "value", "calls" or "bytes"; None: whichever it is.
+            dtype, shape, schema: of its messages, as in `create_messages`; None: whichever it is.
+
+        Raises:
+            NoSuchChannel: there is none; the message lists the names that are there.
+            ChannelTypeError: it is of another kind or type; the message shows both.
+        """
+        try:
+            found = records.find(self._member, name)
+        except NoSuchChannel:
+            names = sorted(facts["name"] for facts in records.listing(self._member))
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            there = (
+                f"there: {', '.join(map(plain, names[:_SHOWN]))}{more}"
+                if names
+                else "there is none"
+            )
+            raise NoSuchChannel(f"no channel {name!r} ({there})") from None
+        if kind is not None and found["kind"] != kind:
+            raise ChannelTypeError(f"channel {name!r} is of kind {found['kind']}, not {kind}")
+        if dtype is not None or schema is not None:
+            wanted, _ = _type_and_limit(dtype, shape, schema or "", 1)
+            if wanted != found["type"]:
+                there = plain(found["type"])
+                raise ChannelTypeError(
+                    f"channel {name!r} has messages of type {there!r}, not {wanted!r}"
+                )
+        return KINDS[found["kind"]](self, self._member, found)
+
+    def list(self) -> list[ChannelInfo]:
+        """Return all channels of the region, by name."""
+        found = [
+            ChannelInfo(
+                plain(facts["name"]),
+                facts["kind"],
+                plain(facts["type"]),
+                facts["limit"],
+                facts["slots"],
+                facts["writers"],
+                facts["readers"],
+                facts["loans"] - 1,
+                facts["views"],
+                facts["overflow"],
+                facts["times"],
+                facts["bytes"],
+                facts["created"],
+                tuple(WriterInfo(*writer) for writer in facts["writing"]),
+                tuple(ReaderInfo(*reader) for reader in facts["reading"]),
+                facts["connections"],
+            )
+            for facts in records.listing(self._member)
+        ]
+        return sorted(found, key=lambda info: info.name)
+
+    def places(self) -> list[PlaceInfo]:  # type: ignore[valid-type]  # `list` is a method here
+        """Return the processes that use channels of the region."""
+        return [
+            PlaceInfo(number, state, peer, vector, process, plain(name))
+            for number, _, state, peer, vector, process, name in self._member.places()
+        ]
+
+    def remove(self, name: str, *, force: bool = False) -> None:
+        """Remove a channel; as Channel.remove."""
+        self.open(name).remove(force=force)
+
+    def free_place(self, place: int) -> bool:
+        """Free the place of a process, at your word that it will never store again.
+
+        What it had is then used again; whatever it still stores can spoil messages of others.
+
+        Returns:
+            Whether the place had an owner.
+        """
+        return self._member.free_place(place)
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close all ends that this object made, and leave. May be called twice, by any thread.
+
+        Raises:
+            BufferError: a View of a message is alive; everything else is closed.
+        """
+        if self._membership is None:
+            return
+        self._membership.close()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(1.0)
+
+    def __enter__(self) -> Channels:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __del__(self, _warn: Any = warnings.warn) -> None:
+        if self._membership is not None and not self._membership.closed:
+            _warn(f"unclosed {self!r}", ResourceWarning, source=self)
+            self.close()
+
+    def __repr__(self) -> str:
+        state = ", closed" if self._membership is None or self._membership.closed else ""
+        return f"<ivshmem.channel.Channels{state}>"
+
+
+def open(  # noqa: A001 - as guest.open
+    place: Endpoint | Region,
+    *,
+    vector: int = 0,
+    mapping: Literal["write-back", "write-combining", "uncached"] | None = None,
+    beat: float = BEAT,
+    lease: float = LEASE,
+    name: str | None = None,
+) -> Channels:
+    """Join the channels of a region.
+
+    Args:
+        place: an endpoint (a client, or a guest's device), or a region alone, which polls.
+        vector: of the endpoint, at which other processes ring this one. The program may wait for
+            the same vector.
+        mapping: how this process maps the memory; None: as the endpoint says.
+        beat: seconds between two signs of life of this process.
+        lease: seconds without one after which this process counts another as silent.
+        name: of this process, for people; None: the program's.
+
+    Raises:
+        NoChannels: the region has no room for channels.
+        ChannelError: every place is taken.
+        ClosedError: the region is closed.
+    """
+    if not 0 < beat < lease / 2:
+        raise ValueError(f"a lease of {lease:g} s is too short for a beat every {beat:g} s")
+    if mapping is None:
+        mapping = "write-back"
+    if name is None:
+        name = os.path.basename(sys.argv[0] if sys.argv else "") or "python"
+    region = place.region if isinstance(place, Endpoint) else place
+    area = find_area(region)
+    if area is None:
+        raise NoChannels(
+            "the region has no room for channels: make it by `ivshmem serve --channels SIZE`, or by"
+            " Directory.create(channels=SIZE)"
+        )
+    return Channels._join(place, area.offset, vector, mapping, beat, lease, name)
+
+
+def _power(number: int) -> int:
+    """Return the least power of two that is not less."""
+    return 1 << max(operator.index(number) - 1, 0).bit_length()
+
+
+def _check_same(
+    found: dict[str, Any], kind: str, name: str, text: str, geometry: dict[str, int]
+) -> None:
+    """Check that a channel that is there is the one that was to be created.
+
+    Raises:
+        ChannelTypeError: it is of another kind or type.
+        ChannelExists: it has another geometry.
+    """
+    if found["kind"] != kind or found["type"] != text:
+        raise ChannelTypeError(
+            f"channel {name!r} is there, of kind {found['kind']} and type {plain(found['type'])!r};"
+            f" wanted was kind {kind}, type {text!r}"
+        )
+    for what in ("limit", "slots", "writers", "readers", "views"):
+        if found[what] != geometry[what]:
+            raise ChannelExists(
+                f"channel {name!r} is there, with {what} {found[what]} and not {geometry[what]}"
+            )
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"a channel's name is text, not {name!r}")
+    if (
+        not name.isprintable()
+        or name != name.strip()
+        or not 1 <= len(name.encode()) <= records.NAME_BYTES
+    ):
+        raise ValueError(
+            f"channel {name!r}: a name is 1 to {records.NAME_BYTES} bytes of printable text without"
+            " a space at either end"
+        )
+
+
+def _type_and_limit(dtype: Any, shape: Any, schema: str, limit: int | None) -> tuple[str, int]:
+    if dtype is not None and schema:
+        raise ValueError("dtype and schema exclude each other")
+    if dtype is None:
+        if limit is None:
+            raise ValueError("limit: how many bytes the longest message has")
+        text = f"schema {schema}" if schema else ""
+        if not text.isprintable():
+            raise ValueError(f"schema {schema!r}: printable text is allowed")
+    else:
+        kind = types.array_type(dtype, shape)
+        text = kind.text
+        if limit is None:
+            if kind.size is None:
+                raise ValueError(f"limit: a message of {kind} has no greatest size")
+            limit = kind.size
+        elif kind.size is not None and limit < kind.size:
+            raise ValueError(f"limit {limit}: a message of {kind} has {kind.size} bytes")
+    if len(text.encode()) > records.TYPE_BYTES:
+        raise ValueError(
+            f"the type takes {len(text.encode())} bytes; {records.TYPE_BYTES} are allowed"
+        )
+    if not 1 <= limit < 1 << 31:
+        raise ValueError(f"limit {limit}: 1 to {(1 << 31) - 64} bytes")
+    return text, limit

@@ -1,0 +1,93 @@
+"""What the ends of channels use of membership.pyx."""
+
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from .._core cimport Doorbells
+from ..native.bell cimport Doorbell
+from ..native.descriptors cimport Epoll, FdArray
+from ..native.mapping cimport Mapping
+from ..native.spin cimport Probe, Spinner, Turn
+from .header cimport ivshmem_channel, ivshmem_member, ivshmem_place, ivshmem_pulse
+
+cdef enum:
+    MOST_RINGS = 192
+
+
+cdef struct Rings:
+    uint32_t targets[MOST_RINGS]  # peer << 16 | vector, to be rung
+    int count
+
+
+cdef class Wakeup
+cdef class ChannelEnd
+
+
+cdef class Membership:
+    cdef ivshmem_member member
+    cdef ivshmem_pulse *pulses
+    cdef Rings rings
+    cdef Mapping mapping
+    cdef readonly object endpoint
+    cdef Doorbells doorbells  # None: a region alone
+    cdef readonly Py_ssize_t vector  # -1: this process cannot be rung
+    cdef dict bells  # peer << 16 | vector -> Doorbell
+    cdef FdArray kick  # one eventfd, never read: each write is an edge to all Wakeups
+    cdef FdArray ending  # one eventfd, which ends the thread
+    cdef object ends  # a WeakSet of the ends that are open
+    cdef object threads  # a threading.local, with the Wakeup of each thread
+    cdef readonly object loops  # what each asyncio loop watches (asynchronous.py), by weak keys
+    cdef bint told  # the endpoint writes to `kick` after its waits
+    cdef bint polls  # some process in the area cannot ring this one, or be rung
+    cdef int watchers  # ends whose descriptor a program watches
+    cdef unsigned int state  # calls without the GIL, and whether it is closed
+    cdef unsigned int generation
+    cdef bint pinned
+    cdef int64_t beat
+
+    cdef int name_peer(self) except -1
+    cdef int ring(self, uint32_t target) except -1
+    cdef void look_for_mutes(self) noexcept nogil
+    cdef int after_beat(self, int code) except -1
+    cdef int release(self) except -1
+    cdef bint is_silent(self, ivshmem_place place)
+    cdef int abandon(self) except -1
+    cdef int check(self) except -1
+    cdef int flush(self) except -1
+    cdef int kick_all(self) except -1
+    cdef Wakeup wakeup_of_thread(self)
+    cdef object fail(self, int code, ivshmem_channel *channel, str name)
+
+
+cdef class Wakeup:
+    cdef Membership membership
+    cdef Epoll epoll
+    cdef int64_t pause
+
+    cdef int wait(self, int64_t deadline) except -1
+    cdef int clear(self) except -1
+
+
+cdef class ChannelEnd:
+    cdef Membership membership
+    cdef readonly object channels  # keeps the membership from being collected
+    cdef readonly str name  # of the channel
+    cdef ivshmem_channel channel
+    cdef Wakeup wakeup  # of the descriptor that a program watches
+    cdef int asleep  # threads and tasks that sleep in a call
+    cdef int awaited  # tasks of them, and whether a program watches the descriptor
+    cdef Spinner spinner
+    cdef bint watched  # a program watches the descriptor
+    cdef bint open
+    cdef object __weakref__
+
+    cdef int enter(self) except -1
+    cdef int attempt(self) except -2
+    cdef int begin_sleep(self) except -2
+    cdef void end_sleep(self) noexcept
+    cdef ChannelEnd sleeper(self)
+    cdef int64_t probe(self, void **what, Probe *probe) except -1
+    cdef int wait(self, object timeout, object spin) except -2
+    cdef int mend(self) except -1
+    cdef int give_up(self) except -1
+    cdef int arm(self) except -2
+    cdef object fail(self, int code)

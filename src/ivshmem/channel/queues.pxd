@@ -1,0 +1,27 @@
+"""What calls.pyx uses of queues.pyx."""
+
+from .header cimport ivshmem_claim, ivshmem_taken
+from .roles cimport ReaderEnd
+
+
+cdef class ClaimingEnd(ReaderEnd):
+    cdef ivshmem_taken taken
+    cdef ivshmem_claim how
+    cdef bint slept
+
+    cdef int claim(self, ivshmem_claim how, object timeout, object spin) except -2
+    cdef int after_sleep(self) except -1
+
+
+cdef class QueueReader(ClaimingEnd):
+    cdef int finish(self, const ivshmem_taken *taken, char *into) except -1
+
+
+cdef class Taken:
+    cdef ClaimingEnd reader
+    cdef ivshmem_taken taken
+    cdef int exports
+    cdef bint live
+
+    cdef int check(self) except -1
+    cdef int check_exports(self) except -1

@@ -1,0 +1,337 @@
+# cython: language_level=3, binding=True, freethreading_compatible=True
+# cython: embedsignature=True, embedsignature.format=clinic
+"""Internal: the reading end of a queue: each message goes to one reader.
+
+Knows: taking a message, and acknowledging it. Does not know: the writing end, which is
+messages.Writer; the protocol, which is in ivshmem_channel.h.
+"""
+
+cimport cython
+from cpython.buffer cimport (
+    PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
+)
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.stdint cimport int64_t, uint64_t
+
+from ..native.spin cimport Probe
+from .header cimport *
+from .roles cimport LARGE, ReaderEnd
+
+from ..errors import ClosedError, MessageTooLong, Redelivered
+from ..text import counted
+from . import asynchronous
+
+cdef int64_t probe_queue(void *what) noexcept nogil:
+    cdef ivshmem_reader *reader = <ivshmem_reader *>what
+    cdef unsigned i
+    for i in range(reader.channel.record.geometry.writers):
+        if ivshmem_value(ivshmem_head(reader.channel, i)) != reader.sources[i].next:
+            return 1
+    return 0
+
+
+cdef class ClaimingEnd(ReaderEnd):
+    """A reader that claims what it takes: of a queue, or a server of calls."""
+
+    cdef int attempt(self) except -2:
+        cdef int code = ivshmem_queue_take(&self.reader, self.how, False, &self.taken)
+        if code == IVSHMEM_AGAIN:
+            code = ivshmem_queue_take(&self.reader, self.how, True, &self.taken)
+        return code
+
+    cdef int begin_sleep(self) except -2:
+        self.slept = True
+        return ivshmem_queue_sleep(&self.reader)
+
+    cdef void end_sleep(self) noexcept:
+        ivshmem_queue_awake(&self.reader)
+
+    cdef int64_t probe(self, void **what, Probe *probe) except -1:
+        what[0] = &self.reader
+        probe[0] = probe_queue
+        return 1
+
+    cdef int mend(self) except -1:
+        if self.awaited and ivshmem_queue_has_more(&self.reader):
+            self.membership.kick_all()
+        return 0
+
+    cdef int after_sleep(self) except -1:
+        """A ring wakes one reader: wake another one if there is more."""
+        if self.slept:
+            self.slept = False
+            ivshmem_queue_pass_on(&self.reader)
+        self.membership.flush()
+        return 0
+
+    cdef int claim(self, ivshmem_claim how, object timeout, object spin) except -2:
+        """Take a message into `self.taken`; 0, or IVSHMEM_AGAIN: none came in time."""
+        cdef int code
+        self.enter()
+        self.how = how
+        code = ivshmem_queue_take(&self.reader, how, False, &self.taken)
+        if code == IVSHMEM_AGAIN:
+            try:
+                code = self.wait(timeout, spin)
+            finally:
+                if self.open:
+                    self.after_sleep()
+        if code and code != IVSHMEM_AGAIN:
+            raise self.fail(code)
+        return code
+
+cdef class QueueReader(ClaimingEnd):
+    """One reader of a queue; made by its `reader()`. It iterates over messages.
+
+    `get` copies a message and is done with it: at most once. `take` acknowledges at the end: at
+    least once.
+
+    Attributes:
+        name: of the channel.
+    """
+
+    @cython.critical_section
+    def get(self, timeout=None, *, spin=None):
+        """Return a copy of the next message, which no other reader gets: at most once.
+
+        If this process dies during the call, the message is lost.
+
+        Args:
+            timeout: seconds to wait at most; None: for ever; 0: do not wait.
+            spin: as of `Endpoint.wait`.
+
+        Returns:
+            bytes, or what the channel's type makes of them; None: no message came in time.
+
+        Raises:
+            Redelivered: this process was taken for gone during the copy: the message is lost.
+            RegionError: the region is mapped for reading only.
+            ChannelError: this mapping of the memory has no compare-exchange.
+            ChannelCorrupt, ClosedError: as of Reader.get.
+        """
+        cdef ivshmem_taken taken
+        cdef bytes data
+        if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin):
+            return None
+        taken = self.taken
+        data = PyBytes_FromStringAndSize(NULL, taken.message.length)
+        self.finish(&taken, PyBytes_AS_STRING(data))
+        return data if self.type is None else self.type.decode(data)
+
+    @cython.critical_section
+    def get_into(self, buffer, timeout=None, *, spin=None):
+        """Copy the next message into `buffer`, at most once; otherwise as `get`.
+
+        Returns:
+            How many bytes the message has; None: no message came in time.
+
+        Raises:
+            MessageTooLong: the message has more bytes than the buffer; it is given back.
+        """
+        cdef Py_buffer view
+        cdef ivshmem_taken taken
+        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        try:
+            if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin):
+                return None
+            taken = self.taken
+            if taken.message.length > <uint64_t>view.len:
+                ivshmem_queue_return(&self.reader, &taken)
+                self.membership.flush()
+                raise MessageTooLong(
+                    f"a message of {taken.message.length} bytes, and the buffer has {view.len}"
+                )
+            self.finish(&taken, <char *>view.buf)
+            return taken.message.length
+        finally:
+            PyBuffer_Release(&view)
+
+    cdef int finish(self, const ivshmem_taken *taken, char *into) except -1:
+        """Copy a message out, and give its memory back."""
+        cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
+        if taken.message.length < LARGE:
+            ivshmem_copy_payload(into, at, taken.message.length)
+        else:
+            self.membership.mapping.pin()
+            try:
+                with nogil:
+                    ivshmem_copy_payload(into, at, taken.message.length)
+                self.enter()
+            finally:
+                self.membership.mapping.unpin()
+        if ivshmem_queue_done(&self.reader, taken):
+            raise Redelivered(
+                f"queue {self.name!r}: this process was taken for gone while it copied a message,"
+                " which is lost"
+            )
+        return self.membership.flush()
+
+    @cython.critical_section
+    def take(self, timeout=None, *, spin=None):
+        """Take the next message, and acknowledge it later: at least once.
+
+        If this process dies, or is silent for the lease, before it has acknowledged the message,
+        another reader gets the message, marked `redelivered`.
+
+        Args:
+            timeout, spin: as of `get`.
+
+        Returns:
+            A Taken: the end of its `with` acknowledges it, an exception gives it back. None: no
+            message came in time.
+
+        Raises:
+            As of `get`.
+        """
+        if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin):
+            return None
+        return Taken(self)
+
+    def get_async(self, timeout=None):
+        """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
+        return asynchronous.until_something(self, self.get, timeout)
+
+    def get_into_async(self, buffer, timeout=None):
+        """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
+        return asynchronous.until_something(self, self.get_into, timeout, buffer)
+
+    def take_async(self, timeout=None):
+        """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
+        return asynchronous.until_something(self, self.take, timeout)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return self.get()
+
+    def __aiter__(self):
+        return self
+
+    def __anext__(self):
+        return self.get_async()
+
+
+cdef class Taken:
+    """A message of a queue that this reader has; made by `QueueReader.take`.
+
+    It is a buffer that can be read. Its bytes are shared memory: any process that can write to the
+    region can change them at any time.
+
+    Attributes:
+        size: bytes.
+        redelivered: another reader had it before, and did not acknowledge it.
+        writer: the number of the writer's slot.
+        position: of the message among those of its writer.
+    """
+
+    def __cinit__(self, ClaimingEnd reader not None):
+        self.reader = reader
+        self.taken = reader.taken
+        self.live = True
+
+    @property
+    def size(self):
+        return self.taken.message.length
+
+    @property
+    def redelivered(self):
+        return self.taken.redelivered != 0
+
+    @property
+    def writer(self):
+        return self.taken.message.writer
+
+    @property
+    def position(self):
+        return self.taken.message.position
+
+    cdef int check(self) except -1:
+        if not self.live:
+            raise ClosedError("the message was acknowledged or given back")
+        return self.reader.enter()
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        cdef char *start
+        self.check()
+        self.reader.membership.mapping.pin()
+        start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset
+        try:
+            PyBuffer_FillInfo(view, self, start, self.taken.message.length, True, flags)
+        except BaseException:
+            self.reader.membership.mapping.unpin()
+            raise
+        self.exports += 1
+
+    def __releasebuffer__(self, Py_buffer *view):
+        self.exports -= 1
+        self.reader.membership.mapping.unpin()
+
+    def __len__(self):
+        return self.taken.message.length
+
+    def __bytes__(self):
+        return memoryview(self).tobytes()
+
+    def get(self):
+        """Return a copy: bytes, or what the channel's type makes of them."""
+        data = bytes(self)
+        return data if self.reader.type is None else self.reader.type.decode(data)
+
+    cdef int check_exports(self) except -1:
+        if self.exports:
+            raise BufferError(
+                f"{counted(self.exports, 'memoryview')} or arrays of the message are in use:"
+                " release them first (del)"
+            )
+        return 0
+
+    def done(self):
+        """Acknowledge it: no other reader gets it. May be called twice.
+
+        Raises:
+            Redelivered: this process was silent, and another reader has the message, too; what was
+                seen of it may be torn.
+            BufferError: a memoryview or an array of it is alive.
+        """
+        cdef int code
+        if not self.live:
+            return
+        self.check_exports()
+        self.check()
+        self.live = False
+        code = ivshmem_queue_done(&self.reader.reader, &self.taken)
+        self.reader.membership.flush()
+        if code:
+            raise Redelivered(
+                f"queue {self.reader.name!r}: this process was silent while it had message"
+                f" {self.taken.message.position} of writer {self.taken.message.writer}: another"
+                " reader has it, too"
+            )
+
+    def give_back(self):
+        """Give it to another reader, marked `redelivered`. May be called twice."""
+        if not self.live:
+            return
+        self.check_exports()
+        self.live = False
+        if self.reader.open and not self.reader.closed:
+            ivshmem_queue_return(&self.reader.reader, &self.taken)
+            self.reader.membership.flush()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *error):
+        if kind is None:
+            self.done()
+        elif self.exports == 0:
+            self.give_back()
+
+    def __del__(self):
+        if self.live and self.exports == 0:
+            self.give_back()
+
+    def __repr__(self):
+        state = "" if self.live else ", done"
+        return f"<ivshmem.channel.{type(self).__name__} of {self.size} bytes{state}>"

@@ -1,0 +1,264 @@
+# cython: language_level=3, binding=True, freethreading_compatible=True
+# cython: embedsignature=True, embedsignature.format=clinic
+"""Internal: the table of channels of an area: create, find, list, remove.
+
+Knows: records. Does not know: what passes through a channel; what a type means.
+"""
+
+from libc.stdint cimport uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+from .header cimport *
+from .membership cimport Membership
+
+import time
+
+from ..errors import ChannelError, ChannelExists, NoSuchChannel, RegionError
+from ..memory.sizes import format_size
+
+KINDS = {
+    "messages": IVSHMEM_MESSAGES,
+    "queue": IVSHMEM_QUEUE,
+    "value": IVSHMEM_VALUE,
+    "calls": IVSHMEM_CALLS,
+    "bytes": IVSHMEM_BYTES,
+}
+_NAMES = {number: name for name, number in KINDS.items()}
+OVERFLOW = {
+    "overwrite": IVSHMEM_OVERWRITE,
+    "block": IVSHMEM_BLOCK,
+    "discard": IVSHMEM_DISCARD,
+}
+NAME_BYTES = IVSHMEM_CHANNEL_NAME - 1
+TYPE_BYTES = IVSHMEM_CHANNEL_TYPE - 1
+
+cdef enum:
+    TRIES = 200  # of a creation beside another process's
+
+
+cdef ivshmem_geometry geometry_of(dict wanted):
+    cdef ivshmem_geometry g
+    g.kind = wanted["kind"]
+    g.overflow = wanted["overflow"]
+    g.options = wanted["options"]
+    g.writers = wanted["writers"]
+    g.readers = wanted["readers"]
+    g.slots = wanted["slots"]
+    g.loans = wanted["loans"]
+    g.views = wanted["views"]
+    g.limit = wanted["limit"]
+    return g
+
+
+def size_of(dict geometry):
+    """Return how many bytes a channel of this geometry takes; None: it is not allowed."""
+    cdef ivshmem_geometry g = geometry_of(geometry)
+    cdef ivshmem_layout layout
+    return None if ivshmem_lay_out(&g, &layout) else layout.size
+
+
+def room(Membership membership not None):
+    """Return (bytes of a unit, units, the most free units in a row) of the area."""
+    cdef ivshmem_area *area = &membership.member.area
+    cdef uint32_t unit, free = 0, most = 0
+    membership.check()
+    for unit in range(area.units):
+        if ivshmem_unit_is_free(area, ivshmem_load(&area.memory, area.units_at + 8 * unit)):
+            free += 1
+            most = max(most, free)
+        else:
+            free = 0
+    return area.unit, area.units, most
+
+
+def create(Membership membership not None, str name, dict geometry, bytes text):
+    """Create a channel; return the number of its record.
+
+    Raises:
+        ChannelExists: there is one of that name.
+        ChannelError: no record is free, or not so much room in one piece.
+        RegionError: the region is mapped for reading only.
+        ValueError: a geometry that is not allowed.
+    """
+    cdef ivshmem_record record
+    cdef int code = IVSHMEM_AGAIN
+    cdef bytes encoded = name.encode()
+    membership.check()
+    memset(&record, 0, sizeof(record))
+    memcpy(record.name, <const char *>encoded, len(encoded))
+    memcpy(record.type, <const char *>text, len(text))
+    record.geometry = geometry_of(geometry)
+    record.created = time.time_ns()
+    for tries in range(TRIES):
+        code = ivshmem_create(&membership.member, &record)
+        if code != IVSHMEM_AGAIN:
+            break
+        time.sleep(0.0005 * (1 + (membership.member.process + tries) % 7))
+    if code == 0:
+        return record.index
+    if code == IVSHMEM_TAKEN or code == IVSHMEM_AGAIN:
+        raise ChannelExists(f"there is a channel {name!r} already")
+    if code == IVSHMEM_NO_ROOM:
+        unit, units, most = room(membership)
+        size = size_of(geometry)
+        taken = (size + unit - 1) // unit * unit
+        raise ChannelError(
+            f"no room for channel {name!r}: it takes {format_size(taken)}, and of the area's"
+            f" {format_size(unit * units)} at most {format_size(most * unit)} are free in one piece"
+            f" (or all {membership.member.area.records} channels exist that it can have);"
+            " `ivshmem channel ls` lists what is there"
+        )
+    if code == IVSHMEM_BAD:
+        raise ValueError(f"channel {name!r}: a geometry that is not allowed: {geometry}")
+    raise membership.fail(code, NULL, name)
+
+
+cdef dict facts(ivshmem_record *record):
+    g = record.geometry
+    return {
+        "index": record.index,
+        "name": (<bytes>record.name).decode(errors="replace"),
+        "kind": _NAMES.get(g.kind, "?"),
+        "overflow": tuple(name for name, bit in OVERFLOW.items() if g.overflow & bit),
+        "times": bool(g.options & IVSHMEM_TIMES),
+        "ring_always": bool(g.options & IVSHMEM_RING_ALWAYS),
+        "writers": g.writers,
+        "readers": g.readers,
+        "slots": g.slots,
+        "loans": g.loans,
+        "views": g.views,
+        "limit": g.limit,
+        "created": record.created / 1e9,
+        "type": (<bytes>record.type).decode(errors="replace"),
+    }
+
+
+def find(Membership membership not None, str name):
+    """Return the facts of the channel of that name.
+
+    Raises:
+        NoSuchChannel: there is none; the message lists the names that are there.
+    """
+    cdef ivshmem_record record
+    cdef char padded[IVSHMEM_CHANNEL_NAME]
+    cdef bytes encoded = name.encode()
+    membership.check()
+    if len(encoded) < IVSHMEM_CHANNEL_NAME:
+        memset(padded, 0, IVSHMEM_CHANNEL_NAME)
+        memcpy(padded, <const char *>encoded, len(encoded))
+        if ivshmem_find(&membership.member.area, padded, &record) == 0:
+            return facts(&record)
+    raise NoSuchChannel(name)
+
+
+def listing(Membership membership not None):
+    """Return the facts of all channels."""
+    cdef ivshmem_record record
+    cdef unsigned i
+    membership.check()
+    found = []
+    for i in range(membership.member.area.records):
+        if ivshmem_record_read(&membership.member.area, i, &record) == 0:
+            channel = facts(&record)
+            channel.update(usage(membership, &record))
+            found.append(channel)
+    return found
+
+
+cdef dict usage(Membership membership, ivshmem_record *record):
+    """Who writes and who reads, as (slot, place, state, ..)."""
+    cdef ivshmem_channel channel
+    cdef ivshmem_geometry *g = &record.geometry
+    cdef uint64_t owner, tail, head, policy
+    cdef unsigned i, j
+    cdef ivshmem_place place
+    ivshmem_channel_open(&channel, &membership.member.area, record)
+    ends = {"writing": [], "reading": [], "connections": 0, "bytes": channel.layout.size}
+    if g.kind == IVSHMEM_BYTES:
+        for i in range(g.writers):
+            for j in range(2):
+                owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))
+                if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN and not ivshmem_is_gone(
+                    &channel.area, ivshmem_place_of(owner)
+                ):
+                    ends["connections"] += 1
+                    break
+    else:
+        for i in range(g.writers):
+            owner = ivshmem_get(&channel, channel.layout.writer_owners + 8 * i)
+            if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
+                continue
+            place = ivshmem_place_of(owner)
+            head = ivshmem_value(ivshmem_head(&channel, i))
+            ends["writing"].append((
+                i, place.index, state_of(membership, owner), head,
+            ))
+    for i in range(g.readers):
+        owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)
+        if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:
+            continue
+        place = ivshmem_place_of(owner)
+        if ivshmem_is_gone(&channel.area, place):
+            continue
+        waiting = 0
+        lost = 0
+        overflow = ""
+        if g.kind == IVSHMEM_MESSAGES:
+            policy = ivshmem_get(&channel, channel.layout.rows + channel.layout.row_bytes * i)
+            lost = ivshmem_value(policy) >> 8
+            overflow = next(
+                (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"
+            )
+            for j in range(g.writers):
+                tail = ivshmem_get(&channel, ivshmem_row_at(&channel, i, j))
+                if ivshmem_epoch(tail) == ivshmem_epoch(owner):
+                    waiting += min(
+                        ivshmem_ahead(
+                            ivshmem_value(ivshmem_head(&channel, j)), ivshmem_value(tail)
+                        ),
+                        g.slots,
+                    )
+        ends["reading"].append((
+            i, place.index, state_of(membership, owner), overflow, waiting, lost,
+        ))
+    return ends
+
+
+cdef str state_of(Membership membership, uint64_t owner):
+    cdef ivshmem_place place = ivshmem_place_of(owner)
+    if ivshmem_is_gone(&membership.member.area, place):
+        return "gone"
+    if membership.is_silent(place):
+        return "silent"
+    return "open" if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN else "closing"
+
+
+def remove(Membership membership not None, unsigned index, str name, bint force):
+    """Remove a channel, and free its memory.
+
+    Raises:
+        NoSuchChannel: it was removed before.
+        ChannelError: it is in use, and `force` is false.
+    """
+    cdef ivshmem_record record
+    cdef ivshmem_channel channel
+    cdef int code
+    membership.check()
+    if membership.mapping.fixed:
+        raise RegionError("the region is mapped for reading only: no channel can be removed")
+    if ivshmem_record_read(&membership.member.area, index, &record) or (
+        <bytes>record.name
+    ).decode(errors="replace") != name:
+        raise NoSuchChannel(name)
+    ivshmem_channel_open(&channel, &membership.member.area, &record)
+    code = ivshmem_remove(&membership.member, &channel, force)
+    if code == IVSHMEM_NOT_FOUND:
+        raise NoSuchChannel(name)
+    if code == IVSHMEM_TAKEN:
+        raise ChannelError(
+            f"channel {name!r} is in use: `ivshmem channel info` says by which processes (force:"
+            " only if you know that none of them stores into its memory any more)"
+        )
+    if code:
+        raise membership.fail(code, NULL, name)
+    membership.kick_all()

@@ -1,0 +1,53 @@
+"""What the ends of each kind use of roles.pyx."""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from .header cimport ivshmem_message, ivshmem_reader, ivshmem_writer
+from .membership cimport ChannelEnd, Membership
+
+cdef enum:
+    # Bytes from which on a copy releases the GIL, as in native/mapping.pyx.
+    LARGE = 1 << 18
+    # Messages in a row that a writer may overwrite during their copies, before a call gives up.
+    TRIES = 64
+
+cdef uint64_t microseconds() noexcept nogil
+cdef int open_channel(
+    ChannelEnd end, object channels, Membership membership, unsigned index, str name
+) except -1
+
+
+cdef struct Held:
+    unsigned writer
+    uint64_t position
+
+
+cdef class WriterEnd(ChannelEnd):
+    cdef ivshmem_writer writer
+    cdef readonly object type  # of the messages: what checks and converts them, or None
+    cdef bint times
+    cdef bint claims  # a queue's, or calls': a slot is chosen by its claim
+    cdef readonly uint64_t missed
+
+    cdef int ready(self) noexcept
+    cdef object blocked(self, object timeout)
+    cdef object too_long(self, uint64_t size)
+    cdef int wait_again(self, object timeout) except -1
+    cdef int loan_cell(self, uint32_t *cell) except -1
+    cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1
+    cdef uint64_t send(self, uint32_t cell, uint32_t length, uint64_t user) except? 0
+    cdef char *at(self, uint32_t cell) noexcept nogil
+
+
+cdef class ReaderEnd(ChannelEnd):
+    cdef ivshmem_reader reader
+    cdef readonly object type
+    cdef Held *held
+    cdef uint32_t holding
+    cdef readonly uint32_t views  # Views that are alive
+
+    cdef int hold(self, const ivshmem_message *message) except -1
+    cdef int forget(self, unsigned writer, uint64_t position) except -1
+    cdef int let_go(self, unsigned writer, uint64_t position) except -1
+    cdef int copy_to(self, const ivshmem_message *message, char *into) except -2
+    cdef object starved(self)

@@ -1,0 +1,34 @@
+from typing import Any
+
+from typing_extensions import Self, disjoint_base
+
+from .membership import ChannelEnd, Membership
+
+@disjoint_base
+class WriterEnd(ChannelEnd):
+    def __new__(
+        cls, channels: Any, membership: Membership, index: int, name: str, message_type: Any = None
+    ) -> Self: ...
+    @property
+    def type(self) -> Any: ...
+    @property
+    def missed(self) -> int: ...
+    @property
+    def limit(self) -> int: ...
+
+@disjoint_base
+class ReaderEnd(ChannelEnd):
+    def __new__(
+        cls,
+        channels: Any,
+        membership: Membership,
+        index: int,
+        name: str,
+        message_type: Any = None,
+        overflow: int = 0,
+        history: int = 0,
+    ) -> Self: ...
+    @property
+    def type(self) -> Any: ...
+    @property
+    def views(self) -> int: ...

@@ -1,0 +1,319 @@
+# cython: language_level=3, binding=True, freethreading_compatible=True
+# cython: embedsignature=True, embedsignature.format=clinic
+"""Internal: the two roles in a channel, writing and reading, as far as all kinds share them.
+
+Knows: taking a slot, cells that are loaned or looked at, copies. Does not know: how a kind
+publishes and takes messages.
+
+Invariants:
+1. A cell that is loaned, or looked at, is not used for anything else until it is given back.
+2. What is copied out counts only after the header has checked it.
+"""
+
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy
+
+from ..native.syscalls cimport clock_gettime, timespec
+from .header cimport *
+from .membership cimport ChannelEnd, Membership
+
+from ..errors import ChannelError, ClosedError, MessageTooLong, Overtaken
+from ..text import counted
+
+cdef extern from "<time.h>" nogil:
+    enum: CLOCK_REALTIME
+
+
+cdef uint64_t microseconds() noexcept nogil:
+    cdef timespec t
+    clock_gettime(CLOCK_REALTIME, &t)
+    return <uint64_t>t.tv_sec * 1_000_000 + t.tv_nsec // 1000
+
+
+cdef int open_channel(
+    ChannelEnd end, object channels, Membership membership, unsigned index, str name
+) except -1:
+    """Open the channel of a record, and check that it is still the one of that name."""
+    cdef ivshmem_record record
+    cdef int code = ivshmem_record_read(&membership.member.area, index, &record)
+    end.channels = channels
+    end.membership = membership
+    end.name = name
+    membership.check()
+    if code or record.name.decode(errors="replace") != name:
+        raise ClosedError(f"channel {name!r} was removed")
+    ivshmem_channel_open(&end.channel, &membership.member.area, &record)
+    return 0
+
+
+# -- writers --------------------------------------------------------------------------------------
+
+cdef class WriterEnd(ChannelEnd):
+    """The slot of a writer, or of a caller."""
+
+    def __cinit__(
+        self, channels, Membership membership not None, unsigned index, str name, message_type=None
+    ):
+        cdef ivshmem_geometry *g
+        cdef ivshmem_writer_tables *tables = &self.writer.tables
+        cdef uint64_t cells
+        cdef int code
+        open_channel(self, channels, membership, index, name)
+        self.type = message_type
+        g = &self.channel.record.geometry
+        cells = self.channel.layout.cells_each
+        self.times = g.options & IVSHMEM_TIMES != 0
+        self.claims = g.kind == IVSHMEM_QUEUE or g.kind == IVSHMEM_CALLS
+        self.writer.channel = &self.channel
+        self.writer.member = &membership.member
+        tables.cell_of = <uint32_t *>calloc(g.slots, sizeof(uint32_t))
+        tables.free = <uint32_t *>calloc(cells, sizeof(uint32_t))
+        if g.overflow & IVSHMEM_DISCARD:
+            tables.references = <uint16_t *>calloc(cells, sizeof(uint16_t))
+            tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))
+            tables.backlogs = <ivshmem_backlog *>calloc(g.readers + 1, sizeof(ivshmem_backlog))
+        if tables.cell_of == NULL or tables.free == NULL or (
+            g.overflow & IVSHMEM_DISCARD
+            and (tables.references == NULL or tables.pinned == NULL or tables.backlogs == NULL)
+        ):
+            raise MemoryError
+        code = ivshmem_writer_open(&self.writer)
+        if code == IVSHMEM_TAKEN:
+            raise ChannelError(
+                f"channel {name!r}: all its {counted(g.writers, 'writer')} are open, or wrote"
+                " messages that a reader has yet to read"
+            )
+        if code:
+            raise self.fail(code)
+        self.open = True
+        membership.ends.add(self)
+
+    def __dealloc__(self):
+        free(self.writer.tables.cell_of)
+        free(self.writer.tables.free)
+        free(self.writer.tables.references)
+        free(self.writer.tables.pinned)
+        free(self.writer.tables.backlogs)
+
+    # As a ChannelEnd.
+
+    cdef int ready(self) noexcept:
+        if self.claims:
+            return ivshmem_queue_ready(&self.writer)
+        return ivshmem_writer_ready(&self.writer)
+
+    cdef int attempt(self) except -2:
+        return self.ready()
+
+    cdef int begin_sleep(self) except -2:
+        if self.claims:
+            ivshmem_queue_writer_sleep(&self.writer)
+            return ivshmem_queue_ready(&self.writer)
+        return ivshmem_writer_sleep(&self.writer)
+
+    cdef void end_sleep(self) noexcept:
+        ivshmem_sleep_end(&self.channel, &self.writer.sleep)
+
+    cdef int mend(self) except -1:
+        ivshmem_writer_beat(&self.writer)
+        if self.awaited and self.ready() == 0:
+            self.membership.kick_all()
+        return 0
+
+    cdef int give_up(self) except -1:
+        ivshmem_writer_close(&self.writer)
+        return 0
+
+    # What all kinds of writers have in common.
+
+    @property
+    def limit(self):
+        """Bytes that a message can have."""
+        return self.channel.record.geometry.limit
+
+    cdef char *at(self, uint32_t cell) noexcept nogil:
+        return (
+            <char *>self.channel.area.memory.start
+            + self.writer.cells_at
+            + cell * self.channel.layout.cell_bytes
+        )
+
+    cdef object blocked(self, object timeout):
+        return TimeoutError(
+            f"channel {self.name!r} is full: a reader took nothing for {timeout:g} s"
+            if timeout
+            else f"channel {self.name!r} is full"
+        )
+
+    cdef int loan_cell(self, uint32_t *cell) except -1:
+        if ivshmem_loan(&self.writer, cell):
+            raise ChannelError(
+                f"channel {self.name!r}: {counted(self.writer.loaned, 'loan')} at once, which are"
+                " all that it was made for"
+            )
+        return 0
+
+    cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:
+        if size < LARGE:
+            memcpy(self.at(cell), data, size)
+            return 0
+        self.membership.mapping.pin()
+        with nogil:
+            memcpy(self.at(cell), data, size)
+        self.membership.mapping.unpin()
+        return 0
+
+    cdef uint64_t send(self, uint32_t cell, uint32_t length, uint64_t user) except? 0:
+        """Publish a loan; there is room. The position that it got, of calls."""
+        cdef uint64_t position = self.writer.next
+        cdef uint64_t time = microseconds() if self.times else 0
+        if self.claims:
+            position = ivshmem_queue_publish(&self.writer, cell, length, time, user)
+        else:
+            ivshmem_writer_add(&self.writer, cell, length, time, user)
+            ivshmem_writer_announce(&self.writer)
+            self.missed += self.writer.missed
+        if self.membership.rings.count:
+            self.membership.flush()
+        return position
+
+    cdef int wait_again(self, object timeout) except -1:
+        """After a time without the GIL: whether there is still room, and a channel."""
+        cdef int code
+        self.enter()
+        code = self.wait(timeout, None)
+        if code == IVSHMEM_AGAIN:
+            raise self.blocked(timeout)
+        if code:
+            raise self.fail(code)
+        return 0
+
+    cdef object too_long(self, uint64_t size):
+        return MessageTooLong(
+            f"channel {self.name!r}: a message of {size} bytes, and its limit is"
+            f" {self.channel.record.geometry.limit}"
+        )
+
+
+# -- readers --------------------------------------------------------------------------------------
+
+cdef class ReaderEnd(ChannelEnd):
+    """The slot of a reader, or of a server; or, where memory can only be read, none."""
+
+    def __cinit__(
+        self,
+        channels,
+        Membership membership not None,
+        unsigned index,
+        str name,
+        message_type=None,
+        uint32_t overflow=0,
+        uint32_t history=0,
+    ):
+        cdef ivshmem_geometry *g
+        cdef int code
+        open_channel(self, channels, membership, index, name)
+        self.type = message_type
+        g = &self.channel.record.geometry
+        self.held = <Held *>malloc((g.views + 2) * sizeof(Held))
+        if self.held == NULL:
+            raise MemoryError
+        self.reader.channel = &self.channel
+        self.reader.member = &membership.member
+        self.reader.overflow = <ivshmem_overflow>overflow
+        code = ivshmem_reader_open(&self.reader, history)
+        if code == IVSHMEM_TAKEN:
+            raise ChannelError(
+                f"channel {name!r}: all its {counted(g.readers, 'reader')} are open"
+            )
+        if code:
+            raise self.fail(code)
+        self.open = True
+        membership.flush()
+        membership.ends.add(self)
+
+    def __dealloc__(self):
+        free(self.held)
+
+    cdef int give_up(self) except -1:
+        ivshmem_reader_close(&self.reader)
+        return 0
+
+    def close(self):
+        """Free the slot; may be called twice.
+
+        Raises:
+            BufferError: a View of a message is alive. Nothing has changed then.
+        """
+        if self.open and self.views and not self.membership.closed:
+            raise BufferError(f"{counted(self.views, 'view')} of messages: release them first")
+        ChannelEnd.close(self)
+
+    cdef int hold(self, const ivshmem_message *message) except -1:
+        """Note that a message is being looked at."""
+        if self.holding > self.channel.record.geometry.views + 1:
+            raise ChannelError(f"channel {self.name!r}: more views than it was made for")
+        self.held[self.holding].writer = message.writer
+        self.held[self.holding].position = message.position
+        self.holding += 1
+        return 0
+
+    cdef int forget(self, unsigned writer, uint64_t position) except -1:
+        """Note that a message is not looked at any more; its writer hears of it later."""
+        cdef uint32_t i
+        for i in range(self.holding):
+            if self.held[i].writer == writer and self.held[i].position == position:
+                self.holding -= 1
+                self.held[i] = self.held[self.holding]
+                break
+        return 0
+
+    cdef int let_go(self, unsigned writer, uint64_t position) except -1:
+        """Do the same, and tell the writer up to which message nothing is looked at."""
+        cdef uint64_t oldest = self.reader.sources[writer].next
+        cdef uint32_t i
+        self.forget(writer, position)
+        for i in range(self.holding):
+            if self.held[i].writer == writer and (
+                ivshmem_ahead(oldest, self.held[i].position) < <uint64_t>1 << 39
+            ):
+                oldest = self.held[i].position
+        if self.open and not self.membership.closed:
+            ivshmem_release(&self.reader, writer, oldest)
+            if self.membership.rings.count:
+                self.membership.flush()
+        return 0
+
+    cdef object starved(self):
+        return Overtaken(
+            f"channel {self.name!r}: its writer is faster than this reader: {TRIES} messages in a"
+            " row were overwritten while they were copied"
+        )
+
+    cdef int copy_to(self, const ivshmem_message *message, char *into) except -2:
+        """Copy a message out, check it and let it go; 0, or IVSHMEM_OVERTAKEN."""
+        cdef const char *at = <const char *>self.channel.area.memory.start + message.offset
+        cdef int code
+        if message.length < LARGE and not self.holding:
+            memcpy(into, at, message.length)
+            code = ivshmem_check(&self.channel, message)
+            ivshmem_release(
+                &self.reader, message.writer, self.reader.sources[message.writer].next
+            )
+            if self.membership.rings.count:
+                self.membership.flush()
+        else:
+            self.hold(message)
+            self.membership.mapping.pin()  # which keeps the region from being closed
+            try:
+                with nogil:
+                    ivshmem_copy_payload(into, at, message.length)
+                self.enter()
+                code = ivshmem_check(&self.channel, message)
+            finally:
+                self.let_go(message.writer, message.position)
+                self.membership.mapping.unpin()
+        if code:
+            self.reader.sources[message.writer].lost += 1
+        return code

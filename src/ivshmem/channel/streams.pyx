@@ -1,0 +1,439 @@
+# cython: language_level=3, binding=True, freethreading_compatible=True
+# cython: embedsignature=True, embedsignature.format=clinic
+"""Internal: the ends of a channel of bytes: listeners, and connections that work as a socket does.
+
+Knows: what a program that knows sockets expects. Does not know: the protocol, which is in
+ivshmem_channel.h; files over a connection (stream_files.py).
+"""
+
+cimport cython
+from cpython.buffer cimport (
+    PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer,
+)
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.stdint cimport int64_t, uint64_t
+
+from ..native.spin cimport Probe
+from .header cimport *
+from .membership cimport ChannelEnd, Membership
+from .roles cimport open_channel
+
+from time import monotonic
+
+from ..errors import ChannelError
+from ..text import counted
+from . import asynchronous, stream_files
+
+cdef enum:
+    SEND = 0
+    RECEIVE = 1
+
+
+@cython.final
+cdef class StreamListener(ChannelEnd):
+    """A listener of a channel of bytes; made by its `listen()`. It iterates over connections."""
+
+    cdef ivshmem_listener listener
+
+    def __cinit__(self, channels, Membership membership not None, unsigned index, str name):
+        cdef int code
+        open_channel(self, channels, membership, index, name)
+        self.listener.channel = &self.channel
+        self.listener.member = &membership.member
+        code = ivshmem_listen(&self.listener)
+        if code == IVSHMEM_TAKEN:
+            most = self.channel.record.geometry.readers
+            raise ChannelError(f"channel {name!r}: all its {counted(most, 'listener')} are open")
+        if code:
+            raise self.fail(code)
+        self.open = True
+        membership.ends.add(self)
+
+    cdef int attempt(self) except -2:
+        return 0 if ivshmem_listener_has_caller(&self.listener) else IVSHMEM_AGAIN
+
+    cdef int begin_sleep(self) except -2:
+        ivshmem_sleep_begin(&self.channel, &self.listener.sleep)
+        return self.attempt()
+
+    cdef void end_sleep(self) noexcept:
+        ivshmem_sleep_end(&self.channel, &self.listener.sleep)
+
+    cdef int mend(self) except -1:
+        if self.awaited and self.attempt() == 0:
+            self.membership.kick_all()
+        return 0
+
+    cdef int give_up(self) except -1:
+        ivshmem_listener_close(&self.listener)
+        return 0
+
+    def accept(self, timeout=None, *, spin=None):
+        """Accept the next connection.
+
+        Args:
+            timeout: seconds to wait at most; None: for ever; 0: do not wait.
+            spin: as of `Endpoint.wait`.
+
+        Returns:
+            A Stream; None: none came in time.
+
+        Raises:
+            ClosedError: the listener, the channels or the region is closed.
+        """
+        cdef Stream stream = Stream.__new__(Stream)
+        cdef int code
+        stream.take_over(self)
+        deadline = None if timeout is None else monotonic() + timeout
+        while True:
+            self.enter()
+            stream.stream.channel = &self.channel
+            code = ivshmem_accept(&self.listener, &stream.stream)
+            if code == 0:
+                stream.begin()
+                return stream
+            if code != IVSHMEM_AGAIN:
+                raise self.fail(code)
+            left = None if deadline is None else max(deadline - monotonic(), 0)
+            if self.wait(left, spin) == IVSHMEM_AGAIN:
+                return None
+
+    def accept_async(self, timeout=None):
+        """The twin of `accept` for asyncio: a coroutine. To cancel it takes nothing."""
+        return asynchronous.until_something(self, self.accept, timeout)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return self.accept()
+
+    def __aiter__(self):
+        return self
+
+    def __anext__(self):
+        return self.accept_async()
+
+
+def connect(channels, Membership membership not None, unsigned index, str name):
+    """Return a Stream to a listener of a channel.
+
+    Raises:
+        ConnectionRefusedError: no process that is at work listens.
+        ChannelError: all connections are in use.
+    """
+    cdef Stream stream = Stream.__new__(Stream)
+    cdef int code
+    open_channel(stream, channels, membership, index, name)
+    stream.stream.channel = &stream.channel
+    stream.stream.member = &membership.member
+    code = ivshmem_stream_connect(&stream.stream)
+    if code == IVSHMEM_NOT_FOUND:
+        raise ConnectionRefusedError(f"channel {name!r}: no process listens")
+    if code == IVSHMEM_TAKEN:
+        most = stream.channel.record.geometry.writers
+        raise ChannelError(f"channel {name!r}: all its {counted(most, 'connection')} are in use")
+    if code:
+        raise stream.fail(code)
+    stream.begin()
+    membership.flush()
+    return stream
+
+
+cdef struct Probed:
+    ivshmem_stream *stream
+    int direction
+
+
+cdef int look(ivshmem_stream *stream, int direction) noexcept nogil:
+    """0: a call in this direction would not wait; IVSHMEM_AGAIN; or an error."""
+    cdef ivshmem_other_end other
+    cdef int code = ivshmem_stream_look(stream, &other)
+    if code:
+        return code
+    if other.closed:
+        return 0
+    if direction == SEND:
+        if other.receives_no_more or stream.sends_no_more:
+            return 0
+        if ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes:
+            return 0
+        return IVSHMEM_AGAIN
+    if other.sent != stream.received or other.sends_no_more or stream.receives_no_more:
+        return 0
+    return IVSHMEM_AGAIN
+
+
+cdef int64_t probe_stream(void *what) noexcept nogil:
+    cdef Probed *probed = <Probed *>what
+    return look(probed.stream, probed.direction) != IVSHMEM_AGAIN
+
+
+@cython.final
+cdef class Half(ChannelEnd):
+    """A direction of a Stream, as something to wait for: two threads may wait, one for each."""
+
+    cdef Stream stream
+    cdef Probed probed
+
+    cdef int attempt(self) except -2:
+        return look(self.probed.stream, self.probed.direction)
+
+    cdef ChannelEnd sleeper(self):
+        return self.stream
+
+    cdef int begin_sleep(self) except -2:
+        ivshmem_stream_sleep(self.probed.stream)
+        return self.attempt()
+
+    cdef void end_sleep(self) noexcept:
+        self.stream.end_sleep()
+
+    cdef int64_t probe(self, void **what, Probe *probe) except -1:
+        what[0] = &self.probed
+        probe[0] = probe_stream
+        return 1
+
+
+@cython.final
+cdef class Stream(ChannelEnd):
+    """One end of a connection, which works as a socket does; made by `connect` and `accept`.
+
+    One thread may send while another receives. Two that send at once mix their bytes.
+    """
+
+    cdef ivshmem_stream stream
+    cdef Half sending
+    cdef Half receiving
+    cdef object timeout
+
+    cdef int take_over(self, StreamListener listener) except -1:
+        self.channels = listener.channels
+        self.membership = listener.membership
+        self.name = listener.name
+        self.channel = listener.channel
+        return 0
+
+    cdef int begin(self) except -1:
+        self.stream.channel = &self.channel
+        self.sending = self.half(SEND)
+        self.receiving = self.half(RECEIVE)
+        self.open = True
+        self.membership.ends.add(self)
+        return 0
+
+    cdef Half half(self, int direction):
+        cdef Half half = Half.__new__(Half)
+        half.stream = self
+        half.membership = self.membership
+        half.name = self.name
+        half.open = True
+        half.probed.stream = &self.stream
+        half.probed.direction = direction
+        return half
+
+    cdef int attempt(self) except -2:
+        return look(&self.stream, RECEIVE)
+
+    cdef int begin_sleep(self) except -2:
+        ivshmem_stream_sleep(&self.stream)
+        return look(&self.stream, RECEIVE)
+
+    cdef void end_sleep(self) noexcept:
+        ivshmem_sleep_end(&self.channel, &self.stream.sleep)
+
+    cdef int mend(self) except -1:
+        if self.awaited and look(&self.stream, RECEIVE) != IVSHMEM_AGAIN:
+            self.membership.kick_all()
+        return 0
+
+    cdef int give_up(self) except -1:
+        ivshmem_stream_close(&self.stream)
+        return 0
+
+    # As a socket.
+
+    def settimeout(self, timeout):
+        """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
+        if timeout is not None and timeout < 0:
+            raise ValueError(f"timeout {timeout!r}: 0 or more seconds, or None")
+        self.timeout = timeout
+
+    def gettimeout(self):
+        """Return what `settimeout` set; None: no limit."""
+        return self.timeout
+
+    def setblocking(self, flag):
+        """True: as settimeout(None); False: as settimeout(0)."""
+        self.timeout = None if flag else 0
+
+    cdef int await_half(self, Half half, object deadline) except -1:
+        cdef int code
+        if self.timeout is not None and self.timeout == 0:
+            if self.watched:
+                self.arm()
+            raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
+        left = None if deadline is None else max(deadline - monotonic(), 0)
+        code = half.wait(left, None)
+        if code == IVSHMEM_AGAIN:
+            raise TimeoutError(f"connection of {self.name!r}: nothing moved in {self.timeout:g} s")
+        if code:
+            raise self.fail(code)
+        return 0
+
+    cdef object deadline(self):
+        return None if self.timeout is None else monotonic() + self.timeout
+
+    @cython.critical_section
+    def send(self, data):
+        """Send what there is room for, at least a byte; return how many bytes that were.
+
+        Raises:
+            BrokenPipeError: the other end receives no more, or this one was shut down.
+            TimeoutError: no room in the time that `settimeout` set.
+            BlockingIOError: no room now, after settimeout(0).
+            ChannelCorrupt, ClosedError: as of all calls.
+        """
+        cdef Py_buffer view
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            if view.len == 0:
+                return 0
+            return self.push(<const char *>view.buf, view.len, self.deadline())
+        finally:
+            PyBuffer_Release(&view)
+
+    cdef int64_t push(self, const char *data, uint64_t size, object deadline) except -1:
+        cdef int64_t n
+        while True:
+            self.enter()
+            n = ivshmem_send(&self.stream, data, size)
+            if self.membership.rings.count:
+                self.membership.flush()
+            if n >= 0:
+                return n
+            if n == IVSHMEM_CLOSED:
+                raise BrokenPipeError(
+                    32, f"connection of {self.name!r}: the other end receives no more"
+                )
+            if n != IVSHMEM_AGAIN:
+                raise self.fail(<int>n)
+            self.await_half(self.sending, deadline)
+
+    @cython.critical_section
+    def sendall(self, data):
+        """Send all of a buffer. The time limit is for all of it; otherwise as `send`.
+
+        After an error it is unknown how much was sent.
+        """
+        cdef Py_buffer view
+        cdef uint64_t done = 0
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            deadline = self.deadline()
+            while done < <uint64_t>view.len:
+                done += self.push(<const char *>view.buf + done, view.len - done, deadline)
+        finally:
+            PyBuffer_Release(&view)
+
+    cdef int64_t pull(self, char *into, uint64_t room) except -1:
+        cdef int64_t n
+        deadline = self.deadline()
+        while True:
+            self.enter()
+            n = ivshmem_receive(&self.stream, into, room)
+            if self.membership.rings.count:
+                self.membership.flush()
+            if n >= 0:
+                return n
+            if n == IVSHMEM_CLOSED:
+                raise ConnectionResetError(
+                    104, f"connection of {self.name!r}: the other end is gone"
+                )
+            if n != IVSHMEM_AGAIN:
+                raise self.fail(<int>n)
+            self.await_half(self.receiving, deadline)
+
+    @cython.critical_section
+    def recv(self, Py_ssize_t size):
+        """Receive at most `size` bytes, at least one; b"": the other end sends no more.
+
+        Raises:
+            ConnectionResetError: the other end's process is gone, without having closed.
+            TimeoutError, BlockingIOError, ChannelCorrupt, ClosedError: as of `send`.
+        """
+        cdef bytes data
+        cdef int64_t n
+        if size < 0:
+            raise ValueError(f"cannot receive {size} bytes")
+        size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
+        if size == 0:
+            return b""
+        data = PyBytes_FromStringAndSize(NULL, size)
+        n = self.pull(PyBytes_AS_STRING(data), size)
+        return data if n == size else data[:n]
+
+    @cython.critical_section
+    def recv_into(self, buffer, Py_ssize_t nbytes=0):
+        """Receive into a buffer; return how many bytes, 0: the other end sends no more.
+
+        Args:
+            nbytes: at most so many; 0: as many as the buffer has.
+
+        Raises:
+            As of `recv`.
+        """
+        cdef Py_buffer view
+        cdef Py_ssize_t room
+        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        try:
+            room = view.len if nbytes == 0 else nbytes
+            if not 0 <= room <= view.len:
+                raise ValueError(f"{nbytes} bytes into a buffer of {view.len}")
+            return self.pull(<char *>view.buf, room) if room else 0
+        finally:
+            PyBuffer_Release(&view)
+
+    def recv_async(self, Py_ssize_t size, timeout=None):
+        """The twin of `recv` for asyncio: a coroutine. To cancel it takes nothing."""
+        return asynchronous.until_no_wait(self.receiving, self._recv_now, timeout, size)
+
+    def _recv_now(self, size):
+        return self.at_once(self.recv, size)
+
+    async def sendall_async(self, data, timeout=None):
+        """The twin of `sendall` for asyncio. The time limit is for each part that finds room.
+
+        After a cancellation it is unknown how much was sent.
+        """
+        view = memoryview(data).cast("B")
+        while view:
+            sent = await asynchronous.until_no_wait(self.sending, self._send_now, timeout, view)
+            view = view[sent:]
+
+    def _send_now(self, data):
+        return self.at_once(self.send, data)
+
+    cdef object at_once(self, object call, object argument):
+        """Call without a wait, whatever `settimeout` says."""
+        timeout = self.timeout
+        self.timeout = 0
+        try:
+            return call(argument)
+        finally:
+            self.timeout = timeout
+
+    def shutdown(self, int how):
+        """As of a socket: socket.SHUT_RD, SHUT_WR or SHUT_RDWR.
+
+        What was sent can still be received.
+        """
+        if not 0 <= how <= 2:
+            raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")
+        self.enter()
+        ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
+        self.membership.flush()
+
+    def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):
+        """Return a file over the connection, as of a socket. To close it leaves this end open."""
+        return stream_files.over(self, mode, buffering, encoding, errors, newline)

@@ -1,0 +1,484 @@
+"""Each kind of channel between ends of one process, and of several."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from support.waiting import until
+
+from ivshmem import ClosedError, Directory, Region, channel
+from ivshmem.channel import Channels
+
+PATIENCE = 30.0
+
+
+@pytest.fixture
+def region() -> Iterator[Region]:
+    with Region.create("16M") as region:
+        Directory.create(region, channels="8M").close()
+        yield region
+
+
+@pytest.fixture
+def channels(region: Region) -> Iterator[Channels]:
+    with channel.open(region) as channels:
+        yield channels
+
+
+def child(region: Region, work: Callable[[Channels], object]) -> int:
+    """Run `work` in a process of its own, which ends by SIGKILL; return its PID.
+
+    It has the memory by its descriptor, as a process has it that was started by itself.
+    """
+    fd = os.dup(region.fileno())
+    pid = os.fork()
+    if pid == 0:
+        try:
+            own = Region.from_fd(fd)
+            work(channel.open(own))
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.close(fd)
+    return pid
+
+
+# -- messages -------------------------------------------------------------------------------------
+
+
+def test_each_reader_gets_every_message(channels: Channels) -> None:
+    messages = channels.create_messages("a", limit=100, slots=8)
+    with messages.writer() as one, messages.writer() as two, messages.reader() as reader:
+        with messages.reader() as other:
+            one.put(b"one")
+            two.put(memoryview(b"two"))
+            assert {reader.get(0), reader.get(0)} == {b"one", b"two"}
+            assert {other.get(0), other.get(0)} == {b"one", b"two"}
+            assert reader.get(0) is None
+
+
+def test_a_reader_that_blocks_holds_its_writers_up(channels: Channels) -> None:
+    messages = channels.create_messages("a", limit=8, slots=4)
+    with messages.writer() as writer, messages.reader("block") as reader:
+        for i in range(4):
+            writer.put(b"%d" % i)
+        with pytest.raises(TimeoutError, match="channel 'a' is full"):
+            writer.put(b"4", 0)
+        began = time.monotonic()
+        with pytest.raises(TimeoutError, match=r"took nothing for 0\.05 s"):
+            writer.put(b"4", 0.05)
+        assert time.monotonic() - began >= 0.05
+        threading.Timer(0.02, reader.get).start()
+        writer.put(b"4", PATIENCE)
+        assert [reader.get(PATIENCE) for _ in range(4)] == [b"1", b"2", b"3", b"4"]
+
+
+def test_a_reader_that_overwrites_is_told_what_it_lost(channels: Channels) -> None:
+    messages = channels.create_messages("a", limit=8, slots=4)
+    with messages.writer() as writer, messages.reader("overwrite") as reader:
+        for i in range(10):
+            writer.put(b"%d" % i, 0)
+        assert [reader.get(0) for _ in range(4)] == [b"6", b"7", b"8", b"9"]
+        assert reader.lost == 6
+
+
+def test_a_reader_that_discards_keeps_the_oldest(channels: Channels) -> None:
+    messages = channels.create_messages("a", limit=8, slots=4, overflow="discard")
+    with messages.writer() as writer, messages.reader() as reader:
+        assert [writer.put(b"%d" % i, 0) for i in range(6)] == [0, 0, 0, 0, 1, 1]
+        assert writer.missed == 2
+        assert [reader.get(0) for _ in range(5)] == [b"0", b"1", b"2", b"3", None]
+
+
+def test_a_late_reader_gets_history(channels: Channels) -> None:
+    messages = channels.create_messages("a", limit=8, slots=8)
+    with messages.writer() as writer:
+        for i in range(5):
+            writer.put(b"%d" % i)
+        with messages.reader(history=2) as reader:
+            assert [reader.get(0) for _ in range(3)] == [b"3", b"4", None]
+
+
+def test_loans_and_views_copy_nothing(region: Region, channels: Channels) -> None:
+    messages = channels.create_messages("a", limit=100)
+    with messages.writer() as writer, messages.reader() as reader:
+        with writer.loan(5) as loan:
+            memoryview(loan)[:] = b"abcde"
+        view = reader.view(0)
+        assert view is not None
+        with view:
+            assert bytes(view) == b"abcde"
+            assert view.offset % 64 == 0
+            region.write(view.offset, b"X")
+            assert bytes(view) == b"Xbcde"
+            assert memoryview(view).readonly
+        with pytest.raises(KeyError), writer.loan(5):
+            raise KeyError
+        assert reader.get(0) is None
+        with pytest.raises(ClosedError, match="released"):
+            memoryview(view)
+
+
+def test_a_view_that_is_overtaken(channels: Channels) -> None:
+    messages = channels.create_messages("a", limit=8, slots=2)
+    with messages.writer() as writer, messages.reader("overwrite") as reader:
+        writer.put(b"0")
+        view = reader.view(0)
+        assert view is not None
+        for i in range(4):
+            writer.put(b"%d" % i)
+        with pytest.raises(channel.Overtaken, match="channel 'a': the writer overwrote message 0"):
+            view.release()
+        view.release()
+
+
+def test_buffers_keep_what_they_show(region: Region, channels: Channels) -> None:
+    messages = channels.create_messages("a", limit=100)
+    with messages.writer() as writer, messages.reader() as reader:
+        loan = writer.loan(5)
+        buffer = memoryview(loan)
+        with pytest.raises(BufferError, match="1 memoryview"):
+            loan.publish()
+        buffer.release()
+        loan.publish()
+        view = reader.view(0)
+        assert view is not None
+        buffer = memoryview(view)
+        with pytest.raises(BufferError, match="1 memoryview"):
+            view.release()
+        with pytest.raises(BufferError, match="1 view of messages"):
+            reader.close()
+        with pytest.raises(BufferError):
+            region.close()
+        buffer.release()
+        view.release()
+
+
+def test_rows(channels: Channels) -> None:
+    messages = channels.create_messages("a", limit=4, slots=8)
+    with messages.writer() as writer, messages.reader() as reader:
+        rows = memoryview(bytes(range(24))).cast("B", (6, 4))
+        assert writer.put_rows(rows) == 6
+        into = bytearray(40)
+        assert reader.get_rows(memoryview(into).cast("B", (10, 4)), 0) == 6
+        assert into[:24] == bytes(range(24))
+        assert reader.get_rows(memoryview(into).cast("B", (10, 4)), 0) == 0
+        assert writer.put_rows(memoryview(bytes(48)).cast("B", (12, 4)), 0) == 8
+
+
+def test_a_message_that_does_not_fit_waits(channels: Channels) -> None:
+    messages = channels.create_messages("a", limit=100)
+    with messages.writer() as writer, messages.reader() as reader:
+        with pytest.raises(channel.MessageTooLong, match="101 bytes, and its limit is 100"):
+            writer.put(bytes(101))
+        writer.put(b"abc")
+        with pytest.raises(channel.MessageTooLong, match="3 bytes, and the buffer has 2"):
+            reader.get_into(bytearray(2))
+        buffer = bytearray(3)
+        assert reader.get_into(buffer, 0) == 3
+        assert buffer == b"abc"
+        assert reader.get_into(buffer, 0) is None
+
+
+# -- the others -----------------------------------------------------------------------------------
+
+
+def test_a_queue_gives_each_message_to_one(channels: Channels) -> None:
+    queue = channels.create_queue("a", limit=8)
+    with queue.writer() as writer, queue.reader() as one, queue.reader() as two:
+        for i in range(4):
+            writer.put(b"%d" % i)
+        assert [one.get(0), two.get(0)] == [b"0", b"1"]
+        with one.take(0) as taken:  # type: ignore[union-attr]
+            assert (bytes(taken), taken.redelivered) == (b"2", False)
+        with pytest.raises(KeyError), two.take(0):  # type: ignore[union-attr]
+            raise KeyError
+        taken = one.take(0)
+        assert taken is not None
+        assert (bytes(taken), taken.redelivered) == (b"3", True)
+        taken.done()
+        taken.done()
+        assert one.get(0) is two.get(0) is None
+
+
+def test_a_value_has_the_latest_content(channels: Channels) -> None:
+    value = channels.create_value("a", limit=8)
+    with value.writer() as writer, value.reader() as reader:
+        assert reader.get() is None
+        writer.put(b"1")
+        writer.put(b"2")
+        assert reader.wait_changed(0) == b"2"
+        assert reader.wait_changed(0) is None
+        assert reader.get() == b"2"
+    with value.reader() as reader:
+        assert reader.get() == b"2"
+        with value.writer() as writer:
+            assert reader.get() == b"2"
+            threading.Timer(0.02, writer.put, [b"3"]).start()
+            assert reader.wait_changed(PATIENCE) == b"3"
+
+
+def test_calls_have_replies(channels: Channels) -> None:
+    calls = channels.create_calls("a", limit=64)
+
+    def work(request: bytes) -> bytes:
+        if request == b"bad":
+            raise ValueError("not this\x1b[2J")
+        return request.upper()
+
+    with calls.server() as server, calls.caller() as caller:
+        thread = threading.Thread(target=server.serve, args=(work, 0.2))
+        thread.start()
+        pending = [caller.submit(b"x%d" % i) for i in range(5)]
+        assert [each.result(PATIENCE) for each in pending] == [b"X%d" % i for i in range(5)]
+        with pytest.raises(channel.CallFailed, match=r"ValueError: not this\\x1b") as error:
+            caller.call(b"bad", PATIENCE)
+        assert "\x1b" not in str(error.value)
+        thread.join()
+        with pytest.raises(TimeoutError, match="no server has begun with it"):
+            caller.call(b"late", 0.02)
+        held = server.take(0)
+        assert held is None  # a call that was given up is not served
+
+
+def test_connections_work_as_sockets(channels: Channels) -> None:
+    room = channels.create_bytes("a", buffer=64)
+    with pytest.raises(ConnectionRefusedError, match="no process listens"):
+        room.connect()
+    with room.listen() as listener, room.connect() as caller:
+        caller.sendall(b"before it is accepted")
+        with listener.accept(0) as server:  # type: ignore[union-attr]
+            assert server.recv(100) == b"before it is accepted"
+            data = os.urandom(10000)
+            sender = threading.Thread(target=caller.sendall, args=(data,))
+            sender.start()
+            got = b""
+            while len(got) < len(data):
+                got += server.recv(1000)
+            sender.join()
+            assert got == data
+            caller.shutdown(1)
+            assert server.recv(1) == b""
+            server.sendall(b"one\ntwo\n")
+        with caller.makefile("r") as lines:
+            assert list(lines) == ["one\n", "two\n"]
+        with pytest.raises(BrokenPipeError):
+            caller.send(b"x")
+
+
+def test_limits_of_connections(channels: Channels) -> None:
+    room = channels.create_bytes("a", buffer=64, connections=1)
+    with room.listen() as listener, room.connect() as caller:
+        with pytest.raises(channel.ChannelError, match="all its 1 connection are in use"):
+            room.connect()
+        caller.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            caller.recv(1)
+        caller.settimeout(0.02)
+        with pytest.raises(TimeoutError):
+            caller.recv(1)
+        with pytest.raises(TimeoutError):
+            caller.sendall(bytes(100))
+        assert listener.accept(0) is not None
+        assert listener.accept(0) is None
+
+
+# -- asyncio, and loops of others -----------------------------------------------------------------
+
+
+def test_asyncio(channels: Channels) -> None:
+    messages = channels.create_messages("a", limit=8, slots=4)
+    calls = channels.create_calls("b", limit=8)
+    room = channels.create_bytes("c")
+
+    async def double(request: bytes) -> bytes:
+        await asyncio.sleep(0)
+        return request * 2
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        with messages.writer() as writer, messages.reader() as reader:
+            loop.call_later(0.02, writer.put, b"x")
+            assert await reader.get_async(PATIENCE) == b"x"
+            assert await reader.get_async(0.01) is None
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(reader.get_async(), 0.01)
+
+            async def produce() -> None:
+                for i in range(50):
+                    await writer.put_async(b"%d" % i)
+
+            producer = asyncio.ensure_future(produce())
+            got = []
+            async for message in reader:
+                got.append(message)
+                if len(got) == 50:
+                    break
+            await producer
+            assert got == [b"%d" % i for i in range(50)]
+        with calls.server() as server, calls.caller() as caller:
+            serving = asyncio.ensure_future(server.serve_async(double))
+            asked = [caller.call_async(b"%d" % i, PATIENCE) for i in range(10)]
+            assert await asyncio.gather(*asked) == [b"%d%d" % (i, i) for i in range(10)]
+            assert await caller.submit(b"z") == b"zz"
+            serving.cancel()
+        with room.listen() as listener:
+            caller_end = await room.connect_async()
+            server_end = await listener.accept_async(PATIENCE)
+            assert server_end is not None
+            await caller_end.sendall_async(b"hello")
+            assert await server_end.recv_async(10) == b"hello"
+            caller_end.close()
+            assert await server_end.recv_async(10) == b""
+            server_end.close()
+
+    asyncio.run(main())
+
+
+def test_a_descriptor_for_other_loops(channels: Channels) -> None:
+    import select
+
+    messages = channels.create_messages("a", limit=8)
+    with messages.writer() as writer, messages.reader() as reader:
+        poll = select.poll()
+        poll.register(reader.fileno(), select.POLLIN)
+        while poll.poll(0):
+            assert reader.get(0) is None
+        for i in range(3):
+            writer.put(b"%d" % i)
+            assert poll.poll(PATIENCE * 1000)
+            assert reader.get(0) == b"%d" % i
+            assert reader.get(0) is None
+            until(lambda: not poll.poll(0) or reader.get(0), "quiet")
+
+
+# -- several processes ----------------------------------------------------------------------------
+
+
+def test_a_reader_of_a_queue_that_dies(region: Region, channels: Channels) -> None:
+    queue = channels.create_queue("a", limit=8)
+    with queue.writer() as writer, queue.reader() as reader:
+        writer.put(b"x")
+
+        def work(own: Channels) -> None:
+            taken = own.open("a").reader().take(PATIENCE)  # type: ignore[attr-defined]
+            own.open("b").writer().put(bytes(taken))  # type: ignore[attr-defined]
+
+        told = channels.create_messages("b", limit=8).reader()
+        os.waitpid(child(region, work), 0)
+        assert told.get(PATIENCE) == b"x"
+        taken = reader.take(PATIENCE)
+        assert taken is not None
+        assert (bytes(taken), taken.redelivered) == (b"x", True)
+        taken.done()
+        until(lambda: len(channels.places()) == 1, "its place was freed")
+
+
+def test_a_connection_whose_other_end_dies(region: Region, channels: Channels) -> None:
+    room = channels.create_bytes("a")
+    with room.listen() as listener:
+
+        def work(own: Channels) -> None:
+            own.open("a").connect().sendall(b"bye")  # type: ignore[attr-defined]
+
+        os.waitpid(child(region, work), 0)
+        stream = listener.accept(PATIENCE)
+        assert stream is not None
+        assert stream.recv(10) == b"bye"
+        stream.settimeout(PATIENCE)
+        with pytest.raises(ConnectionResetError, match="the other end is gone"):
+            stream.recv(10)
+
+
+def test_a_server_that_dies(region: Region, channels: Channels) -> None:
+    calls = channels.create_calls("a", limit=8)
+    with calls.caller() as caller:
+        pending = caller.submit(b"x")
+
+        def work(own: Channels) -> None:
+            call = own.open("a").server().take(PATIENCE)  # type: ignore[attr-defined]
+            assert bytes(call) == b"x"
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        os.waitpid(child(region, work), 0)
+        with pytest.raises(channel.ServerLost, match="whether it did the work is not known"):
+            pending.result(PATIENCE)
+
+
+def test_a_forked_child_may_only_close(channels: Channels) -> None:
+    messages = channels.create_messages("a", limit=8)
+    with messages.writer() as writer, messages.reader() as reader:
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                for use in (lambda: writer.put(b"x"), lambda: reader.get(0), channels.list):
+                    with pytest.raises(RuntimeError, match="forked child"):
+                        use()
+                reader.close()
+                channels.close()
+                status = 0
+            finally:
+                os._exit(status)
+        assert os.waitpid(pid, 0)[1] == 0
+        writer.put(b"y")
+        assert reader.get(0) == b"y"
+
+
+# -- names and ends -------------------------------------------------------------------------------
+
+
+def test_names_and_types(channels: Channels) -> None:
+    channels.create_value("a", dtype="<f4", shape=(2, 3))
+    with pytest.raises(channel.ChannelExists, match="there is a channel 'a' already"):
+        channels.create_value("a", limit=3)
+    assert channels.create_value("a", dtype="<f4", shape=(2, 3), exist_ok=True).limit == 24
+    with pytest.raises(channel.ChannelTypeError, match=r"'array <f4 2x3'.*'array <f8 2x3'"):
+        channels.create_value("a", dtype="<f8", shape=(2, 3), exist_ok=True)
+    with pytest.raises(channel.ChannelTypeError, match="of kind value, not queue"):
+        channels.open("a", "queue")
+    with pytest.raises(channel.NoSuchChannel, match="no channel 'b' \\(there: a\\)"):
+        channels.open("b")
+    channels.remove("a")
+    assert channels.list() == []
+
+
+def test_a_channel_in_use_is_not_removed(channels: Channels) -> None:
+    messages = channels.create_messages("a", limit=8)
+    with messages.reader() as reader:
+        with pytest.raises(channel.ChannelError, match="channel 'a' is in use"):
+            messages.remove()
+        [info] = channels.list()
+        assert [each.state for each in info.readers] == ["open"]
+        assert reader.get(0) is None
+    messages.remove()
+    with pytest.raises(ClosedError, match="channel 'a' was removed"):
+        messages.reader()
+
+
+def test_close_ends_what_waits(channels: Channels) -> None:
+    messages = channels.create_messages("a", limit=8)
+    reader = messages.reader()
+    raised = []
+
+    def wait() -> None:
+        with pytest.raises(ClosedError) as error:
+            reader.get()
+        raised.append(error.value)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.02)
+    channels.close()
+    thread.join(PATIENCE)
+    assert raised
+
+
+def test_a_region_without_room(region: Region) -> None:
+    with Region.create("64K") as other, pytest.raises(channel.NoChannels, match="--channels SIZE"):
+        channel.open(other)
