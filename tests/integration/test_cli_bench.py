@@ -219,6 +219,7 @@ class TestHere:
             until(lambda: len(started_for(temporary)) > 2)
             command.end(signal.SIGKILL)
 
+    @pytest.mark.nightly  # by day the one that answers dies
     def test_an_end_that_dies(self, temporary: Path) -> None:
         with running("--seconds", "60") as command:
             command.expect("  5%  round trip")

@@ -140,6 +140,7 @@ def test_systemd_socket_activate(path: str) -> None:
     assert process.returncode == 0
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("reverse", [False, True], ids=["in-order", "reversed"])
 @pytest.mark.parametrize("passed", [False, True], ids=["own-socket", "passed-socket"])
 def test_killed(

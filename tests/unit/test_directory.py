@@ -657,7 +657,6 @@ def check(found: Entry) -> None:
     assert found.alive in (True, None)
 
 
-@settings(max_examples=200)
 @given(st.lists(slots, min_size=SLOTS, max_size=SLOTS))
 def test_any_bytes_in_the_table(table_bytes: list[bytes]) -> None:
     with Region.create("4K") as region, Directory.create(region, SLOTS) as table:
@@ -686,7 +685,6 @@ def test_publishing_among_any_bytes(table_bytes: list[bytes]) -> None:
         until(lambda: [(e.name, e.id) for e in table.entries()] == [("mine", 1)])
 
 
-@settings(max_examples=100)
 @given(st.binary(min_size=128, max_size=128))
 def test_any_bytes_in_the_trailer(trailer: bytes) -> None:
     with Region.create("4K") as region:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ivshmem import ProtocolError
@@ -26,7 +26,6 @@ MESSAGES = st.tuples(
 GREETING = [(0, 0, None), (1, 0, None), (-1, 1, None)]
 
 
-@settings(max_examples=400)
 @given(
     begin=st.integers(0, 3),
     script=st.lists(MESSAGES, max_size=40),
@@ -79,7 +78,6 @@ def test_events_or_protocol_error(
     assert framer.held == ()
 
 
-@settings(max_examples=200)
 @given(st.lists(st.tuples(st.binary(min_size=1, max_size=20), st.integers(0, 2)), max_size=20))
 def test_garbage(chunks: list[tuple[bytes, int]]) -> None:
     session, framer = Session(), Framer()

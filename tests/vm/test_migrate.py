@@ -285,6 +285,7 @@ def test_postcopy_needs_a_file_system_that_can(directory: Path) -> None:
         )
 
 
+@pytest.mark.nightly
 @pytest.mark.qemu
 def test_postcopy_is_interrupted(on_tmpfs: MakeGroup) -> None:
     """There is no way back, and the others have to wait for the rest of the memory."""
@@ -383,7 +384,7 @@ def but_for_tcg(lines: Iterable[str]) -> list[str]:
     return [line for line in lines if "runs it without KVM" not in line]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.nightly
 @pytest.mark.parametrize("huge", [0, 1])
 @pytest.mark.parametrize("kind", KINDS)
 def test_hugepages_at_one_end(directory: Path, kind: str, huge: int) -> None:
@@ -563,12 +564,7 @@ def pair(make: MakeGroup, kind: str) -> Group:
 
 
 # Commands that change something.
-FILE_MOMENTS = [
-    pytest.param("migrate", 1, marks=pytest.mark.nightly),
-    pytest.param("migrate-incoming", 1, marks=pytest.mark.nightly),
-    pytest.param("migrate", 2, marks=pytest.mark.nightly),
-    ("migrate-incoming", 2),
-]
+FILE_MOMENTS = [("migrate", 1), ("migrate-incoming", 1), ("migrate", 2), ("migrate-incoming", 2)]
 MOMENTS = {
     "plain": [
         *(("device_del", 1), ("object-del", 1), ("migrate-incoming", 1), ("migrate", 1)),
@@ -582,14 +578,15 @@ MOMENTS = {
 BEFORE_IT_ARRIVES = slice(4)
 
 
-def each_moment(which: slice = slice(None)) -> list[Any]:
-    """The first and the last one with doorbells, and all by night."""
+def each_moment(which: slice = slice(None), *, first: bool = True, last: bool = True) -> list[Any]:
+    """The first and the last one with doorbells, or one of these, and all by night."""
     found = []
     for kind, moments in MOMENTS.items():
         chosen = moments[which]
+        by_day = [*chosen[:1] * first, *chosen[-1:] * last] if kind == "doorbell" else []
         for moment in chosen:
             marks: list[pytest.MarkDecorator] = []
-            if kind == "plain" or moment not in (chosen[0], chosen[-1]):
+            if moment not in by_day:
                 marks.append(pytest.mark.nightly)
             if kind == "doorbell" and moment == ("migrate", 1):
                 marks.append(pytest.mark.qemu)
@@ -609,7 +606,7 @@ def test_killed_and_resumed(group: MakeGroup, kind: str, command: str, count: in
     assert len(steps) == len(set(steps))
 
 
-@pytest.mark.parametrize(("kind", "command", "count"), each_moment(BEFORE_IT_ARRIVES))
+@pytest.mark.parametrize(("kind", "command", "count"), each_moment(BEFORE_IT_ARRIVES, first=False))
 def test_killed_and_put_back(group: MakeGroup, kind: str, command: str, count: int) -> None:
     moving = pair(group, kind)
     moving.source["a"].slow()
@@ -618,6 +615,7 @@ def test_killed_and_put_back(group: MakeGroup, kind: str, command: str, count: i
     moving.check_here(waiting=False)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("command", "count"), FILE_MOMENTS)
 def test_killed_and_resumed_through_a_file(group: MakeGroup, command: str, count: int) -> None:
     moving = pair(group, "doorbell")
@@ -764,6 +762,7 @@ def test_the_destination_is_full(directory: Path) -> None:
         assert moving.destination["a"].process.wait(20) == -signal.SIGBUS
 
 
+@pytest.mark.nightly
 def test_no_room_for_the_file(directory: Path) -> None:
     with ExitStack() as undo:
         full = undo.enter_context(mounted("tmpfs", "size=512k"))
@@ -845,7 +844,7 @@ async def cancelled_after(group: Group, command: str, count: int) -> None:
         await migration.migrate(plan, state=group.state)
 
 
-@pytest.mark.parametrize(("kind", "command", "count"), each_moment())
+@pytest.mark.parametrize(("kind", "command", "count"), each_moment(last=False))
 def test_cancelled(group: MakeGroup, kind: str, command: str, count: int) -> None:
     moving = pair(group, kind)
     if count == 1 and command not in ("object-add", "chardev-add", "device_add"):
@@ -863,6 +862,7 @@ def test_cancelled(group: MakeGroup, kind: str, command: str, count: int) -> Non
     moving.check_there()
 
 
+@pytest.mark.nightly
 def test_a_destination_that_hangs(group: MakeGroup) -> None:
     moving = pair(group, "doorbell")
     moving.source["a"].slow()
