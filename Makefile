@@ -191,13 +191,17 @@ elif ! echo '#include <Python.h>' | $$cc "-I$$include" -E -x c - >/dev/null 2>&1
 fi
 endef
 
+# Symbols for a debugger take a third of the compiler's time. Python's own flags stand before: CFLAGS
+# replaces them in some versions of setuptools, and -O with them.
+WITHOUT_SYMBOLS = CFLAGS="$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_config_var("CFLAGS"))') -g0 $$CFLAGS"
+
 # What is run and tested is the wheel, installed, never the checkout.
 $(VENV)/installed: $(SOURCES) | $(VENV)
 	@$(CAN_BUILD)
 	@echo "building and installing into $(VENV) ..."
 	@rm -rf $(WHEEL)
 	@find build -path "build/lib*.py" -delete 2>/dev/null || true  # of modules that are gone
-	@CFLAGS="-g0 $$CFLAGS" $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(WHEEL) .
+	@$(WITHOUT_SYMBOLS) $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(WHEEL) .
 	@$(BIN)/python -m pip install --quiet --force-reinstall --no-deps $(WHEEL)/*.whl
 	@touch $@
 
