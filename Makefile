@@ -97,7 +97,7 @@ nightly: lint
 	CI=true $(MAKE) test-newest-qemu ARGS="-m 'vm or qemu'"
 	$(MAKE) fuzz
 
-lint: $(VENV)/tested $(CYTHON:%=build/fresh/%.c)
+lint: $(VENV)/tested build/fresh/checked
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/cython-lint $(wildcard src/ivshmem/*.p[yx][xd] src/ivshmem/*/*.p[yx][xd])
@@ -106,12 +106,15 @@ lint: $(VENV)/tested $(CYTHON:%=build/fresh/%.c)
 	$(BIN)/python -m mypy.stubtest $(subst /,.,$(CYTHON:%=ivshmem.%)) --allowlist tests/typing/stubtest.allow \
 	    --ignore-unused-allowlist --mypy-config-file tests/typing/stubtest.ini
 
-# Each C file is what Cython makes of its source; looked at again when one of them changes.
-build/fresh/%.c: src/ivshmem/%.pyx src/ivshmem/%.c $(wildcard src/ivshmem/*.pxd src/ivshmem/*/*.pxd) \
-    pyproject.toml | $(VENV)/tested
-	@mkdir -p $(@D)
-	@(cd src && ../$(BIN)/cython -3 ivshmem/$*.pyx -o ../$@) 2>$@.said || { cat $@.said; exit 1; }
-	@cmp $@ src/ivshmem/$*.c || { rm -f $@; echo "$*.c is stale: make cython"; exit 1; }
+# Each C file is what Cython makes of its source; looked at again when one of them changes. All in one
+# run, which takes a third of the time of one after the other.
+build/fresh/checked: $(CYTHON:%=src/ivshmem/%.pyx) $(CYTHON:%=src/ivshmem/%.c) \
+    $(wildcard src/ivshmem/*.pxd src/ivshmem/*/*.pxd) pyproject.toml | $(VENV)/tested
+	@rm -rf $(@D) && mkdir -p $(@D) && cp -r src/ivshmem $(@D)
+	@(cd $(@D) && ../../$(BIN)/cython -3 $(CYTHON:%=ivshmem/%.pyx)) 2>$@.said || { cat $@.said; exit 1; }
+	@for name in $(CYTHON); do cmp $(@D)/ivshmem/$$name.c src/ivshmem/$$name.c || \
+	    { echo "$$name.c is stale: make cython"; exit 1; }; done
+	@touch $@
 
 # The pages, from Markdown and from the docstrings of the installed package.
 docs: $(VENV)/documented
@@ -178,7 +181,7 @@ $(VENV)-sanitize/installed: $(SOURCES) | $(VENV)
 	@touch $@
 
 cython: $(VENV)/tested
-	cd src && for name in $(CYTHON); do ../$(BIN)/cython -3 ivshmem/$$name.pyx -o ivshmem/$$name.c; done
+	cd src && ../$(BIN)/cython -3 $(CYTHON:%=ivshmem/%.pyx)
 
 # The compiler is the one that setuptools will take.
 define CAN_BUILD
