@@ -12,7 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from ..errors import ChannelExists, ChannelTypeError, NoChannels, NoSuchChannel
 from ..memory.region import Region
@@ -34,10 +34,17 @@ BEAT = 0.1  # seconds between two signs of life of a process
 LEASE = 1.0  # seconds without one after which a process counts as silent
 
 _MAPPINGS = {"write-back": 0, "write-combining": 1, "uncached": 2}
+_WAYS: dict[str, Literal["write-back", "write-combining", "uncached"]] = {
+    "host": "write-back",
+    "vfio": "uncached",
+    "resource2": "uncached",
+    "uio": "uncached",
+}
 _SHOWN = 20  # names in an error message
 
 
 _C = TypeVar("_C", bound=Channel)
+_Places: TypeAlias = list[PlaceInfo]  # where `list` is a method
 
 
 class Channels(Uncopied):
@@ -384,7 +391,7 @@ class Channels(Uncopied):
         ]
         return sorted(found, key=lambda info: info.name)
 
-    def places(self) -> list[PlaceInfo]:  # type: ignore[valid-type]  # `list` is a method here
+    def places(self) -> _Places:
         """Return the processes that use channels of the region."""
         return [
             PlaceInfo(number, state, peer, vector, process, plain(name))
@@ -450,7 +457,7 @@ def open(  # noqa: A001 - as guest.open
         place: an endpoint (a client, or a guest's device), or a region alone, which polls.
         vector: of the endpoint, at which other processes ring this one. The program may wait for
             the same vector.
-        mapping: how this process maps the memory; None: as the endpoint says.
+        mapping: how this process maps the memory; None: as the endpoint shows.
         beat: seconds between two signs of life of this process.
         lease: seconds without one after which this process counts another as silent.
         name: of this process, for people; None: the program's.
@@ -462,11 +469,15 @@ def open(  # noqa: A001 - as guest.open
     """
     if not 0 < beat < lease / 2:
         raise ValueError(f"a lease of {lease:g} s is too short for a beat every {beat:g} s")
+    region = place.region if isinstance(place, Endpoint) else place
     if mapping is None:
-        mapping = "write-back"
+        # How a guest's device was mapped. Where that is unknown: what is right for every mapping.
+        way: str = getattr(place, "memory", "device" if region.source == "device" else "host")
+        mapping = _WAYS.get(way, "write-combining")
+    elif mapping not in _MAPPINGS:
+        raise ValueError(f"mapping {mapping!r}: one of {', '.join(_MAPPINGS)}")
     if name is None:
         name = os.path.basename(sys.argv[0] if sys.argv else "") or "python"
-    region = place.region if isinstance(place, Endpoint) else place
     area = find_area(region)
     if area is None:
         raise NoChannels(

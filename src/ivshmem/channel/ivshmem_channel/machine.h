@@ -162,6 +162,18 @@ static inline void ivshmem_announce(const struct ivshmem_memory *memory, uint64_
         ivshmem_store_barrier(memory);
 }
 
+/* Whether compare-exchange works in a mapping at all: arm64 may refuse exclusives on device memory. On
+ * x86-64 it works everywhere; in uncached memory it locks the bus, which is slow. */
+static inline int ivshmem_can_exchange(const struct ivshmem_memory *memory)
+{
+#if defined(__aarch64__)
+    return memory->mapping == IVSHMEM_WRITE_BACK;
+#else
+    (void)memory;
+    return 1;
+#endif
+}
+
 /* Change a word, if it is as expected; a full fence at both sides, in any case. */
 static inline int ivshmem_exchange(const struct ivshmem_memory *memory, uint64_t offset,
                                    uint64_t expected, uint64_t desired)

@@ -138,7 +138,7 @@ static inline int ivshmem_queue_take(struct ivshmem_reader *reader, enum ivshmem
     const struct ivshmem_geometry *g = &channel->record.geometry;
     if (reader->slot == IVSHMEM_NO_SLOT)
         return IVSHMEM_READ_ONLY;
-    if (channel->area.memory.mapping == IVSHMEM_UNCACHED)
+    if (!ivshmem_can_exchange(&channel->area.memory))
         return IVSHMEM_NO_ATOMICS;
     for (unsigned i = 0; i < g->writers; i++) {
         unsigned writer = reader->turn;
