@@ -368,6 +368,7 @@ def test_a_reader_of_a_queue_that_dies(region: Region, channels: Channels) -> No
         def work(own: Channels) -> None:
             taken = own.open("a").reader().take(PATIENCE)  # type: ignore[attr-defined]
             own.open("b").writer().put(bytes(taken))  # type: ignore[attr-defined]
+            os.kill(os.getpid(), signal.SIGKILL)
 
         told = channels.create_messages("b", limit=8).reader()
         os.waitpid(child(region, work), 0)
@@ -384,7 +385,9 @@ def test_a_connection_whose_other_end_dies(region: Region, channels: Channels) -
     with room.listen() as listener:
 
         def work(own: Channels) -> None:
-            own.open("a").connect().sendall(b"bye")  # type: ignore[attr-defined]
+            stream = own.open("a").connect()  # type: ignore[attr-defined]
+            stream.sendall(b"bye")
+            os.kill(os.getpid(), signal.SIGKILL)
 
         os.waitpid(child(region, work), 0)
         stream = listener.accept(PATIENCE)

@@ -13,6 +13,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from ..errors import ClosedError
 from ..system.time_limits import seconds_of
 from .membership import ChannelEnd, Membership, Wakeup
 
@@ -45,9 +46,12 @@ class _LoopWatch:
 
 
 def _watch_of(loop: asyncio.AbstractEventLoop, membership: Membership) -> _LoopWatch:
-    watch = membership.loops.get(loop)
+    loops = membership.loops
+    if loops is None:
+        raise ClosedError("the channels are closed")
+    watch = loops.get(loop)
     if watch is None:
-        watch = membership.loops[loop] = _LoopWatch(membership)
+        watch = loops[loop] = _LoopWatch(membership)
     assert isinstance(watch, _LoopWatch)
     return watch
 
@@ -58,11 +62,16 @@ async def _sleep(end: ChannelEnd, membership: Membership, deadline: float | None
     if deadline is not None and loop.time() >= deadline:
         return False
     future = loop.create_future()
-    watch = _watch_of(loop, membership)
     timer = None
-    watch.add(future)
+    there = end._begin_waiting()
     try:
-        if end._begin_waiting():
+        watch = _watch_of(loop, membership)
+        watch.add(future)
+    except BaseException:
+        end._end_waiting()
+        raise
+    try:
+        if there:
             await asyncio.sleep(0)
         else:
             if deadline is not None:

@@ -2521,6 +2521,8 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
   unsigned int state;
   unsigned int generation;
   int pinned;
+  int joined;
+  int lost;
   int64_t beat;
 };
 
@@ -2537,6 +2539,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup {
   struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *__pyx_vtab;
   struct __pyx_obj_7ivshmem_7channel_10membership_Membership *membership;
   struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *epoll;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *kick;
   int64_t pause;
 };
 
@@ -2561,6 +2564,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd {
   struct __pyx_obj_7ivshmem_6native_4spin_Spinner *spinner;
   int watched;
   int open;
+  int copying;
   PyObject *__weakref__;
 };
 
@@ -2579,10 +2583,11 @@ struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd {
   int times;
   int claims;
   uint64_t missed;
+  int exports;
 };
 
 
-/* "roles.pxd":42
+/* "roles.pxd":43
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2595,6 +2600,7 @@ struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd {
   PyObject *type;
   struct __pyx_t_7ivshmem_7channel_5roles_Held *held;
   uint32_t holding;
+  uint32_t holds;
   uint32_t views;
 };
 
@@ -2614,7 +2620,7 @@ struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd {
 };
 
 
-/* "queues.pxd":16
+/* "queues.pxd":20
  * 
  * 
  * cdef class QueueReader(ClaimingEnd):             # <<<<<<<<<<<<<<
@@ -2626,7 +2632,7 @@ struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader {
 };
 
 
-/* "queues.pxd":20
+/* "queues.pxd":24
  * 
  * 
  * cdef class Taken:             # <<<<<<<<<<<<<<
@@ -2646,9 +2652,9 @@ struct __pyx_obj_7ivshmem_7channel_6queues_Taken {
 /* "ivshmem/channel/calls.pyx":44
  * 
  * 
- * @cython.final             # <<<<<<<<<<<<<<
+ * @cython.no_gc_clear             # <<<<<<<<<<<<<<
+ * @cython.final
  * cdef class PendingCall(ChannelEnd):
- *     """A call under way; made by `Caller.submit`.
 */
 struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall {
   struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
@@ -2661,12 +2667,12 @@ struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall {
 };
 
 
-/* "ivshmem/channel/calls.pyx":159
+/* "ivshmem/channel/calls.pyx":165
  * 
  * 
- * cdef class Caller(WriterEnd):             # <<<<<<<<<<<<<<
+ * @cython.no_gc_clear             # <<<<<<<<<<<<<<
+ * cdef class Caller(WriterEnd):
  *     """One caller; made by `caller()` of a channel of calls. Its `call` waits for the reply."""
- * 
 */
 struct __pyx_obj_7ivshmem_7channel_5calls_Caller {
   struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd __pyx_base;
@@ -2674,31 +2680,31 @@ struct __pyx_obj_7ivshmem_7channel_5calls_Caller {
 };
 
 
-/* "ivshmem/channel/calls.pyx":270
+/* "ivshmem/channel/calls.pyx":283
  * 
  * 
- * cdef class CallServer(ClaimingEnd):             # <<<<<<<<<<<<<<
+ * @cython.no_gc_clear             # <<<<<<<<<<<<<<
+ * cdef class CallServer(ClaimingEnd):
  *     """One server of a channel of calls; made by its `server()`. It iterates over calls."""
- * 
 */
 struct __pyx_obj_7ivshmem_7channel_5calls_CallServer {
   struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd __pyx_base;
 };
 
 
-/* "ivshmem/channel/calls.pyx":349
+/* "ivshmem/channel/calls.pyx":364
  * 
  * 
- * cdef class Call(Taken):             # <<<<<<<<<<<<<<
+ * @cython.no_gc_clear             # <<<<<<<<<<<<<<
+ * cdef class Call(Taken):
  *     """A call that this server has; made by `CallServer.take`. Its buffer is the request.
- * 
 */
 struct __pyx_obj_7ivshmem_7channel_5calls_Call {
   struct __pyx_obj_7ivshmem_7channel_6queues_Taken __pyx_base;
 };
 
 
-/* "ivshmem/channel/calls.pyx":252
+/* "ivshmem/channel/calls.pyx":265
  *         return asynchronous.until_in_time(self, self.submit, timeout, data)
  * 
  *     async def call_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -2720,7 +2726,7 @@ struct __pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct__call_async {
 };
 
 
-/* "ivshmem/channel/calls.pyx":314
+/* "ivshmem/channel/calls.pyx":329
  *                 call.reply(reply)
  * 
  *     async def serve_async(self, function, timeout=None):             # <<<<<<<<<<<<<<
@@ -2978,6 +2984,10 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *__pyx_vtab
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd {
+  int (*usable)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*begin_copy)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*end_copy)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*enlist)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*enter)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*attempt)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*begin_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
@@ -3009,6 +3019,13 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*release)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*is_silent)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, struct ivshmem_place);
   int (*abandon)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*usable)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  PyObject *(*unusable)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*lose_place)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*use_memory)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*end_use)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  void (*leave)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*hurry)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*check)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*flush)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*kick_all)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
@@ -3040,7 +3057,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
 
 
-/* "roles.pxd":42
+/* "roles.pxd":43
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -3069,13 +3086,15 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *__pyx_vtabptr
 
 struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd {
   struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd __pyx_base;
-  int (*claim)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, enum ivshmem_claim, PyObject *, PyObject *);
+  int (*claim)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, enum ivshmem_claim, PyObject *, PyObject *, struct ivshmem_taken *);
+  int (*claim_as)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, enum ivshmem_claim, struct ivshmem_taken *);
+  int (*undo)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *);
   int (*after_sleep)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd;
 
 
-/* "queues.pxd":16
+/* "queues.pxd":20
  * 
  * 
  * cdef class QueueReader(ClaimingEnd):             # <<<<<<<<<<<<<<
@@ -3090,7 +3109,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader {
 static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *__pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader;
 
 
-/* "queues.pxd":20
+/* "queues.pxd":24
  * 
  * 
  * cdef class Taken:             # <<<<<<<<<<<<<<
@@ -3108,9 +3127,9 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *__pyx_vtabptr_7i
 /* "ivshmem/channel/calls.pyx":44
  * 
  * 
- * @cython.final             # <<<<<<<<<<<<<<
+ * @cython.no_gc_clear             # <<<<<<<<<<<<<<
+ * @cython.final
  * cdef class PendingCall(ChannelEnd):
- *     """A call under way; made by `Caller.submit`.
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_5calls_PendingCall {
@@ -3119,12 +3138,12 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5calls_PendingCall {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5calls_PendingCall *__pyx_vtabptr_7ivshmem_7channel_5calls_PendingCall;
 
 
-/* "ivshmem/channel/calls.pyx":159
+/* "ivshmem/channel/calls.pyx":165
  * 
  * 
- * cdef class Caller(WriterEnd):             # <<<<<<<<<<<<<<
+ * @cython.no_gc_clear             # <<<<<<<<<<<<<<
+ * cdef class Caller(WriterEnd):
  *     """One caller; made by `caller()` of a channel of calls. Its `call` waits for the reply."""
- * 
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller {
@@ -3133,12 +3152,12 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *__pyx_vtabptr_7ivshmem_7channel_5calls_Caller;
 
 
-/* "ivshmem/channel/calls.pyx":270
+/* "ivshmem/channel/calls.pyx":283
  * 
  * 
- * cdef class CallServer(ClaimingEnd):             # <<<<<<<<<<<<<<
+ * @cython.no_gc_clear             # <<<<<<<<<<<<<<
+ * cdef class CallServer(ClaimingEnd):
  *     """One server of a channel of calls; made by its `server()`. It iterates over calls."""
- * 
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_5calls_CallServer {
@@ -3147,12 +3166,12 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5calls_CallServer {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5calls_CallServer *__pyx_vtabptr_7ivshmem_7channel_5calls_CallServer;
 
 
-/* "ivshmem/channel/calls.pyx":349
+/* "ivshmem/channel/calls.pyx":364
  * 
  * 
- * cdef class Call(Taken):             # <<<<<<<<<<<<<<
+ * @cython.no_gc_clear             # <<<<<<<<<<<<<<
+ * cdef class Call(Taken):
  *     """A call that this server has; made by `CallServer.take`. Its buffer is the request.
- * 
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call {
@@ -3382,25 +3401,6 @@ static PyObject *__Pyx__GetModuleGlobalName(PyObject *name, PY_UINT64_T *dict_ve
 static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name);
 #endif
 
-/* PyObjectCall.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
-#else
-#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
-#endif
-
-/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
-#endif
-
-/* PyObjectFastCall.proto */
-#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
-static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
-
-/* RaiseException.export */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
-
 /* CopyObjectArray.proto (used by TupleOrListFromArrayImpl) */
 #if CYTHON_COMPILING_IN_CPYTHON
 static CYTHON_INLINE void __Pyx_copy_object_array(PyObject *const *CYTHON_RESTRICT src, PyObject** CYTHON_RESTRICT dest, Py_ssize_t length);
@@ -3416,6 +3416,22 @@ __Pyx_PyTuple_FromArray(PyObject *const *src, Py_ssize_t n);
 
 /* TupleFromArray.proto */
 
+
+/* PyObjectCall.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw);
+#else
+#define __Pyx_PyObject_Call(func, arg, kw) PyObject_Call(func, arg, kw)
+#endif
+
+/* PyObjectCallMethO.proto (used by PyObjectFastCall) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject *arg);
+#endif
+
+/* PyObjectFastCall.proto (used by PyObjectVectorcallKwds) */
+#define __Pyx_PyObject_FastCall(func, args, nargs)  __Pyx_PyObject_FastCallDict(func, args, (size_t)(nargs), NULL)
+static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObject * const*args, size_t nargsf, PyObject *kwargs);
 
 /* PyObjectVectorcallKwds.proto (used by PyObjectVectorcallMethodKwds) */
 #if CYTHON_VECTORCALL
@@ -3492,6 +3508,12 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObj
 
 /* JoinPyUnicode.export */
 static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count, Py_ssize_t result_ulength, int kind);
+
+/* PyTypeError_Check.proto */
+#define __Pyx_PyExc_TypeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TypeError)
+
+/* RaiseException.export */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
 
 /* PyObjectCompare.proto (used by UnicodeEquals) */
 static CYTHON_INLINE int __Pyx_PyObject_CompareBoolEq_str_str(PyObject *op1, PyObject *op2, int pyop);
@@ -3718,15 +3740,81 @@ static void __Pyx_WriteUnraisable(const char *name, int clineno,
                                   int lineno, const char *filename,
                                   int full_traceback, int nogil);
 
-/* PyTypeError_Check.proto */
-#define __Pyx_PyExc_TypeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TypeError)
-
-/* ListCompAppend.proto */
-#if CYTHON_USE_PYLIST_INTERNALS && CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
-static CYTHON_INLINE int __Pyx_ListComp_Append(PyObject* list, PyObject* x);
+/* PyFrozenDict.proto (used by GetItemInt) */
+#if CYTHON_COMPILING_IN_LIMITED_API
+#define __Pyx_PyFrozenDict_TypePtr  ((PyTypeObject*) __pyx_mstate_global->__Pyx_PyFrozenDictType)
+#define __Pyx_PyFrozenDict_New(it)  __Pyx__PyFrozenDict_New(__pyx_mstate_global->__Pyx_PyFrozenDictType, it)
+static CYTHON_INLINE PyObject* __Pyx__PyFrozenDict_New(PyObject* frozendict_type, PyObject* it);
+#define __Pyx_PyFrozenDict_NewEmpty()  __Pyx_PyFrozenDict_New(NULL)
+#define __Pyx_PyFrozenDict_Check(obj)  PyObject_TypeCheck((obj), __Pyx_PyFrozenDict_TypePtr)
+#define __Pyx_PyFrozenDict_CheckExact(obj)  Py_IS_TYPE((obj), __Pyx_PyFrozenDict_TypePtr)
+#define __Pyx_PyAnyDict_Check(obj)   __Pyx__PyAnyDict_Check(obj, __Pyx_PyFrozenDict_TypePtr)
+static CYTHON_INLINE int __Pyx__PyAnyDict_Check(PyObject *obj, PyTypeObject* frozendict_type) {
+    return PyObject_TypeCheck(obj, &PyDict_Type) || PyObject_TypeCheck(obj, frozendict_type);
+}
+#define __Pyx_PyAnyDict_CheckExact(obj)  __Pyx__PyAnyDict_CheckExact(obj, __Pyx_PyFrozenDict_TypePtr)
+static CYTHON_INLINE int __Pyx__PyAnyDict_CheckExact(PyObject *obj, PyTypeObject* frozendict_type) {
+    return Py_IS_TYPE(obj, &PyDict_Type) || Py_IS_TYPE(obj, frozendict_type);
+}
+#elif PY_VERSION_HEX >= 0x030f00a6 ||\
+    (defined(PyFrozenDict_Check) && defined(PyAnyDict_Check) && defined(PyFrozenDict_New))
+#define __Pyx_PyFrozenDict_TypePtr  (&PyFrozenDict_Type)
+#define __Pyx_PyFrozenDict_New(it)  PyFrozenDict_New(it)
+#define __Pyx_PyFrozenDict_NewEmpty()  PyFrozenDict_New(NULL)
+#define __Pyx_PyFrozenDict_Check(obj)  PyFrozenDict_Check(obj)
+#define __Pyx_PyFrozenDict_CheckExact(obj)  PyFrozenDict_CheckExact(obj)
+#define __Pyx_PyAnyDict_Check(obj)  PyAnyDict_Check(obj)
+#define __Pyx_PyAnyDict_CheckExact(obj)  PyAnyDict_CheckExact(obj)
 #else
-#define __Pyx_ListComp_Append(L,x) PyList_Append(L,x)
+#define __Pyx_PyFrozenDict_TypePtr  (&PyDict_Type)
+static CYTHON_INLINE PyObject* __Pyx_PyFrozenDict_New(PyObject* it) {
+    if (!it) {
+        return PyDict_New();
+    } else if (PyDict_Check(it)) {
+        return PyDict_Copy(it);
+    } else {
+        PyObject *dict = PyDict_New();
+        if (!dict) return NULL;
+        PyObject *result = PyNumber_InPlaceOr(dict, it);
+        Py_DECREF(dict);
+        return result;
+    }
+}
+#define __Pyx_PyFrozenDict_NewEmpty()  PyDict_New()
+#define __Pyx_PyFrozenDict_Check(obj)  PyDict_Check(obj)
+#define __Pyx_PyFrozenDict_CheckExact(obj)  PyDict_CheckExact(obj)
+#define __Pyx_PyAnyDict_Check(obj)  PyDict_Check(obj)
+#define __Pyx_PyAnyDict_CheckExact(obj)  PyDict_CheckExact(obj)
 #endif
+
+/* GetItemInt.proto */
+#define __Pyx_GetItemInt(o, i, type, is_signed, to_py_func, wraparound, boundscheck, has_gil, unsafe_shared)\
+    (__Pyx_fits_Py_ssize_t(i, type, is_signed) ?\
+    __Pyx_GetItemInt_Fast(o, (Py_ssize_t)i, wraparound, boundscheck, unsafe_shared) :\
+    __Pyx_GetItemInt_Generic(o, to_py_func(i)))
+#define __Pyx_GetItemInt_List(o, i, type, is_signed, to_py_func, wraparound, boundscheck, has_gil, unsafe_shared)\
+    (__Pyx_fits_Py_ssize_t(i, type, is_signed) ?\
+    __Pyx_GetItemInt_List_Fast(o, (Py_ssize_t)i, wraparound, boundscheck, unsafe_shared) :\
+    (PyErr_SetString(PyExc_IndexError, "list index out of range"), (PyObject*)NULL))
+static CYTHON_INLINE PyObject *__Pyx_GetItemInt_List_Fast(PyObject *o, Py_ssize_t i,
+                                                              int wraparound, int boundscheck, int unsafe_shared);
+#define __Pyx_GetItemInt_Tuple(o, i, type, is_signed, to_py_func, wraparound, boundscheck, has_gil, unsafe_shared)\
+    (__Pyx_fits_Py_ssize_t(i, type, is_signed) ?\
+    __Pyx_GetItemInt_Tuple_Fast(o, (Py_ssize_t)i, wraparound, boundscheck, unsafe_shared) :\
+    (PyErr_SetString(PyExc_IndexError, "tuple index out of range"), (PyObject*)NULL))
+static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Tuple_Fast(PyObject *o, Py_ssize_t i,
+                                                              int wraparound, int boundscheck, int unsafe_shared);
+static PyObject *__Pyx_GetItemInt_Generic(PyObject *o, PyObject* j);
+static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast(PyObject *o, Py_ssize_t i,
+                                                     int wraparound, int boundscheck, int unsafe_shared);
+
+/* DelItemInt.proto */
+#define __Pyx_DelItemInt(o, i, type, is_signed, to_py_func, wraparound, boundscheck, has_gil, unsafe_shared)\
+    (__Pyx_fits_Py_ssize_t(i, type, is_signed) ?\
+    __Pyx_DelItemInt_Fast(o, (Py_ssize_t)i, wraparound) :\
+    __Pyx_DelItem_Generic(o, to_py_func(i)))
+static int __Pyx_DelItem_Generic(PyObject *o, PyObject *j);
+static CYTHON_INLINE int __Pyx_DelItemInt_Fast(PyObject *o, Py_ssize_t i, int wraparound);
 
 /* GetException.proto */
 #if CYTHON_FAST_THREAD_STATE
@@ -4012,82 +4100,11 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_Py_ssize_t(Py_ssize_t
 static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_uint64_t(uint64_t value, Py_ssize_t width, char padding_char);
 static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_uint64_t(uint64_t value, Py_ssize_t width, char padding_char, char format_char);
 
-/* PyFrozenDict.proto (used by GetItemInt) */
-#if CYTHON_COMPILING_IN_LIMITED_API
-#define __Pyx_PyFrozenDict_TypePtr  ((PyTypeObject*) __pyx_mstate_global->__Pyx_PyFrozenDictType)
-#define __Pyx_PyFrozenDict_New(it)  __Pyx__PyFrozenDict_New(__pyx_mstate_global->__Pyx_PyFrozenDictType, it)
-static CYTHON_INLINE PyObject* __Pyx__PyFrozenDict_New(PyObject* frozendict_type, PyObject* it);
-#define __Pyx_PyFrozenDict_NewEmpty()  __Pyx_PyFrozenDict_New(NULL)
-#define __Pyx_PyFrozenDict_Check(obj)  PyObject_TypeCheck((obj), __Pyx_PyFrozenDict_TypePtr)
-#define __Pyx_PyFrozenDict_CheckExact(obj)  Py_IS_TYPE((obj), __Pyx_PyFrozenDict_TypePtr)
-#define __Pyx_PyAnyDict_Check(obj)   __Pyx__PyAnyDict_Check(obj, __Pyx_PyFrozenDict_TypePtr)
-static CYTHON_INLINE int __Pyx__PyAnyDict_Check(PyObject *obj, PyTypeObject* frozendict_type) {
-    return PyObject_TypeCheck(obj, &PyDict_Type) || PyObject_TypeCheck(obj, frozendict_type);
-}
-#define __Pyx_PyAnyDict_CheckExact(obj)  __Pyx__PyAnyDict_CheckExact(obj, __Pyx_PyFrozenDict_TypePtr)
-static CYTHON_INLINE int __Pyx__PyAnyDict_CheckExact(PyObject *obj, PyTypeObject* frozendict_type) {
-    return Py_IS_TYPE(obj, &PyDict_Type) || Py_IS_TYPE(obj, frozendict_type);
-}
-#elif PY_VERSION_HEX >= 0x030f00a6 ||\
-    (defined(PyFrozenDict_Check) && defined(PyAnyDict_Check) && defined(PyFrozenDict_New))
-#define __Pyx_PyFrozenDict_TypePtr  (&PyFrozenDict_Type)
-#define __Pyx_PyFrozenDict_New(it)  PyFrozenDict_New(it)
-#define __Pyx_PyFrozenDict_NewEmpty()  PyFrozenDict_New(NULL)
-#define __Pyx_PyFrozenDict_Check(obj)  PyFrozenDict_Check(obj)
-#define __Pyx_PyFrozenDict_CheckExact(obj)  PyFrozenDict_CheckExact(obj)
-#define __Pyx_PyAnyDict_Check(obj)  PyAnyDict_Check(obj)
-#define __Pyx_PyAnyDict_CheckExact(obj)  PyAnyDict_CheckExact(obj)
-#else
-#define __Pyx_PyFrozenDict_TypePtr  (&PyDict_Type)
-static CYTHON_INLINE PyObject* __Pyx_PyFrozenDict_New(PyObject* it) {
-    if (!it) {
-        return PyDict_New();
-    } else if (PyDict_Check(it)) {
-        return PyDict_Copy(it);
-    } else {
-        PyObject *dict = PyDict_New();
-        if (!dict) return NULL;
-        PyObject *result = PyNumber_InPlaceOr(dict, it);
-        Py_DECREF(dict);
-        return result;
-    }
-}
-#define __Pyx_PyFrozenDict_NewEmpty()  PyDict_New()
-#define __Pyx_PyFrozenDict_Check(obj)  PyDict_Check(obj)
-#define __Pyx_PyFrozenDict_CheckExact(obj)  PyDict_CheckExact(obj)
-#define __Pyx_PyAnyDict_Check(obj)  PyDict_Check(obj)
-#define __Pyx_PyAnyDict_CheckExact(obj)  PyDict_CheckExact(obj)
-#endif
-
-/* GetItemInt.proto */
-#define __Pyx_GetItemInt(o, i, type, is_signed, to_py_func, wraparound, boundscheck, has_gil, unsafe_shared)\
-    (__Pyx_fits_Py_ssize_t(i, type, is_signed) ?\
-    __Pyx_GetItemInt_Fast(o, (Py_ssize_t)i, wraparound, boundscheck, unsafe_shared) :\
-    __Pyx_GetItemInt_Generic(o, to_py_func(i)))
-#define __Pyx_GetItemInt_List(o, i, type, is_signed, to_py_func, wraparound, boundscheck, has_gil, unsafe_shared)\
-    (__Pyx_fits_Py_ssize_t(i, type, is_signed) ?\
-    __Pyx_GetItemInt_List_Fast(o, (Py_ssize_t)i, wraparound, boundscheck, unsafe_shared) :\
-    (PyErr_SetString(PyExc_IndexError, "list index out of range"), (PyObject*)NULL))
-static CYTHON_INLINE PyObject *__Pyx_GetItemInt_List_Fast(PyObject *o, Py_ssize_t i,
-                                                              int wraparound, int boundscheck, int unsafe_shared);
-#define __Pyx_GetItemInt_Tuple(o, i, type, is_signed, to_py_func, wraparound, boundscheck, has_gil, unsafe_shared)\
-    (__Pyx_fits_Py_ssize_t(i, type, is_signed) ?\
-    __Pyx_GetItemInt_Tuple_Fast(o, (Py_ssize_t)i, wraparound, boundscheck, unsafe_shared) :\
-    (PyErr_SetString(PyExc_IndexError, "tuple index out of range"), (PyObject*)NULL))
-static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Tuple_Fast(PyObject *o, Py_ssize_t i,
-                                                              int wraparound, int boundscheck, int unsafe_shared);
-static PyObject *__Pyx_GetItemInt_Generic(PyObject *o, PyObject* j);
-static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast(PyObject *o, Py_ssize_t i,
-                                                     int wraparound, int boundscheck, int unsafe_shared);
-
 /* CallNextTpDealloc.proto */
 static void __Pyx_call_next_tp_dealloc(PyObject* obj, destructor current_tp_dealloc);
 
 /* CallNextTpTraverse.proto */
 static int __Pyx_call_next_tp_traverse(PyObject* obj, visitproc v, void *a, traverseproc current_tp_traverse);
-
-/* CallNextTpClear.proto */
-static void __Pyx_call_next_tp_clear(PyObject* obj, inquiry current_tp_clear);
 
 /* CheckTypeForFreelists.proto */
 #if CYTHON_USE_FREELISTS
@@ -4180,6 +4197,9 @@ static int __Pyx__SetItemOnTypeDict(PyTypeObject *tp, PyObject *k, PyObject *v);
 
 /* SetupReduce.export */
 static int __Pyx_setup_reduce(PyObject* type_obj);
+
+/* FunctionImport.proto */
+static int __Pyx_ImportFunction_3_3_1(PyObject *module, const char *funcname, void (**f)(void), const char *sig);
 
 /* TupleOrListFromArrayImpl.proto (used by ListFromArray) */
 CYTHON_UNUSED static PyObject *
@@ -4460,10 +4480,12 @@ static int __Pyx_State_RemoveModule(void*);
 #define __PYX_TYPE_MODULE_PREFIX __PYX_ABI_MODULE_NAME "."
 
 static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto*/
 static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivshmem_7channel_5calls_11PendingCall_sleeper(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_sleep(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto*/
 static void __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_sleep(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto*/
 static int64_t __pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe); /* proto*/
+static int __pyx_f_7ivshmem_7channel_5calls_6Caller_mend(struct __pyx_obj_7ivshmem_7channel_5calls_Caller *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5calls_6Caller_ready(struct __pyx_obj_7ivshmem_7channel_5calls_Caller *__pyx_v_self); /* proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7ivshmem_7channel_5calls_Call *__pyx_v_self, PyObject *__pyx_v_data, unsigned int __pyx_v_status); /* proto*/
 
@@ -4511,6 +4533,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 /* Module declarations from "ivshmem.channel.roles" */
 
 /* Module declarations from "ivshmem.channel.queues" */
+static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *(*__pyx_f_7ivshmem_7channel_6queues_taken_of)(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *); /*proto*/
 
 /* Module declarations from "ivshmem.channel.calls" */
 static int64_t __pyx_f_7ivshmem_7channel_5calls_probe_call(void *); /*proto*/
@@ -4530,9 +4553,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct 
 static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_4result_async(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_6__await__(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto */
-static void __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10__del__(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_12__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_14__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10close(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto */
+static void __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_12__del__(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_14__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_16__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static int __pyx_pf_7ivshmem_7channel_5calls_6Caller___init__(struct __pyx_obj_7ivshmem_7channel_5calls_Caller *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_args); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_obj_7ivshmem_7channel_5calls_Caller *__pyx_v_self, PyObject *__pyx_v_data, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_obj_7ivshmem_7channel_5calls_Caller *__pyx_v_self, PyObject *__pyx_v_data, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto */
@@ -4673,10 +4697,15 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[4];
-    PyObject *__pyx_codeobj_tab[25];
-    PyObject *__pyx_string_tab[162];
+    PyObject *__pyx_codeobj_tab[26];
+    PyObject *__pyx_string_tab[164];
     PyObject *__pyx_number_tab[1];
 /* #### Code section: module_state_contents ### */
+/* PyFrozenDict.module_state_decls */
+#if CYTHON_COMPILING_IN_LIMITED_API
+PyObject *__Pyx_PyFrozenDictType;
+#endif
+
 /* CommonTypesMetaclass.module_state_decls */
 PyTypeObject *__pyx_CommonTypesMetaclassType;
 
@@ -4692,11 +4721,6 @@ PyTypeObject *__pyx_CoroutineAwaitType;
 /* Coro_CheckExact.module_state_decls */
 #if CYTHON_COMPILING_IN_LIMITED_API
 PyObject *__Pyx_CachedCoroType;
-#endif
-
-/* PyFrozenDict.module_state_decls */
-#if CYTHON_COMPILING_IN_LIMITED_API
-PyObject *__Pyx_PyFrozenDictType;
 #endif
 
 
@@ -4761,23 +4785,23 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_ __pyx_string_tab[10]
 #define __pyx_kp_u_None __pyx_string_tab[11]
 #define __pyx_kp_u_Pickling_of_struct_members_such __pyx_string_tab[12]
-#define __pyx_kp_u_a_call_ends_with_reply_or_fail __pyx_string_tab[13]
-#define __pyx_kp_u_a_reply_of __pyx_string_tab[14]
-#define __pyx_kp_u_a_server_has_begun_with_it __pyx_string_tab[15]
-#define __pyx_kp_u_call_of __pyx_string_tab[16]
-#define __pyx_kp_u_disable __pyx_string_tab[17]
-#define __pyx_kp_u_enable __pyx_string_tab[18]
-#define __pyx_kp_u_gc __pyx_string_tab[19]
-#define __pyx_kp_u_isenabled __pyx_string_tab[20]
-#define __pyx_kp_u_ivshmem_channel __pyx_string_tab[21]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[22]
-#define __pyx_kp_u_ivshmem_text __pyx_string_tab[23]
-#define __pyx_kp_u_ivshmem_channel_calls_pyx __pyx_string_tab[24]
-#define __pyx_kp_u_no_server_has_begun_with_it __pyx_string_tab[25]
-#define __pyx_kp_u_self_held_self_reader_cannot_be __pyx_string_tab[26]
-#define __pyx_kp_u_self_probed_cannot_be_converted __pyx_string_tab[27]
-#define __pyx_kp_u_self_writer_cannot_be_converted __pyx_string_tab[28]
-#define __pyx_kp_u_the_caller_is_closed __pyx_string_tab[29]
+#define __pyx_kp_u_a_PendingCall_is_made_by_Caller __pyx_string_tab[13]
+#define __pyx_kp_u_a_call_ends_with_reply_or_fail __pyx_string_tab[14]
+#define __pyx_kp_u_a_reply_of __pyx_string_tab[15]
+#define __pyx_kp_u_a_server_has_begun_with_it __pyx_string_tab[16]
+#define __pyx_kp_u_call_of __pyx_string_tab[17]
+#define __pyx_kp_u_disable __pyx_string_tab[18]
+#define __pyx_kp_u_enable __pyx_string_tab[19]
+#define __pyx_kp_u_gc __pyx_string_tab[20]
+#define __pyx_kp_u_isenabled __pyx_string_tab[21]
+#define __pyx_kp_u_ivshmem_channel __pyx_string_tab[22]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[23]
+#define __pyx_kp_u_ivshmem_text __pyx_string_tab[24]
+#define __pyx_kp_u_ivshmem_channel_calls_pyx __pyx_string_tab[25]
+#define __pyx_kp_u_no_server_has_begun_with_it __pyx_string_tab[26]
+#define __pyx_kp_u_self_held_self_reader_cannot_be __pyx_string_tab[27]
+#define __pyx_kp_u_self_probed_cannot_be_converted __pyx_string_tab[28]
+#define __pyx_kp_u_self_writer_cannot_be_converted __pyx_string_tab[29]
 #define __pyx_kp_u_the_server_ends __pyx_string_tab[30]
 #define __pyx_kp_u_the_server_gave_no_reply __pyx_string_tab[31]
 #define __pyx_n_u__3 __pyx_string_tab[32]
@@ -4804,12 +4828,12 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_Caller_call_async __pyx_string_tab[53]
 #define __pyx_n_u_Caller_submit __pyx_string_tab[54]
 #define __pyx_n_u_Caller_submit_async __pyx_string_tab[55]
-#define __pyx_n_u_ClosedError __pyx_string_tab[56]
-#define __pyx_n_u_MessageTooLong __pyx_string_tab[57]
-#define __pyx_n_u_PendingCall __pyx_string_tab[58]
-#define __pyx_n_u_PendingCall___reduce_cython __pyx_string_tab[59]
-#define __pyx_n_u_PendingCall___setstate_cython __pyx_string_tab[60]
-#define __pyx_n_u_PendingCall_cancel __pyx_string_tab[61]
+#define __pyx_n_u_MessageTooLong __pyx_string_tab[56]
+#define __pyx_n_u_PendingCall __pyx_string_tab[57]
+#define __pyx_n_u_PendingCall___reduce_cython __pyx_string_tab[58]
+#define __pyx_n_u_PendingCall___setstate_cython __pyx_string_tab[59]
+#define __pyx_n_u_PendingCall_cancel __pyx_string_tab[60]
+#define __pyx_n_u_PendingCall_close __pyx_string_tab[61]
 #define __pyx_n_u_PendingCall_done __pyx_string_tab[62]
 #define __pyx_n_u_PendingCall_result __pyx_string_tab[63]
 #define __pyx_n_u_PendingCall_result_async __pyx_string_tab[64]
@@ -4843,45 +4867,45 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_cell __pyx_string_tab[92]
 #define __pyx_n_u_cline_in_traceback __pyx_string_tab[93]
 #define __pyx_n_u_close __pyx_string_tab[94]
-#define __pyx_n_u_closed __pyx_string_tab[95]
-#define __pyx_n_u_code __pyx_string_tab[96]
-#define __pyx_n_u_data __pyx_string_tab[97]
-#define __pyx_n_u_decode __pyx_string_tab[98]
-#define __pyx_n_u_done __pyx_string_tab[99]
-#define __pyx_n_u_encode __pyx_string_tab[100]
-#define __pyx_n_u_error __pyx_string_tab[101]
-#define __pyx_n_u_errors __pyx_string_tab[102]
-#define __pyx_n_u_fail __pyx_string_tab[103]
-#define __pyx_n_u_function __pyx_string_tab[104]
-#define __pyx_n_u_g __pyx_string_tab[105]
-#define __pyx_n_u_get __pyx_string_tab[106]
-#define __pyx_n_u_give_back __pyx_string_tab[107]
-#define __pyx_n_u_how __pyx_string_tab[108]
-#define __pyx_n_u_items __pyx_string_tab[109]
-#define __pyx_n_u_ivshmem_channel_calls __pyx_string_tab[110]
-#define __pyx_n_u_kind __pyx_string_tab[111]
-#define __pyx_n_u_left __pyx_string_tab[112]
-#define __pyx_n_u_limit __pyx_string_tab[113]
-#define __pyx_n_u_monotonic __pyx_string_tab[114]
-#define __pyx_n_u_never __pyx_string_tab[115]
-#define __pyx_n_u_next __pyx_string_tab[116]
-#define __pyx_n_u_plain __pyx_string_tab[117]
-#define __pyx_n_u_pop __pyx_string_tab[118]
-#define __pyx_n_u_replace __pyx_string_tab[119]
-#define __pyx_n_u_reply __pyx_string_tab[120]
-#define __pyx_n_u_result __pyx_string_tab[121]
-#define __pyx_n_u_result_async __pyx_string_tab[122]
-#define __pyx_n_u_self __pyx_string_tab[123]
-#define __pyx_n_u_send __pyx_string_tab[124]
-#define __pyx_n_u_serve __pyx_string_tab[125]
-#define __pyx_n_u_serve_async __pyx_string_tab[126]
-#define __pyx_n_u_server __pyx_string_tab[127]
-#define __pyx_n_u_setdefault __pyx_string_tab[128]
-#define __pyx_n_u_spin __pyx_string_tab[129]
-#define __pyx_n_u_submit __pyx_string_tab[130]
-#define __pyx_n_u_submit_async __pyx_string_tab[131]
-#define __pyx_n_u_take __pyx_string_tab[132]
-#define __pyx_n_u_take_async __pyx_string_tab[133]
+#define __pyx_n_u_code __pyx_string_tab[95]
+#define __pyx_n_u_data __pyx_string_tab[96]
+#define __pyx_n_u_decode __pyx_string_tab[97]
+#define __pyx_n_u_done __pyx_string_tab[98]
+#define __pyx_n_u_encode __pyx_string_tab[99]
+#define __pyx_n_u_error __pyx_string_tab[100]
+#define __pyx_n_u_errors __pyx_string_tab[101]
+#define __pyx_n_u_fail __pyx_string_tab[102]
+#define __pyx_n_u_function __pyx_string_tab[103]
+#define __pyx_n_u_g __pyx_string_tab[104]
+#define __pyx_n_u_get __pyx_string_tab[105]
+#define __pyx_n_u_give_back __pyx_string_tab[106]
+#define __pyx_n_u_how __pyx_string_tab[107]
+#define __pyx_n_u_items __pyx_string_tab[108]
+#define __pyx_n_u_ivshmem_channel_calls __pyx_string_tab[109]
+#define __pyx_n_u_kind __pyx_string_tab[110]
+#define __pyx_n_u_left __pyx_string_tab[111]
+#define __pyx_n_u_limit __pyx_string_tab[112]
+#define __pyx_n_u_monotonic __pyx_string_tab[113]
+#define __pyx_n_u_never __pyx_string_tab[114]
+#define __pyx_n_u_next __pyx_string_tab[115]
+#define __pyx_n_u_plain __pyx_string_tab[116]
+#define __pyx_n_u_pop __pyx_string_tab[117]
+#define __pyx_n_u_replace __pyx_string_tab[118]
+#define __pyx_n_u_reply __pyx_string_tab[119]
+#define __pyx_n_u_result __pyx_string_tab[120]
+#define __pyx_n_u_result_async __pyx_string_tab[121]
+#define __pyx_n_u_self __pyx_string_tab[122]
+#define __pyx_n_u_send __pyx_string_tab[123]
+#define __pyx_n_u_serve __pyx_string_tab[124]
+#define __pyx_n_u_serve_async __pyx_string_tab[125]
+#define __pyx_n_u_server __pyx_string_tab[126]
+#define __pyx_n_u_setdefault __pyx_string_tab[127]
+#define __pyx_n_u_spin __pyx_string_tab[128]
+#define __pyx_n_u_submit __pyx_string_tab[129]
+#define __pyx_n_u_submit_async __pyx_string_tab[130]
+#define __pyx_n_u_take __pyx_string_tab[131]
+#define __pyx_n_u_take_async __pyx_string_tab[132]
+#define __pyx_n_u_taken __pyx_string_tab[133]
 #define __pyx_n_u_text __pyx_string_tab[134]
 #define __pyx_n_u_throw __pyx_string_tab[135]
 #define __pyx_n_u_time __pyx_string_tab[136]
@@ -4893,23 +4917,25 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_view __pyx_string_tab[142]
 #define __pyx_n_u_why __pyx_string_tab[143]
 #define __pyx_kp_b__3 __pyx_string_tab[144]
-#define __pyx_kp_b_iso88591_Q_2 __pyx_string_tab[145]
-#define __pyx_kp_b_iso88591_A_4vT_Yc_Q_e3j_4_STTYYZZ __pyx_string_tab[146]
-#define __pyx_kp_b_iso88591_A_1_Q_F_4vWA_4uG1A_6_z_U_D_y_d_1 __pyx_string_tab[147]
-#define __pyx_kp_b_iso88591_A_G6_t83c __pyx_string_tab[148]
-#define __pyx_kp_b_iso88591_A_iq __pyx_string_tab[149]
-#define __pyx_kp_b_iso88591_A_1D_xwixq_t5_AT_HA __pyx_string_tab[150]
-#define __pyx_kp_b_iso88591_A_4vS_D_vS_G1_1_HA_IZq_4q_4_q_WI __pyx_string_tab[151]
-#define __pyx_kp_b_iso88591_Q_6_wa_6_gQa_t5_q __pyx_string_tab[152]
-#define __pyx_kp_b_iso88591_4vQ_9A_1_t1A __pyx_string_tab[153]
-#define __pyx_kp_b_iso88591_1_G6_4uAYfCq_az_DAWA_4wgQ_a_t_T __pyx_string_tab[154]
-#define __pyx_kp_b_iso88591_1F_gQ __pyx_string_tab[155]
-#define __pyx_kp_b_iso88591_q_A_t7_6_q_4xs_3b_m1_4wavU_34wh __pyx_string_tab[156]
-#define __pyx_kp_b_iso88591_1_IQ __pyx_string_tab[157]
-#define __pyx_kp_b_iso88591_nA_4uAYe1_uCq_T_E_AT_AQ_E_F_1 __pyx_string_tab[158]
-#define __pyx_kp_b_iso88591_IYa __pyx_string_tab[159]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[160]
-#define __pyx_kp_b_iso88591_2 __pyx_string_tab[161]
+#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[145]
+#define __pyx_kp_b_iso88591_Q_2 __pyx_string_tab[146]
+#define __pyx_kp_b_iso88591_A_4vT_Yc_Q_e3j_4_STTYYZZ __pyx_string_tab[147]
+#define __pyx_kp_b_iso88591_A_1_Q_4vWA_4uG1A_1_HA_6_a_z_U_D __pyx_string_tab[148]
+#define __pyx_kp_b_iso88591_A_F_t83c __pyx_string_tab[149]
+#define __pyx_kp_b_iso88591_A_G1 __pyx_string_tab[150]
+#define __pyx_kp_b_iso88591_A_iq __pyx_string_tab[151]
+#define __pyx_kp_b_iso88591_A_1D_xwixq_t5_AT_HA __pyx_string_tab[152]
+#define __pyx_kp_b_iso88591_A_4vS_HCuCt4wgQ_1_HA_IZq_4q_4_q __pyx_string_tab[153]
+#define __pyx_kp_b_iso88591_Q_6_wa_6_gQa_t5_q __pyx_string_tab[154]
+#define __pyx_kp_b_iso88591_4vQ_9F_1_1_xq_fAQ __pyx_string_tab[155]
+#define __pyx_kp_b_iso88591_1_4uAYfCq_az_DAWA_4wgQ_a_t_T_c __pyx_string_tab[156]
+#define __pyx_kp_b_iso88591_1F_gQ __pyx_string_tab[157]
+#define __pyx_kp_b_iso88591_q_A_t7_6_q_4xs_3b_m1_4wavU_34wh __pyx_string_tab[158]
+#define __pyx_kp_b_iso88591_1_IQ __pyx_string_tab[159]
+#define __pyx_kp_b_iso88591_nA_4uAYe1_uCq_T_E_AT_AQ_E_F_1 __pyx_string_tab[160]
+#define __pyx_kp_b_iso88591_IYa __pyx_string_tab[161]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[162]
+#define __pyx_kp_b_iso88591_2 __pyx_string_tab[163]
 #define __pyx_float_0_0 __pyx_number_tab[0]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
@@ -4963,8 +4989,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<25; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<162; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<26; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<164; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -5030,8 +5056,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<25; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<162; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<26; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<164; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -5831,7 +5857,7 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_probe_call(void *__pyx_v_what) {
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":58
+/* "ivshmem/channel/calls.pyx":59
  *     cdef Probed probed
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -5852,10 +5878,10 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
   PyObject *__pyx_t_2 = NULL;
   PyObject *__pyx_t_3 = NULL;
   PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
+  PyObject *__pyx_t_5 = NULL;
   PyObject *__pyx_t_6 = NULL;
   PyObject *__pyx_t_7 = NULL;
-  PyObject *__pyx_t_8 = NULL;
+  size_t __pyx_t_8;
   PyObject *__pyx_t_9 = NULL;
   PyObject *__pyx_t_10[4];
   Py_ssize_t __pyx_t_11;
@@ -5866,7 +5892,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("attempt", 0);
 
-  /* "ivshmem/channel/calls.pyx":59
+  /* "ivshmem/channel/calls.pyx":60
  * 
  *     cdef int attempt(self) except -2:
  *         cdef uint32_t length = 0             # <<<<<<<<<<<<<<
@@ -5875,7 +5901,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
 */
   __pyx_v_length = 0;
 
-  /* "ivshmem/channel/calls.pyx":60
+  /* "ivshmem/channel/calls.pyx":61
  *     cdef int attempt(self) except -2:
  *         cdef uint32_t length = 0
  *         cdef unsigned status = 0             # <<<<<<<<<<<<<<
@@ -5884,7 +5910,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
 */
   __pyx_v_status = 0;
 
-  /* "ivshmem/channel/calls.pyx":61
+  /* "ivshmem/channel/calls.pyx":62
  *         cdef uint32_t length = 0
  *         cdef unsigned status = 0
  *         cdef int code, never = 0             # <<<<<<<<<<<<<<
@@ -5893,21 +5919,21 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
 */
   __pyx_v_never = 0;
 
-  /* "ivshmem/channel/calls.pyx":63
+  /* "ivshmem/channel/calls.pyx":64
  *         cdef int code, never = 0
  *         cdef bytes data
  *         if self.over:             # <<<<<<<<<<<<<<
  *             return 0
- *         if not self.caller.open:
+ *         code = ivshmem_call_look(&self.caller.writer, self.position, &length, &status)
 */
   if (__pyx_v_self->over) {
 
-    /* "ivshmem/channel/calls.pyx":64
+    /* "ivshmem/channel/calls.pyx":65
  *         cdef bytes data
  *         if self.over:
  *             return 0             # <<<<<<<<<<<<<<
- *         if not self.caller.open:
- *             raise ClosedError("the caller is closed")
+ *         code = ivshmem_call_look(&self.caller.writer, self.position, &length, &status)
+ *         if code == IVSHMEM_AGAIN:
 */
     {
 
@@ -5915,81 +5941,26 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/calls.pyx":63
+    /* "ivshmem/channel/calls.pyx":64
  *         cdef int code, never = 0
  *         cdef bytes data
  *         if self.over:             # <<<<<<<<<<<<<<
  *             return 0
- *         if not self.caller.open:
-*/
-  }
-
-  /* "ivshmem/channel/calls.pyx":65
- *         if self.over:
- *             return 0
- *         if not self.caller.open:             # <<<<<<<<<<<<<<
- *             raise ClosedError("the caller is closed")
- *         code = ivshmem_call_look(&self.caller.writer, self.position, &length, &status)
-*/
-  __pyx_t_1 = (!__pyx_v_self->caller->__pyx_base.__pyx_base.open);
-
-  if (unlikely(__pyx_t_1)) {
-
-
-    /* "ivshmem/channel/calls.pyx":66
- *             return 0
- *         if not self.caller.open:
- *             raise ClosedError("the caller is closed")             # <<<<<<<<<<<<<<
- *         code = ivshmem_call_look(&self.caller.writer, self.position, &length, &status)
- *         if code == IVSHMEM_AGAIN:
-*/
-    __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 66, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_4))) {
-      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
-      assert(__pyx_t_3);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-      __Pyx_INCREF(__pyx_t_3);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-      __pyx_t_5 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_caller_is_closed};
-      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 66, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
-    }
-    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 66, __pyx_L1_error)
-
-    /* "ivshmem/channel/calls.pyx":65
- *         if self.over:
- *             return 0
- *         if not self.caller.open:             # <<<<<<<<<<<<<<
- *             raise ClosedError("the caller is closed")
  *         code = ivshmem_call_look(&self.caller.writer, self.position, &length, &status)
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":67
- *         if not self.caller.open:
- *             raise ClosedError("the caller is closed")
+  /* "ivshmem/channel/calls.pyx":66
+ *         if self.over:
+ *             return 0
  *         code = ivshmem_call_look(&self.caller.writer, self.position, &length, &status)             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_AGAIN:
  *             return code
 */
   __pyx_v_code = ivshmem_call_look((&__pyx_v_self->caller->__pyx_base.writer), __pyx_v_self->position, (&__pyx_v_length), (&__pyx_v_status));
 
-  /* "ivshmem/channel/calls.pyx":68
- *             raise ClosedError("the caller is closed")
+  /* "ivshmem/channel/calls.pyx":67
+ *             return 0
  *         code = ivshmem_call_look(&self.caller.writer, self.position, &length, &status)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             return code
@@ -6000,7 +5971,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/calls.pyx":69
+    /* "ivshmem/channel/calls.pyx":68
  *         code = ivshmem_call_look(&self.caller.writer, self.position, &length, &status)
  *         if code == IVSHMEM_AGAIN:
  *             return code             # <<<<<<<<<<<<<<
@@ -6013,8 +5984,8 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/calls.pyx":68
- *             raise ClosedError("the caller is closed")
+    /* "ivshmem/channel/calls.pyx":67
+ *             return 0
  *         code = ivshmem_call_look(&self.caller.writer, self.position, &length, &status)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             return code
@@ -6022,7 +5993,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":70
+  /* "ivshmem/channel/calls.pyx":69
  *         if code == IVSHMEM_AGAIN:
  *             return code
  *         if code == 0:             # <<<<<<<<<<<<<<
@@ -6032,19 +6003,19 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
   switch (__pyx_v_code) {
     case 0:
 
-    /* "ivshmem/channel/calls.pyx":71
+    /* "ivshmem/channel/calls.pyx":70
  *             return code
  *         if code == 0:
  *             data = PyBytes_FromStringAndSize(NULL, length)             # <<<<<<<<<<<<<<
  *             ivshmem_copy_payload(
  *                 PyBytes_AS_STRING(data),
 */
-    __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 71, __pyx_L1_error)
+    __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 70, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __pyx_v_data = ((PyObject*)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/calls.pyx":72
+    /* "ivshmem/channel/calls.pyx":71
  *         if code == 0:
  *             data = PyBytes_FromStringAndSize(NULL, length)
  *             ivshmem_copy_payload(             # <<<<<<<<<<<<<<
@@ -6053,7 +6024,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
 */
     ivshmem_copy_payload(PyBytes_AS_STRING(__pyx_v_data), (__pyx_v_self->__pyx_base.channel.area.memory.start + ivshmem_reply_offset((&__pyx_v_self->__pyx_base.channel), __pyx_v_self->caller->__pyx_base.writer.slot, __pyx_v_self->position)), __pyx_v_length);
 
-    /* "ivshmem/channel/calls.pyx":78
+    /* "ivshmem/channel/calls.pyx":77
  *                 length,
  *             )
  *             if status == REPLY:             # <<<<<<<<<<<<<<
@@ -6065,7 +6036,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/calls.pyx":79
+      /* "ivshmem/channel/calls.pyx":78
  *             )
  *             if status == REPLY:
  *                 self.reply = data             # <<<<<<<<<<<<<<
@@ -6077,17 +6048,17 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
       __Pyx_GOTREF(__pyx_v_self->reply);
       __Pyx_DECREF_SET(__pyx_v_self->reply, __pyx_v_data);
 
-      /* "ivshmem/channel/calls.pyx":78
+      /* "ivshmem/channel/calls.pyx":77
  *                 length,
  *             )
  *             if status == REPLY:             # <<<<<<<<<<<<<<
  *                 self.reply = data
  *             else:
 */
-      goto __pyx_L6;
+      goto __pyx_L5;
     }
 
-    /* "ivshmem/channel/calls.pyx":81
+    /* "ivshmem/channel/calls.pyx":80
  *                 self.reply = data
  *             else:
  *                 why = plain(data[:SHOWN].decode(errors="replace"))             # <<<<<<<<<<<<<<
@@ -6095,86 +6066,86 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
  *         elif code == IVSHMEM_CLOSED:
 */
     /*else*/ {
-      __pyx_t_4 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_plain); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 81, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_3);
+      __pyx_t_3 = NULL;
+      __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_plain); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 80, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
       if (unlikely(__pyx_v_data == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-        __PYX_ERR(0, 81, __pyx_L1_error)
+        __PYX_ERR(0, 80, __pyx_L1_error)
       }
-      __pyx_t_8 = PySequence_GetSlice(__pyx_v_data, 0, __pyx_e_7ivshmem_7channel_5calls_SHOWN); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 81, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_8);
-      __pyx_t_7 = __pyx_t_8;
-      __Pyx_INCREF(__pyx_t_7);
+      __pyx_t_7 = PySequence_GetSlice(__pyx_v_data, 0, __pyx_e_7ivshmem_7channel_5calls_SHOWN); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 80, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_7);
+      __pyx_t_6 = __pyx_t_7;
+      __Pyx_INCREF(__pyx_t_6);
       #if CYTHON_VECTORCALL
       #endif
-      __pyx_t_5 = 0;
+      __pyx_t_8 = 0;
       {
-        PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_mstate_global->__pyx_n_u_replace};
+        PyObject *__pyx_callargs[2] = {__pyx_t_6, __pyx_mstate_global->__pyx_n_u_replace};
         #if CYTHON_VECTORCALL
         __pyx_t_9 = __pyx_mstate_global->__pyx_tuple[0];
-        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 81, __pyx_L1_error)
+        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 80, __pyx_L1_error)
         __Pyx_INCREF(__pyx_t_9);
         #else
         {
           PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
           __pyx_t_9 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 81, __pyx_L1_error)
+          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 80, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_9);
         }
         #endif
-        __pyx_t_6 = __Pyx_Object_VectorcallMethodKwds((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET), __pyx_t_9);
-        __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+        __pyx_t_5 = __Pyx_Object_VectorcallMethodKwds((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET), __pyx_t_9);
+        __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         #if CYTHON_VECTORCALL
         #endif
         __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-        __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 81, __pyx_L1_error)
-        __Pyx_GOTREF(__pyx_t_6);
+        __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 80, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_5);
       }
-      if (!(likely(PyUnicode_CheckExact(__pyx_t_6))||((__pyx_t_6) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_6))) __PYX_ERR(0, 81, __pyx_L1_error)
-      __pyx_t_5 = 1;
+      if (!(likely(PyUnicode_CheckExact(__pyx_t_5))||((__pyx_t_5) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_5))) __PYX_ERR(0, 80, __pyx_L1_error)
+      __pyx_t_8 = 1;
       #if CYTHON_UNPACK_METHODS
-      if (unlikely(PyMethod_Check(__pyx_t_3))) {
-        __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_3);
-        assert(__pyx_t_4);
-        PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
-        __Pyx_INCREF(__pyx_t_4);
+      if (unlikely(PyMethod_Check(__pyx_t_4))) {
+        __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
+        assert(__pyx_t_3);
+        PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
+        __Pyx_INCREF(__pyx_t_3);
         __Pyx_INCREF(__pyx__function);
-        __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
-        __pyx_t_5 = 0;
+        __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
+        __pyx_t_8 = 0;
       }
       #endif
       {
-        PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_6};
-        __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-        __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-        __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 81, __pyx_L1_error)
+        PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_5};
+        __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+        __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+        __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 80, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __pyx_v_why = __pyx_t_2;
       __pyx_t_2 = 0;
 
-      /* "ivshmem/channel/calls.pyx":82
+      /* "ivshmem/channel/calls.pyx":81
  *             else:
  *                 why = plain(data[:SHOWN].decode(errors="replace"))
  *                 self.error = CallFailed(f"call of {self.name!r}: the server failed: {why}")             # <<<<<<<<<<<<<<
  *         elif code == IVSHMEM_CLOSED:
  *             self.error = ServerLost(
 */
-      __pyx_t_3 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_CallFailed); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 82, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 82, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_v_why, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 82, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_8);
+      __pyx_t_4 = NULL;
+      __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_CallFailed); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 81, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_5);
+      __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 81, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_why, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 81, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_call_of;
-      __pyx_t_10[1] = __pyx_t_4;
+      __pyx_t_10[1] = __pyx_t_3;
       __pyx_t_10[2] = __pyx_mstate_global->__pyx_kp_u_the_server_failed;
-      __pyx_t_10[3] = __pyx_t_8;
+      __pyx_t_10[3] = __pyx_t_7;
       __pyx_t_11 = 29;
       #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
       __pyx_t_11 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_10[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_10[3]);
@@ -6184,29 +6155,29 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
       __pyx_t_12 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_10[3]);
       #endif
       __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_10, 4, __pyx_t_11, __pyx_t_12);
-      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 82, __pyx_L1_error)
+      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 81, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_9);
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      __pyx_t_5 = 1;
+      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+      __pyx_t_8 = 1;
       #if CYTHON_UNPACK_METHODS
-      if (unlikely(PyMethod_Check(__pyx_t_6))) {
-        __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_6);
-        assert(__pyx_t_3);
-        PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_6);
-        __Pyx_INCREF(__pyx_t_3);
+      if (unlikely(PyMethod_Check(__pyx_t_5))) {
+        __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_5);
+        assert(__pyx_t_4);
+        PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
+        __Pyx_INCREF(__pyx_t_4);
         __Pyx_INCREF(__pyx__function);
-        __Pyx_DECREF_SET(__pyx_t_6, __pyx__function);
-        __pyx_t_5 = 0;
+        __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
+        __pyx_t_8 = 0;
       }
       #endif
       {
-        PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_9};
-        __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-        __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+        PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_9};
+        __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-        __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 82, __pyx_L1_error)
+        __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 81, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       __Pyx_GIVEREF(__pyx_t_2);
@@ -6214,9 +6185,9 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
       __Pyx_DECREF_SET(__pyx_v_self->error, __pyx_t_2);
       __pyx_t_2 = 0;
     }
-    __pyx_L6:;
+    __pyx_L5:;
 
-    /* "ivshmem/channel/calls.pyx":70
+    /* "ivshmem/channel/calls.pyx":69
  *         if code == IVSHMEM_AGAIN:
  *             return code
  *         if code == 0:             # <<<<<<<<<<<<<<
@@ -6226,28 +6197,28 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
     break;
     case IVSHMEM_CLOSED:
 
-    /* "ivshmem/channel/calls.pyx":84
+    /* "ivshmem/channel/calls.pyx":83
  *                 self.error = CallFailed(f"call of {self.name!r}: the server failed: {why}")
  *         elif code == IVSHMEM_CLOSED:
  *             self.error = ServerLost(             # <<<<<<<<<<<<<<
  *                 f"call of {self.name!r}: the server that had begun with it is gone; whether it did"
  *                 " the work is not known"
 */
-    __pyx_t_6 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_ServerLost); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 84, __pyx_L1_error)
+    __pyx_t_5 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_ServerLost); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 83, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
 
-    /* "ivshmem/channel/calls.pyx":85
+    /* "ivshmem/channel/calls.pyx":84
  *         elif code == IVSHMEM_CLOSED:
  *             self.error = ServerLost(
  *                 f"call of {self.name!r}: the server that had begun with it is gone; whether it did"             # <<<<<<<<<<<<<<
  *                 " the work is not known"
  *             )
 */
-    __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 85, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
+    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 84, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_13[0] = __pyx_mstate_global->__pyx_kp_u_call_of;
-    __pyx_t_13[1] = __pyx_t_3;
+    __pyx_t_13[1] = __pyx_t_4;
     __pyx_t_13[2] = __pyx_mstate_global->__pyx_kp_u_the_server_that_had_begun_with;
     __pyx_t_11 = 89;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
@@ -6257,33 +6228,33 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
     __pyx_t_12 |= __Pyx_PyUnicode_KIND_04(__pyx_t_13[1]);
     #endif
-    __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_13, 3, __pyx_t_11, __pyx_t_12);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 85, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_8);
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __pyx_t_5 = 1;
+    __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_13, 3, __pyx_t_11, __pyx_t_12);
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 84, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __pyx_t_8 = 1;
     #if CYTHON_UNPACK_METHODS
     if (unlikely(PyMethod_Check(__pyx_t_9))) {
-      __pyx_t_6 = PyMethod_GET_SELF(__pyx_t_9);
-      assert(__pyx_t_6);
+      __pyx_t_5 = PyMethod_GET_SELF(__pyx_t_9);
+      assert(__pyx_t_5);
       PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_9);
-      __Pyx_INCREF(__pyx_t_6);
+      __Pyx_INCREF(__pyx_t_5);
       __Pyx_INCREF(__pyx__function);
       __Pyx_DECREF_SET(__pyx_t_9, __pyx__function);
-      __pyx_t_5 = 0;
+      __pyx_t_8 = 0;
     }
     #endif
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_6, __pyx_t_8};
-      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_9, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-      __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+      PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_t_7};
+      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_9, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 84, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 83, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
 
-    /* "ivshmem/channel/calls.pyx":84
+    /* "ivshmem/channel/calls.pyx":83
  *                 self.error = CallFailed(f"call of {self.name!r}: the server failed: {why}")
  *         elif code == IVSHMEM_CLOSED:
  *             self.error = ServerLost(             # <<<<<<<<<<<<<<
@@ -6295,7 +6266,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
     __Pyx_DECREF_SET(__pyx_v_self->error, __pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/calls.pyx":83
+    /* "ivshmem/channel/calls.pyx":82
  *                 why = plain(data[:SHOWN].decode(errors="replace"))
  *                 self.error = CallFailed(f"call of {self.name!r}: the server failed: {why}")
  *         elif code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -6305,14 +6276,14 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
     break;
     default:
 
-    /* "ivshmem/channel/calls.pyx":89
+    /* "ivshmem/channel/calls.pyx":88
  *             )
  *         else:
  *             self.error = self.caller.fail(code)             # <<<<<<<<<<<<<<
  *         self.over = True
  *         ivshmem_call_end(&self.caller.writer, self.position, &never)
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->caller->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->caller), __pyx_v_code); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 89, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->caller->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->caller), __pyx_v_code); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 88, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_GIVEREF(__pyx_t_2);
     __Pyx_GOTREF(__pyx_v_self->error);
@@ -6321,7 +6292,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
     break;
   }
 
-  /* "ivshmem/channel/calls.pyx":90
+  /* "ivshmem/channel/calls.pyx":89
  *         else:
  *             self.error = self.caller.fail(code)
  *         self.over = True             # <<<<<<<<<<<<<<
@@ -6330,7 +6301,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
 */
   __pyx_v_self->over = 1;
 
-  /* "ivshmem/channel/calls.pyx":91
+  /* "ivshmem/channel/calls.pyx":90
  *             self.error = self.caller.fail(code)
  *         self.over = True
  *         ivshmem_call_end(&self.caller.writer, self.position, &never)             # <<<<<<<<<<<<<<
@@ -6339,12 +6310,12 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
 */
   (void)(ivshmem_call_end((&__pyx_v_self->caller->__pyx_base.writer), __pyx_v_self->position, (&__pyx_v_never)));
 
-  /* "ivshmem/channel/calls.pyx":92
+  /* "ivshmem/channel/calls.pyx":91
  *         self.over = True
  *         ivshmem_call_end(&self.caller.writer, self.position, &never)
  *         return 0             # <<<<<<<<<<<<<<
  * 
- *     cdef ChannelEnd sleeper(self):
+ *     cdef int enter(self) except -1:
 */
   {
 
@@ -6352,7 +6323,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":58
+  /* "ivshmem/channel/calls.pyx":59
  *     cdef Probed probed
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -6365,9 +6336,9 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_XDECREF(__pyx_t_8);
   __Pyx_XDECREF(__pyx_t_9);
   __Pyx_AddTraceback("ivshmem.channel.calls.PendingCall.attempt", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -2;
@@ -6383,8 +6354,109 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":94
+/* "ivshmem/channel/calls.pyx":93
  *         return 0
+ * 
+ *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
+ *         if self.caller is None:
+ *             raise TypeError("a PendingCall is made by Caller.submit")
+*/
+
+static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  size_t __pyx_t_4;
+  int __pyx_t_5;
+  int __pyx_t_6;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("enter", 0);
+
+  /* "ivshmem/channel/calls.pyx":94
+ * 
+ *     cdef int enter(self) except -1:
+ *         if self.caller is None:             # <<<<<<<<<<<<<<
+ *             raise TypeError("a PendingCall is made by Caller.submit")
+ *         return 0 if self.over else self.caller.enter()
+*/
+  __pyx_t_1 = (((PyObject *)__pyx_v_self->caller) == Py_None);
+  if (unlikely(__pyx_t_1)) {
+
+
+    /* "ivshmem/channel/calls.pyx":95
+ *     cdef int enter(self) except -1:
+ *         if self.caller is None:
+ *             raise TypeError("a PendingCall is made by Caller.submit")             # <<<<<<<<<<<<<<
+ *         return 0 if self.over else self.caller.enter()
+ * 
+*/
+    __pyx_t_3 = NULL;
+    __pyx_t_4 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_a_PendingCall_is_made_by_Caller};
+      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 95, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+    }
+    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __PYX_ERR(0, 95, __pyx_L1_error)
+
+    /* "ivshmem/channel/calls.pyx":94
+ * 
+ *     cdef int enter(self) except -1:
+ *         if self.caller is None:             # <<<<<<<<<<<<<<
+ *             raise TypeError("a PendingCall is made by Caller.submit")
+ *         return 0 if self.over else self.caller.enter()
+*/
+  }
+
+  /* "ivshmem/channel/calls.pyx":96
+ *         if self.caller is None:
+ *             raise TypeError("a PendingCall is made by Caller.submit")
+ *         return 0 if self.over else self.caller.enter()             # <<<<<<<<<<<<<<
+ * 
+ *     cdef ChannelEnd sleeper(self):
+*/
+  if (__pyx_v_self->over) {
+
+    __pyx_t_5 = 0;
+  } else {
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->caller->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->caller)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 96, __pyx_L1_error)
+    __pyx_t_5 = __pyx_t_6;
+  }
+  {
+    __pyx_r = __pyx_t_5;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/calls.pyx":93
+ *         return 0
+ * 
+ *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
+ *         if self.caller is None:
+ *             raise TypeError("a PendingCall is made by Caller.submit")
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_AddTraceback("ivshmem.channel.calls.PendingCall.enter", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/calls.pyx":98
+ *         return 0 if self.over else self.caller.enter()
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
  *         return self.caller
@@ -6396,7 +6468,7 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivsh
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("sleeper", 0);
 
-  /* "ivshmem/channel/calls.pyx":95
+  /* "ivshmem/channel/calls.pyx":99
  * 
  *     cdef ChannelEnd sleeper(self):
  *         return self.caller             # <<<<<<<<<<<<<<
@@ -6414,8 +6486,8 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivsh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":94
- *         return 0
+  /* "ivshmem/channel/calls.pyx":98
+ *         return 0 if self.over else self.caller.enter()
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
  *         return self.caller
@@ -6429,7 +6501,7 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":97
+/* "ivshmem/channel/calls.pyx":101
  *         return self.caller
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -6444,7 +6516,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_sleep(struct __p
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/calls.pyx":98
+  /* "ivshmem/channel/calls.pyx":102
  * 
  *     cdef int begin_sleep(self) except -2:
  *         ivshmem_queue_writer_sleep(&self.caller.writer)             # <<<<<<<<<<<<<<
@@ -6453,20 +6525,20 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_sleep(struct __p
 */
   ivshmem_queue_writer_sleep((&__pyx_v_self->caller->__pyx_base.writer));
 
-  /* "ivshmem/channel/calls.pyx":99
+  /* "ivshmem/channel/calls.pyx":103
  *     cdef int begin_sleep(self) except -2:
  *         ivshmem_queue_writer_sleep(&self.caller.writer)
  *         return self.attempt()             # <<<<<<<<<<<<<<
  * 
  *     cdef void end_sleep(self) noexcept:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 99, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 103, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":97
+  /* "ivshmem/channel/calls.pyx":101
  *         return self.caller
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -6483,7 +6555,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_sleep(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":101
+/* "ivshmem/channel/calls.pyx":105
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6493,7 +6565,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_sleep(struct __p
 
 static void __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_sleep(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
 
-  /* "ivshmem/channel/calls.pyx":102
+  /* "ivshmem/channel/calls.pyx":106
  * 
  *     cdef void end_sleep(self) noexcept:
  *         ivshmem_sleep_end(&self.channel, &self.caller.writer.sleep)             # <<<<<<<<<<<<<<
@@ -6502,7 +6574,7 @@ static void __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_sleep(struct __py
 */
   ivshmem_sleep_end((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->caller->__pyx_base.writer.sleep));
 
-  /* "ivshmem/channel/calls.pyx":101
+  /* "ivshmem/channel/calls.pyx":105
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6514,7 +6586,7 @@ static void __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_sleep(struct __py
 
 }
 
-/* "ivshmem/channel/calls.pyx":104
+/* "ivshmem/channel/calls.pyx":108
  *         ivshmem_sleep_end(&self.channel, &self.caller.writer.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -6526,7 +6598,7 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe(struct __pyx
   int64_t __pyx_r;
   uint64_t __pyx_t_1;
 
-  /* "ivshmem/channel/calls.pyx":105
+  /* "ivshmem/channel/calls.pyx":109
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         self.probed.caller = &self.caller.writer             # <<<<<<<<<<<<<<
@@ -6535,7 +6607,7 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe(struct __pyx
 */
   __pyx_v_self->probed.caller = (&__pyx_v_self->caller->__pyx_base.writer);
 
-  /* "ivshmem/channel/calls.pyx":106
+  /* "ivshmem/channel/calls.pyx":110
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         self.probed.caller = &self.caller.writer
  *         self.probed.position = self.position             # <<<<<<<<<<<<<<
@@ -6546,7 +6618,7 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe(struct __pyx
 
   __pyx_v_self->probed.position = __pyx_t_1;
 
-  /* "ivshmem/channel/calls.pyx":107
+  /* "ivshmem/channel/calls.pyx":111
  *         self.probed.caller = &self.caller.writer
  *         self.probed.position = self.position
  *         what[0] = &self.probed             # <<<<<<<<<<<<<<
@@ -6555,7 +6627,7 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe(struct __pyx
 */
   (__pyx_v_what[0]) = (&__pyx_v_self->probed);
 
-  /* "ivshmem/channel/calls.pyx":108
+  /* "ivshmem/channel/calls.pyx":112
  *         self.probed.position = self.position
  *         what[0] = &self.probed
  *         probe[0] = probe_call             # <<<<<<<<<<<<<<
@@ -6564,7 +6636,7 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe(struct __pyx
 */
   (__pyx_v_probe[0]) = __pyx_f_7ivshmem_7channel_5calls_probe_call;
 
-  /* "ivshmem/channel/calls.pyx":109
+  /* "ivshmem/channel/calls.pyx":113
  *         what[0] = &self.probed
  *         probe[0] = probe_call
  *         return 1             # <<<<<<<<<<<<<<
@@ -6577,7 +6649,7 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":104
+  /* "ivshmem/channel/calls.pyx":108
  *         ivshmem_sleep_end(&self.channel, &self.caller.writer.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -6591,12 +6663,12 @@ static int64_t __pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":111
+/* "ivshmem/channel/calls.pyx":115
  *         return 1
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
  *         """Whether `result` would return, or raise, at once."""
- *         self.caller.enter()
+ *         self.enter()
 */
 
 /* Python wrapper */
@@ -6652,25 +6724,25 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_done(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("done", 0);
 
-  /* "ivshmem/channel/calls.pyx":113
+  /* "ivshmem/channel/calls.pyx":117
  *     def done(self):
  *         """Whether `result` would return, or raise, at once."""
- *         self.caller.enter()             # <<<<<<<<<<<<<<
+ *         self.enter()             # <<<<<<<<<<<<<<
  *         return self.attempt() == 0
  * 
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->caller->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->caller)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 113, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 117, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/calls.pyx":114
+  /* "ivshmem/channel/calls.pyx":118
  *         """Whether `result` would return, or raise, at once."""
- *         self.caller.enter()
+ *         self.enter()
  *         return self.attempt() == 0             # <<<<<<<<<<<<<<
  * 
  *     def result(self, timeout=None, *, spin=None):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 114, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_PyBool_FromLong((__pyx_t_1 == 0)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 114, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 118, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyBool_FromLong((__pyx_t_1 == 0)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 118, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
   {
@@ -6684,12 +6756,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_done(struct __p
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":111
+  /* "ivshmem/channel/calls.pyx":115
  *         return 1
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
  *         """Whether `result` would return, or raise, at once."""
- *         self.caller.enter()
+ *         self.enter()
 */
 
   /* function exit code */
@@ -6703,7 +6775,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_done(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":116
+/* "ivshmem/channel/calls.pyx":120
  *         return self.attempt() == 0
  * 
  *     def result(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -6752,25 +6824,25 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 116, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 120, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 116, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 120, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "result", 0) < (0)) __PYX_ERR(0, 116, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "result", 0) < (0)) __PYX_ERR(0, 120, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 116, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 120, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -6783,7 +6855,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("result", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 116, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("result", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 120, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6822,41 +6894,31 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("result", 0);
 
-  /* "ivshmem/channel/calls.pyx":129
+  /* "ivshmem/channel/calls.pyx":133
  *             ChannelCorrupt, ClosedError: as of all calls.
  *         """
- *         self.caller.enter()             # <<<<<<<<<<<<<<
- *         if self.wait(timeout, spin) == IVSHMEM_AGAIN:
- *             raise TimeoutError(f"call of {self.name!r}: no reply in {timeout:g} s")
-*/
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->caller->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->caller)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 129, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/calls.pyx":130
- *         """
- *         self.caller.enter()
  *         if self.wait(timeout, spin) == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             raise TimeoutError(f"call of {self.name!r}: no reply in {timeout:g} s")
  *         if self.error is not None:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 130, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 133, __pyx_L1_error)
   __pyx_t_2 = (__pyx_t_1 == IVSHMEM_AGAIN);
 
 
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/calls.pyx":131
- *         self.caller.enter()
+    /* "ivshmem/channel/calls.pyx":134
+ *         """
  *         if self.wait(timeout, spin) == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"call of {self.name!r}: no reply in {timeout:g} s")             # <<<<<<<<<<<<<<
  *         if self.error is not None:
  *             raise self.error
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 131, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 134, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 131, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 134, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_call_of;
     __pyx_t_7[1] = __pyx_t_5;
@@ -6872,7 +6934,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct 
     __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_7[3]);
     #endif
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_7, 5, __pyx_t_8, __pyx_t_1);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 131, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 134, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -6882,23 +6944,23 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct 
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 131, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 134, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 131, __pyx_L1_error)
+    __PYX_ERR(0, 134, __pyx_L1_error)
 
-    /* "ivshmem/channel/calls.pyx":130
+    /* "ivshmem/channel/calls.pyx":133
+ *             ChannelCorrupt, ClosedError: as of all calls.
  *         """
- *         self.caller.enter()
  *         if self.wait(timeout, spin) == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             raise TimeoutError(f"call of {self.name!r}: no reply in {timeout:g} s")
  *         if self.error is not None:
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":132
+  /* "ivshmem/channel/calls.pyx":135
  *         if self.wait(timeout, spin) == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"call of {self.name!r}: no reply in {timeout:g} s")
  *         if self.error is not None:             # <<<<<<<<<<<<<<
@@ -6909,7 +6971,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct 
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/calls.pyx":133
+    /* "ivshmem/channel/calls.pyx":136
  *             raise TimeoutError(f"call of {self.name!r}: no reply in {timeout:g} s")
  *         if self.error is not None:
  *             raise self.error             # <<<<<<<<<<<<<<
@@ -6917,9 +6979,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct 
  * 
 */
     __Pyx_Raise(__pyx_v_self->error, 0, 0, 0);
-    __PYX_ERR(0, 133, __pyx_L1_error)
+    __PYX_ERR(0, 136, __pyx_L1_error)
 
-    /* "ivshmem/channel/calls.pyx":132
+    /* "ivshmem/channel/calls.pyx":135
  *         if self.wait(timeout, spin) == IVSHMEM_AGAIN:
  *             raise TimeoutError(f"call of {self.name!r}: no reply in {timeout:g} s")
  *         if self.error is not None:             # <<<<<<<<<<<<<<
@@ -6928,7 +6990,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct 
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":134
+  /* "ivshmem/channel/calls.pyx":137
  *         if self.error is not None:
  *             raise self.error
  *         return self.reply if self.caller.type is None else self.caller.type.decode(self.reply)             # <<<<<<<<<<<<<<
@@ -6947,7 +7009,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct 
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_v_self->reply};
       __pyx_t_9 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 134, __pyx_L1_error)
+      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 137, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_9);
     }
     __pyx_t_3 = __pyx_t_9;
@@ -6965,7 +7027,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct 
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":116
+  /* "ivshmem/channel/calls.pyx":120
  *         return self.attempt() == 0
  * 
  *     def result(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -6988,7 +7050,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_2result(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":136
+/* "ivshmem/channel/calls.pyx":139
  *         return self.reply if self.caller.type is None else self.caller.type.decode(self.reply)
  * 
  *     def result_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -7036,24 +7098,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 136, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 139, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 136, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 139, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "result_async", 0) < (0)) __PYX_ERR(0, 136, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "result_async", 0) < (0)) __PYX_ERR(0, 139, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 136, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 139, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -7064,7 +7126,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("result_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 136, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("result_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 139, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7098,7 +7160,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_4result_async(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("result_async", 0);
 
-  /* "ivshmem/channel/calls.pyx":138
+  /* "ivshmem/channel/calls.pyx":141
  *     def result_async(self, timeout=None):
  *         """The twin of `result` for asyncio: a coroutine. `await call` does the same."""
  *         return asynchronous.until_in_time(self, self.result, timeout)             # <<<<<<<<<<<<<<
@@ -7106,12 +7168,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_4result_async(s
  *     def __await__(self):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 138, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 141, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_in_time); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 138, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_in_time); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 141, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_result); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 138, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_result); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 141, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -7131,7 +7193,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_4result_async(s
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 138, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 141, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -7145,7 +7207,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_4result_async(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":136
+  /* "ivshmem/channel/calls.pyx":139
  *         return self.reply if self.caller.type is None else self.caller.type.decode(self.reply)
  * 
  *     def result_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -7167,7 +7229,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_4result_async(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":140
+/* "ivshmem/channel/calls.pyx":143
  *         return asynchronous.until_in_time(self, self.result, timeout)
  * 
  *     def __await__(self):             # <<<<<<<<<<<<<<
@@ -7203,7 +7265,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_6__await__(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__await__", 0);
 
-  /* "ivshmem/channel/calls.pyx":141
+  /* "ivshmem/channel/calls.pyx":144
  * 
  *     def __await__(self):
  *         return self.result_async().__await__()             # <<<<<<<<<<<<<<
@@ -7217,7 +7279,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_6__await__(stru
     PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
     __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_result_async, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 141, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 144, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
   __pyx_t_2 = __pyx_t_3;
@@ -7228,7 +7290,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_6__await__(stru
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_await, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 141, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 144, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -7242,7 +7304,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_6__await__(stru
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":140
+  /* "ivshmem/channel/calls.pyx":143
  *         return asynchronous.until_in_time(self, self.result, timeout)
  * 
  *     def __await__(self):             # <<<<<<<<<<<<<<
@@ -7264,7 +7326,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_6__await__(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":143
+/* "ivshmem/channel/calls.pyx":146
  *         return self.result_async().__await__()
  * 
  *     def cancel(self):             # <<<<<<<<<<<<<<
@@ -7336,19 +7398,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("cancel", 0);
 
-  /* "ivshmem/channel/calls.pyx":145
+  /* "ivshmem/channel/calls.pyx":148
  *     def cancel(self):
  *         """Give the call up; return whether it is certain that no server began with it."""
  *         cdef int never = 0             # <<<<<<<<<<<<<<
- *         if self.over or not self.caller.open or self.caller.closed:
+ *         if self.over or self.caller is None or not self.caller.usable():
  *             return False
 */
   __pyx_v_never = 0;
 
-  /* "ivshmem/channel/calls.pyx":146
+  /* "ivshmem/channel/calls.pyx":149
  *         """Give the call up; return whether it is certain that no server began with it."""
  *         cdef int never = 0
- *         if self.over or not self.caller.open or self.caller.closed:             # <<<<<<<<<<<<<<
+ *         if self.over or self.caller is None or not self.caller.usable():             # <<<<<<<<<<<<<<
  *             return False
  *         self.over = True
 */
@@ -7358,8 +7420,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct 
     __pyx_t_1 = __pyx_v_self->over;
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_2 = (!__pyx_v_self->caller->__pyx_base.__pyx_base.open);
-
+  __pyx_t_2 = (((PyObject *)__pyx_v_self->caller) == Py_None);
   if (!__pyx_t_2) {
 
   } else {
@@ -7368,10 +7429,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct 
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->caller), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 146, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 146, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  __pyx_t_2 = (!((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->caller->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->caller)));
+
 
   __pyx_t_1 = __pyx_t_2;
 
@@ -7379,9 +7438,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/calls.pyx":147
+    /* "ivshmem/channel/calls.pyx":150
  *         cdef int never = 0
- *         if self.over or not self.caller.open or self.caller.closed:
+ *         if self.over or self.caller is None or not self.caller.usable():
  *             return False             # <<<<<<<<<<<<<<
  *         self.over = True
  *         self.error = CallFailed(f"call of {self.name!r}: it was cancelled")
@@ -7397,17 +7456,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct 
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/calls.pyx":146
+    /* "ivshmem/channel/calls.pyx":149
  *         """Give the call up; return whether it is certain that no server began with it."""
  *         cdef int never = 0
- *         if self.over or not self.caller.open or self.caller.closed:             # <<<<<<<<<<<<<<
+ *         if self.over or self.caller is None or not self.caller.usable():             # <<<<<<<<<<<<<<
  *             return False
  *         self.over = True
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":148
- *         if self.over or not self.caller.open or self.caller.closed:
+  /* "ivshmem/channel/calls.pyx":151
+ *         if self.over or self.caller is None or not self.caller.usable():
  *             return False
  *         self.over = True             # <<<<<<<<<<<<<<
  *         self.error = CallFailed(f"call of {self.name!r}: it was cancelled")
@@ -7415,7 +7474,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct 
 */
   __pyx_v_self->over = 1;
 
-  /* "ivshmem/channel/calls.pyx":149
+  /* "ivshmem/channel/calls.pyx":152
  *             return False
  *         self.over = True
  *         self.error = CallFailed(f"call of {self.name!r}: it was cancelled")             # <<<<<<<<<<<<<<
@@ -7423,9 +7482,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct 
  *             self.caller.given_up.append(self.position)
 */
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_CallFailed); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 149, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_CallFailed); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 152, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 149, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 152, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_call_of;
   __pyx_t_7[1] = __pyx_t_6;
@@ -7439,7 +7498,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct 
   __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
   #endif
   __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_9);
-  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 149, __pyx_L1_error)
+  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 152, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
   __pyx_t_11 = 1;
@@ -7460,7 +7519,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct 
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 149, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 152, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
   __Pyx_GIVEREF(__pyx_t_3);
@@ -7468,7 +7527,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct 
   __Pyx_DECREF_SET(__pyx_v_self->error, __pyx_t_3);
   __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":150
+  /* "ivshmem/channel/calls.pyx":153
  *         self.over = True
  *         self.error = CallFailed(f"call of {self.name!r}: it was cancelled")
  *         if not ivshmem_call_end(&self.caller.writer, self.position, &never):             # <<<<<<<<<<<<<<
@@ -7480,7 +7539,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/calls.pyx":151
+    /* "ivshmem/channel/calls.pyx":154
  *         self.error = CallFailed(f"call of {self.name!r}: it was cancelled")
  *         if not ivshmem_call_end(&self.caller.writer, self.position, &never):
  *             self.caller.given_up.append(self.position)             # <<<<<<<<<<<<<<
@@ -7489,15 +7548,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct 
 */
     if (unlikely(__pyx_v_self->caller->given_up == Py_None)) {
       PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "append");
-      __PYX_ERR(0, 151, __pyx_L1_error)
+      __PYX_ERR(0, 154, __pyx_L1_error)
     }
-    __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->position); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 151, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->position); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 154, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_12 = __Pyx_PyList_Append(__pyx_v_self->caller->given_up, __pyx_t_3); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 151, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyList_Append(__pyx_v_self->caller->given_up, __pyx_t_3); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 154, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
 
-    /* "ivshmem/channel/calls.pyx":150
+    /* "ivshmem/channel/calls.pyx":153
  *         self.over = True
  *         self.error = CallFailed(f"call of {self.name!r}: it was cancelled")
  *         if not ivshmem_call_end(&self.caller.writer, self.position, &never):             # <<<<<<<<<<<<<<
@@ -7506,14 +7565,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct 
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":152
+  /* "ivshmem/channel/calls.pyx":155
  *         if not ivshmem_call_end(&self.caller.writer, self.position, &never):
  *             self.caller.given_up.append(self.position)
  *         return never != 0             # <<<<<<<<<<<<<<
  * 
- *     def __del__(self):
+ *     def close(self):
 */
-  __pyx_t_3 = __Pyx_PyBool_FromLong((__pyx_v_never != 0)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 152, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyBool_FromLong((__pyx_v_never != 0)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 155, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -7526,7 +7585,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct 
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":143
+  /* "ivshmem/channel/calls.pyx":146
  *         return self.result_async().__await__()
  * 
  *     def cancel(self):             # <<<<<<<<<<<<<<
@@ -7550,105 +7609,172 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_8cancel(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":154
+/* "ivshmem/channel/calls.pyx":157
  *         return never != 0
  * 
- *     def __del__(self):             # <<<<<<<<<<<<<<
- *         if not self.over and self.caller is not None:
- *             self.cancel()
+ *     def close(self):             # <<<<<<<<<<<<<<
+ *         """Give the call up; may be called twice."""
+ *         self.cancel()
 */
 
 /* Python wrapper */
-static void __pyx_pw_7ivshmem_7channel_5calls_11PendingCall_11__del__(PyObject *__pyx_v_self); /*proto*/
-static void __pyx_pw_7ivshmem_7channel_5calls_11PendingCall_11__del__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_11close(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5calls_11PendingCall_10close, "Give the call up; may be called twice.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_11close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_11close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_10close};
+static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_11close(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("close (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("close", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10close(((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10close(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  size_t __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("close", 0);
+
+  /* "ivshmem/channel/calls.pyx":159
+ *     def close(self):
+ *         """Give the call up; may be called twice."""
+ *         self.cancel()             # <<<<<<<<<<<<<<
+ * 
+ *     def __del__(self):
+*/
+  __pyx_t_2 = ((PyObject *)__pyx_v_self);
+  __Pyx_INCREF(__pyx_t_2);
+  __pyx_t_3 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
+    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cancel, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 159, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+
+  /* "ivshmem/channel/calls.pyx":157
+ *         return never != 0
+ * 
+ *     def close(self):             # <<<<<<<<<<<<<<
+ *         """Give the call up; may be called twice."""
+ *         self.cancel()
+*/
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_AddTraceback("ivshmem.channel.calls.PendingCall.close", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/calls.pyx":161
+ *         self.cancel()
+ * 
+ *     def __del__(self):             # <<<<<<<<<<<<<<
+ *         self.cancel()
+ * 
+*/
+
+/* Python wrapper */
+static void __pyx_pw_7ivshmem_7channel_5calls_11PendingCall_13__del__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_7channel_5calls_11PendingCall_13__del__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__del__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10__del__(((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self));
+  __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_12__del__(((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10__del__(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
+static void __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_12__del__(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
   __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  int __pyx_t_2;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  size_t __pyx_t_3;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__del__", 0);
 
-  /* "ivshmem/channel/calls.pyx":155
+  /* "ivshmem/channel/calls.pyx":162
  * 
  *     def __del__(self):
- *         if not self.over and self.caller is not None:             # <<<<<<<<<<<<<<
- *             self.cancel()
+ *         self.cancel()             # <<<<<<<<<<<<<<
+ * 
  * 
 */
-  __pyx_t_2 = (!__pyx_v_self->over);
-
-  if (__pyx_t_2) {
-
-  } else {
-
-    __pyx_t_1 = __pyx_t_2;
-
-    goto __pyx_L4_bool_binop_done;
+  __pyx_t_2 = ((PyObject *)__pyx_v_self);
+  __Pyx_INCREF(__pyx_t_2);
+  __pyx_t_3 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
+    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cancel, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 162, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
   }
-  __pyx_t_2 = (((PyObject *)__pyx_v_self->caller) != Py_None);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  __pyx_t_1 = __pyx_t_2;
-
-  __pyx_L4_bool_binop_done:;
-  if (__pyx_t_1) {
-
-
-    /* "ivshmem/channel/calls.pyx":156
- *     def __del__(self):
- *         if not self.over and self.caller is not None:
- *             self.cancel()             # <<<<<<<<<<<<<<
- * 
- * 
-*/
-    __pyx_t_4 = ((PyObject *)__pyx_v_self);
-    __Pyx_INCREF(__pyx_t_4);
-    __pyx_t_5 = 0;
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
-      __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cancel, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 156, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_3);
-    }
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-
-    /* "ivshmem/channel/calls.pyx":155
- * 
- *     def __del__(self):
- *         if not self.over and self.caller is not None:             # <<<<<<<<<<<<<<
- *             self.cancel()
- * 
-*/
-  }
-
-  /* "ivshmem/channel/calls.pyx":154
- *         return never != 0
+  /* "ivshmem/channel/calls.pyx":161
+ *         self.cancel()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
- *         if not self.over and self.caller is not None:
- *             self.cancel()
+ *         self.cancel()
+ * 
 */
 
   /* function exit code */
   goto __pyx_L0;
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
   __Pyx_WriteUnraisable("ivshmem.channel.calls.PendingCall.__del__", __pyx_clineno, __pyx_lineno, __pyx_filename, 1, 0);
   __pyx_L0:;
 
@@ -7662,16 +7788,16 @@ static void __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_10__del__(struct __p
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_13__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_15__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5calls_11PendingCall_12__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_13__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_13__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_12__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_13__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5calls_11PendingCall_14__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_15__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_15__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_14__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_15__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7697,14 +7823,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_12__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_14__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_12__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_14__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -7744,16 +7870,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_12__reduce_cyth
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_15__setstate_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_17__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5calls_11PendingCall_14__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_15__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_15__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_14__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_15__setstate_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5calls_11PendingCall_16__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_17__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_17__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_16__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_17__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7819,7 +7945,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_14__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self), __pyx_v___pyx_state);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5calls_11PendingCall_16__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_v_self), __pyx_v___pyx_state);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -7829,7 +7955,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_14__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_16__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -7861,7 +7987,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_11PendingCall_14__setstate_cy
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":164
+/* "ivshmem/channel/calls.pyx":171
  *     cdef list given_up  # positions of calls that were cancelled while a server had them
  * 
  *     def __init__(self, *args):             # <<<<<<<<<<<<<<
@@ -7906,21 +8032,21 @@ static int __pyx_pf_7ivshmem_7channel_5calls_6Caller___init__(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__init__", 0);
 
-  /* "ivshmem/channel/calls.pyx":165
+  /* "ivshmem/channel/calls.pyx":172
  * 
  *     def __init__(self, *args):
  *         self.given_up = []             # <<<<<<<<<<<<<<
  * 
- *     cdef int ready(self) noexcept:
+ *     cdef int mend(self) except -1:
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 165, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 172, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF(__pyx_v_self->given_up);
   __Pyx_DECREF_SET(__pyx_v_self->given_up, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/calls.pyx":164
+  /* "ivshmem/channel/calls.pyx":171
  *     cdef list given_up  # positions of calls that were cancelled while a server had them
  * 
  *     def __init__(self, *args):             # <<<<<<<<<<<<<<
@@ -7941,169 +8067,218 @@ static int __pyx_pf_7ivshmem_7channel_5calls_6Caller___init__(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":167
+/* "ivshmem/channel/calls.pyx":174
  *         self.given_up = []
+ * 
+ *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
+ *         ivshmem_writer_beat(&self.writer)
+ *         if self.awaited:  # for a reply, or for room
+*/
+
+static int __pyx_f_7ivshmem_7channel_5calls_6Caller_mend(struct __pyx_obj_7ivshmem_7channel_5calls_Caller *__pyx_v_self) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/channel/calls.pyx":175
+ * 
+ *     cdef int mend(self) except -1:
+ *         ivshmem_writer_beat(&self.writer)             # <<<<<<<<<<<<<<
+ *         if self.awaited:  # for a reply, or for room
+ *             self.membership.kick_all()
+*/
+  ivshmem_writer_beat((&__pyx_v_self->__pyx_base.writer));
+
+  /* "ivshmem/channel/calls.pyx":176
+ *     cdef int mend(self) except -1:
+ *         ivshmem_writer_beat(&self.writer)
+ *         if self.awaited:  # for a reply, or for room             # <<<<<<<<<<<<<<
+ *             self.membership.kick_all()
+ *         return 0
+*/
+  __pyx_t_1 = (__pyx_v_self->__pyx_base.__pyx_base.awaited != 0);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/calls.pyx":177
+ *         ivshmem_writer_beat(&self.writer)
+ *         if self.awaited:  # for a reply, or for room
+ *             self.membership.kick_all()             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 177, __pyx_L1_error)
+
+
+    /* "ivshmem/channel/calls.pyx":176
+ *     cdef int mend(self) except -1:
+ *         ivshmem_writer_beat(&self.writer)
+ *         if self.awaited:  # for a reply, or for room             # <<<<<<<<<<<<<<
+ *             self.membership.kick_all()
+ *         return 0
+*/
+  }
+
+  /* "ivshmem/channel/calls.pyx":178
+ *         if self.awaited:  # for a reply, or for room
+ *             self.membership.kick_all()
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int ready(self) noexcept:
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/calls.pyx":174
+ *         self.given_up = []
+ * 
+ *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
+ *         ivshmem_writer_beat(&self.writer)
+ *         if self.awaited:  # for a reply, or for room
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.calls.Caller.mend", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/calls.pyx":180
+ *         return 0
  * 
  *     cdef int ready(self) noexcept:             # <<<<<<<<<<<<<<
  *         cdef int never = 0
- *         if self.given_up:
+ *         cdef Py_ssize_t i = 0 if self.given_up is None else len(self.given_up)
 */
 
 static int __pyx_f_7ivshmem_7channel_5calls_6Caller_ready(struct __pyx_obj_7ivshmem_7channel_5calls_Caller *__pyx_v_self) {
   int __pyx_v_never;
-  PyObject *__pyx_7genexpr__pyx_v_position = NULL;
+  Py_ssize_t __pyx_v_i;
   int __pyx_r;
   __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  PyObject *__pyx_t_2 = NULL;
+  Py_ssize_t __pyx_t_1;
+  int __pyx_t_2;
   PyObject *__pyx_t_3 = NULL;
   Py_ssize_t __pyx_t_4;
-  PyObject *__pyx_t_5 = NULL;
-  uint64_t __pyx_t_6;
+  uint64_t __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ready", 0);
 
-  /* "ivshmem/channel/calls.pyx":168
+  /* "ivshmem/channel/calls.pyx":181
  * 
  *     cdef int ready(self) noexcept:
  *         cdef int never = 0             # <<<<<<<<<<<<<<
- *         if self.given_up:
- *             self.given_up = [
+ *         cdef Py_ssize_t i = 0 if self.given_up is None else len(self.given_up)
+ *         while i > 0:  # in place: a call that is collected during this adds itself
 */
   __pyx_v_never = 0;
 
-  /* "ivshmem/channel/calls.pyx":169
+  /* "ivshmem/channel/calls.pyx":182
  *     cdef int ready(self) noexcept:
  *         cdef int never = 0
- *         if self.given_up:             # <<<<<<<<<<<<<<
- *             self.given_up = [
- *                 position
+ *         cdef Py_ssize_t i = 0 if self.given_up is None else len(self.given_up)             # <<<<<<<<<<<<<<
+ *         while i > 0:  # in place: a call that is collected during this adds itself
+ *             i -= 1
 */
-  if (__pyx_v_self->given_up == Py_None) __pyx_t_1 = 0;
-  else
-  {
-    Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_v_self->given_up);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 169, __pyx_L1_error)
-    __pyx_t_1 = (__pyx_temp != 0);
+  __pyx_t_2 = (__pyx_v_self->given_up == ((PyObject*)Py_None));
+  if (__pyx_t_2) {
+
+    __pyx_t_1 = 0;
+  } else {
+    __pyx_t_3 = __pyx_v_self->given_up;
+    __Pyx_INCREF(__pyx_t_3);
+    if (unlikely(__pyx_t_3 == Py_None)) {
+      PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
+      __PYX_ERR(0, 182, __pyx_L1_error)
+    }
+    __pyx_t_4 = __Pyx_PyList_GET_SIZE(__pyx_t_3); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 182, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __pyx_t_1 = __pyx_t_4;
   }
 
-  if (__pyx_t_1) {
+  __pyx_v_i = __pyx_t_1;
 
-
-    /* "ivshmem/channel/calls.pyx":170
+  /* "ivshmem/channel/calls.pyx":183
  *         cdef int never = 0
- *         if self.given_up:
- *             self.given_up = [             # <<<<<<<<<<<<<<
- *                 position
- *                 for position in self.given_up
+ *         cdef Py_ssize_t i = 0 if self.given_up is None else len(self.given_up)
+ *         while i > 0:  # in place: a call that is collected during this adds itself             # <<<<<<<<<<<<<<
+ *             i -= 1
+ *             if ivshmem_call_end(&self.writer, self.given_up[i], &never):
 */
-    { /* enter inner scope */
-      __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 170, __pyx_L6_error)
-      __Pyx_GOTREF(__pyx_t_2);
+  while (1) {
+    __pyx_t_2 = (__pyx_v_i > 0);
 
-      /* "ivshmem/channel/calls.pyx":172
- *             self.given_up = [
- *                 position
- *                 for position in self.given_up             # <<<<<<<<<<<<<<
- *                 if not ivshmem_call_end(&self.writer, position, &never)
- *             ]
+
+    if (!__pyx_t_2) break;
+
+    /* "ivshmem/channel/calls.pyx":184
+ *         cdef Py_ssize_t i = 0 if self.given_up is None else len(self.given_up)
+ *         while i > 0:  # in place: a call that is collected during this adds itself
+ *             i -= 1             # <<<<<<<<<<<<<<
+ *             if ivshmem_call_end(&self.writer, self.given_up[i], &never):
+ *                 del self.given_up[i]
+*/
+    __pyx_v_i = (__pyx_v_i - 1);
+
+    /* "ivshmem/channel/calls.pyx":185
+ *         while i > 0:  # in place: a call that is collected during this adds itself
+ *             i -= 1
+ *             if ivshmem_call_end(&self.writer, self.given_up[i], &never):             # <<<<<<<<<<<<<<
+ *                 del self.given_up[i]
+ *         return ivshmem_queue_ready(&self.writer)
+*/
+    if (unlikely(__pyx_v_self->given_up == Py_None)) {
+      PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
+      __PYX_ERR(0, 185, __pyx_L1_error)
+    }
+    __pyx_t_3 = __Pyx_GetItemInt_List(__pyx_v_self->given_up, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 185, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+    __pyx_t_5 = __Pyx_PyLong_As_uint64_t(__pyx_t_3); if (unlikely((__pyx_t_5 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 185, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __pyx_t_2 = (ivshmem_call_end((&__pyx_v_self->__pyx_base.writer), __pyx_t_5, (&__pyx_v_never)) != 0);
+
+
+    if (__pyx_t_2) {
+
+
+      /* "ivshmem/channel/calls.pyx":186
+ *             i -= 1
+ *             if ivshmem_call_end(&self.writer, self.given_up[i], &never):
+ *                 del self.given_up[i]             # <<<<<<<<<<<<<<
+ *         return ivshmem_queue_ready(&self.writer)
+ * 
 */
       if (unlikely(__pyx_v_self->given_up == Py_None)) {
-        PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-        __PYX_ERR(0, 172, __pyx_L6_error)
+        PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
+        __PYX_ERR(0, 186, __pyx_L1_error)
       }
-      __pyx_t_3 = __pyx_v_self->given_up; __Pyx_INCREF(__pyx_t_3);
-      __pyx_t_4 = 0;
-      for (;;) {
-        {
-          Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
-          #if !CYTHON_ASSUME_SAFE_SIZE
-          if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 172, __pyx_L6_error)
-          #endif
-          if (__pyx_t_4 >= __pyx_temp) break;
-        }
-        __pyx_t_5 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_3, __pyx_t_4, __Pyx_ReferenceSharing_OwnStrongReference);
-        ++__pyx_t_4;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 172, __pyx_L6_error)
-        __Pyx_GOTREF(__pyx_t_5);
-        __Pyx_XDECREF_SET(__pyx_7genexpr__pyx_v_position, __pyx_t_5);
-        __pyx_t_5 = 0;
+      if (unlikely((__Pyx_DelItemInt(__pyx_v_self->given_up, __pyx_v_i, Py_ssize_t, 1, PyLong_FromSsize_t, 1, 1, 1, __Pyx_ReferenceSharing_SharedReference) < 0))) __PYX_ERR(0, 186, __pyx_L1_error)
 
-        /* "ivshmem/channel/calls.pyx":173
- *                 position
- *                 for position in self.given_up
- *                 if not ivshmem_call_end(&self.writer, position, &never)             # <<<<<<<<<<<<<<
- *             ]
+      /* "ivshmem/channel/calls.pyx":185
+ *         while i > 0:  # in place: a call that is collected during this adds itself
+ *             i -= 1
+ *             if ivshmem_call_end(&self.writer, self.given_up[i], &never):             # <<<<<<<<<<<<<<
+ *                 del self.given_up[i]
  *         return ivshmem_queue_ready(&self.writer)
 */
-        __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_7genexpr__pyx_v_position); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 173, __pyx_L6_error)
-        __pyx_t_1 = (!(ivshmem_call_end((&__pyx_v_self->__pyx_base.writer), __pyx_t_6, (&__pyx_v_never)) != 0));
-
-
-        if (__pyx_t_1) {
-
-
-          /* "ivshmem/channel/calls.pyx":171
- *         if self.given_up:
- *             self.given_up = [
- *                 position             # <<<<<<<<<<<<<<
- *                 for position in self.given_up
- *                 if not ivshmem_call_end(&self.writer, position, &never)
-*/
-          if (unlikely(__Pyx_ListComp_Append(__pyx_t_2, __pyx_7genexpr__pyx_v_position))) __PYX_ERR(0, 170, __pyx_L6_error)
-
-          /* "ivshmem/channel/calls.pyx":173
- *                 position
- *                 for position in self.given_up
- *                 if not ivshmem_call_end(&self.writer, position, &never)             # <<<<<<<<<<<<<<
- *             ]
- *         return ivshmem_queue_ready(&self.writer)
-*/
-        }
-
-        /* "ivshmem/channel/calls.pyx":172
- *             self.given_up = [
- *                 position
- *                 for position in self.given_up             # <<<<<<<<<<<<<<
- *                 if not ivshmem_call_end(&self.writer, position, &never)
- *             ]
-*/
-      }
-      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __Pyx_XDECREF(__pyx_7genexpr__pyx_v_position); __pyx_7genexpr__pyx_v_position = 0;
-      goto __pyx_L11_exit_scope;
-      __pyx_L6_error:;
-      __Pyx_XDECREF(__pyx_7genexpr__pyx_v_position); __pyx_7genexpr__pyx_v_position = 0;
-      goto __pyx_L1_error;
-      __pyx_L11_exit_scope:;
-    } /* exit inner scope */
-
-    /* "ivshmem/channel/calls.pyx":170
- *         cdef int never = 0
- *         if self.given_up:
- *             self.given_up = [             # <<<<<<<<<<<<<<
- *                 position
- *                 for position in self.given_up
-*/
-    __Pyx_GIVEREF(__pyx_t_2);
-    __Pyx_GOTREF(__pyx_v_self->given_up);
-    __Pyx_DECREF_SET(__pyx_v_self->given_up, ((PyObject*)__pyx_t_2));
-    __pyx_t_2 = 0;
-
-    /* "ivshmem/channel/calls.pyx":169
- *     cdef int ready(self) noexcept:
- *         cdef int never = 0
- *         if self.given_up:             # <<<<<<<<<<<<<<
- *             self.given_up = [
- *                 position
-*/
+    }
   }
 
-  /* "ivshmem/channel/calls.pyx":175
- *                 if not ivshmem_call_end(&self.writer, position, &never)
- *             ]
+  /* "ivshmem/channel/calls.pyx":187
+ *             if ivshmem_call_end(&self.writer, self.given_up[i], &never):
+ *                 del self.given_up[i]
  *         return ivshmem_queue_ready(&self.writer)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
@@ -8114,30 +8289,28 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_ready(struct __pyx_obj_7ivsh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":167
- *         self.given_up = []
+  /* "ivshmem/channel/calls.pyx":180
+ *         return 0
  * 
  *     cdef int ready(self) noexcept:             # <<<<<<<<<<<<<<
  *         cdef int never = 0
- *         if self.given_up:
+ *         cdef Py_ssize_t i = 0 if self.given_up is None else len(self.given_up)
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_5);
   __Pyx_WriteUnraisable("ivshmem.channel.calls.Caller.ready", __pyx_clineno, __pyx_lineno, __pyx_filename, 1, 0);
   __pyx_r = 0;
   __pyx_L0:;
 
-  __Pyx_XDECREF(__pyx_7genexpr__pyx_v_position);
+
 
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":177
+/* "ivshmem/channel/calls.pyx":189
  *         return ivshmem_queue_ready(&self.writer)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8187,24 +8360,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 177, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 189, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 177, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 189, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 177, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 189, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "submit", 0) < (0)) __PYX_ERR(0, 177, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "submit", 0) < (0)) __PYX_ERR(0, 189, __pyx_L3_error)
 
-      /* "ivshmem/channel/calls.pyx":178
+      /* "ivshmem/channel/calls.pyx":190
  * 
  *     @cython.critical_section
  *     def submit(self, data, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -8214,17 +8387,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("submit", 0, 1, 2, i); __PYX_ERR(0, 177, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("submit", 0, 1, 2, i); __PYX_ERR(0, 189, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 177, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 189, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 177, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 189, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -8237,7 +8410,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("submit", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 177, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("submit", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 189, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8250,7 +8423,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(((struct __pyx_obj_7ivshmem_7channel_5calls_Caller *)__pyx_v_self), __pyx_v_data, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/calls.pyx":177
+  /* "ivshmem/channel/calls.pyx":189
  *         return ivshmem_queue_ready(&self.writer)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8275,10 +8448,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   int __pyx_t_2;
-  int __pyx_t_3;
+  PyObject *__pyx_t_3 = NULL;
   PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
-  size_t __pyx_t_6;
+  size_t __pyx_t_5;
+  int __pyx_t_6;
   struct ivshmem_channel __pyx_t_7;
   uint64_t __pyx_t_8;
   int __pyx_t_9;
@@ -8301,119 +8474,140 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":191
+        /* "ivshmem/channel/calls.pyx":203
  *         cdef PendingCall call
  *         cdef Py_buffer view
  *         cdef uint32_t cell = 0             # <<<<<<<<<<<<<<
  *         cdef int code
- *         self.enter()
+ *         if self.type is not None:
 */
         __pyx_v_cell = 0;
 
-        /* "ivshmem/channel/calls.pyx":193
+        /* "ivshmem/channel/calls.pyx":205
  *         cdef uint32_t cell = 0
  *         cdef int code
- *         self.enter()             # <<<<<<<<<<<<<<
- *         if self.type is not None:
- *             data = self.type.encode(data)
-*/
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 193, __pyx_L4_error)
-
-
-        /* "ivshmem/channel/calls.pyx":194
- *         cdef int code
- *         self.enter()
  *         if self.type is not None:             # <<<<<<<<<<<<<<
  *             data = self.type.encode(data)
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+ *         call = PendingCall.__new__(PendingCall)  # first: once it is sent, nothing may fail
 */
-        __pyx_t_3 = (__pyx_v_self->__pyx_base.type != Py_None);
-        if (__pyx_t_3) {
+        __pyx_t_2 = (__pyx_v_self->__pyx_base.type != Py_None);
+        if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/calls.pyx":195
- *         self.enter()
+          /* "ivshmem/channel/calls.pyx":206
+ *         cdef int code
  *         if self.type is not None:
  *             data = self.type.encode(data)             # <<<<<<<<<<<<<<
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
- *         try:
+ *         call = PendingCall.__new__(PendingCall)  # first: once it is sent, nothing may fail
+ *         call.over = True
 */
-          __pyx_t_5 = __pyx_v_self->__pyx_base.type;
-          __Pyx_INCREF(__pyx_t_5);
-          __pyx_t_6 = 0;
+          __pyx_t_4 = __pyx_v_self->__pyx_base.type;
+          __Pyx_INCREF(__pyx_t_4);
+          __pyx_t_5 = 0;
           {
-            PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_v_data};
-            __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_encode, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-            __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 195, __pyx_L4_error)
-            __Pyx_GOTREF(__pyx_t_4);
+            PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_v_data};
+            __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_encode, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 206, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_3);
           }
-          __Pyx_DECREF_SET(__pyx_v_data, __pyx_t_4);
-          __pyx_t_4 = 0;
+          __Pyx_DECREF_SET(__pyx_v_data, __pyx_t_3);
+          __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/calls.pyx":194
+          /* "ivshmem/channel/calls.pyx":205
+ *         cdef uint32_t cell = 0
  *         cdef int code
- *         self.enter()
  *         if self.type is not None:             # <<<<<<<<<<<<<<
  *             data = self.type.encode(data)
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+ *         call = PendingCall.__new__(PendingCall)  # first: once it is sent, nothing may fail
 */
         }
 
-        /* "ivshmem/channel/calls.pyx":196
+        /* "ivshmem/channel/calls.pyx":207
  *         if self.type is not None:
  *             data = self.type.encode(data)
+ *         call = PendingCall.__new__(PendingCall)  # first: once it is sent, nothing may fail             # <<<<<<<<<<<<<<
+ *         call.over = True
+ *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+*/
+        __pyx_t_3 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_5calls_PendingCall(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 207, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_3);
+        __pyx_v_call = ((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_t_3);
+        __pyx_t_3 = 0;
+
+        /* "ivshmem/channel/calls.pyx":208
+ *             data = self.type.encode(data)
+ *         call = PendingCall.__new__(PendingCall)  # first: once it is sent, nothing may fail
+ *         call.over = True             # <<<<<<<<<<<<<<
+ *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+ *         try:
+*/
+        __pyx_v_call->over = 1;
+
+        /* "ivshmem/channel/calls.pyx":209
+ *         call = PendingCall.__new__(PendingCall)  # first: once it is sent, nothing may fail
+ *         call.over = True
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
- *             if <uint64_t>view.len > self.channel.record.geometry.limit:
+ *             self.enter()
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 196, __pyx_L4_error)
+        __pyx_t_6 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 209, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/calls.pyx":197
- *             data = self.type.encode(data)
+        /* "ivshmem/channel/calls.pyx":210
+ *         call.over = True
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
+ *             self.enter()
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:
- *                 raise self.too_long(view.len)
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/calls.pyx":198
+          /* "ivshmem/channel/calls.pyx":211
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
+ *             self.enter()             # <<<<<<<<<<<<<<
+ *             if <uint64_t>view.len > self.channel.record.geometry.limit:
+ *                 raise self.too_long(view.len)
+*/
+          __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 211, __pyx_L8_error)
+
+
+          /* "ivshmem/channel/calls.pyx":212
+ *         try:
+ *             self.enter()
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
  *                 raise self.too_long(view.len)
  *             code = self.ready()
 */
-          __pyx_t_3 = (((uint64_t)__pyx_v_view.len) > __pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit);
+          __pyx_t_2 = (((uint64_t)__pyx_v_view.len) > __pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit);
 
-          if (unlikely(__pyx_t_3)) {
+          if (unlikely(__pyx_t_2)) {
 
 
-            /* "ivshmem/channel/calls.pyx":199
- *         try:
+            /* "ivshmem/channel/calls.pyx":213
+ *             self.enter()
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:
  *                 raise self.too_long(view.len)             # <<<<<<<<<<<<<<
  *             code = self.ready()
  *             if code == IVSHMEM_AGAIN:
 */
-            __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_view.len); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 199, __pyx_L8_error)
-            __Pyx_GOTREF(__pyx_t_4);
-            __Pyx_Raise(__pyx_t_4, 0, 0, 0);
-            __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-            __PYX_ERR(0, 199, __pyx_L8_error)
+            __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_view.len); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 213, __pyx_L8_error)
+            __Pyx_GOTREF(__pyx_t_3);
+            __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+            __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+            __PYX_ERR(0, 213, __pyx_L8_error)
 
-            /* "ivshmem/channel/calls.pyx":198
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+            /* "ivshmem/channel/calls.pyx":212
  *         try:
+ *             self.enter()
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
  *                 raise self.too_long(view.len)
  *             code = self.ready()
 */
           }
 
-          /* "ivshmem/channel/calls.pyx":200
+          /* "ivshmem/channel/calls.pyx":214
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:
  *                 raise self.too_long(view.len)
  *             code = self.ready()             # <<<<<<<<<<<<<<
@@ -8422,54 +8616,54 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 */
           __pyx_v_code = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.ready(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self));
 
-          /* "ivshmem/channel/calls.pyx":201
+          /* "ivshmem/channel/calls.pyx":215
  *                 raise self.too_long(view.len)
  *             code = self.ready()
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                 code = self.wait(timeout, spin)
  *                 if code == IVSHMEM_AGAIN:
 */
-          __pyx_t_3 = (__pyx_v_code == IVSHMEM_AGAIN);
+          __pyx_t_2 = (__pyx_v_code == IVSHMEM_AGAIN);
 
-          if (__pyx_t_3) {
+          if (__pyx_t_2) {
 
 
-            /* "ivshmem/channel/calls.pyx":202
+            /* "ivshmem/channel/calls.pyx":216
  *             code = self.ready()
  *             if code == IVSHMEM_AGAIN:
  *                 code = self.wait(timeout, spin)             # <<<<<<<<<<<<<<
  *                 if code == IVSHMEM_AGAIN:
  *                     raise self.blocked(timeout)
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 202, __pyx_L8_error)
-            __pyx_v_code = __pyx_t_2;
+            __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_6 == ((int)-2))) __PYX_ERR(0, 216, __pyx_L8_error)
+            __pyx_v_code = __pyx_t_6;
 
-            /* "ivshmem/channel/calls.pyx":203
+            /* "ivshmem/channel/calls.pyx":217
  *             if code == IVSHMEM_AGAIN:
  *                 code = self.wait(timeout, spin)
  *                 if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                     raise self.blocked(timeout)
  *             if code:
 */
-            __pyx_t_3 = (__pyx_v_code == IVSHMEM_AGAIN);
+            __pyx_t_2 = (__pyx_v_code == IVSHMEM_AGAIN);
 
-            if (unlikely(__pyx_t_3)) {
+            if (unlikely(__pyx_t_2)) {
 
 
-              /* "ivshmem/channel/calls.pyx":204
+              /* "ivshmem/channel/calls.pyx":218
  *                 code = self.wait(timeout, spin)
  *                 if code == IVSHMEM_AGAIN:
  *                     raise self.blocked(timeout)             # <<<<<<<<<<<<<<
  *             if code:
  *                 raise self.fail(code)
 */
-              __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.blocked(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_timeout); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 204, __pyx_L8_error)
-              __Pyx_GOTREF(__pyx_t_4);
-              __Pyx_Raise(__pyx_t_4, 0, 0, 0);
-              __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-              __PYX_ERR(0, 204, __pyx_L8_error)
+              __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.blocked(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_timeout); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 218, __pyx_L8_error)
+              __Pyx_GOTREF(__pyx_t_3);
+              __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+              __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+              __PYX_ERR(0, 218, __pyx_L8_error)
 
-              /* "ivshmem/channel/calls.pyx":203
+              /* "ivshmem/channel/calls.pyx":217
  *             if code == IVSHMEM_AGAIN:
  *                 code = self.wait(timeout, spin)
  *                 if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8478,7 +8672,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 */
             }
 
-            /* "ivshmem/channel/calls.pyx":201
+            /* "ivshmem/channel/calls.pyx":215
  *                 raise self.too_long(view.len)
  *             code = self.ready()
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -8487,32 +8681,32 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 */
           }
 
-          /* "ivshmem/channel/calls.pyx":205
+          /* "ivshmem/channel/calls.pyx":219
  *                 if code == IVSHMEM_AGAIN:
  *                     raise self.blocked(timeout)
  *             if code:             # <<<<<<<<<<<<<<
  *                 raise self.fail(code)
  *             self.loan_cell(&cell)
 */
-          __pyx_t_3 = (__pyx_v_code != 0);
+          __pyx_t_2 = (__pyx_v_code != 0);
 
-          if (unlikely(__pyx_t_3)) {
+          if (unlikely(__pyx_t_2)) {
 
 
-            /* "ivshmem/channel/calls.pyx":206
+            /* "ivshmem/channel/calls.pyx":220
  *                     raise self.blocked(timeout)
  *             if code:
  *                 raise self.fail(code)             # <<<<<<<<<<<<<<
  *             self.loan_cell(&cell)
  *             memcpy(self.at(cell), view.buf, view.len)
 */
-            __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 206, __pyx_L8_error)
-            __Pyx_GOTREF(__pyx_t_4);
-            __Pyx_Raise(__pyx_t_4, 0, 0, 0);
-            __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-            __PYX_ERR(0, 206, __pyx_L8_error)
+            __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 220, __pyx_L8_error)
+            __Pyx_GOTREF(__pyx_t_3);
+            __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+            __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+            __PYX_ERR(0, 220, __pyx_L8_error)
 
-            /* "ivshmem/channel/calls.pyx":205
+            /* "ivshmem/channel/calls.pyx":219
  *                 if code == IVSHMEM_AGAIN:
  *                     raise self.blocked(timeout)
  *             if code:             # <<<<<<<<<<<<<<
@@ -8521,40 +8715,28 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 */
           }
 
-          /* "ivshmem/channel/calls.pyx":207
+          /* "ivshmem/channel/calls.pyx":221
  *             if code:
  *                 raise self.fail(code)
  *             self.loan_cell(&cell)             # <<<<<<<<<<<<<<
  *             memcpy(self.at(cell), view.buf, view.len)
- *             call = PendingCall.__new__(PendingCall)
+ *             call.caller = self
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.loan_cell(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), (&__pyx_v_cell)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 207, __pyx_L8_error)
+          __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.loan_cell(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), (&__pyx_v_cell)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 221, __pyx_L8_error)
 
 
-          /* "ivshmem/channel/calls.pyx":208
+          /* "ivshmem/channel/calls.pyx":222
  *                 raise self.fail(code)
  *             self.loan_cell(&cell)
  *             memcpy(self.at(cell), view.buf, view.len)             # <<<<<<<<<<<<<<
- *             call = PendingCall.__new__(PendingCall)
- *             call.caller = self
-*/
-          (void)(memcpy(((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.at(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell), __pyx_v_view.buf, __pyx_v_view.len));
-
-          /* "ivshmem/channel/calls.pyx":209
- *             self.loan_cell(&cell)
- *             memcpy(self.at(cell), view.buf, view.len)
- *             call = PendingCall.__new__(PendingCall)             # <<<<<<<<<<<<<<
  *             call.caller = self
  *             call.membership = self.membership
 */
-          __pyx_t_4 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_5calls_PendingCall(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 209, __pyx_L8_error)
-          __Pyx_GOTREF(__pyx_t_4);
-          __pyx_v_call = ((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_t_4);
-          __pyx_t_4 = 0;
+          (void)(memcpy(((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.at(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell), __pyx_v_view.buf, __pyx_v_view.len));
 
-          /* "ivshmem/channel/calls.pyx":210
+          /* "ivshmem/channel/calls.pyx":223
+ *             self.loan_cell(&cell)
  *             memcpy(self.at(cell), view.buf, view.len)
- *             call = PendingCall.__new__(PendingCall)
  *             call.caller = self             # <<<<<<<<<<<<<<
  *             call.membership = self.membership
  *             call.channel = self.channel
@@ -8564,21 +8746,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
           __Pyx_GOTREF((PyObject *)__pyx_v_call->caller);
           __Pyx_DECREF_SET(__pyx_v_call->caller, __pyx_v_self);
 
-          /* "ivshmem/channel/calls.pyx":211
- *             call = PendingCall.__new__(PendingCall)
+          /* "ivshmem/channel/calls.pyx":224
+ *             memcpy(self.at(cell), view.buf, view.len)
  *             call.caller = self
  *             call.membership = self.membership             # <<<<<<<<<<<<<<
  *             call.channel = self.channel
  *             call.name = self.name
 */
-          __pyx_t_4 = ((PyObject *)__pyx_v_self->__pyx_base.__pyx_base.membership);
-          __Pyx_INCREF(__pyx_t_4);
-          __Pyx_GIVEREF(__pyx_t_4);
+          __pyx_t_3 = ((PyObject *)__pyx_v_self->__pyx_base.__pyx_base.membership);
+          __Pyx_INCREF(__pyx_t_3);
+          __Pyx_GIVEREF(__pyx_t_3);
           __Pyx_GOTREF((PyObject *)__pyx_v_call->__pyx_base.membership);
-          __Pyx_DECREF_SET(__pyx_v_call->__pyx_base.membership, ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_4));
-          __pyx_t_4 = 0;
+          __Pyx_DECREF_SET(__pyx_v_call->__pyx_base.membership, ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_3));
+          __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/calls.pyx":212
+          /* "ivshmem/channel/calls.pyx":225
  *             call.caller = self
  *             call.membership = self.membership
  *             call.channel = self.channel             # <<<<<<<<<<<<<<
@@ -8589,60 +8771,62 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
 
           __pyx_v_call->__pyx_base.channel = __pyx_t_7;
 
-          /* "ivshmem/channel/calls.pyx":213
+          /* "ivshmem/channel/calls.pyx":226
  *             call.membership = self.membership
  *             call.channel = self.channel
  *             call.name = self.name             # <<<<<<<<<<<<<<
  *             call.open = True
- *             call.over = True  # until it is sent
+ *             call.position = self.writer.next
 */
-          __pyx_t_4 = __pyx_v_self->__pyx_base.__pyx_base.name;
-          __Pyx_INCREF(__pyx_t_4);
-          __Pyx_GIVEREF(__pyx_t_4);
+          __pyx_t_3 = __pyx_v_self->__pyx_base.__pyx_base.name;
+          __Pyx_INCREF(__pyx_t_3);
+          __Pyx_GIVEREF(__pyx_t_3);
           __Pyx_GOTREF(__pyx_v_call->__pyx_base.name);
-          __Pyx_DECREF_SET(__pyx_v_call->__pyx_base.name, ((PyObject*)__pyx_t_4));
-          __pyx_t_4 = 0;
+          __Pyx_DECREF_SET(__pyx_v_call->__pyx_base.name, ((PyObject*)__pyx_t_3));
+          __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/calls.pyx":214
+          /* "ivshmem/channel/calls.pyx":227
  *             call.channel = self.channel
  *             call.name = self.name
  *             call.open = True             # <<<<<<<<<<<<<<
- *             call.over = True  # until it is sent
- *             call.position = self.send(cell, view.len, 0)
+ *             call.position = self.writer.next
+ *             call.over = False
 */
           __pyx_v_call->__pyx_base.open = 1;
 
-          /* "ivshmem/channel/calls.pyx":215
+          /* "ivshmem/channel/calls.pyx":228
  *             call.name = self.name
  *             call.open = True
- *             call.over = True  # until it is sent             # <<<<<<<<<<<<<<
- *             call.position = self.send(cell, view.len, 0)
+ *             call.position = self.writer.next             # <<<<<<<<<<<<<<
  *             call.over = False
+ *             self.send(cell, view.len, 0)
 */
-          __pyx_v_call->over = 1;
+          __pyx_t_8 = __pyx_v_self->__pyx_base.writer.next;
 
-          /* "ivshmem/channel/calls.pyx":216
- *             call.open = True
- *             call.over = True  # until it is sent
- *             call.position = self.send(cell, view.len, 0)             # <<<<<<<<<<<<<<
- *             call.over = False
- *             return call
-*/
-          __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.send(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell, __pyx_v_view.len, 0); if (unlikely(__pyx_t_8 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 216, __pyx_L8_error)
           __pyx_v_call->position = __pyx_t_8;
 
-          /* "ivshmem/channel/calls.pyx":217
- *             call.over = True  # until it is sent
- *             call.position = self.send(cell, view.len, 0)
+          /* "ivshmem/channel/calls.pyx":229
+ *             call.open = True
+ *             call.position = self.writer.next
  *             call.over = False             # <<<<<<<<<<<<<<
+ *             self.send(cell, view.len, 0)
  *             return call
- *         finally:
 */
           __pyx_v_call->over = 0;
 
-          /* "ivshmem/channel/calls.pyx":218
- *             call.position = self.send(cell, view.len, 0)
+          /* "ivshmem/channel/calls.pyx":230
+ *             call.position = self.writer.next
  *             call.over = False
+ *             self.send(cell, view.len, 0)             # <<<<<<<<<<<<<<
+ *             return call
+ *         finally:
+*/
+          __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Caller *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.send(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell, __pyx_v_view.len, 0); if (unlikely(__pyx_t_8 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 230, __pyx_L8_error)
+
+
+          /* "ivshmem/channel/calls.pyx":231
+ *             call.over = False
+ *             self.send(cell, view.len, 0)
  *             return call             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
@@ -8660,7 +8844,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
           goto __pyx_L7_return;
         }
 
-        /* "ivshmem/channel/calls.pyx":220
+        /* "ivshmem/channel/calls.pyx":233
  *             return call
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -8673,8 +8857,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
             __Pyx_PyThreadState_declare
             __Pyx_PyThreadState_assign
             __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0;
+            __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
              __Pyx_ExceptionSwap(&__pyx_t_14, &__pyx_t_15, &__pyx_t_16);
             if ( unlikely(__Pyx_GetException(&__pyx_t_11, &__pyx_t_12, &__pyx_t_13) < 0)) __Pyx_ErrFetch(&__pyx_t_11, &__pyx_t_12, &__pyx_t_13);
             __Pyx_XGOTREF(__pyx_t_11);
@@ -8683,7 +8867,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
             __Pyx_XGOTREF(__pyx_t_14);
             __Pyx_XGOTREF(__pyx_t_15);
             __Pyx_XGOTREF(__pyx_t_16);
-            __pyx_t_2 = __pyx_lineno; __pyx_t_9 = __pyx_clineno; __pyx_t_10 = __pyx_filename;
+            __pyx_t_6 = __pyx_lineno; __pyx_t_9 = __pyx_clineno; __pyx_t_10 = __pyx_filename;
             {
               PyBuffer_Release((&__pyx_v_view));
             }
@@ -8696,7 +8880,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
             __Pyx_XGIVEREF(__pyx_t_13);
             __Pyx_ErrRestore(__pyx_t_11, __pyx_t_12, __pyx_t_13);
             __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0;
-            __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_9; __pyx_filename = __pyx_t_10;
+            __pyx_lineno = __pyx_t_6; __pyx_clineno = __pyx_t_9; __pyx_filename = __pyx_t_10;
             goto __pyx_L4_error;
           }
           __pyx_L7_return: {
@@ -8710,7 +8894,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
         }
       }
 
-      /* "ivshmem/channel/calls.pyx":177
+      /* "ivshmem/channel/calls.pyx":189
  *         return ivshmem_queue_ready(&self.writer)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8739,8 +8923,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
   goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_5);
   __Pyx_AddTraceback("ivshmem.channel.calls.Caller.submit", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -8754,7 +8938,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_2submit(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":222
+/* "ivshmem/channel/calls.pyx":235
  *             PyBuffer_Release(&view)
  * 
  *     def call(self, data, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -8804,36 +8988,36 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 222, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 235, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 222, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 235, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 222, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 235, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "call", 0) < (0)) __PYX_ERR(0, 222, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "call", 0) < (0)) __PYX_ERR(0, 235, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("call", 0, 1, 2, i); __PYX_ERR(0, 222, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("call", 0, 1, 2, i); __PYX_ERR(0, 235, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 222, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 235, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 222, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 235, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -8846,7 +9030,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("call", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 222, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("call", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 235, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8898,17 +9082,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("call", 0);
 
-  /* "ivshmem/channel/calls.pyx":234
+  /* "ivshmem/channel/calls.pyx":247
  *         """
  *         cdef PendingCall call
  *         begun = monotonic() if timeout else 0.0             # <<<<<<<<<<<<<<
  *         call = self.submit(data, timeout, spin=spin)
  *         try:
 */
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 234, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 247, __pyx_L1_error)
   if (__pyx_t_2) {
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 234, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 247, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -8927,7 +9111,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 234, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 247, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __pyx_t_1 = __pyx_t_3;
@@ -8940,7 +9124,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
   __pyx_v_begun = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/calls.pyx":235
+  /* "ivshmem/channel/calls.pyx":248
  *         cdef PendingCall call
  *         begun = monotonic() if timeout else 0.0
  *         call = self.submit(data, timeout, spin=spin)             # <<<<<<<<<<<<<<
@@ -8956,13 +9140,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
     PyObject *__pyx_callargs[4] = {__pyx_t_3, __pyx_v_data, __pyx_v_timeout, __pyx_v_spin};
     #if CYTHON_VECTORCALL
     __pyx_t_5 = __pyx_mstate_global->__pyx_tuple[1];
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 235, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 248, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_5);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_spin};
       __pyx_t_5 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+3, 1);
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 235, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 248, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     #endif
@@ -8971,14 +9155,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
     #if CYTHON_VECTORCALL
     #endif
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 235, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 248, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall))))) __PYX_ERR(0, 235, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall))))) __PYX_ERR(0, 248, __pyx_L1_error)
   __pyx_v_call = ((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/calls.pyx":236
+  /* "ivshmem/channel/calls.pyx":249
  *         begun = monotonic() if timeout else 0.0
  *         call = self.submit(data, timeout, spin=spin)
  *         try:             # <<<<<<<<<<<<<<
@@ -8994,19 +9178,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
     __Pyx_XGOTREF(__pyx_t_9);
     /*try:*/ {
 
-      /* "ivshmem/channel/calls.pyx":237
+      /* "ivshmem/channel/calls.pyx":250
  *         call = self.submit(data, timeout, spin=spin)
  *         try:
  *             left = max(timeout - (monotonic() - begun), 0) if timeout else timeout             # <<<<<<<<<<<<<<
  *             return call.result(left, spin=spin)
  *         except TimeoutError:
 */
-      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 237, __pyx_L3_error)
+      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 250, __pyx_L3_error)
       if (__pyx_t_2) {
 
         __pyx_t_10 = 0;
         __pyx_t_3 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 237, __pyx_L3_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 250, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_4);
         __pyx_t_6 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -9025,21 +9209,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
           __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 237, __pyx_L3_error)
+          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 250, __pyx_L3_error)
           __Pyx_GOTREF(__pyx_t_5);
         }
-        __pyx_t_4 = __Pyx_PyNumber_Subtract_object_object(__pyx_t_5, __pyx_v_begun); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 237, __pyx_L3_error)
+        __pyx_t_4 = __Pyx_PyNumber_Subtract_object_object(__pyx_t_5, __pyx_v_begun); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 250, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_4);
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-        __pyx_t_5 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_timeout, __pyx_t_4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 237, __pyx_L3_error)
+        __pyx_t_5 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_timeout, __pyx_t_4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 250, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_5);
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_t_10); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 237, __pyx_L3_error)
+        __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_t_10); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 250, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_3);
-        __pyx_t_11 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_3, __pyx_t_5, Py_GT); if (unlikely((__pyx_t_11 < 0))) __PYX_ERR(0, 237, __pyx_L3_error)
+        __pyx_t_11 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_3, __pyx_t_5, Py_GT); if (unlikely((__pyx_t_11 < 0))) __PYX_ERR(0, 250, __pyx_L3_error)
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
         if (__pyx_t_11) {
-          __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_t_10); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 237, __pyx_L3_error)
+          __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_t_10); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 250, __pyx_L3_error)
           __Pyx_GOTREF(__pyx_t_3);
           __pyx_t_4 = __pyx_t_3;
           __pyx_t_3 = 0;
@@ -9060,7 +9244,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
       __pyx_v_left = __pyx_t_1;
       __pyx_t_1 = 0;
 
-      /* "ivshmem/channel/calls.pyx":238
+      /* "ivshmem/channel/calls.pyx":251
  *         try:
  *             left = max(timeout - (monotonic() - begun), 0) if timeout else timeout
  *             return call.result(left, spin=spin)             # <<<<<<<<<<<<<<
@@ -9076,13 +9260,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
         PyObject *__pyx_callargs[3] = {__pyx_t_4, __pyx_v_left, __pyx_v_spin};
         #if CYTHON_VECTORCALL
         __pyx_t_5 = __pyx_mstate_global->__pyx_tuple[1];
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 238, __pyx_L3_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 251, __pyx_L3_error)
         __Pyx_INCREF(__pyx_t_5);
         #else
         {
           PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_spin};
           __pyx_t_5 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+2, 1);
-          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 238, __pyx_L3_error)
+          if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 251, __pyx_L3_error)
           __Pyx_GOTREF(__pyx_t_5);
         }
         #endif
@@ -9091,7 +9275,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
         #if CYTHON_VECTORCALL
         #endif
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 238, __pyx_L3_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 251, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       {
@@ -9105,7 +9289,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
       __pyx_t_1 = 0;
       goto __pyx_L7_try_return;
 
-      /* "ivshmem/channel/calls.pyx":236
+      /* "ivshmem/channel/calls.pyx":249
  *         begun = monotonic() if timeout else 0.0
  *         call = self.submit(data, timeout, spin=spin)
  *         try:             # <<<<<<<<<<<<<<
@@ -9119,7 +9303,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/calls.pyx":239
+    /* "ivshmem/channel/calls.pyx":252
  *             left = max(timeout - (monotonic() - begun), 0) if timeout else timeout
  *             return call.result(left, spin=spin)
  *         except TimeoutError:             # <<<<<<<<<<<<<<
@@ -9129,12 +9313,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
     __pyx_t_12 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_TimeoutError))));
     if (__pyx_t_12) {
       __Pyx_AddTraceback("ivshmem.channel.calls.Caller.call", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_5, &__pyx_t_4) < 0) __PYX_ERR(0, 239, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_5, &__pyx_t_4) < 0) __PYX_ERR(0, 252, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_1);
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_4);
 
-      /* "ivshmem/channel/calls.pyx":240
+      /* "ivshmem/channel/calls.pyx":253
  *             return call.result(left, spin=spin)
  *         except TimeoutError:
  *             how = "no server has begun with it" if call.cancel() else "a server has begun with it"             # <<<<<<<<<<<<<<
@@ -9148,10 +9332,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
         PyObject *__pyx_callargs[2] = {__pyx_t_14, NULL};
         __pyx_t_13 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cancel, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
-        if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 240, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 253, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_13);
       }
-      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_13); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 240, __pyx_L5_except_error)
+      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_13); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 253, __pyx_L5_except_error)
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
       if (__pyx_t_2) {
         __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_no_server_has_begun_with_it);
@@ -9164,7 +9348,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
       __pyx_v_how = ((PyObject*)__pyx_t_3);
       __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/calls.pyx":241
+      /* "ivshmem/channel/calls.pyx":254
  *         except TimeoutError:
  *             how = "no server has begun with it" if call.cancel() else "a server has begun with it"
  *             raise TimeoutError(             # <<<<<<<<<<<<<<
@@ -9173,18 +9357,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
 */
       __pyx_t_13 = NULL;
 
-      /* "ivshmem/channel/calls.pyx":242
+      /* "ivshmem/channel/calls.pyx":255
  *             how = "no server has begun with it" if call.cancel() else "a server has begun with it"
  *             raise TimeoutError(
  *                 f"call of {self.name!r}: no reply in {timeout:g} s; {how}"             # <<<<<<<<<<<<<<
  *             ) from None
  *         except BaseException:
 */
-      __pyx_t_14 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 242, __pyx_L5_except_error)
+      __pyx_t_14 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 255, __pyx_L5_except_error)
       __Pyx_GOTREF(__pyx_t_14);
-      __pyx_t_15 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 242, __pyx_L5_except_error)
+      __pyx_t_15 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 255, __pyx_L5_except_error)
       __Pyx_GOTREF(__pyx_t_15);
-      __pyx_t_16 = __Pyx_PyUnicode_Unicode(__pyx_v_how); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 242, __pyx_L5_except_error)
+      __pyx_t_16 = __Pyx_PyUnicode_Unicode(__pyx_v_how); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 255, __pyx_L5_except_error)
       __Pyx_GOTREF(__pyx_t_16);
       __pyx_t_17[0] = __pyx_mstate_global->__pyx_kp_u_call_of;
       __pyx_t_17[1] = __pyx_t_14;
@@ -9201,7 +9385,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
       __pyx_t_12 |= __Pyx_PyUnicode_KIND_04(__pyx_t_17[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_17[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_17[5]);
       #endif
       __pyx_t_19 = __Pyx_PyUnicode_Join(__pyx_t_17, 6, __pyx_t_18, __pyx_t_12);
-      if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 242, __pyx_L5_except_error)
+      if (unlikely(!__pyx_t_19)) __PYX_ERR(0, 255, __pyx_L5_except_error)
       __Pyx_GOTREF(__pyx_t_19);
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
@@ -9212,11 +9396,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
         __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_13); __pyx_t_13 = 0;
         __Pyx_DECREF(__pyx_t_19); __pyx_t_19 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 241, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 254, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
 
-      /* "ivshmem/channel/calls.pyx":243
+      /* "ivshmem/channel/calls.pyx":256
  *             raise TimeoutError(
  *                 f"call of {self.name!r}: no reply in {timeout:g} s; {how}"
  *             ) from None             # <<<<<<<<<<<<<<
@@ -9225,10 +9409,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
 */
       __Pyx_Raise(__pyx_t_3, 0, 0, Py_None);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __PYX_ERR(0, 241, __pyx_L5_except_error)
+      __PYX_ERR(0, 254, __pyx_L5_except_error)
     }
 
-    /* "ivshmem/channel/calls.pyx":244
+    /* "ivshmem/channel/calls.pyx":257
  *                 f"call of {self.name!r}: no reply in {timeout:g} s; {how}"
  *             ) from None
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -9238,12 +9422,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
     __pyx_t_12 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_12) {
       __Pyx_AddTraceback("ivshmem.channel.calls.Caller.call", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_5, &__pyx_t_1) < 0) __PYX_ERR(0, 244, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_5, &__pyx_t_1) < 0) __PYX_ERR(0, 257, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_1);
 
-      /* "ivshmem/channel/calls.pyx":245
+      /* "ivshmem/channel/calls.pyx":258
  *             ) from None
  *         except BaseException:
  *             call.cancel()             # <<<<<<<<<<<<<<
@@ -9257,12 +9441,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
         PyObject *__pyx_callargs[2] = {__pyx_t_19, NULL};
         __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cancel, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_19); __pyx_t_19 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 245, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 258, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/calls.pyx":246
+      /* "ivshmem/channel/calls.pyx":259
  *         except BaseException:
  *             call.cancel()
  *             raise             # <<<<<<<<<<<<<<
@@ -9274,11 +9458,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
       __Pyx_XGIVEREF(__pyx_t_1);
       __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_5, __pyx_t_1);
       __pyx_t_4 = 0;  __pyx_t_5 = 0;  __pyx_t_1 = 0; 
-      __PYX_ERR(0, 246, __pyx_L5_except_error)
+      __PYX_ERR(0, 259, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/calls.pyx":236
+    /* "ivshmem/channel/calls.pyx":249
  *         begun = monotonic() if timeout else 0.0
  *         call = self.submit(data, timeout, spin=spin)
  *         try:             # <<<<<<<<<<<<<<
@@ -9299,7 +9483,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
     goto __pyx_L0;
   }
 
-  /* "ivshmem/channel/calls.pyx":222
+  /* "ivshmem/channel/calls.pyx":235
  *             PyBuffer_Release(&view)
  * 
  *     def call(self, data, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -9330,7 +9514,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_4call(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":248
+/* "ivshmem/channel/calls.pyx":261
  *             raise
  * 
  *     def submit_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -9379,35 +9563,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 248, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 261, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 248, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 261, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 248, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 261, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "submit_async", 0) < (0)) __PYX_ERR(0, 248, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "submit_async", 0) < (0)) __PYX_ERR(0, 261, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("submit_async", 0, 1, 2, i); __PYX_ERR(0, 248, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("submit_async", 0, 1, 2, i); __PYX_ERR(0, 261, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 248, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 261, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 248, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 261, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -9418,7 +9602,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("submit_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 248, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("submit_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 261, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9452,7 +9636,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_6submit_async(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("submit_async", 0);
 
-  /* "ivshmem/channel/calls.pyx":250
+  /* "ivshmem/channel/calls.pyx":263
  *     def submit_async(self, data, timeout=None):
  *         """The twin of `submit` for asyncio: a coroutine."""
  *         return asynchronous.until_in_time(self, self.submit, timeout, data)             # <<<<<<<<<<<<<<
@@ -9460,12 +9644,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_6submit_async(struct 
  *     async def call_async(self, data, timeout=None):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 250, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 263, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_in_time); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 250, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_in_time); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 263, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_submit); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 250, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_submit); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 263, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -9485,7 +9669,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_6submit_async(struct 
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 250, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 263, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -9499,7 +9683,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_6submit_async(struct 
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":248
+  /* "ivshmem/channel/calls.pyx":261
  *             raise
  * 
  *     def submit_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -9522,7 +9706,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_6submit_async(struct 
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/calls.pyx":252
+/* "ivshmem/channel/calls.pyx":265
  *         return asynchronous.until_in_time(self, self.submit, timeout, data)
  * 
  *     async def call_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -9571,35 +9755,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 252, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 265, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 252, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 265, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 252, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 265, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "call_async", 0) < (0)) __PYX_ERR(0, 252, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "call_async", 0) < (0)) __PYX_ERR(0, 265, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("call_async", 0, 1, 2, i); __PYX_ERR(0, 252, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("call_async", 0, 1, 2, i); __PYX_ERR(0, 265, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 252, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 265, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 252, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 265, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -9610,7 +9794,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("call_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 252, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("call_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 265, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9643,7 +9827,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_8call_async(struct __
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct__call_async *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 252, __pyx_L1_error)
+    __PYX_ERR(0, 265, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -9657,7 +9841,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_8call_async(struct __
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_timeout);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_timeout);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_call_async, __pyx_mstate_global->__pyx_n_u_Caller_call_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls); if (unlikely(!gen)) __PYX_ERR(0, 252, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_call_async, __pyx_mstate_global->__pyx_n_u_Caller_call_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls); if (unlikely(!gen)) __PYX_ERR(0, 265, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -9713,20 +9897,20 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
-    __PYX_ERR(0, 252, __pyx_L1_error)
+    __PYX_ERR(0, 265, __pyx_L1_error)
   }
 
-  /* "ivshmem/channel/calls.pyx":255
+  /* "ivshmem/channel/calls.pyx":268
  *         """The twin of `call` for asyncio. If it is cancelled, the call is given up."""
  *         cdef PendingCall call
  *         begun = monotonic() if timeout else 0.0             # <<<<<<<<<<<<<<
  *         call = await self.submit_async(data, timeout)
  *         try:
 */
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 255, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 268, __pyx_L1_error)
   if (__pyx_t_2) {
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 255, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 268, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9745,7 +9929,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 255, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 268, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __pyx_t_1 = __pyx_t_3;
@@ -9759,7 +9943,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
   __pyx_cur_scope->__pyx_v_begun = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/calls.pyx":256
+  /* "ivshmem/channel/calls.pyx":269
  *         cdef PendingCall call
  *         begun = monotonic() if timeout else 0.0
  *         call = await self.submit_async(data, timeout)             # <<<<<<<<<<<<<<
@@ -9773,7 +9957,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
     PyObject *__pyx_callargs[3] = {__pyx_t_3, __pyx_cur_scope->__pyx_v_data, __pyx_cur_scope->__pyx_v_timeout};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_submit_async, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 256, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 269, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __pyx_t_7 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_1, &__pyx_r);
@@ -9787,21 +9971,21 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
     __pyx_generator->resume_label = 1;
     return __pyx_r;
     __pyx_L4_resume_from_await:;
-    if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 256, __pyx_L1_error)
+    if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 269, __pyx_L1_error)
     __pyx_t_1 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_1);
   } else if (likely(__pyx_t_7 == PYGEN_RETURN)) {
     __Pyx_GOTREF(__pyx_r);
     __pyx_t_1 = __pyx_r; __pyx_r = NULL;
   } else {
     __Pyx_XGOTREF(__pyx_r);
-    __PYX_ERR(0, 256, __pyx_L1_error)
+    __PYX_ERR(0, 269, __pyx_L1_error)
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall))))) __PYX_ERR(0, 256, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall))))) __PYX_ERR(0, 269, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __pyx_cur_scope->__pyx_v_call = ((struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/calls.pyx":257
+  /* "ivshmem/channel/calls.pyx":270
  *         begun = monotonic() if timeout else 0.0
  *         call = await self.submit_async(data, timeout)
  *         try:             # <<<<<<<<<<<<<<
@@ -9815,19 +9999,19 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
     __Pyx_XGOTREF(__pyx_t_10);
     /*try:*/ {
 
-      /* "ivshmem/channel/calls.pyx":258
+      /* "ivshmem/channel/calls.pyx":271
  *         call = await self.submit_async(data, timeout)
  *         try:
  *             left = max(timeout - (monotonic() - begun), 0) if timeout else timeout             # <<<<<<<<<<<<<<
  *             return await call.result_async(left)
  *         except TimeoutError:
 */
-      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 258, __pyx_L5_error)
+      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_timeout); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 271, __pyx_L5_error)
       if (__pyx_t_2) {
 
         __pyx_t_11 = 0;
         __pyx_t_5 = NULL;
-        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 258, __pyx_L5_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 271, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_4);
         __pyx_t_6 = 1;
         #if CYTHON_UNPACK_METHODS
@@ -9846,21 +10030,21 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
           __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 258, __pyx_L5_error)
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 271, __pyx_L5_error)
           __Pyx_GOTREF(__pyx_t_3);
         }
-        __pyx_t_4 = __Pyx_PyNumber_Subtract_object_object(__pyx_t_3, __pyx_cur_scope->__pyx_v_begun); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 258, __pyx_L5_error)
+        __pyx_t_4 = __Pyx_PyNumber_Subtract_object_object(__pyx_t_3, __pyx_cur_scope->__pyx_v_begun); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 271, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_4);
         __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-        __pyx_t_3 = __Pyx_PyNumber_Subtract_object_object(__pyx_cur_scope->__pyx_v_timeout, __pyx_t_4); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 258, __pyx_L5_error)
+        __pyx_t_3 = __Pyx_PyNumber_Subtract_object_object(__pyx_cur_scope->__pyx_v_timeout, __pyx_t_4); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 271, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_3);
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-        __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 258, __pyx_L5_error)
+        __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 271, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_5);
-        __pyx_t_12 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_3, Py_GT); if (unlikely((__pyx_t_12 < 0))) __PYX_ERR(0, 258, __pyx_L5_error)
+        __pyx_t_12 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_3, Py_GT); if (unlikely((__pyx_t_12 < 0))) __PYX_ERR(0, 271, __pyx_L5_error)
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
         if (__pyx_t_12) {
-          __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 258, __pyx_L5_error)
+          __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 271, __pyx_L5_error)
           __Pyx_GOTREF(__pyx_t_5);
           __pyx_t_4 = __pyx_t_5;
           __pyx_t_5 = 0;
@@ -9882,7 +10066,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
       __pyx_cur_scope->__pyx_v_left = __pyx_t_1;
       __pyx_t_1 = 0;
 
-      /* "ivshmem/channel/calls.pyx":259
+      /* "ivshmem/channel/calls.pyx":272
  *         try:
  *             left = max(timeout - (monotonic() - begun), 0) if timeout else timeout
  *             return await call.result_async(left)             # <<<<<<<<<<<<<<
@@ -9896,7 +10080,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
         PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_cur_scope->__pyx_v_left};
         __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_result_async, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 259, __pyx_L5_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 272, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __pyx_t_7 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_1, &__pyx_r);
@@ -9925,14 +10109,14 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
         __pyx_t_10 = __pyx_cur_scope->__pyx_t_2;
         __pyx_cur_scope->__pyx_t_2 = 0;
         __Pyx_XGOTREF(__pyx_t_10);
-        if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 259, __pyx_L5_error)
+        if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 272, __pyx_L5_error)
         __pyx_t_1 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_1);
       } else if (likely(__pyx_t_7 == PYGEN_RETURN)) {
         __Pyx_GOTREF(__pyx_r);
         __pyx_t_1 = __pyx_r; __pyx_r = NULL;
       } else {
         __Pyx_XGOTREF(__pyx_r);
-        __PYX_ERR(0, 259, __pyx_L5_error)
+        __PYX_ERR(0, 272, __pyx_L5_error)
       }
       {
         PyObject *__pyx_temp;
@@ -9945,7 +10129,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
       __pyx_t_1 = 0;
       goto __pyx_L9_try_return;
 
-      /* "ivshmem/channel/calls.pyx":257
+      /* "ivshmem/channel/calls.pyx":270
  *         begun = monotonic() if timeout else 0.0
  *         call = await self.submit_async(data, timeout)
  *         try:             # <<<<<<<<<<<<<<
@@ -9959,7 +10143,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/calls.pyx":260
+    /* "ivshmem/channel/calls.pyx":273
  *             left = max(timeout - (monotonic() - begun), 0) if timeout else timeout
  *             return await call.result_async(left)
  *         except TimeoutError:             # <<<<<<<<<<<<<<
@@ -9969,12 +10153,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
     __pyx_t_13 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_TimeoutError))));
     if (__pyx_t_13) {
       __Pyx_AddTraceback("ivshmem.channel.calls.Caller.call_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_4, &__pyx_t_3) < 0) __PYX_ERR(0, 260, __pyx_L7_except_error)
+      if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_4, &__pyx_t_3) < 0) __PYX_ERR(0, 273, __pyx_L7_except_error)
       __Pyx_XGOTREF(__pyx_t_1);
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_3);
 
-      /* "ivshmem/channel/calls.pyx":261
+      /* "ivshmem/channel/calls.pyx":274
  *             return await call.result_async(left)
  *         except TimeoutError:
  *             how = "no server has begun with it" if call.cancel() else "a server has begun with it"             # <<<<<<<<<<<<<<
@@ -9988,10 +10172,10 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
         PyObject *__pyx_callargs[2] = {__pyx_t_15, NULL};
         __pyx_t_14 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cancel, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
-        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 261, __pyx_L7_except_error)
+        if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 274, __pyx_L7_except_error)
         __Pyx_GOTREF(__pyx_t_14);
       }
-      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_14); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 261, __pyx_L7_except_error)
+      __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_14); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 274, __pyx_L7_except_error)
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       if (__pyx_t_2) {
         __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_no_server_has_begun_with_it);
@@ -10005,7 +10189,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
       __pyx_cur_scope->__pyx_v_how = ((PyObject*)__pyx_t_5);
       __pyx_t_5 = 0;
 
-      /* "ivshmem/channel/calls.pyx":262
+      /* "ivshmem/channel/calls.pyx":275
  *         except TimeoutError:
  *             how = "no server has begun with it" if call.cancel() else "a server has begun with it"
  *             raise TimeoutError(             # <<<<<<<<<<<<<<
@@ -10014,18 +10198,18 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
 */
       __pyx_t_14 = NULL;
 
-      /* "ivshmem/channel/calls.pyx":263
+      /* "ivshmem/channel/calls.pyx":276
  *             how = "no server has begun with it" if call.cancel() else "a server has begun with it"
  *             raise TimeoutError(
  *                 f"call of {self.name!r}: no reply in {timeout:g} s; {how}"             # <<<<<<<<<<<<<<
  *             ) from None
  *         except BaseException:
 */
-      __pyx_t_15 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_cur_scope->__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 263, __pyx_L7_except_error)
+      __pyx_t_15 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_cur_scope->__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 276, __pyx_L7_except_error)
       __Pyx_GOTREF(__pyx_t_15);
-      __pyx_t_16 = __Pyx_PyObject_Format(__pyx_cur_scope->__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 263, __pyx_L7_except_error)
+      __pyx_t_16 = __Pyx_PyObject_Format(__pyx_cur_scope->__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 276, __pyx_L7_except_error)
       __Pyx_GOTREF(__pyx_t_16);
-      __pyx_t_17 = __Pyx_PyUnicode_Unicode(__pyx_cur_scope->__pyx_v_how); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 263, __pyx_L7_except_error)
+      __pyx_t_17 = __Pyx_PyUnicode_Unicode(__pyx_cur_scope->__pyx_v_how); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 276, __pyx_L7_except_error)
       __Pyx_GOTREF(__pyx_t_17);
       __pyx_t_18[0] = __pyx_mstate_global->__pyx_kp_u_call_of;
       __pyx_t_18[1] = __pyx_t_15;
@@ -10042,7 +10226,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
       __pyx_t_13 |= __Pyx_PyUnicode_KIND_04(__pyx_t_18[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_18[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_18[5]);
       #endif
       __pyx_t_20 = __Pyx_PyUnicode_Join(__pyx_t_18, 6, __pyx_t_19, __pyx_t_13);
-      if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 263, __pyx_L7_except_error)
+      if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 276, __pyx_L7_except_error)
       __Pyx_GOTREF(__pyx_t_20);
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
       __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
@@ -10053,11 +10237,11 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
         __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
         __Pyx_DECREF(__pyx_t_20); __pyx_t_20 = 0;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 262, __pyx_L7_except_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 275, __pyx_L7_except_error)
         __Pyx_GOTREF(__pyx_t_5);
       }
 
-      /* "ivshmem/channel/calls.pyx":264
+      /* "ivshmem/channel/calls.pyx":277
  *             raise TimeoutError(
  *                 f"call of {self.name!r}: no reply in {timeout:g} s; {how}"
  *             ) from None             # <<<<<<<<<<<<<<
@@ -10066,10 +10250,10 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
 */
       __Pyx_Raise(__pyx_t_5, 0, 0, Py_None);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __PYX_ERR(0, 262, __pyx_L7_except_error)
+      __PYX_ERR(0, 275, __pyx_L7_except_error)
     }
 
-    /* "ivshmem/channel/calls.pyx":265
+    /* "ivshmem/channel/calls.pyx":278
  *                 f"call of {self.name!r}: no reply in {timeout:g} s; {how}"
  *             ) from None
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -10079,12 +10263,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
     __pyx_t_13 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_13) {
       __Pyx_AddTraceback("ivshmem.channel.calls.Caller.call_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_4, &__pyx_t_1) < 0) __PYX_ERR(0, 265, __pyx_L7_except_error)
+      if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_4, &__pyx_t_1) < 0) __PYX_ERR(0, 278, __pyx_L7_except_error)
       __Pyx_XGOTREF(__pyx_t_3);
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_1);
 
-      /* "ivshmem/channel/calls.pyx":266
+      /* "ivshmem/channel/calls.pyx":279
  *             ) from None
  *         except BaseException:
  *             call.cancel()             # <<<<<<<<<<<<<<
@@ -10098,12 +10282,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
         PyObject *__pyx_callargs[2] = {__pyx_t_20, NULL};
         __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cancel, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_20); __pyx_t_20 = 0;
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 266, __pyx_L7_except_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 279, __pyx_L7_except_error)
         __Pyx_GOTREF(__pyx_t_5);
       }
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-      /* "ivshmem/channel/calls.pyx":267
+      /* "ivshmem/channel/calls.pyx":280
  *         except BaseException:
  *             call.cancel()
  *             raise             # <<<<<<<<<<<<<<
@@ -10115,11 +10299,11 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
       __Pyx_XGIVEREF(__pyx_t_1);
       __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_4, __pyx_t_1);
       __pyx_t_3 = 0;  __pyx_t_4 = 0;  __pyx_t_1 = 0; 
-      __PYX_ERR(0, 267, __pyx_L7_except_error)
+      __PYX_ERR(0, 280, __pyx_L7_except_error)
     }
     goto __pyx_L7_except_error;
 
-    /* "ivshmem/channel/calls.pyx":257
+    /* "ivshmem/channel/calls.pyx":270
  *         begun = monotonic() if timeout else 0.0
  *         call = await self.submit_async(data, timeout)
  *         try:             # <<<<<<<<<<<<<<
@@ -10141,7 +10325,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_6Caller_10generator(__pyx_Cor
   }
   CYTHON_MAYBE_UNUSED_VAR(__pyx_cur_scope);
 
-  /* "ivshmem/channel/calls.pyx":252
+  /* "ivshmem/channel/calls.pyx":265
  *         return asynchronous.until_in_time(self, self.submit, timeout, data)
  * 
  *     async def call_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -10381,7 +10565,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_6Caller_13__setstate_cython__
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":273
+/* "ivshmem/channel/calls.pyx":287
  *     """One server of a channel of calls; made by its `server()`. It iterates over calls."""
  * 
  *     def take(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -10430,25 +10614,25 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 273, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 287, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 273, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 287, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 273, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 287, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 273, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 287, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -10461,7 +10645,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 273, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 287, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10483,37 +10667,36 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 }
 
 static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_take(struct __pyx_obj_7ivshmem_7channel_5calls_CallServer *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin) {
+  struct ivshmem_taken __pyx_v_taken;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
   int __pyx_t_2;
   PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take", 0);
 
-  /* "ivshmem/channel/calls.pyx":286
- *             As of QueueReader.take.
+  /* "ivshmem/channel/calls.pyx":301
  *         """
- *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin):             # <<<<<<<<<<<<<<
+ *         cdef ivshmem_taken taken
+ *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *             return None
- *         return Call(self)
+ *         return taken_of(Call, self, &taken)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_CallServer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 286, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_CallServer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 301, __pyx_L1_error)
   __pyx_t_2 = (__pyx_t_1 != 0);
 
 
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/calls.pyx":287
- *         """
- *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin):
+    /* "ivshmem/channel/calls.pyx":302
+ *         cdef ivshmem_taken taken
+ *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):
  *             return None             # <<<<<<<<<<<<<<
- *         return Call(self)
+ *         return taken_of(Call, self, &taken)
  * 
 */
     {
@@ -10526,43 +10709,36 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_take(struct __py
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/calls.pyx":286
- *             As of QueueReader.take.
+    /* "ivshmem/channel/calls.pyx":301
  *         """
- *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin):             # <<<<<<<<<<<<<<
+ *         cdef ivshmem_taken taken
+ *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *             return None
- *         return Call(self)
+ *         return taken_of(Call, self, &taken)
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":288
- *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin):
+  /* "ivshmem/channel/calls.pyx":303
+ *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):
  *             return None
- *         return Call(self)             # <<<<<<<<<<<<<<
+ *         return taken_of(Call, self, &taken)             # <<<<<<<<<<<<<<
  * 
  *     def serve(self, function, timeout=None, *, spin=None):
 */
-  __pyx_t_4 = NULL;
-  __pyx_t_5 = 1;
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_4, ((PyObject *)__pyx_v_self)};
-    __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 288, __pyx_L1_error)
-    __Pyx_GOTREF((PyObject *)__pyx_t_3);
-  }
+  __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_6queues_taken_of(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 303, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = ((PyObject *)__pyx_t_3);
+      __pyx_r = __pyx_t_3;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":273
+  /* "ivshmem/channel/calls.pyx":287
  *     """One server of a channel of calls; made by its `server()`. It iterates over calls."""
  * 
  *     def take(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -10573,17 +10749,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_take(struct __py
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_AddTraceback("ivshmem.channel.calls.CallServer.take", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
+
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":290
- *         return Call(self)
+/* "ivshmem/channel/calls.pyx":305
+ *         return taken_of(Call, self, &taken)
  * 
  *     def serve(self, function, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Reply to calls with what `function` returns, one after the other.
@@ -10632,36 +10808,36 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_function,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 290, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 305, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 290, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 305, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 290, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 305, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "serve", 0) < (0)) __PYX_ERR(0, 290, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "serve", 0) < (0)) __PYX_ERR(0, 305, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("serve", 0, 1, 2, i); __PYX_ERR(0, 290, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("serve", 0, 1, 2, i); __PYX_ERR(0, 305, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 290, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 305, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 290, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 305, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -10674,7 +10850,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("serve", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 290, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("serve", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 305, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10730,7 +10906,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("serve", 0);
 
-  /* "ivshmem/channel/calls.pyx":300
+  /* "ivshmem/channel/calls.pyx":315
  *             timeout: seconds without a call after which this returns; None: for ever.
  *         """
  *         while True:             # <<<<<<<<<<<<<<
@@ -10739,7 +10915,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
 */
   while (1) {
 
-    /* "ivshmem/channel/calls.pyx":301
+    /* "ivshmem/channel/calls.pyx":316
  *         """
  *         while True:
  *             call = self.take(timeout, spin=spin)             # <<<<<<<<<<<<<<
@@ -10755,13 +10931,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_v_timeout, __pyx_v_spin};
       #if CYTHON_VECTORCALL
       __pyx_t_4 = __pyx_mstate_global->__pyx_tuple[1];
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 301, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 316, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_4);
       #else
       {
         PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_spin};
         __pyx_t_4 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+2, 1);
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 301, __pyx_L1_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 316, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       #endif
@@ -10770,13 +10946,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       #if CYTHON_VECTORCALL
       #endif
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 301, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 316, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_XDECREF_SET(__pyx_v_call, __pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/calls.pyx":302
+    /* "ivshmem/channel/calls.pyx":317
  *         while True:
  *             call = self.take(timeout, spin=spin)
  *             if call is None:             # <<<<<<<<<<<<<<
@@ -10787,7 +10963,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/calls.pyx":303
+      /* "ivshmem/channel/calls.pyx":318
  *             call = self.take(timeout, spin=spin)
  *             if call is None:
  *                 return             # <<<<<<<<<<<<<<
@@ -10804,7 +10980,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/calls.pyx":302
+      /* "ivshmem/channel/calls.pyx":317
  *         while True:
  *             call = self.take(timeout, spin=spin)
  *             if call is None:             # <<<<<<<<<<<<<<
@@ -10813,7 +10989,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
 */
     }
 
-    /* "ivshmem/channel/calls.pyx":304
+    /* "ivshmem/channel/calls.pyx":319
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -10829,7 +11005,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       __Pyx_XGOTREF(__pyx_t_8);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":305
+        /* "ivshmem/channel/calls.pyx":320
  *                 return
  *             try:
  *                 reply = function(call.get())             # <<<<<<<<<<<<<<
@@ -10846,7 +11022,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
           PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
           __pyx_t_9 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 305, __pyx_L6_error)
+          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 320, __pyx_L6_error)
           __Pyx_GOTREF(__pyx_t_9);
         }
         __pyx_t_3 = 1;
@@ -10867,13 +11043,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
           __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 305, __pyx_L6_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 320, __pyx_L6_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_XDECREF_SET(__pyx_v_reply, __pyx_t_1);
         __pyx_t_1 = 0;
 
-        /* "ivshmem/channel/calls.pyx":304
+        /* "ivshmem/channel/calls.pyx":319
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -10882,7 +11058,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
 */
       }
 
-      /* "ivshmem/channel/calls.pyx":312
+      /* "ivshmem/channel/calls.pyx":327
  *                 raise
  *             else:
  *                 call.reply(reply)             # <<<<<<<<<<<<<<
@@ -10897,7 +11073,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
           PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_v_reply};
           __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_reply, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 312, __pyx_L8_except_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 327, __pyx_L8_except_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -10913,7 +11089,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/channel/calls.pyx":306
+      /* "ivshmem/channel/calls.pyx":321
  *             try:
  *                 reply = function(call.get())
  *             except Exception as error:             # <<<<<<<<<<<<<<
@@ -10923,7 +11099,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       __pyx_t_11 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_Exception))));
       if (__pyx_t_11) {
         __Pyx_AddTraceback("ivshmem.channel.calls.CallServer.serve", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_2, &__pyx_t_9) < 0) __PYX_ERR(0, 306, __pyx_L8_except_error)
+        if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_2, &__pyx_t_9) < 0) __PYX_ERR(0, 321, __pyx_L8_except_error)
         __Pyx_XGOTREF(__pyx_t_1);
         __Pyx_XGOTREF(__pyx_t_2);
         __Pyx_XGOTREF(__pyx_t_9);
@@ -10931,7 +11107,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
         __pyx_v_error = __pyx_t_2;
         /*try:*/ {
 
-          /* "ivshmem/channel/calls.pyx":307
+          /* "ivshmem/channel/calls.pyx":322
  *                 reply = function(call.get())
  *             except Exception as error:
  *                 call.fail(f"{type(error).__name__}: {error}")             # <<<<<<<<<<<<<<
@@ -10940,12 +11116,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
 */
           __pyx_t_10 = __pyx_v_call;
           __Pyx_INCREF(__pyx_t_10);
-          __pyx_t_12 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(__pyx_v_error)), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 307, __pyx_L19_error)
+          __pyx_t_12 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(__pyx_v_error)), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 322, __pyx_L19_error)
           __Pyx_GOTREF(__pyx_t_12);
-          __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_t_12, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 307, __pyx_L19_error)
+          __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_t_12, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 322, __pyx_L19_error)
           __Pyx_GOTREF(__pyx_t_13);
           __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-          __pyx_t_12 = __Pyx_PyObject_FormatSimple(__pyx_v_error, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 307, __pyx_L19_error)
+          __pyx_t_12 = __Pyx_PyObject_FormatSimple(__pyx_v_error, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 322, __pyx_L19_error)
           __Pyx_GOTREF(__pyx_t_12);
           __pyx_t_14[0] = __pyx_t_13;
           __pyx_t_14[1] = __pyx_mstate_global->__pyx_kp_u__2;
@@ -10959,7 +11135,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
           __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_14[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_14[2]);
           #endif
           __pyx_t_16 = __Pyx_PyUnicode_Join(__pyx_t_14, 3, __pyx_t_15, __pyx_t_11);
-          if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 307, __pyx_L19_error)
+          if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 322, __pyx_L19_error)
           __Pyx_GOTREF(__pyx_t_16);
           __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
           __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -10969,13 +11145,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
             __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
             __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 307, __pyx_L19_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 322, __pyx_L19_error)
             __Pyx_GOTREF(__pyx_t_4);
           }
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
         }
 
-        /* "ivshmem/channel/calls.pyx":306
+        /* "ivshmem/channel/calls.pyx":321
  *             try:
  *                 reply = function(call.get())
  *             except Exception as error:             # <<<<<<<<<<<<<<
@@ -11029,7 +11205,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
         goto __pyx_L7_exception_handled;
       }
 
-      /* "ivshmem/channel/calls.pyx":308
+      /* "ivshmem/channel/calls.pyx":323
  *             except Exception as error:
  *                 call.fail(f"{type(error).__name__}: {error}")
  *             except BaseException:             # <<<<<<<<<<<<<<
@@ -11039,12 +11215,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
       __pyx_t_17 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
       if (__pyx_t_17) {
         __Pyx_AddTraceback("ivshmem.channel.calls.CallServer.serve", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_2, &__pyx_t_1) < 0) __PYX_ERR(0, 308, __pyx_L8_except_error)
+        if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_2, &__pyx_t_1) < 0) __PYX_ERR(0, 323, __pyx_L8_except_error)
         __Pyx_XGOTREF(__pyx_t_9);
         __Pyx_XGOTREF(__pyx_t_2);
         __Pyx_XGOTREF(__pyx_t_1);
 
-        /* "ivshmem/channel/calls.pyx":309
+        /* "ivshmem/channel/calls.pyx":324
  *                 call.fail(f"{type(error).__name__}: {error}")
  *             except BaseException:
  *                 call.fail("the server ends")             # <<<<<<<<<<<<<<
@@ -11058,12 +11234,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
           PyObject *__pyx_callargs[2] = {__pyx_t_16, __pyx_mstate_global->__pyx_kp_u_the_server_ends};
           __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_16); __pyx_t_16 = 0;
-          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 309, __pyx_L8_except_error)
+          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 324, __pyx_L8_except_error)
           __Pyx_GOTREF(__pyx_t_4);
         }
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-        /* "ivshmem/channel/calls.pyx":310
+        /* "ivshmem/channel/calls.pyx":325
  *             except BaseException:
  *                 call.fail("the server ends")
  *                 raise             # <<<<<<<<<<<<<<
@@ -11075,11 +11251,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
         __Pyx_XGIVEREF(__pyx_t_1);
         __Pyx_ErrRestoreWithState(__pyx_t_9, __pyx_t_2, __pyx_t_1);
         __pyx_t_9 = 0;  __pyx_t_2 = 0;  __pyx_t_1 = 0; 
-        __PYX_ERR(0, 310, __pyx_L8_except_error)
+        __PYX_ERR(0, 325, __pyx_L8_except_error)
       }
       goto __pyx_L8_except_error;
 
-      /* "ivshmem/channel/calls.pyx":304
+      /* "ivshmem/channel/calls.pyx":319
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -11101,8 +11277,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
     }
   }
 
-  /* "ivshmem/channel/calls.pyx":290
- *         return Call(self)
+  /* "ivshmem/channel/calls.pyx":305
+ *         return taken_of(Call, self, &taken)
  * 
  *     def serve(self, function, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Reply to calls with what `function` returns, one after the other.
@@ -11133,7 +11309,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_2serve(struct __
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/calls.pyx":314
+/* "ivshmem/channel/calls.pyx":329
  *                 call.reply(reply)
  * 
  *     async def serve_async(self, function, timeout=None):             # <<<<<<<<<<<<<<
@@ -11182,35 +11358,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_function,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 314, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 329, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 314, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 329, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 314, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 329, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "serve_async", 0) < (0)) __PYX_ERR(0, 314, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "serve_async", 0) < (0)) __PYX_ERR(0, 329, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("serve_async", 0, 1, 2, i); __PYX_ERR(0, 314, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("serve_async", 0, 1, 2, i); __PYX_ERR(0, 329, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 314, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 329, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 314, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 329, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -11221,7 +11397,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("serve_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 314, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("serve_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 329, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11254,7 +11430,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_4serve_async(str
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 314, __pyx_L1_error)
+    __PYX_ERR(0, 329, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -11268,7 +11444,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_4serve_async(str
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_timeout);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_timeout);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_serve_async, __pyx_mstate_global->__pyx_n_u_CallServer_serve_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls); if (unlikely(!gen)) __PYX_ERR(0, 314, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_serve_async, __pyx_mstate_global->__pyx_n_u_CallServer_serve_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls); if (unlikely(!gen)) __PYX_ERR(0, 329, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -11329,10 +11505,10 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
-    __PYX_ERR(0, 314, __pyx_L1_error)
+    __PYX_ERR(0, 329, __pyx_L1_error)
   }
 
-  /* "ivshmem/channel/calls.pyx":316
+  /* "ivshmem/channel/calls.pyx":331
  *     async def serve_async(self, function, timeout=None):
  *         """The twin of `serve` for asyncio; `function` may be a coroutine function."""
  *         while True:             # <<<<<<<<<<<<<<
@@ -11341,7 +11517,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
 */
   while (1) {
 
-    /* "ivshmem/channel/calls.pyx":317
+    /* "ivshmem/channel/calls.pyx":332
  *         """The twin of `serve` for asyncio; `function` may be a coroutine function."""
  *         while True:
  *             call = await self.take_async(timeout)             # <<<<<<<<<<<<<<
@@ -11355,7 +11531,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_cur_scope->__pyx_v_timeout};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take_async, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 317, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 332, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __pyx_t_4 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_1, &__pyx_r);
@@ -11369,21 +11545,21 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       __pyx_generator->resume_label = 1;
       return __pyx_r;
       __pyx_L6_resume_from_await:;
-      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 317, __pyx_L1_error)
+      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 332, __pyx_L1_error)
       __pyx_t_1 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_1);
     } else if (likely(__pyx_t_4 == PYGEN_RETURN)) {
       __Pyx_GOTREF(__pyx_r);
       __pyx_t_1 = __pyx_r; __pyx_r = NULL;
     } else {
       __Pyx_XGOTREF(__pyx_r);
-      __PYX_ERR(0, 317, __pyx_L1_error)
+      __PYX_ERR(0, 332, __pyx_L1_error)
     }
     __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_call);
     __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_call, __pyx_t_1);
     __Pyx_GIVEREF(__pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/calls.pyx":318
+    /* "ivshmem/channel/calls.pyx":333
  *         while True:
  *             call = await self.take_async(timeout)
  *             if call is None:             # <<<<<<<<<<<<<<
@@ -11394,7 +11570,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
     if (__pyx_t_5) {
 
 
-      /* "ivshmem/channel/calls.pyx":319
+      /* "ivshmem/channel/calls.pyx":334
  *             call = await self.take_async(timeout)
  *             if call is None:
  *                 return             # <<<<<<<<<<<<<<
@@ -11411,7 +11587,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/calls.pyx":318
+      /* "ivshmem/channel/calls.pyx":333
  *         while True:
  *             call = await self.take_async(timeout)
  *             if call is None:             # <<<<<<<<<<<<<<
@@ -11420,7 +11596,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
 */
     }
 
-    /* "ivshmem/channel/calls.pyx":320
+    /* "ivshmem/channel/calls.pyx":335
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -11434,7 +11610,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       __Pyx_XGOTREF(__pyx_t_8);
       /*try:*/ {
 
-        /* "ivshmem/channel/calls.pyx":321
+        /* "ivshmem/channel/calls.pyx":336
  *                 return
  *             try:
  *                 reply = function(call.get())             # <<<<<<<<<<<<<<
@@ -11451,7 +11627,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
           PyObject *__pyx_callargs[2] = {__pyx_t_11, NULL};
           __pyx_t_10 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
-          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 321, __pyx_L8_error)
+          if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 336, __pyx_L8_error)
           __Pyx_GOTREF(__pyx_t_10);
         }
         __pyx_t_3 = 1;
@@ -11472,7 +11648,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
           __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
           __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 321, __pyx_L8_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 336, __pyx_L8_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_reply);
@@ -11480,18 +11656,18 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
         __Pyx_GIVEREF(__pyx_t_1);
         __pyx_t_1 = 0;
 
-        /* "ivshmem/channel/calls.pyx":322
+        /* "ivshmem/channel/calls.pyx":337
  *             try:
  *                 reply = function(call.get())
  *                 if hasattr(reply, "__await__"):             # <<<<<<<<<<<<<<
  *                     reply = await reply
  *             except Exception as error:
 */
-        __pyx_t_5 = __Pyx_HasAttr(__pyx_cur_scope->__pyx_v_reply, __pyx_mstate_global->__pyx_n_u_await); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 322, __pyx_L8_error)
+        __pyx_t_5 = __Pyx_HasAttr(__pyx_cur_scope->__pyx_v_reply, __pyx_mstate_global->__pyx_n_u_await); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 337, __pyx_L8_error)
         if (__pyx_t_5) {
 
 
-          /* "ivshmem/channel/calls.pyx":323
+          /* "ivshmem/channel/calls.pyx":338
  *                 reply = function(call.get())
  *                 if hasattr(reply, "__await__"):
  *                     reply = await reply             # <<<<<<<<<<<<<<
@@ -11523,21 +11699,21 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
             __pyx_t_8 = __pyx_cur_scope->__pyx_t_2;
             __pyx_cur_scope->__pyx_t_2 = 0;
             __Pyx_XGOTREF(__pyx_t_8);
-            if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 323, __pyx_L8_error)
+            if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 338, __pyx_L8_error)
             __pyx_t_1 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_1);
           } else if (likely(__pyx_t_4 == PYGEN_RETURN)) {
             __Pyx_GOTREF(__pyx_r);
             __pyx_t_1 = __pyx_r; __pyx_r = NULL;
           } else {
             __Pyx_XGOTREF(__pyx_r);
-            __PYX_ERR(0, 323, __pyx_L8_error)
+            __PYX_ERR(0, 338, __pyx_L8_error)
           }
           __Pyx_GOTREF(__pyx_cur_scope->__pyx_v_reply);
           __Pyx_DECREF_SET(__pyx_cur_scope->__pyx_v_reply, __pyx_t_1);
           __Pyx_GIVEREF(__pyx_t_1);
           __pyx_t_1 = 0;
 
-          /* "ivshmem/channel/calls.pyx":322
+          /* "ivshmem/channel/calls.pyx":337
  *             try:
  *                 reply = function(call.get())
  *                 if hasattr(reply, "__await__"):             # <<<<<<<<<<<<<<
@@ -11546,7 +11722,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
 */
         }
 
-        /* "ivshmem/channel/calls.pyx":320
+        /* "ivshmem/channel/calls.pyx":335
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -11555,7 +11731,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
 */
       }
 
-      /* "ivshmem/channel/calls.pyx":330
+      /* "ivshmem/channel/calls.pyx":345
  *                 raise
  *             else:
  *                 call.reply(reply)             # <<<<<<<<<<<<<<
@@ -11570,7 +11746,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
           PyObject *__pyx_callargs[2] = {__pyx_t_9, __pyx_cur_scope->__pyx_v_reply};
           __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_reply, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 330, __pyx_L10_except_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 345, __pyx_L10_except_error)
           __Pyx_GOTREF(__pyx_t_1);
         }
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -11586,7 +11762,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/channel/calls.pyx":324
+      /* "ivshmem/channel/calls.pyx":339
  *                 if hasattr(reply, "__await__"):
  *                     reply = await reply
  *             except Exception as error:             # <<<<<<<<<<<<<<
@@ -11596,7 +11772,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       __pyx_t_12 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_Exception))));
       if (__pyx_t_12) {
         __Pyx_AddTraceback("ivshmem.channel.calls.CallServer.serve_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_9, &__pyx_t_10) < 0) __PYX_ERR(0, 324, __pyx_L10_except_error)
+        if (__Pyx_GetException(&__pyx_t_1, &__pyx_t_9, &__pyx_t_10) < 0) __PYX_ERR(0, 339, __pyx_L10_except_error)
         __Pyx_XGOTREF(__pyx_t_1);
         __Pyx_XGOTREF(__pyx_t_9);
         __Pyx_XGOTREF(__pyx_t_10);
@@ -11605,7 +11781,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
         __pyx_cur_scope->__pyx_v_error = __pyx_t_9;
         /*try:*/ {
 
-          /* "ivshmem/channel/calls.pyx":325
+          /* "ivshmem/channel/calls.pyx":340
  *                     reply = await reply
  *             except Exception as error:
  *                 call.fail(f"{type(error).__name__}: {error}")             # <<<<<<<<<<<<<<
@@ -11614,12 +11790,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
 */
           __pyx_t_11 = __pyx_cur_scope->__pyx_v_call;
           __Pyx_INCREF(__pyx_t_11);
-          __pyx_t_13 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(__pyx_cur_scope->__pyx_v_error)), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 325, __pyx_L23_error)
+          __pyx_t_13 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(__pyx_cur_scope->__pyx_v_error)), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 340, __pyx_L23_error)
           __Pyx_GOTREF(__pyx_t_13);
-          __pyx_t_14 = __Pyx_PyObject_FormatSimple(__pyx_t_13, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 325, __pyx_L23_error)
+          __pyx_t_14 = __Pyx_PyObject_FormatSimple(__pyx_t_13, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 340, __pyx_L23_error)
           __Pyx_GOTREF(__pyx_t_14);
           __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-          __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_cur_scope->__pyx_v_error, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 325, __pyx_L23_error)
+          __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_cur_scope->__pyx_v_error, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 340, __pyx_L23_error)
           __Pyx_GOTREF(__pyx_t_13);
           __pyx_t_15[0] = __pyx_t_14;
           __pyx_t_15[1] = __pyx_mstate_global->__pyx_kp_u__2;
@@ -11633,7 +11809,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
           __pyx_t_12 |= __Pyx_PyUnicode_KIND_04(__pyx_t_15[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_15[2]);
           #endif
           __pyx_t_17 = __Pyx_PyUnicode_Join(__pyx_t_15, 3, __pyx_t_16, __pyx_t_12);
-          if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 325, __pyx_L23_error)
+          if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 340, __pyx_L23_error)
           __Pyx_GOTREF(__pyx_t_17);
           __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
           __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
@@ -11643,13 +11819,13 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
             __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
             __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 325, __pyx_L23_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 340, __pyx_L23_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         }
 
-        /* "ivshmem/channel/calls.pyx":324
+        /* "ivshmem/channel/calls.pyx":339
  *                 if hasattr(reply, "__await__"):
  *                     reply = await reply
  *             except Exception as error:             # <<<<<<<<<<<<<<
@@ -11704,7 +11880,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
         goto __pyx_L9_exception_handled;
       }
 
-      /* "ivshmem/channel/calls.pyx":326
+      /* "ivshmem/channel/calls.pyx":341
  *             except Exception as error:
  *                 call.fail(f"{type(error).__name__}: {error}")
  *             except BaseException:             # <<<<<<<<<<<<<<
@@ -11714,12 +11890,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
       __pyx_t_18 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
       if (__pyx_t_18) {
         __Pyx_AddTraceback("ivshmem.channel.calls.CallServer.serve_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
-        if (__Pyx_GetException(&__pyx_t_10, &__pyx_t_9, &__pyx_t_1) < 0) __PYX_ERR(0, 326, __pyx_L10_except_error)
+        if (__Pyx_GetException(&__pyx_t_10, &__pyx_t_9, &__pyx_t_1) < 0) __PYX_ERR(0, 341, __pyx_L10_except_error)
         __Pyx_XGOTREF(__pyx_t_10);
         __Pyx_XGOTREF(__pyx_t_9);
         __Pyx_XGOTREF(__pyx_t_1);
 
-        /* "ivshmem/channel/calls.pyx":327
+        /* "ivshmem/channel/calls.pyx":342
  *                 call.fail(f"{type(error).__name__}: {error}")
  *             except BaseException:
  *                 call.fail("the server ends")             # <<<<<<<<<<<<<<
@@ -11733,12 +11909,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
           PyObject *__pyx_callargs[2] = {__pyx_t_17, __pyx_mstate_global->__pyx_kp_u_the_server_ends};
           __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_17); __pyx_t_17 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 327, __pyx_L10_except_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 342, __pyx_L10_except_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/calls.pyx":328
+        /* "ivshmem/channel/calls.pyx":343
  *             except BaseException:
  *                 call.fail("the server ends")
  *                 raise             # <<<<<<<<<<<<<<
@@ -11750,11 +11926,11 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
         __Pyx_XGIVEREF(__pyx_t_1);
         __Pyx_ErrRestoreWithState(__pyx_t_10, __pyx_t_9, __pyx_t_1);
         __pyx_t_10 = 0;  __pyx_t_9 = 0;  __pyx_t_1 = 0; 
-        __PYX_ERR(0, 328, __pyx_L10_except_error)
+        __PYX_ERR(0, 343, __pyx_L10_except_error)
       }
       goto __pyx_L10_except_error;
 
-      /* "ivshmem/channel/calls.pyx":320
+      /* "ivshmem/channel/calls.pyx":335
  *             if call is None:
  *                 return
  *             try:             # <<<<<<<<<<<<<<
@@ -11777,7 +11953,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
   }
   CYTHON_MAYBE_UNUSED_VAR(__pyx_cur_scope);
 
-  /* "ivshmem/channel/calls.pyx":314
+  /* "ivshmem/channel/calls.pyx":329
  *                 call.reply(reply)
  * 
  *     async def serve_async(self, function, timeout=None):             # <<<<<<<<<<<<<<
@@ -11812,7 +11988,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_5calls_10CallServer_6generator1(__py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":332
+/* "ivshmem/channel/calls.pyx":347
  *                 call.reply(reply)
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -11860,24 +12036,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 332, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 347, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 332, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 347, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take_async", 0) < (0)) __PYX_ERR(0, 332, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take_async", 0) < (0)) __PYX_ERR(0, 347, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 332, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 347, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -11888,7 +12064,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 332, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 347, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11922,7 +12098,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_7take_async(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take_async", 0);
 
-  /* "ivshmem/channel/calls.pyx":334
+  /* "ivshmem/channel/calls.pyx":349
  *     def take_async(self, timeout=None):
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.take, timeout)             # <<<<<<<<<<<<<<
@@ -11930,12 +12106,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_7take_async(stru
  *     def __iter__(self):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 334, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 349, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 334, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 349, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 334, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 349, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -11955,7 +12131,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_7take_async(stru
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 334, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 349, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -11969,7 +12145,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_7take_async(stru
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":332
+  /* "ivshmem/channel/calls.pyx":347
  *                 call.reply(reply)
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -11991,7 +12167,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_7take_async(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":336
+/* "ivshmem/channel/calls.pyx":351
  *         return asynchronous.until_something(self, self.take, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -12019,7 +12195,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_9__iter__(struct
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/calls.pyx":337
+  /* "ivshmem/channel/calls.pyx":352
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -12037,7 +12213,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_9__iter__(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":336
+  /* "ivshmem/channel/calls.pyx":351
  *         return asynchronous.until_something(self, self.take, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -12052,7 +12228,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_9__iter__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":339
+/* "ivshmem/channel/calls.pyx":354
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -12086,7 +12262,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_11__next__(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/calls.pyx":340
+  /* "ivshmem/channel/calls.pyx":355
  * 
  *     def __next__(self):
  *         return self.take()             # <<<<<<<<<<<<<<
@@ -12100,7 +12276,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_11__next__(struc
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 340, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 355, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -12114,7 +12290,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_11__next__(struc
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":339
+  /* "ivshmem/channel/calls.pyx":354
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -12134,7 +12310,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_11__next__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":342
+/* "ivshmem/channel/calls.pyx":357
  *         return self.take()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -12162,7 +12338,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_13__aiter__(stru
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/calls.pyx":343
+  /* "ivshmem/channel/calls.pyx":358
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -12180,7 +12356,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_13__aiter__(stru
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":342
+  /* "ivshmem/channel/calls.pyx":357
  *         return self.take()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -12195,7 +12371,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_13__aiter__(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":345
+/* "ivshmem/channel/calls.pyx":360
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -12229,7 +12405,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_15__anext__(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/calls.pyx":346
+  /* "ivshmem/channel/calls.pyx":361
  * 
  *     def __anext__(self):
  *         return self.take_async()             # <<<<<<<<<<<<<<
@@ -12243,7 +12419,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_15__anext__(stru
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_take_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 346, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 361, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -12257,7 +12433,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_15__anext__(stru
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":345
+  /* "ivshmem/channel/calls.pyx":360
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -12483,7 +12659,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_10CallServer_19__setstate_cyt
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":355
+/* "ivshmem/channel/calls.pyx":371
  *     """
  * 
  *     def reply(self, data=b""):             # <<<<<<<<<<<<<<
@@ -12531,24 +12707,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 355, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 371, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 355, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 371, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "reply", 0) < (0)) __PYX_ERR(0, 355, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "reply", 0) < (0)) __PYX_ERR(0, 371, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_kp_b__3));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 355, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 371, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -12559,7 +12735,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("reply", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 355, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("reply", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 371, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12594,7 +12770,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
   __Pyx_RefNannySetupContext("reply", 0);
   __Pyx_INCREF(__pyx_v_data);
 
-  /* "ivshmem/channel/calls.pyx":364
+  /* "ivshmem/channel/calls.pyx":380
  *             MessageTooLong: it is longer than the channel's limit. The call can still be replied to.
  *         """
  *         cdef CallServer server = self.reader             # <<<<<<<<<<<<<<
@@ -12603,11 +12779,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
 */
   __pyx_t_1 = ((PyObject *)__pyx_v_self->__pyx_base.reader);
   __Pyx_INCREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer))))) __PYX_ERR(0, 364, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer))))) __PYX_ERR(0, 380, __pyx_L1_error)
   __pyx_v_server = ((struct __pyx_obj_7ivshmem_7channel_5calls_CallServer *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/calls.pyx":365
+  /* "ivshmem/channel/calls.pyx":381
  *         """
  *         cdef CallServer server = self.reader
  *         if server.type is not None:             # <<<<<<<<<<<<<<
@@ -12618,7 +12794,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/calls.pyx":366
+    /* "ivshmem/channel/calls.pyx":382
  *         cdef CallServer server = self.reader
  *         if server.type is not None:
  *             data = server.type.encode(data)             # <<<<<<<<<<<<<<
@@ -12632,13 +12808,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
       PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_v_data};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_encode, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 366, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 382, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF_SET(__pyx_v_data, __pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/calls.pyx":365
+    /* "ivshmem/channel/calls.pyx":381
  *         """
  *         cdef CallServer server = self.reader
  *         if server.type is not None:             # <<<<<<<<<<<<<<
@@ -12647,14 +12823,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":367
+  /* "ivshmem/channel/calls.pyx":383
  *         if server.type is not None:
  *             data = server.type.encode(data)
  *         return self.send(data, REPLY)             # <<<<<<<<<<<<<<
  * 
  *     def fail(self, why):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_vtab)->send(__pyx_v_self, __pyx_v_data, __pyx_e_7ivshmem_7channel_5calls_REPLY); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 367, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_vtab)->send(__pyx_v_self, __pyx_v_data, __pyx_e_7ivshmem_7channel_5calls_REPLY); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 383, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -12667,7 +12843,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":355
+  /* "ivshmem/channel/calls.pyx":371
  *     """
  * 
  *     def reply(self, data=b""):             # <<<<<<<<<<<<<<
@@ -12689,7 +12865,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_reply(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":369
+/* "ivshmem/channel/calls.pyx":385
  *         return self.send(data, REPLY)
  * 
  *     def fail(self, why):             # <<<<<<<<<<<<<<
@@ -12737,32 +12913,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_why,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 369, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 385, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 369, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 385, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fail", 0) < (0)) __PYX_ERR(0, 369, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "fail", 0) < (0)) __PYX_ERR(0, 385, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fail", 1, 1, 1, i); __PYX_ERR(0, 369, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("fail", 1, 1, 1, i); __PYX_ERR(0, 385, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 369, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 385, __pyx_L3_error)
     }
     __pyx_v_why = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("fail", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 369, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("fail", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 385, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12798,7 +12974,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail", 0);
 
-  /* "ivshmem/channel/calls.pyx":371
+  /* "ivshmem/channel/calls.pyx":387
  *     def fail(self, why):
  *         """Tell the caller that there is no reply, and why: its `result` raises CallFailed."""
  *         limit = min(self.reader.channel.record.geometry.limit, SHOWN)             # <<<<<<<<<<<<<<
@@ -12822,22 +12998,22 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
   __pyx_v_limit = __pyx_t_3;
 
 
-  /* "ivshmem/channel/calls.pyx":372
+  /* "ivshmem/channel/calls.pyx":388
  *         """Tell the caller that there is no reply, and why: its `result` raises CallFailed."""
  *         limit = min(self.reader.channel.record.geometry.limit, SHOWN)
  *         return self.send(str(why).encode()[:limit], FAILURE)             # <<<<<<<<<<<<<<
  * 
  *     cdef object send(self, object data, unsigned status):
 */
-  __pyx_t_5 = __Pyx_PyObject_Unicode(__pyx_v_why); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 372, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_Unicode(__pyx_v_why); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 388, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = PyUnicode_AsEncodedString(((PyObject*)__pyx_t_5), NULL, NULL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 372, __pyx_L1_error)
+  __pyx_t_6 = PyUnicode_AsEncodedString(((PyObject*)__pyx_t_5), NULL, NULL); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 388, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  __pyx_t_5 = PySequence_GetSlice(__pyx_t_6, 0, __pyx_v_limit); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 372, __pyx_L1_error)
+  __pyx_t_5 = PySequence_GetSlice(__pyx_t_6, 0, __pyx_v_limit); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 388, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_vtab)->send(__pyx_v_self, __pyx_t_5, __pyx_e_7ivshmem_7channel_5calls_FAILURE); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 372, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_vtab)->send(__pyx_v_self, __pyx_t_5, __pyx_e_7ivshmem_7channel_5calls_FAILURE); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 388, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   {
@@ -12851,7 +13027,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
   __pyx_t_6 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":369
+  /* "ivshmem/channel/calls.pyx":385
  *         return self.send(data, REPLY)
  * 
  *     def fail(self, why):             # <<<<<<<<<<<<<<
@@ -12872,7 +13048,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_2fail(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":374
+/* "ivshmem/channel/calls.pyx":390
  *         return self.send(str(why).encode()[:limit], FAILURE)
  * 
  *     cdef object send(self, object data, unsigned status):             # <<<<<<<<<<<<<<
@@ -12909,48 +13085,48 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("send", 0);
 
-  /* "ivshmem/channel/calls.pyx":377
+  /* "ivshmem/channel/calls.pyx":393
  *         cdef Py_buffer view
  *         cdef int code
- *         self.check()             # <<<<<<<<<<<<<<
- *         self.check_exports()
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
-*/
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 377, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/calls.pyx":378
- *         cdef int code
- *         self.check()
- *         self.check_exports()             # <<<<<<<<<<<<<<
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
- *         try:
-*/
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 378, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/calls.pyx":379
- *         self.check()
- *         self.check_exports()
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
- *             if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
+ *             self.check()
 */
-  __pyx_t_1 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 379, __pyx_L1_error)
+  __pyx_t_1 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 393, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/calls.pyx":380
- *         self.check_exports()
+  /* "ivshmem/channel/calls.pyx":394
+ *         cdef int code
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
- *             if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
- *                 raise MessageTooLong(
+ *             self.check()
+ *             self.check_exports()
 */
   /*try:*/ {
 
-    /* "ivshmem/channel/calls.pyx":381
+    /* "ivshmem/channel/calls.pyx":395
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
+ *             self.check()             # <<<<<<<<<<<<<<
+ *             self.check_exports()
+ *             if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
+*/
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 395, __pyx_L4_error)
+
+
+    /* "ivshmem/channel/calls.pyx":396
+ *         try:
+ *             self.check()
+ *             self.check_exports()             # <<<<<<<<<<<<<<
+ *             if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
+ *                 raise MessageTooLong(
+*/
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5calls_Call *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.check_exports(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 396, __pyx_L4_error)
+
+
+    /* "ivshmem/channel/calls.pyx":397
+ *             self.check()
+ *             self.check_exports()
  *             if <uint64_t>view.len > self.reader.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
  *                 raise MessageTooLong(
  *                     f"a reply of {view.len} bytes, and the channel's limit is"
@@ -12960,42 +13136,42 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/channel/calls.pyx":382
- *         try:
+      /* "ivshmem/channel/calls.pyx":398
+ *             self.check_exports()
  *             if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
  *                 raise MessageTooLong(             # <<<<<<<<<<<<<<
  *                     f"a reply of {view.len} bytes, and the channel's limit is"
  *                     f" {self.reader.channel.record.geometry.limit}"
 */
       __pyx_t_4 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 382, __pyx_L4_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 398, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_5);
 
-      /* "ivshmem/channel/calls.pyx":383
+      /* "ivshmem/channel/calls.pyx":399
  *             if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
  *                 raise MessageTooLong(
  *                     f"a reply of {view.len} bytes, and the channel's limit is"             # <<<<<<<<<<<<<<
  *                     f" {self.reader.channel.record.geometry.limit}"
  *                 )
 */
-      __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 383, __pyx_L4_error)
+      __pyx_t_6 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 399, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_6);
 
-      /* "ivshmem/channel/calls.pyx":384
+      /* "ivshmem/channel/calls.pyx":400
  *                 raise MessageTooLong(
  *                     f"a reply of {view.len} bytes, and the channel's limit is"
  *                     f" {self.reader.channel.record.geometry.limit}"             # <<<<<<<<<<<<<<
  *                 )
  *             memcpy(
 */
-      __pyx_t_7 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.channel.record.geometry.limit, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 384, __pyx_L4_error)
+      __pyx_t_7 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.channel.record.geometry.limit, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 400, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_7);
       __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_a_reply_of;
       __pyx_t_8[1] = __pyx_t_6;
       __pyx_t_8[2] = __pyx_mstate_global->__pyx_kp_u_bytes_and_the_channel_s_limit_i;
       __pyx_t_8[3] = __pyx_t_7;
 
-      /* "ivshmem/channel/calls.pyx":383
+      /* "ivshmem/channel/calls.pyx":399
  *             if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
  *                 raise MessageTooLong(
  *                     f"a reply of {view.len} bytes, and the channel's limit is"             # <<<<<<<<<<<<<<
@@ -13008,7 +13184,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
       #endif
       __pyx_t_1 = 0;
       __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_8, 4, __pyx_t_9, __pyx_t_1);
-      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 383, __pyx_L4_error)
+      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 399, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_10);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -13030,23 +13206,23 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 382, __pyx_L4_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 398, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __Pyx_Raise(__pyx_t_3, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __PYX_ERR(0, 382, __pyx_L4_error)
+      __PYX_ERR(0, 398, __pyx_L4_error)
 
-      /* "ivshmem/channel/calls.pyx":381
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
- *         try:
+      /* "ivshmem/channel/calls.pyx":397
+ *             self.check()
+ *             self.check_exports()
  *             if <uint64_t>view.len > self.reader.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
  *                 raise MessageTooLong(
  *                     f"a reply of {view.len} bytes, and the channel's limit is"
 */
     }
 
-    /* "ivshmem/channel/calls.pyx":386
+    /* "ivshmem/channel/calls.pyx":402
  *                     f" {self.reader.channel.record.geometry.limit}"
  *                 )
  *             memcpy(             # <<<<<<<<<<<<<<
@@ -13055,7 +13231,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
 */
     (void)(memcpy((__pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.channel.area.memory.start + ivshmem_reply_offset((&__pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.channel), __pyx_v_self->__pyx_base.taken.message.writer, __pyx_v_self->__pyx_base.taken.message.position)), __pyx_v_view.buf, __pyx_v_view.len));
 
-    /* "ivshmem/channel/calls.pyx":394
+    /* "ivshmem/channel/calls.pyx":410
  *                 view.len,
  *             )
  *             code = ivshmem_reply(&self.reader.reader, &self.taken, view.len, status)             # <<<<<<<<<<<<<<
@@ -13065,7 +13241,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
     __pyx_v_code = ivshmem_reply((&__pyx_v_self->__pyx_base.reader->__pyx_base.reader), (&__pyx_v_self->__pyx_base.taken), __pyx_v_view.len, __pyx_v_status);
   }
 
-  /* "ivshmem/channel/calls.pyx":396
+  /* "ivshmem/channel/calls.pyx":412
  *             code = ivshmem_reply(&self.reader.reader, &self.taken, view.len, status)
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -13115,7 +13291,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
     __pyx_L5:;
   }
 
-  /* "ivshmem/channel/calls.pyx":397
+  /* "ivshmem/channel/calls.pyx":413
  *         finally:
  *             PyBuffer_Release(&view)
  *         self.live = False             # <<<<<<<<<<<<<<
@@ -13124,24 +13300,24 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
 */
   __pyx_v_self->__pyx_base.live = 0;
 
-  /* "ivshmem/channel/calls.pyx":398
+  /* "ivshmem/channel/calls.pyx":414
  *             PyBuffer_Release(&view)
  *         self.live = False
  *         self.reader.membership.flush()             # <<<<<<<<<<<<<<
  *         return code == 0
  * 
 */
-  __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 398, __pyx_L1_error)
+  __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 414, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/calls.pyx":399
+  /* "ivshmem/channel/calls.pyx":415
  *         self.live = False
  *         self.reader.membership.flush()
  *         return code == 0             # <<<<<<<<<<<<<<
  * 
  *     def done(self):
 */
-  __pyx_t_3 = __Pyx_PyBool_FromLong((__pyx_v_code == 0)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 399, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyBool_FromLong((__pyx_v_code == 0)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 415, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -13154,7 +13330,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/calls.pyx":374
+  /* "ivshmem/channel/calls.pyx":390
  *         return self.send(str(why).encode()[:limit], FAILURE)
  * 
  *     cdef object send(self, object data, unsigned status):             # <<<<<<<<<<<<<<
@@ -13180,7 +13356,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":401
+/* "ivshmem/channel/calls.pyx":417
  *         return code == 0
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
@@ -13242,7 +13418,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_4done(CYTHON_UNUSED str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("done", 0);
 
-  /* "ivshmem/channel/calls.pyx":403
+  /* "ivshmem/channel/calls.pyx":419
  *     def done(self):
  *         """A call is replied to."""
  *         raise TypeError("a call ends with `reply` or `fail`")             # <<<<<<<<<<<<<<
@@ -13255,14 +13431,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_4done(CYTHON_UNUSED str
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_call_ends_with_reply_or_fail};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 403, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 419, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 403, __pyx_L1_error)
+  __PYX_ERR(0, 419, __pyx_L1_error)
 
-  /* "ivshmem/channel/calls.pyx":401
+  /* "ivshmem/channel/calls.pyx":417
  *         return code == 0
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
@@ -13281,7 +13457,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_4done(CYTHON_UNUSED str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":405
+/* "ivshmem/channel/calls.pyx":421
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
@@ -13343,7 +13519,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_6give_back(CYTHON_UNUSE
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("give_back", 0);
 
-  /* "ivshmem/channel/calls.pyx":407
+  /* "ivshmem/channel/calls.pyx":423
  *     def give_back(self):
  *         """No other server may get a call: what this one did would be repeated."""
  *         raise TypeError("a call ends with `reply` or `fail`")             # <<<<<<<<<<<<<<
@@ -13356,14 +13532,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_6give_back(CYTHON_UNUSE
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_call_ends_with_reply_or_fail};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 407, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 423, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 407, __pyx_L1_error)
+  __PYX_ERR(0, 423, __pyx_L1_error)
 
-  /* "ivshmem/channel/calls.pyx":405
+  /* "ivshmem/channel/calls.pyx":421
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
@@ -13382,7 +13558,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_6give_back(CYTHON_UNUSE
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":409
+/* "ivshmem/channel/calls.pyx":425
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -13437,33 +13613,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 409, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 425, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 409, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 425, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 1) ? kwd_pos_args : 1;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 409, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 425, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 409, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 425, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 409, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 425, __pyx_L3_error)
     }
     __pyx_v_kind = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 409, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 425, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13506,7 +13682,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/calls.pyx":410
+  /* "ivshmem/channel/calls.pyx":426
  * 
  *     def __exit__(self, kind, *error):
  *         if self.live and self.exports == 0:             # <<<<<<<<<<<<<<
@@ -13528,7 +13704,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/calls.pyx":411
+    /* "ivshmem/channel/calls.pyx":427
  *     def __exit__(self, kind, *error):
  *         if self.live and self.exports == 0:
  *             self.fail(             # <<<<<<<<<<<<<<
@@ -13538,7 +13714,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
     __pyx_t_4 = ((PyObject *)__pyx_v_self);
     __Pyx_INCREF(__pyx_t_4);
 
-    /* "ivshmem/channel/calls.pyx":412
+    /* "ivshmem/channel/calls.pyx":428
  *         if self.live and self.exports == 0:
  *             self.fail(
  *                 "the server gave no reply" if kind is None else f"{kind.__name__}: {error[0]}"             # <<<<<<<<<<<<<<
@@ -13550,14 +13726,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
       __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u_the_server_gave_no_reply);
       __pyx_t_5 = __pyx_mstate_global->__pyx_kp_u_the_server_gave_no_reply;
     } else {
-      __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 412, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_v_kind, __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 428, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_t_6, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 412, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_t_6, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 428, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      __pyx_t_6 = __Pyx_GetItemInt_Tuple(__pyx_v_error, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 412, __pyx_L1_error)
+      __pyx_t_6 = __Pyx_GetItemInt_Tuple(__pyx_v_error, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_FunctionArgument); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 428, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
-      __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_6, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 412, __pyx_L1_error)
+      __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_6, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 428, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       __pyx_t_9[0] = __pyx_t_7;
@@ -13572,7 +13748,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
       __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_9[2]);
       #endif
       __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_9, 3, __pyx_t_10, __pyx_t_11);
-      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 412, __pyx_L1_error)
+      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 428, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -13586,12 +13762,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
       __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 411, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 427, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/calls.pyx":410
+    /* "ivshmem/channel/calls.pyx":426
  * 
  *     def __exit__(self, kind, *error):
  *         if self.live and self.exports == 0:             # <<<<<<<<<<<<<<
@@ -13600,7 +13776,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":409
+  /* "ivshmem/channel/calls.pyx":425
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -13626,11 +13802,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5calls_4Call_8__exit__(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/calls.pyx":415
+/* "ivshmem/channel/calls.pyx":431
  *             )
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
- *         if self.live and self.exports == 0 and not self.reader.closed:
+ *         if self.live and self.exports == 0 and self.reader.usable():
  *             self.fail("the server gave no reply")
 */
 
@@ -13652,18 +13828,17 @@ static void __pyx_pf_7ivshmem_7channel_5calls_4Call_10__del__(struct __pyx_obj_7
   int __pyx_t_1;
   int __pyx_t_2;
   PyObject *__pyx_t_3 = NULL;
-  int __pyx_t_4;
-  PyObject *__pyx_t_5 = NULL;
-  size_t __pyx_t_6;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__del__", 0);
 
-  /* "ivshmem/channel/calls.pyx":416
+  /* "ivshmem/channel/calls.pyx":432
  * 
  *     def __del__(self):
- *         if self.live and self.exports == 0 and not self.reader.closed:             # <<<<<<<<<<<<<<
+ *         if self.live and self.exports == 0 and self.reader.usable():             # <<<<<<<<<<<<<<
  *             self.fail("the server gave no reply")
 */
   if (__pyx_v_self->__pyx_base.live) {
@@ -13682,50 +13857,45 @@ static void __pyx_pf_7ivshmem_7channel_5calls_4Call_10__del__(struct __pyx_obj_7
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->__pyx_base.reader), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 416, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 416, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_4 = (!__pyx_t_2);
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.reader->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_base.reader));
 
 
-
-  __pyx_t_1 = __pyx_t_4;
+  __pyx_t_1 = __pyx_t_2;
 
   __pyx_L4_bool_binop_done:;
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/calls.pyx":417
+    /* "ivshmem/channel/calls.pyx":433
  *     def __del__(self):
- *         if self.live and self.exports == 0 and not self.reader.closed:
+ *         if self.live and self.exports == 0 and self.reader.usable():
  *             self.fail("the server gave no reply")             # <<<<<<<<<<<<<<
 */
-    __pyx_t_5 = ((PyObject *)__pyx_v_self);
-    __Pyx_INCREF(__pyx_t_5);
-    __pyx_t_6 = 0;
+    __pyx_t_4 = ((PyObject *)__pyx_v_self);
+    __Pyx_INCREF(__pyx_t_4);
+    __pyx_t_5 = 0;
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_mstate_global->__pyx_kp_u_the_server_gave_no_reply};
-      __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 417, __pyx_L1_error)
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_the_server_gave_no_reply};
+      __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_fail, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 433, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/calls.pyx":416
+    /* "ivshmem/channel/calls.pyx":432
  * 
  *     def __del__(self):
- *         if self.live and self.exports == 0 and not self.reader.closed:             # <<<<<<<<<<<<<<
+ *         if self.live and self.exports == 0 and self.reader.usable():             # <<<<<<<<<<<<<<
  *             self.fail("the server gave no reply")
 */
   }
 
-  /* "ivshmem/channel/calls.pyx":415
+  /* "ivshmem/channel/calls.pyx":431
  *             )
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
- *         if self.live and self.exports == 0 and not self.reader.closed:
+ *         if self.live and self.exports == 0 and self.reader.usable():
  *             self.fail("the server gave no reply")
 */
 
@@ -13733,7 +13903,7 @@ static void __pyx_pf_7ivshmem_7channel_5calls_4Call_10__del__(struct __pyx_obj_7
   goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_WriteUnraisable("ivshmem.channel.calls.Call.__del__", __pyx_clineno, __pyx_lineno, __pyx_filename, 1, 0);
   __pyx_L0:;
 
@@ -13976,7 +14146,7 @@ static PyObject *__pyx_tp_new_7ivshmem_7channel_5calls_PendingCall(PyTypeObject 
 static void __pyx_tp_finalize_7ivshmem_7channel_5calls_PendingCall(PyObject *o) {
   PyObject *etype, *eval, *etb;
   __Pyx_PyErr_FetchException(&etype, &eval, &etb);
-  __pyx_pw_7ivshmem_7channel_5calls_11PendingCall_11__del__(o);
+  __pyx_pw_7ivshmem_7channel_5calls_11PendingCall_13__del__(o);
   __Pyx_PyErr_RestoreException(etype, eval, etb);
 }
 #endif
@@ -14034,25 +14204,6 @@ static int __pyx_tp_traverse_7ivshmem_7channel_5calls_PendingCall(PyObject *o, v
   return 0;
 }
 
-static int __pyx_tp_clear_7ivshmem_7channel_5calls_PendingCall(PyObject *o) {
-  PyObject* tmp;
-  struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *p = (struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *)o;
-  #if !CYTHON_USE_MODULE_STATE
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) {
-    inquiry clear = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_clear, inquiry);
-    if (clear) clear(o);
-  } else
-  #endif
-  { __Pyx_call_next_tp_clear(o, __pyx_tp_clear_7ivshmem_7channel_5calls_PendingCall); }
-  tmp = ((PyObject*)p->caller);
-  p->caller = ((struct __pyx_obj_7ivshmem_7channel_5calls_Caller *)Py_None); Py_INCREF(Py_None);
-  Py_XDECREF(tmp);
-  tmp = ((PyObject*)p->error);
-  p->error = Py_None; Py_INCREF(Py_None);
-  Py_XDECREF(tmp);
-  return 0;
-}
-
 static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_5calls_11PendingCall_7__await__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
   return __pyx_pw_7ivshmem_7channel_5calls_11PendingCall_7__await__(self);
 }
@@ -14063,8 +14214,9 @@ static PyMethodDef __pyx_methods_7ivshmem_7channel_5calls_PendingCall[] = {
   {"result_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_5result_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_4result_async},
   {"__await__", (PyCFunction)__pyx_specialmethod___pyx_pw_7ivshmem_7channel_5calls_11PendingCall_7__await__, METH_NOARGS|METH_COEXIST, 0},
   {"cancel", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_9cancel, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_8cancel},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_13__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_12__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_15__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_14__setstate_cython__},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_11close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_10close},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_15__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_14__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_11PendingCall_17__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_11PendingCall_16__setstate_cython__},
   {0, 0, 0, 0}
 };
 #if CYTHON_USE_TYPE_SPECS
@@ -14075,7 +14227,6 @@ static PyType_Slot __pyx_type_7ivshmem_7channel_5calls_PendingCall_slots[] = {
   #endif
   {Py_tp_doc, (void *)PyDoc_STR("A call under way; made by `Caller.submit`.\n\n    A call that is forgotten is cancelled.\n    ")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_5calls_PendingCall},
-  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7channel_5calls_PendingCall},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_5calls_PendingCall},
   {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_5calls_PendingCall},
   #if CYTHON_USE_TP_FINALIZE
@@ -14122,7 +14273,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_5calls_PendingCall = {
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
   PyDoc_STR("A call under way; made by `Caller.submit`.\n\n    A call that is forgotten is cancelled.\n    "), /*tp_doc*/
   __pyx_tp_traverse_7ivshmem_7channel_5calls_PendingCall, /*tp_traverse*/
-  __pyx_tp_clear_7ivshmem_7channel_5calls_PendingCall, /*tp_clear*/
+  0, /*tp_clear*/
   0, /*tp_richcompare*/
   0, /*tp_weaklistoffset*/
   0, /*tp_iter*/
@@ -14246,22 +14397,6 @@ static int __pyx_tp_traverse_7ivshmem_7channel_5calls_Caller(PyObject *o, visitp
   return 0;
 }
 
-static int __pyx_tp_clear_7ivshmem_7channel_5calls_Caller(PyObject *o) {
-  PyObject* tmp;
-  struct __pyx_obj_7ivshmem_7channel_5calls_Caller *p = (struct __pyx_obj_7ivshmem_7channel_5calls_Caller *)o;
-  #if !CYTHON_USE_MODULE_STATE
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd)) {
-    inquiry clear = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, tp_clear, inquiry);
-    if (clear) clear(o);
-  } else
-  #endif
-  { __Pyx_call_next_tp_clear(o, __pyx_tp_clear_7ivshmem_7channel_5calls_Caller); }
-  tmp = ((PyObject*)p->given_up);
-  p->given_up = ((PyObject*)Py_None); Py_INCREF(Py_None);
-  Py_XDECREF(tmp);
-  return 0;
-}
-
 static PyMethodDef __pyx_methods_7ivshmem_7channel_5calls_Caller[] = {
   {"submit", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_6Caller_3submit, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_6Caller_2submit},
   {"call", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_6Caller_5call, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_6Caller_4call},
@@ -14276,7 +14411,6 @@ static PyType_Slot __pyx_type_7ivshmem_7channel_5calls_Caller_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_5calls_Caller},
   {Py_tp_doc, (void *)PyDoc_STR("One caller; made by `caller()` of a channel of calls. Its `call` waits for the reply.")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_5calls_Caller},
-  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7channel_5calls_Caller},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_5calls_Caller},
   {Py_tp_init, (void *)__pyx_pw_7ivshmem_7channel_5calls_6Caller_1__init__},
   {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_5calls_Caller},
@@ -14314,7 +14448,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_5calls_Caller = {
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
   PyDoc_STR("One caller; made by `caller()` of a channel of calls. Its `call` waits for the reply."), /*tp_doc*/
   __pyx_tp_traverse_7ivshmem_7channel_5calls_Caller, /*tp_traverse*/
-  __pyx_tp_clear_7ivshmem_7channel_5calls_Caller, /*tp_clear*/
+  0, /*tp_clear*/
   0, /*tp_richcompare*/
   0, /*tp_weaklistoffset*/
   0, /*tp_iter*/
@@ -14431,17 +14565,6 @@ static int __pyx_tp_traverse_7ivshmem_7channel_5calls_CallServer(PyObject *o, vi
   return 0;
 }
 
-static int __pyx_tp_clear_7ivshmem_7channel_5calls_CallServer(PyObject *o) {
-  #if !CYTHON_USE_MODULE_STATE
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd)) {
-    inquiry clear = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd, tp_clear, inquiry);
-    if (clear) clear(o);
-  } else
-  #endif
-  { __Pyx_call_next_tp_clear(o, __pyx_tp_clear_7ivshmem_7channel_5calls_CallServer); }
-  return 0;
-}
-
 static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_5calls_10CallServer_12__next__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
   PyObject *res = __pyx_pw_7ivshmem_7channel_5calls_10CallServer_12__next__(self);
   if (!res && !PyErr_Occurred()) { PyErr_SetNone(PyExc_StopIteration); }
@@ -14477,7 +14600,6 @@ static PyType_Slot __pyx_type_7ivshmem_7channel_5calls_CallServer_slots[] = {
   #endif
   {Py_tp_doc, (void *)PyDoc_STR("One server of a channel of calls; made by its `server()`. It iterates over calls.")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_5calls_CallServer},
-  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7channel_5calls_CallServer},
   {Py_tp_iter, (void *)__pyx_pw_7ivshmem_7channel_5calls_10CallServer_10__iter__},
   {Py_tp_iternext, (void *)__pyx_pw_7ivshmem_7channel_5calls_10CallServer_12__next__},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_5calls_CallServer},
@@ -14523,7 +14645,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_5calls_CallServer = {
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
   PyDoc_STR("One server of a channel of calls; made by its `server()`. It iterates over calls."), /*tp_doc*/
   __pyx_tp_traverse_7ivshmem_7channel_5calls_CallServer, /*tp_traverse*/
-  __pyx_tp_clear_7ivshmem_7channel_5calls_CallServer, /*tp_clear*/
+  0, /*tp_clear*/
   0, /*tp_richcompare*/
   0, /*tp_weaklistoffset*/
   __pyx_pw_7ivshmem_7channel_5calls_10CallServer_10__iter__, /*tp_iter*/
@@ -14650,17 +14772,6 @@ static int __pyx_tp_traverse_7ivshmem_7channel_5calls_Call(PyObject *o, visitpro
   return 0;
 }
 
-static int __pyx_tp_clear_7ivshmem_7channel_5calls_Call(PyObject *o) {
-  #if !CYTHON_USE_MODULE_STATE
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken)) {
-    inquiry clear = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, tp_clear, inquiry);
-    if (clear) clear(o);
-  } else
-  #endif
-  { __Pyx_call_next_tp_clear(o, __pyx_tp_clear_7ivshmem_7channel_5calls_Call); }
-  return 0;
-}
-
 static PyMethodDef __pyx_methods_7ivshmem_7channel_5calls_Call[] = {
   {"reply", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_4Call_1reply, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_4Call_reply},
   {"fail", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5calls_4Call_3fail, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5calls_4Call_2fail},
@@ -14676,7 +14787,6 @@ static PyType_Slot __pyx_type_7ivshmem_7channel_5calls_Call_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_5calls_Call},
   {Py_tp_doc, (void *)PyDoc_STR("A call that this server has; made by `CallServer.take`. Its buffer is the request.\n\n    Reply to it once, by `reply` or `fail`. At the end of `with` it is failed if that was not done.\n    ")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_5calls_Call},
-  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7channel_5calls_Call},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_5calls_Call},
   {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_5calls_Call},
   #if CYTHON_USE_TP_FINALIZE
@@ -14716,7 +14826,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_5calls_Call = {
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
   PyDoc_STR("A call that this server has; made by `CallServer.take`. Its buffer is the request.\n\n    Reply to it once, by `reply` or `fail`. At the end of `with` it is failed if that was not done.\n    "), /*tp_doc*/
   __pyx_tp_traverse_7ivshmem_7channel_5calls_Call, /*tp_traverse*/
-  __pyx_tp_clear_7ivshmem_7channel_5calls_Call, /*tp_clear*/
+  0, /*tp_clear*/
   0, /*tp_richcompare*/
   0, /*tp_weaklistoffset*/
   0, /*tp_iter*/
@@ -15311,6 +15421,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_PendingCall(
   /*--- Exttype __pyx_obj_7ivshmem_7channel_5calls_PendingCall ---*/
   __pyx_vtabptr_7ivshmem_7channel_5calls_PendingCall = &__pyx_vtable_7ivshmem_7channel_5calls_PendingCall;
   __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd;
+  __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base.enter = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_enter;
   __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base.attempt = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_attempt;
   __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_sleep;
   __pyx_vtable_7ivshmem_7channel_5calls_PendingCall.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_sleep;
@@ -15364,13 +15475,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_Caller(__pyx
   /*--- Exttype __pyx_obj_7ivshmem_7channel_5calls_Caller ---*/
   __pyx_vtabptr_7ivshmem_7channel_5calls_Caller = &__pyx_vtable_7ivshmem_7channel_5calls_Caller;
   __pyx_vtable_7ivshmem_7channel_5calls_Caller.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
+  __pyx_vtable_7ivshmem_7channel_5calls_Caller.__pyx_base.__pyx_base.mend = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_6Caller_mend;
   __pyx_vtable_7ivshmem_7channel_5calls_Caller.__pyx_base.ready = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *))__pyx_f_7ivshmem_7channel_5calls_6Caller_ready;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 159, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 165, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls_Caller_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller)) __PYX_ERR(0, 159, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller)) __PYX_ERR(0, 165, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller = &__pyx_type_7ivshmem_7channel_5calls_Caller;
   #endif
@@ -15378,7 +15490,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_Caller(__pyx
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller) < (0)) __PYX_ERR(0, 159, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller) < (0)) __PYX_ERR(0, 165, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller);
@@ -15388,12 +15500,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_Caller(__pyx
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_vtabptr_7ivshmem_7channel_5calls_Caller) < (0)) __PYX_ERR(0, 159, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Caller, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller) < (0)) __PYX_ERR(0, 159, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_vtabptr_7ivshmem_7channel_5calls_Caller) < (0)) __PYX_ERR(0, 165, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Caller, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller) < (0)) __PYX_ERR(0, 165, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_5calls_Caller, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller) < (0)) __PYX_ERR(0, 159, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Caller) < (0)) __PYX_ERR(0, 165, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -15414,11 +15526,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_CallServer(_
   __pyx_vtabptr_7ivshmem_7channel_5calls_CallServer = &__pyx_vtable_7ivshmem_7channel_5calls_CallServer;
   __pyx_vtable_7ivshmem_7channel_5calls_CallServer.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 270, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 283, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls_CallServer_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer)) __PYX_ERR(0, 270, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer)) __PYX_ERR(0, 283, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer = &__pyx_type_7ivshmem_7channel_5calls_CallServer;
   #endif
@@ -15426,7 +15538,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_CallServer(_
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 270, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 283, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer);
@@ -15436,12 +15548,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_CallServer(_
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_vtabptr_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 270, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_CallServer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 270, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_vtabptr_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 283, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_CallServer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 283, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_5calls_CallServer, __pyx_base.__pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 270, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_CallServer) < (0)) __PYX_ERR(0, 283, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -15463,11 +15575,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_Call(__pyx_m
   __pyx_vtable_7ivshmem_7channel_5calls_Call.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_6queues_Taken;
   __pyx_vtable_7ivshmem_7channel_5calls_Call.send = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_5calls_Call *, PyObject *, unsigned int))__pyx_f_7ivshmem_7channel_5calls_4Call_send;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 349, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 364, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls_Call_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call)) __PYX_ERR(0, 349, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call)) __PYX_ERR(0, 364, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call = &__pyx_type_7ivshmem_7channel_5calls_Call;
   #endif
@@ -15475,7 +15587,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_Call(__pyx_m
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 349, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 364, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call);
@@ -15485,9 +15597,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_Call(__pyx_m
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_vtabptr_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 349, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Call, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 349, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 349, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_vtabptr_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 364, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Call, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 364, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls_Call) < (0)) __PYX_ERR(0, 364, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -15505,14 +15617,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls___pyx_scope_
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct__call_async", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct__call_async ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls___pyx_scope_struct__call_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async)) __PYX_ERR(0, 252, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls___pyx_scope_struct__call_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async)) __PYX_ERR(0, 265, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async = &__pyx_type_7ivshmem_7channel_5calls___pyx_scope_struct__call_async;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async) < (0)) __PYX_ERR(0, 252, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async) < (0)) __PYX_ERR(0, 265, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct__call_async);
@@ -15538,14 +15650,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls___pyx_scope_
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async)) __PYX_ERR(0, 314, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async)) __PYX_ERR(0, 329, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async = &__pyx_type_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async) < (0)) __PYX_ERR(0, 314, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async) < (0)) __PYX_ERR(0, 329, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5calls___pyx_scope_struct_1_serve_async);
@@ -15750,7 +15862,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) __PYX_ERR(8, 25, __pyx_L1_error)
   if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, (void**)&__pyx_vtabptr_7ivshmem_7channel_10membership_Membership) != 1)) __PYX_ERR(8, 25, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 42, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_1)) __PYX_ERR(9, 43, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.roles", "ReaderEnd",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -15760,10 +15872,10 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) __PYX_ERR(9, 42, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) != 1)) __PYX_ERR(9, 42, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) __PYX_ERR(9, 43, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) != 1)) __PYX_ERR(9, 43, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.queues"); if (unlikely(!__pyx_t_1)) __PYX_ERR(10, 16, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.queues"); if (unlikely(!__pyx_t_1)) __PYX_ERR(10, 20, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader = __Pyx_ImportType_3_3_1(__pyx_t_1, "ivshmem.channel.queues", "QueueReader",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -15773,8 +15885,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) __PYX_ERR(10, 16, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, (void**)&__pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader) != 1)) __PYX_ERR(10, 16, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) __PYX_ERR(10, 20, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, (void**)&__pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader) != 1)) __PYX_ERR(10, 20, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -15795,11 +15907,39 @@ static int __Pyx_modinit_Variable_import_code(__pyx_mstatetype *__pyx_mstate) {
 
 static int __Pyx_modinit_Function_import_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Function_import_code", 0);
   /*--- Function import code ---*/
+  {
+    __pyx_t_1 = PyImport_ImportModule("ivshmem.channel.queues"); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+    const char * __pyx_import_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_struct___pyx_obj_7ivshmem_7chann);
+    #if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(!__pyx_import_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
+    #endif
+    const char * __pyx_import_name = __pyx_import_signature + 155;
+    void (**const __pyx_import_pointers[])(void) = {(void (**)(void))&__pyx_f_7ivshmem_7channel_6queues_taken_of, (void (**)(void)) NULL};
+    void (**const *__pyx_import_pointer)(void) = __pyx_import_pointers;
+    const char *__pyx_import_current_signature = __pyx_import_signature;
+    while (*__pyx_import_pointer) {
+      if (__Pyx_ImportFunction_3_3_1(__pyx_t_1, __pyx_import_name, *__pyx_import_pointer, __pyx_import_current_signature) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
+      ++__pyx_import_pointer;
+      __pyx_import_name = strchr(__pyx_import_name, '\0') + 1;
+      __pyx_import_signature = strchr(__pyx_import_signature, '\0') + 1;
+      if (*__pyx_import_signature != '\0') __pyx_import_current_signature = __pyx_import_signature;
+    }
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
   __Pyx_RefNannyFinishContext();
   return 0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_RefNannyFinishContext();
+  return -1;
 }
 
 #if CYTHON_PEP489_MULTI_PHASE_INIT
@@ -16136,7 +16276,7 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   if (unlikely((__Pyx_modinit_Type_import_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   (void)__Pyx_modinit_Variable_import_code(__pyx_mstate);
-  (void)__Pyx_modinit_Function_import_code(__pyx_mstate);
+  if (unlikely((__Pyx_modinit_Function_import_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
@@ -16145,7 +16285,7 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  * 
  * from time import monotonic             # <<<<<<<<<<<<<<
  * 
- * from ..errors import CallFailed, ClosedError, MessageTooLong, ServerLost
+ * from ..errors import CallFailed, MessageTooLong, ServerLost
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_monotonic};
@@ -16167,19 +16307,19 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   /* "ivshmem/channel/calls.pyx":23
  * from time import monotonic
  * 
- * from ..errors import CallFailed, ClosedError, MessageTooLong, ServerLost             # <<<<<<<<<<<<<<
+ * from ..errors import CallFailed, MessageTooLong, ServerLost             # <<<<<<<<<<<<<<
  * from ..text import plain
  * from . import asynchronous
 */
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_CallFailed,__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_ServerLost};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 4, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 23, __pyx_L1_error)
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_CallFailed,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_ServerLost};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 3, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 23, __pyx_L1_error)
   }
   __pyx_t_4 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_4);
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_CallFailed,__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_ServerLost};
-    for (__pyx_t_5=0; __pyx_t_5 < 4; __pyx_t_5++) {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_CallFailed,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_ServerLost};
+    for (__pyx_t_5=0; __pyx_t_5 < 3; __pyx_t_5++) {
       __pyx_t_3 = __Pyx_ImportFrom(__pyx_t_4, __pyx_imported_names[__pyx_t_5]); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 23, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_5], __pyx_t_3) < (0)) __PYX_ERR(0, 23, __pyx_L1_error)
@@ -16190,7 +16330,7 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
 
   /* "ivshmem/channel/calls.pyx":24
  * 
- * from ..errors import CallFailed, ClosedError, MessageTooLong, ServerLost
+ * from ..errors import CallFailed, MessageTooLong, ServerLost
  * from ..text import plain             # <<<<<<<<<<<<<<
  * from . import asynchronous
  * 
@@ -16213,7 +16353,7 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "ivshmem/channel/calls.pyx":25
- * from ..errors import CallFailed, ClosedError, MessageTooLong, ServerLost
+ * from ..errors import CallFailed, MessageTooLong, ServerLost
  * from ..text import plain
  * from . import asynchronous             # <<<<<<<<<<<<<<
  * 
@@ -16236,32 +16376,32 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   }
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/calls.pyx":111
+  /* "ivshmem/channel/calls.pyx":115
  *         return 1
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
  *         """Whether `result` would return, or raise, at once."""
- *         self.caller.enter()
+ *         self.enter()
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_1done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 111, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_1done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 115, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_4) < (0)) __PYX_ERR(0, 111, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_4) < (0)) __PYX_ERR(0, 115, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/calls.pyx":116
+  /* "ivshmem/channel/calls.pyx":120
  *         return self.attempt() == 0
  * 
  *     def result(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Return the reply.
  * 
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 116, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 120, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 116, __pyx_L1_error)
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_3result, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_result, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 116, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 120, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_3result, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_result, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 120, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -16269,38 +16409,53 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_3, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_result, __pyx_t_3) < (0)) __PYX_ERR(0, 116, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_result, __pyx_t_3) < (0)) __PYX_ERR(0, 120, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":136
+  /* "ivshmem/channel/calls.pyx":139
  *         return self.reply if self.caller.type is None else self.caller.type.decode(self.reply)
  * 
  *     def result_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `result` for asyncio: a coroutine. `await call` does the same."""
  *         return asynchronous.until_in_time(self, self.result, timeout)
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_5result_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_result_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 136, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_5result_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_result_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 139, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_result_async, __pyx_t_3) < (0)) __PYX_ERR(0, 136, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_result_async, __pyx_t_3) < (0)) __PYX_ERR(0, 139, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":143
+  /* "ivshmem/channel/calls.pyx":146
  *         return self.result_async().__await__()
  * 
  *     def cancel(self):             # <<<<<<<<<<<<<<
  *         """Give the call up; return whether it is certain that no server began with it."""
  *         cdef int never = 0
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_9cancel, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_cancel, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 143, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_9cancel, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_cancel, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 146, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_cancel, __pyx_t_3) < (0)) __PYX_ERR(0, 143, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_cancel, __pyx_t_3) < (0)) __PYX_ERR(0, 146, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+
+  /* "ivshmem/channel/calls.pyx":157
+ *         return never != 0
+ * 
+ *     def close(self):             # <<<<<<<<<<<<<<
+ *         """Give the call up; may be called twice."""
+ *         self.cancel()
+*/
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_11close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 157, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_PendingCall, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_3) < (0)) __PYX_ERR(0, 157, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":1
@@ -16308,7 +16463,7 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  *     raise TypeError, "self.probed cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_13__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_15__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -16322,7 +16477,7 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.probed cannot be converted to a Python object for pickling"
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_15__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_11PendingCall_17__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_PendingCall___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -16330,33 +16485,33 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":177
+  /* "ivshmem/channel/calls.pyx":189
  *         return ivshmem_queue_ready(&self.writer)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def submit(self, data, timeout=None, *, spin=None):
  *         """Send a request, and return a PendingCall.
 */
-  __pyx_t_3 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 177, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 189, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  /* "ivshmem/channel/calls.pyx":178
+  /* "ivshmem/channel/calls.pyx":190
  * 
  *     @cython.critical_section
  *     def submit(self, data, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Send a request, and return a PendingCall.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 177, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 189, __pyx_L1_error)
 
-  /* "ivshmem/channel/calls.pyx":177
+  /* "ivshmem/channel/calls.pyx":189
  *         return ivshmem_queue_ready(&self.writer)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def submit(self, data, timeout=None, *, spin=None):
  *         """Send a request, and return a PendingCall.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_3submit, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller_submit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 177, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_3submit, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller_submit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 189, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -16364,20 +16519,20 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_3);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_submit, __pyx_t_4) < (0)) __PYX_ERR(0, 177, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_submit, __pyx_t_4) < (0)) __PYX_ERR(0, 189, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/calls.pyx":222
+  /* "ivshmem/channel/calls.pyx":235
  *             PyBuffer_Release(&view)
  * 
  *     def call(self, data, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Send a request, wait for the reply and return it.
  * 
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 222, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 235, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 222, __pyx_L1_error)
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_5call, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller_call, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 222, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 235, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_5call, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller_call, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 235, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -16385,39 +16540,39 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_3, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_call, __pyx_t_3) < (0)) __PYX_ERR(0, 222, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_call, __pyx_t_3) < (0)) __PYX_ERR(0, 235, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":248
+  /* "ivshmem/channel/calls.pyx":261
  *             raise
  * 
  *     def submit_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `submit` for asyncio: a coroutine."""
  *         return asynchronous.until_in_time(self, self.submit, timeout, data)
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_7submit_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller_submit_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 248, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_7submit_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller_submit_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 261, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_submit_async, __pyx_t_3) < (0)) __PYX_ERR(0, 248, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_submit_async, __pyx_t_3) < (0)) __PYX_ERR(0, 261, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":252
+  /* "ivshmem/channel/calls.pyx":265
  *         return asynchronous.until_in_time(self, self.submit, timeout, data)
  * 
  *     async def call_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `call` for asyncio. If it is cancelled, the call is given up."""
  *         cdef PendingCall call
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_9call_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Caller_call_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 252, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_9call_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Caller_call_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 265, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_call_async, __pyx_t_3) < (0)) __PYX_ERR(0, 252, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Caller, __pyx_mstate_global->__pyx_n_u_call_async, __pyx_t_3) < (0)) __PYX_ERR(0, 265, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":1
@@ -16425,7 +16580,7 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  *     raise TypeError, "self.writer cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_12__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_12__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -16439,7 +16594,7 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.writer cannot be converted to a Python object for pickling"
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_14__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_6Caller_14__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Caller___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -16447,17 +16602,17 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":273
+  /* "ivshmem/channel/calls.pyx":287
  *     """One server of a channel of calls; made by its `server()`. It iterates over calls."""
  * 
  *     def take(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Take the next call, which no other server gets.
  * 
 */
-  __pyx_t_3 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 273, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 287, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 273, __pyx_L1_error)
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_1take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 273, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 287, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_1take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 287, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -16465,20 +16620,20 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_3);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_4) < (0)) __PYX_ERR(0, 273, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_4) < (0)) __PYX_ERR(0, 287, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/calls.pyx":290
- *         return Call(self)
+  /* "ivshmem/channel/calls.pyx":305
+ *         return taken_of(Call, self, &taken)
  * 
  *     def serve(self, function, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Reply to calls with what `function` returns, one after the other.
  * 
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 290, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 305, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 290, __pyx_L1_error)
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_3serve, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer_serve, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 290, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 305, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_3serve, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer_serve, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 305, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -16486,39 +16641,39 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_3, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_serve, __pyx_t_3) < (0)) __PYX_ERR(0, 290, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_serve, __pyx_t_3) < (0)) __PYX_ERR(0, 305, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":314
+  /* "ivshmem/channel/calls.pyx":329
  *                 call.reply(reply)
  * 
  *     async def serve_async(self, function, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `serve` for asyncio; `function` may be a coroutine function."""
  *         while True:
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_5serve_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_CallServer_serve_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 314, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_5serve_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_CallServer_serve_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 329, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_serve_async, __pyx_t_3) < (0)) __PYX_ERR(0, 314, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_serve_async, __pyx_t_3) < (0)) __PYX_ERR(0, 329, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":332
+  /* "ivshmem/channel/calls.pyx":347
  *                 call.reply(reply)
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.take, timeout)
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_8take_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer_take_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 332, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_8take_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer_take_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 347, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[2]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_take_async, __pyx_t_3) < (0)) __PYX_ERR(0, 332, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_CallServer, __pyx_mstate_global->__pyx_n_u_take_async, __pyx_t_3) < (0)) __PYX_ERR(0, 347, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":1
@@ -16526,7 +16681,7 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_18__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_18__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -16540,7 +16695,7 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_20__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_10CallServer_20__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_CallServer___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -16548,80 +16703,80 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_3) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":355
+  /* "ivshmem/channel/calls.pyx":371
  *     """
  * 
  *     def reply(self, data=b""):             # <<<<<<<<<<<<<<
  *         """Send the reply.
  * 
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_1reply, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_reply, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 355, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_1reply, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_reply, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 371, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_3, __pyx_mstate_global->__pyx_tuple[3]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_reply, __pyx_t_3) < (0)) __PYX_ERR(0, 355, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_reply, __pyx_t_3) < (0)) __PYX_ERR(0, 371, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":369
+  /* "ivshmem/channel/calls.pyx":385
  *         return self.send(data, REPLY)
  * 
  *     def fail(self, why):             # <<<<<<<<<<<<<<
  *         """Tell the caller that there is no reply, and why: its `result` raises CallFailed."""
  *         limit = min(self.reader.channel.record.geometry.limit, SHOWN)
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_3fail, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_fail, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 369, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_3fail, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_fail, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 385, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_fail, __pyx_t_3) < (0)) __PYX_ERR(0, 369, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_fail, __pyx_t_3) < (0)) __PYX_ERR(0, 385, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":401
+  /* "ivshmem/channel/calls.pyx":417
  *         return code == 0
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
  *         """A call is replied to."""
  *         raise TypeError("a call ends with `reply` or `fail`")
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_5done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 401, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_5done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 417, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_3) < (0)) __PYX_ERR(0, 401, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_3) < (0)) __PYX_ERR(0, 417, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":405
+  /* "ivshmem/channel/calls.pyx":421
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
  *         """No other server may get a call: what this one did would be repeated."""
  *         raise TypeError("a call ends with `reply` or `fail`")
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_7give_back, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_give_back, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 405, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_7give_back, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call_give_back, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 421, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_give_back, __pyx_t_3) < (0)) __PYX_ERR(0, 405, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_give_back, __pyx_t_3) < (0)) __PYX_ERR(0, 421, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/calls.pyx":409
+  /* "ivshmem/channel/calls.pyx":425
  *         raise TypeError("a call ends with `reply` or `fail`")
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
  *         if self.live and self.exports == 0:
  *             self.fail(
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_9__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 409, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_9__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 425, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_3) < (0)) __PYX_ERR(0, 409, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5calls_Call, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_3) < (0)) __PYX_ERR(0, 425, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   /* "(tree fragment)":1
@@ -16629,7 +16784,7 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  *     raise TypeError, "Pickling of struct members such as self.taken must be explicitly requested with @auto_pickle(True)"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_13__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_13__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -16643,7 +16798,7 @@ __Pyx_RefNannySetupContext("PyInit_calls", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "Pickling of struct members such as self.taken must be explicitly requested with @auto_pickle(True)"
 */
-  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_15__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5calls_4Call_15__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Call___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_calls, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_3)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_3);
@@ -16719,7 +16874,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/calls.pyx":81
+  /* "ivshmem/channel/calls.pyx":80
  *                 self.reply = data
  *             else:
  *                 why = plain(data[:SHOWN].decode(errors="replace"))             # <<<<<<<<<<<<<<
@@ -16728,12 +16883,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 81, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 80, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/channel/calls.pyx":235
+  /* "ivshmem/channel/calls.pyx":248
  *         cdef PendingCall call
  *         begun = monotonic() if timeout else 0.0
  *         call = self.submit(data, timeout, spin=spin)             # <<<<<<<<<<<<<<
@@ -16742,12 +16897,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_spin};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 235, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 248, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/calls.pyx":116
+  /* "ivshmem/channel/calls.pyx":120
  *         return self.attempt() == 0
  * 
  *     def result(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -16756,12 +16911,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 116, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 120, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
 
-  /* "ivshmem/channel/calls.pyx":355
+  /* "ivshmem/channel/calls.pyx":371
  *     """
  * 
  *     def reply(self, data=b""):             # <<<<<<<<<<<<<<
@@ -16770,7 +16925,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_kp_b__3};
-    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 355, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 371, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[3]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[3]);
@@ -16811,31 +16966,31 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 7; } str_length_index[] = {{35},{2},{4},{15},{1},{2},{18},{14},{21},{81},{1},{4},{98},{34},{11},{26},{8},{7},{6},{2},{9},{16},{14},{12},{25},{27},{73},{63},{63},{20},{15},{24},{0},{4},{13},{22},{24},{9},{9},{14},{10},{10},{10},{28},{30},{16},{22},{15},{21},{6},{24},{26},{11},{17},{13},{19},{11},{14},{11},{29},{31},{18},{16},{18},{24},{10},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{12},{18},{5},{4},{10},{6},{4},{18},{5},{6},{4},{4},{6},{4},{6},{5},{6},{4},{8},{1},{3},{9},{3},{5},{21},{4},{4},{5},{9},{5},{4},{5},{3},{7},{5},{6},{12},{4},{4},{5},{11},{6},{10},{4},{6},{12},{4},{10},{4},{5},{4},{7},{13},{15},{5},{6},{4},{3}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{0},{9},{55},{293},{24},{11},{46},{111},{51},{39},{109},{23},{138},{22},{109},{24},{5},{5}};
+    const struct { const unsigned int length: 7; } str_length_index[] = {{35},{2},{4},{15},{1},{2},{18},{14},{21},{81},{1},{4},{98},{38},{34},{11},{26},{8},{7},{6},{2},{9},{16},{14},{12},{25},{27},{73},{63},{63},{15},{24},{0},{4},{13},{22},{24},{9},{9},{14},{10},{10},{10},{28},{30},{16},{22},{15},{21},{6},{24},{26},{11},{17},{13},{19},{14},{11},{29},{31},{18},{17},{16},{18},{24},{10},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{12},{18},{5},{4},{10},{6},{4},{18},{5},{4},{4},{6},{4},{6},{5},{6},{4},{8},{1},{3},{9},{3},{5},{21},{4},{4},{5},{9},{5},{4},{5},{3},{7},{5},{6},{12},{4},{4},{5},{11},{6},{10},{4},{6},{12},{4},{10},{5},{4},{5},{4},{7},{13},{15},{5},{6},{4},{3}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{0},{163},{9},{55},{300},{22},{9},{11},{46},{115},{51},{49},{100},{23},{138},{22},{109},{24},{5},{5}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1613 bytes) */
-static const char cstring[] = "x\332\235UKs\023G\020F\211\002\266c\202d;$@\036c\342\220\270 J)\030H\240\362P\341@\250\")\024;\345\230Te\031\355\216\264\033\257v\245\235Y=RI\025G\037\3478\307=\356q\217:\352\310q\217:\362\023\370\t\351\236]\311\302\016\027T%M\317LO\367\327_?D\032C\301\3705B=\213\010\233\021\323\246\236\307\334\3178q\235\266#\210\303\t\341\204\337!\237\213\2001\322\014h\253\315<\261Y\271Mn\023\270\357SNL\352\231\314u\231u\233x>\tX\307\035\022\307\203{4\310Y\320c\001iRG+\274t(l*\210M-\322`\255\320#}G\330$\363\331\362=v\207\364m\006\332\001\236YN\206\257\357\007\007\250\340\371\202\034x~\337\373\376\027P}\344\230\007\256\343\265\210\337$\\\004\241)H\233\265\033,\000\350\241i\023\000\311\231\333\254\010z\300<\322\016\271\000\227\204\r:\256c:\002\340\006\254\0332.\230\225\201\370\201\206\3027:h\225}\276\033\204l\223B\224\256K\230g\361L\345\211\216\363\t\361\003\362\004\203{B\363\310\001\002\235\006h\203\343\227b\323F@\303r8m\270\214y\370\3332\035\236I\226\323\3436 \257\344i\250L\367,\010\374\200Ow\202\rD.\177\231k~\211\226y\2453\034@\n^\345]s`3\327\272\246\245\200Q\013\324 }\310&\020b\372\036\274C\026\204\017A<\032\n\333\367\210\337\370\213\001\241M\210\264\223\363\254\237w\002\277\001\252\257\373\274\0378\342\365\274\353:\205p\2612\240\372\\\2373k\256\2520Gs\333\026\355\261Y]\336\205g\370\255\030\006\0338\3020\362M\300\254\320d\206\251}\316N9\023\\Pq\354\334\202\202\323\002\246]\013-\247\307\214\0065\017\364n\346\350\236\256y\224v4\224#\351\377=\316\356\376\327o~\253\243:\2767(\037z\346\334)\026\372\261\355\221N\206\344U(^\215\000n\314\234\277\\\234\267Y\341a\003&\306K\233\374^g\350G,\341\237\031\347\264\305v}\377\241\357\265\036A\252 \237\370dN<\t\353\345\313\023\330\346\257\263Y4\177\202\351\232\337\007\214\207\2568y\222a\315\010{\350s\250\215G\303\001|\267\035S\030\277@\307\375\312\232\206\241\253\025\235\303\207\366)\226\320\264\224\014\243\031z&\256\255)B\370\264\251\343\351\325\267BW\237x\264\255W\350U#WC\261\047p\002\340E7\244\356T)g\3028\301\311\354\200\rp\003\244\314\014\3639""\367\047\3102\014\230\367\210\326\341\206\351\007~(\034\217\351\320\355\300\367\374\220k\331\361+\263K\256g\010\246\373(\345\031\3158\365M\350Hf@\214\"\240&\303&\320\r\231u\245\351[\314\242\002\306\214\226 \023\314CI\217\263l\246a\023!o\302\201\202\000\342f\275d\3730\265X\233\037\037\211z\320\0358\236\345\262\246\320\177Rm\300-|\3171=\006\271\363 U\035\027X\357\370\035lE@\245;2\313\362|\256q\014q\234\026\230\363\271>\312\006\0070g\261&\005m\336q\274\254\236\347\253\032{\352\250\257p$\013`\260/\2346\303/p\027z\302q55\260\3176\334\207[\033\n\257G\335\220\351\037\336sX\277o\017\237\026&\305\245\303\253\262\376\2646Yx\373p\353\260\047w\325\232\332\217\314\270<Y.\311\267d}R\252\304,\271\236\3745~c\274>\336\032\377\223\356\354\246\273\373\351\376\343\364\361\037\360\354\223jR~q\361\324\342G\252\376|a\371\360\236\\\237Z\332S\265\311\362\252\334\222\241\272\037U#\360pQ\255\253\233Q9\272\022\027&\013\213\223\345s\207\177\203\267\337\242\313\321v\274\220\234I\206\343\302\244t^Zj\023\364\267AI?\357\251:\252\206\362\256\354NJ\357I\241nD\205\350B\274>)\255\312\033\352MU\235\254]T\033\312\216h\324E\315nf\344S\325\215\n\030\305\022\270\255\"\230\025\271\016\3668loE\033Q3\336N\264\213;\323\247Z\025\227w\224\025i\341m\265\245\364\305\202*\242\005\024\ns\313\262\332\216\336\212\352\332\326\351\204\316nVe\365\371\362\007\252\246\352\212>\255!1\367\345MU\236,\234;\024\362ku]\231Q\031\317\3379tdW\025P\204\047r[\235Q\203\250\037;\311`\324\315\224o\250\202Z\005C\273\321{\361\033\361\345\370\247\244\206\332\027\320X\306\363\016@\333\216\316D\275x\047)&\367GU\355~\002>\177\2225\\\036\310\307@\305R\274\036o\305]\375*=\3671\222\023\255E{\361\203dwti\\\033\327\021\374\0319\004K\335\270\030\327\320=\032/\244Ep\366b\345\324\342e\320\257\343\373\233\362\274\354+\212~n\252wU\013\010\240Gh\317\253nZ\274\244\276\213u],k\214\365\364\374\325\370\233\244\226CC\325\252\254\245\305\017\325\237q\025\325\316N\t\302\230BY\223\373\252\031\335\305\244\254\310k\212\252\277\343r\274\221V\266\001\350\336\263""\274X\373\262\205\245\261\"7d\356\376\266\246\351tl&\027G[\243\376\230=\273\225\376\272\223\356\354\245{\277\247\305\365\250\374\034\324\376I/]\215\253\361\275d#i\215\352x\374Q\334}\361\376\251\305\262\\\004\360\377f\241\013yKW\353\205\370S$m1\253\305\201\342\321f|=n$\013\243\323\243\366\263jv\014d\250^\364\033\224\344\271\022\000JW\256\047[I\177d\217i\216\177R\302\332\337J?\276\221\324\301\353\236\346{uM\253#\353\020\347\331\264\370IT\325\000\221\273\370\n$\363\001\342\273\022yI\355\305\332\251\305\245i;\325\240CY\\\235\353\n\350\326\263\223\322\373jA\047u\027\273wU~\013\345_Z\223?\252\262\272\254+\010;o9\251%\332u~\003]T~\016\362=l\222\264\270\031\227\217C\330\037\323t\351\213\270\236.}\225\254\377\007(\303\224\375";
-    PyObject *data = __Pyx_DecompressString(cstring, 1613, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1713 bytes) */
+static const char cstring[] = "x\332\235VKs\033\307\021&\035\204\"i\330\004HF\266$\307\036\310\264\"J\n\\\210(1\221+\017\024iZ\252r\034\302\204\213\246\\\225\325`w\000\254\271\330\005vf\361p\234*\035q\334\343\034\367\270\307=\342\210\243\216{\304\221?\201?!\335\263\013\020$\255C\214*\020===\335_\177\335=CR\033\010\306\037\021j\033D4\031\321\233\324\266\231\365\007N,\263e\nbrB8\341_\220\373\302e\214\324]\332h1[l\027\237\221g\004\366{\224\023\235\332:\263,f<#\266C\\\326\266\006\304\264a\037\035r\346v\231K\352\324T\006\227\224\242I\005iR\203\324X\303\263I\317\024M\222\304l86\373\202\364\232\014\254]\324\031f\202\257\347\270\247h`;\202\234\332N\317\376\3737`zh\352\247\226i7\210S\047\\\270\236.H\213\265j\314\005\350\236\336$\000\2223\253^\024\364\224\331\244\345q\001!\t\353\267-S7\005\300uY\307c\\0#\001\361\017\352\tGk\243Wv\277\352zl\233\222Cf\033\020b\217Z\026\002hQ\203\221\332\200\340\232\271E\356\325\200.\n\\\3006X\362\304\321+\305\306+\342\270\344\025R\360\212\246\374\000P:\245\241\t\360.1\240\234\200\205arZ\263\030\263\361oC7y\"\031f\2277!\277bZ\254\342t\315\\\327q\371t%X_\244\362\347\251\345\347\350\231\027\333\203>\024\352m\321\025SMf\031\217\224\3442\310\324\305\"#\347@\233\356\330p\016\271\022\016$q8\020M\307&N\355G\006\264\327!\323vZ\ru\274\355:50\375\265\307{\256)~]\364\271>\303z\314-\033\264\313f\235\212\365\303oQ\323X\337\024\232\226.\\fx:\323t\345\177\246\345LpA\305\025\275\001-\250\004,\261\022\032f\227i5\252\237\252\325,\320\201\232\002\224\216\024\224\013\351\227#\316\366~1n\272\253\262\272\272\326(\037\330\372\234\026[\377\312\362\302&A\3626\024oG\000;z\312_*\316\373L\207\342\322\"\331\377\047\343\2346X\325q\276v\354\306\334d\315\211\327\261\\\336\274\006h~;\271\222.i,\207\263y\005\026m~\3552\356Y\342\272&A\234\320\366\265\303\241C\016\007}\370\356\233\272\320\276\201\031\373\226\3255M\365\047\242\201\017\355Ql\244iCiZ\335\263u\374mL!\303\247EM[\375:\206g)\215M[\352\027\246SK\315P\354\n\234y\334\350x\324\232\032\245\324h\327H\232)X\037\027\300\322\3141\237\013\177\215=M\203w\000""\321\232\\\323\035\327\361\204i3\225z\323ul\307\343J6\235\342l\223\253[\003\213~Q\370\204w|\rt\230A\246A\216\302\245:\303QP\025\320\035\203\031T\300\225\242$\250\001\263QRWWr\177\341\020!c\302\204\336\000\312f\263\324t\340\206b-~\365\372S\227\332\251i\033\026\253\013\365l\265\000\261plS\267\031T\315\206\"\265-\340\273\355\264q\024\001\217\232\310\244\276\363U\306+\207\343m\201\325\236\233\243\344\342\000\316\014V\247`\315\333\246\235\364\363|W\343L]\314\225zk\360\016\026@`O\230-\206_\240\316\263\205i)f`\235,\270\003\273M\350\273.\265<\246\376\360\256\311z\275\346 }\316\222^\200kN\333M\323\327v\323\374\265\247\360v\301\001\255\252^\267\007\367\017\007\325A\233\375+\271\022\037<\"\377\207\213=\240\251\0058\276\204\177\007.NN\315\223\347\023n`x?\037l/\250\245\346\324_/N2\253\303\207~\345uy\262\374\356pg\330\365\253rS\236\004z\230\237ds\376o\375\312$W\014Y\3648\372q\374\316\2700\336\031\377\034\037U\343\352I|\3622~\371\003\034\373\264\024\345\317o/\254|,+g\251\213cY\236d7\374\035\337\223_\005\245\000\\\257\r\377#\357\007\205\2404Y\316\016\237\373\240\271-\013\362i\220\017\356\205\213\223\345\025\214\265\344\323Ivm\370\023\304\377.\270\033\354\207\313\321\215h0^\234\344n\372\206\334\006G\373`\253\374ve\005M=\177\317\357Lr\037\370B>\t\026\203[aa\222\333\360\237\310\337\310\322d\363\266\334\222\315\200\006\035\264\354$N>\223\235`\021c\255B\364\022\242\\\367\013\340\217\303r7\330\n\352\341~4\335\307\237\367\245\021(\341]\271#;(,\313\014\036CA\031f\345~p#\350\314i\2002\277\016\332\245\200\"\330\322Y\366#Y\226\025I_\227\317 \371\003\277\200t\010\377\317\362\261\324\203|\242\375\312/\241\360\376\320\364;r\021E8\351\357\313\033\262\037\364B3\352\217:\311\251\047rQn\200\277j\360A\370Nx7|\036\225\321\372\226\314O\353w\004\010\237\007{\201\027\356\205\"\332\211z\243\306\270\242\220\314\270\317\016_\370/\201\212\325\260\020\356\204\035u2^\373\004\311\t6\203\343\360ET\035\335\031\227\361X\316\277\341\0170\3030\023\252:b\200\3058\003\001\317\327\027V\356\202}\005\317?\365o\372=\2512~""*\177\047\033A\005\322\237!\276);q\346\216\374[\230?\377ha%\253pV\342\233\017\303\277D\007\243\302\250\224\302[\033\366!\375%Y\017\312A%\316\374^\376;,ak\341\001\317/\373\047\260\263\207d\257\373\217$\225?\205\371p+.\356\003\322\3437i\377\366\374\006\366\306\272\277\345\247\361\237)\256\226B=\272=\332\031\365\306\354\315n\374\355Q|t\034\037\177\037g\nA\376\014\314~\216\357<\014K\341A\264\0255F\025T\177\034v\316?\\X\311\373+\200\376\277I\356\302\337U]{+\374\014Y[I\232\261/y\260\035>\016k\321\362hi\324zSJ\324\300\206\354\006\337AO\256\345\000P\274\376X\025\2439\246)\376I\016g`\047\376\344IT\201\250\307\212\360\215Me\216\264C\236\357\305\231O\203\222\002\210\344\205\367\242L\364\002\361\335\013\354\250|\276\271\260\262:\035\2642\014-\013Ksc\001\003\374\336$\367\241\\VU\255\342@o\370\177\205\376\317m\372_\312\274\274\253\332\010\0470\033\225#\025:\335\2011\312\237\201|\200S\022g\266\303\374U\010\047c\032\257\3761\254\304\253\177\212\n\377\0038\257\342\355";
+    PyObject *data = __Pyx_DecompressString(cstring, 1713, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2092 bytes) */
-static const char cstring[] = "\377 bytes, \377and the \377channel\047\377s limit \377is  s s;\377 (tree f\377ragment)\337.: : \035\000wa\377s cancel\377led: no \377reply in\374\035\000M\001servero fai\034\002: \n\010\377that had\377 begun w\357ith n\003gon\277e; whe\221\000r\366d\001di\232\003work\376\221\001not kno\357wn?N(\000Pic\377kling of\377 struct \277member\270\000u\367ch \242\000self\377.taken m\367ustp\000 exp\337licit\254\000re\177quested\177\003\177@auto_pR\001\377e(True)a\376\343\000ll ends\372\242\003`\343\002` or \315`\331\001`a\363\004\200\000a 2\357\004h\233 \317\ncaB\000\242\000\377disablee\275n\002\001gcis\004\003d\257ivsh\267\000.\200D.~\010\005errors\026\005\257text#\004/\252D/>V\001s.pyx\200@f\025\276\377\002held,\211\"rGead\230@\274@\312!b\372@\363on\251@\202!to a\377 Python \257obje\316 f\347\000p<\341$\310\"prob\256 \0075\017writH3\243\204\002\306 \324`}i\373`losed\340h\274\240A\357hgave\217\204\006C\374\375 \000\001.__exi\367t__\006\004redu\317ce_c\355\002\r\006se\337tstat\t\014do\343ne?\002\320\204\001H\002giv?e_backV\002\374\204\002\022e\001F\357\204\002o\001S\200\205\002\000\007|\000\000_\020 \003\230\000c\022\027\004\313\205\002?\010\333\205\002?_asyncU\010\345\204\001l\000\014\032\007er\203!erp\023\210\023\002\345\022/\000c\271$\004\004H\t.?submitT\004\007\003\364\221\004\235BE\277\204\001Mess\377ageTooLo\377ngPendin\001g\221A\000\010\213/\017\013\205N0\t\206\210\003\370B\t\253AR\tresulqt\000\017\276#\244CLos\231`\377Pyx_PyDi\377ct_NextR\377ef__anno\232\216b_\t\000wa\277a\303e_\337_func\025\000_g\274\260e\"\000main\020\001m\337odule\032\001na\245m\003\002p\\\000\331c_\007\001vyt\216\207\001;\001qual\035\005\330\222\204\004k\000\224\204\014__\255\204\004ex^o\001set_Q\005st\010\336\262\204\016__te\331\001_i\377s_corout\367ine\272bhronwous\306bio.\024\006\201s\231\212\002\266\210\001\272\210\001\345c\355\212\003\362\212\001c\365l=\000_\341\000trac\345e\201\205\001c\215\206\001\000\002dco\377dedatade>\005\002oneen\020\001\312\210\002\030\316\210\003\225\213\001\264!ti""\216`\266 \303\205\006\377howitems\374\203\211\r\344\210\002kindle\353ft\240\214\002m\265\000ton\377icnevern\337extpl\363 po\001p\210\214\001\223\000\216\214\002\362C\370C\252\205\003\217\213\001\341s\316\212\001\237\214\001\275\205\010\255\214\003set\357defa\251`spi\201n\327\204\003\312\204\t\310\213\001\314\213\001\366\205\003\217\212\001t>\277 wtime\000\001\326 \037until\226\"\021\000\007\003\373so\033\000hingv\357alue\000\002svi\377ewwhy\200\001\330\377\004\n\210+\220Q\200A\377\330\010\013\2104\210v\220\377T\230\024\230Y\240c\250\377\021\330\014\020\220\005\220Q\377\330\020.\250e\2603\260\377j\300\002\300!\3004\300\377|\320ST\320TY\320\337YZ\320Z[4\000#1\377\260\021\360\032\000\t\036\230\377Q\340\010\014\210F\220!\376B\005W\230A\330\014\023\220\3774\220u\230G\2401\240\376_\000\032\230!\2306\240\021\377\240&\250\001\330\010\t\330\357\014\017\210zk\000U\240\"\377\240D\250\010\260\007\260y\377\300\001\330\020\026\220d\230\345)-\000D\"\000:\002v\230Q\376\047\001u\220C\220q\330\020\377\027\220t\2305\240\001\240\377\031\250!\330\020\023\2205\377\230\003\2301\330\024\032\230\177$\230h\240a\240qQ\001}q?\003%\230q\240\001\302\001u\nt\0001\211\001\022\220!\214\000\375s\203\0007\240$\240f\250\273D\260\035\000\023\220;3\005\020\371\220(\000\364\001\016\230d\240!\336\375\001\013\2304\230Q\000\020\220\307\010\230\004\313\001\005\001O\002\010\230\376V\002\014\230D\240\005\240Q\316G\002\006\260a\260!\025\002\023\220\3771\340\014\034\230A\230Q\357\230a\200A\225!G\2206\377\230\021\330\010\017\210t\220\1778\2303\230c\240\021\024\001\177\016\210i\220q\230\001\037\001\3760\000\220D\230\007\230x\240\177w\250i\260x\270q\047\003\3375\230\001\230\023F\000T\240\377\027\250\002\250\"\250H\260\245AM\001\031I\001\254CS\230\000D\377\240\007\240v\250S\260\004o\260G\2701\362!1\330\212@\373H\220\324@\014\210I\220Z\376\210 \n\250!\2504\250q\356\343B\320\017\037\231!\240\024\240\377W\250I\260T\270\033\300\373A\300\342 \020\220\007\220y^G\000q\250\004\250\216`\017\214`\337S\230\001\320\004j\000""\360\022\327\000\t\"-\000Q\244a6\220\257\026\220w\230\353\000\023\322\000\025\353\230g\376\000a\244\007\026\230q\277\320\004\033\230>\250\223b\014\376\321bQ\320\026+\2509\260\371A\224\004\202!1\220A\320\004\337\035\230^\2501\273a\r\210\374\232$\202\204\001u\220A\220Y\230\367f\240C\314A\022\220,\230\377a\230z\250\021\250$\320\333.D\246\000W\310\246\204\004w\220\275g\227a\022\220$\220x\004:\375\230\243!\006\250c\260\032\270\3774\270w\300e\3107\320\377RS\320SW\320WX\277\320\004!\240\021\340\376 |\377\320\033+\2501\250F\260\337$\260g\270Q\023\001\036\250\377q\360\030\000\t\021\220\t\357\230\026\230}\365\003t\2207\256\251\204\002\031\250%\261!\t\305\204\003x\377\230s\240)\2503\250b\177\260\010\270\006\270m\310\347\"\3754\211!\230v\240U\250!\377\330\017\020\330\014\022\320\022\3773\2604\260w\270h\300\354\217`\273\002\330\020\370\204\0014\320\037\3275\260Qs\000W\353\"\023\024\374*\002\362!q\330\014\r\320\004g#\2401\234\002\270!\250&\312@\375I\234\001&\240n\260A\360\357\024\000\t\n\307\205\005A\230Y\257\240e\2501\213\205\010\021=\000\330\277\020\030\230\010\240\001\322@T\376\272\206\001\023\220=\240\001\330\020\177\024\220E\230\021\230\"\275b~\366\205\001\014\260A\260Q\330x\000\276\023\004!\330\020\021\340#\000F\276\241\205\001\320\004)\250\021s\rY\377\300a\320\n-\250Q\320\017\n2\260!";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2092, 3004);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2204 bytes) */
+static const char cstring[] = "\377 bytes, \377and the \377channel\047\377s limit \377is  s s;\377 (tree f\377ragment)\337.: : \035\000wa\377s cancel\377led: no \377reply in\374\035\000M\001servero fai\034\002: \n\010\377that had\377 begun w\357ith n\003gon\277e; whe\221\000r\366d\001di\232\003work\376\221\001not kno\357wn?N(\000Pic\377kling of\377 struct \277member\270\000u\367ch \242\000self\377.taken m\367ustp\000 exp\337licit\254\000re\177quested\177\003\177@auto_pR\001\377e(True)a\337 Pend`\000Ca{ll\222!made\272 \375 \014\001er.sub\242\254 a\211 \034\000\047\000s\310\003`~\211\"` or `\377\001\263`a\231$\246\000a \225$h\344\301 \365\nc`\001\310\000dis\277ableen\002\001g\367cis\004\003divs\325h\335\000.\246D.\010\005er\357rors\026\005tex\325t#\004/\320D/V\001s.\307pyx\246@f\025\245\"he\267ld,\257\"re\347\000r4\341A\360!b\240`on\317@\250!\367to \225 ytho\277n obje\364 f\362\347\000p\207D\356\"prob\370\324 \241`\n2write\360I2\362h\214A\201\204\010gave\370\241\204\006\314A\320A.__ex\357it__\006\004red\237uce_c\331\002\r\006s\277etstat\t\014d\307one?\002\342\204\001H\002gi\177ve_backV\002$\216\205\002\265aF\201\205\002\277aS\222\205\002\000\007\000|\000_\020 \003\230\000c\022\027\004\335\205\002?\010~\355\205\002_asyncU\010\330\367\204\001\000\014\032\007er\300\204\004__v\345\020erj\025er.\250\204\001\300\375\204\004\263\204\001H\t\216\205\004\225\205\n\222\003Me\377ssageToo\017Long\317\205\010\332\205\010\200/\017\013\360\372.0\t\215\210\003\005\nlose\370S\t\261Ac\tresulqt\000\017\304#\252CLos\237`\377Pyx_PyDi\377ct_NextR\377ef__anno\232\224b_\t\000wa\305a\311e_\337_func\025\000_g\274\266e\"\000main\020\001m\337odule\032\001na\245m\003\002p\\\000\337c_\007\001vyt\200\207\001;\001qual\035\005\262\230\204\004_\240N\271Fexo\001s\227et_Q\005st\010\270\204\016_\367_te\331\001_is_\377coroutin\375e\300bhronou]s\314bio.\024\006s\261\212\002\260\250\210\001\357G\205\213\003\212\213\001cl=\000_\276\341\000trace\207\205\001c\376\376!codedat\367ade\005\002onee\301n\020\001\266\210\002\272\210\003\247\213""\001\256!ti\370\231`\260 \303\205\006howit\347ems\357\210\r\320\210\002kin_dleft\262\214\002m\257\000\377tonicnev\377ernextpl\016\355 pop\232\214\001\215\000\240\214\002\354C\010\362C\252\205\003\241\213\001s\272\212\001\261\214\001\275\205\010\277\214\003\177setdefa\243`\017spin\354\212\003\362\212\003\350\205\003\332\213\001\324\336\213\001\004\007n\200\212\001t\276 wt\347ime\000\001\325 untcil\225\"\021\000\007\003so\033\000\377hingvalu\375e\000\002svieww\353hy\310\214\004_\207bobj\333_7\367\212\004_7\245\216\004_6\377queues_T\376\331\214\002*(PyTyp\273eO\213\212\003*, \030(C\376\244 mingEnd\361 0\007j\005\271\215\003cons\337t *)\000\311\215\002_o\377f\200\001\330\004\n\210+\377\220Q\200A\330\010\013\210\3774\210v\220T\230\024\230\377Y\240c\250\021\330\014\020\377\220\005\220Q\330\020.\250\377e\2603\260j\300\002\300\377!\3004\300|\320ST\377\320TY\320YZ\320Z\375[4\000#1\260\021\360\032\277\000\t\036\230Q\340<\004W\377\230A\330\014\023\2204\220\277u\230G\2401\240X\000\017\377\210{\230(\240!\2401\277\330\010\014\210H\220j\000\032\377\230!\2306\240\021\240&\337\250\001\330\010\th\001\006\220\277a\330\014\017\210z}\000U\377\240\"\240D\250\010\260\007\377\260y\300\001\330\020\026\220\227d\230)F\000D)\000S\002v\373\230Q\047\001u\220C\220q\377\330\020\027\220t\2305\240\377\001\240\031\250!\330\020\023\377\2205\230\003\2301\330\024\377\032\230$\230h\240a\240\365qQ\001q?\003%\230q\240\325\001\324\001\n{\0001\242\001\022\220\365!\245\000s\212\0007\240$\240\317f\250D\260\030\005\373\001\016\230\367d\240!\204!\013\2304\230>F\000\020\220\010\230\004\331\001\005\001~D\002\014\230D\240\007\240\024\004m\001\254$\220f\023\000\006\240\314\000\377\023\2201\340\014\034\230A\177\230Q\230a\200A\340\372\000\377F\220!\330\010\017\210t\377\2208\2303\230c\240\021\356\020\003G\2201\033\001\016\210i\317\220q\230\001&\0017\000\220D\377\230\007\230x\240w\250i\357\260x\270q0\0035\230\001\373\230\023M\000T\240\027\250\002\277\250\"\250H\260AT\001\031\353\230\021\270ES\237\000H\240C\377\240u\250C""\250t\2604\037\260w\270g\300\253 \207\000\363&\337\014\210I\220Z\210 \n\250\337!\2504\250q\365B\320\017\375\037\231!\240\024\240W\250I\277\260T\270\033\300A3\001\020\357\220\007\220y\336\001\250\004\250\376\303Bv\220S\230\001\320\004\276n\000\360\022\000\t\"-\000Q~\266a6\220\026\220w\230\355\002\1776\230\025\230g\240Q\374\000\374\343\002\256\001\026\230q\320\004\033\377\230>\250\021\360\034\000\t\375\014\343bQ\320\026+\2509?\260F\270!\2701\252a\230`\367\017\210x\374\000\006\230f\240\377A\240Q\320\004\035\230^\363\2501\327a-\001u\220A\220\365Y\027\000C\315A\022\220,\230\377a\230z\250\021\250$\320\333.D\247\000W\310\271\204\004w\220\235g\230a\022\220$\313`\343\":\375\230\250!\006\250c\260\032\270\3774\270w\300e\3107\320\377RS\320SW\320WX\277\320\004!\240\021\340\214@|\377\320\033+\2501\250F\260\357$\260g\270x\000!\240\036\377\250q\360\030\000\t\021\220\337\t\230\026\230}\366\003t\220]7\261\204\002\031\250%\262!\t\337\204\003\377x\230s\240)\2503\250\377b\260\010\270\006\270m\310\372\311\0024\212!\230v\240U\250\377!\330\017\020\330\014\022\320;\0223\210Bh\300a\013\000\274\001\373\330\020\200\205\0014\320\0375\2605Qs\000W\354\"\023\024*\002\363!\377q\330\014\r\320\004#\240\3711\234\002\271!\250&\260\004\260\375I\234\001&\240n\260A\360\357\024\000\t\n\341\205\005A\230Y\257\240e\2501\214\205\010\021=\000\330\277\020\030\230\010\240\001\323@T\376\315\206\001\023\220=\240\001\330\020\177\024\220E\230\021\230\"\302b~\376\205\001\014\260A\260Q\330x\000\276\023\004!\330\020\021\340#\000F\276\242\205\001\320\004)\250\021s\rY\377\300a\320\n-\250Q\320\017\n2\260!";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2204, 3209);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3004 bytes) */
-static const char bytes[] = " bytes, and the channel\047s limit is  s s; (tree fragment).: : it was cancelled: no reply in : the server failed: : the server that had begun with it is gone; whether it did the work is not known?NonePickling of struct members such as self.taken must be explicitly requested with @auto_pickle(True)a call ends with `reply` or `fail`a reply of a server has begun with itcall of disableenablegcisenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/calls.pyxno server has begun with itself.held,self.reader cannot be converted to a Python object for picklingself.probed cannot be converted to a Python object for picklingself.writer cannot be converted to a Python object for picklingthe caller is closedthe server endsthe server gave no replyCallCall.__exit__Call.__reduce_cython__Call.__setstate_cython__Call.doneCall.failCall.give_backCall.replyCallFailedCallServerCallServer.__reduce_cython__CallServer.__setstate_cython__CallServer.serveCallServer.serve_asyncCallServer.takeCallServer.take_asyncCallerCaller.__reduce_cython__Caller.__setstate_cython__Caller.callCaller.call_asyncCaller.submitCaller.submit_asyncClosedErrorMessageTooLongPendingCallPendingCall.__reduce_cython__PendingCall.__setstate_cython__PendingCall.cancelPendingCall.donePendingCall.resultPendingCall.result_asyncServerLost__Pyx_PyDict_NextRef__annotate____await____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasynchronousasyncio.coroutinesbeguncallcall_asynccancelcellcline_in_tracebackcloseclosedcodedatadecodedoneencodeerrorerrorsfailfunctionggetgive_backhowitemsivshmem.channel.callskindleftlimitmonotonicnevernextplainpopreplacereplyresultresult_asyncselfsendserveserve_asyncserversetdefaultspinsubmitsubmit_asynctaketake_asynctextthrowtimetimeoutuntil_in_timeuntil_somethingvaluevaluesviewwhy\200\001\330\004\n\210+\220Q\200A\330\010\013\2104\210v\220T\230""\024\230Y\240c\250\021\330\014\020\220\005\220Q\330\020.\250e\2603\260j\300\002\300!\3004\300|\320ST\320TY\320YZ\320Z[\200A\330#1\260\021\360\032\000\t\036\230Q\340\010\014\210F\220!\330\010\013\2104\210v\220W\230A\330\014\023\2204\220u\230G\2401\240A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\017\210z\230\024\230U\240\"\240D\250\010\260\007\260y\300\001\330\020\026\220d\230)\2401\240D\250\001\330\014\023\2204\220v\230Q\330\014\017\210u\220C\220q\330\020\027\220t\2305\240\001\240\031\250!\330\020\023\2205\230\003\2301\330\024\032\230$\230h\240a\240q\330\014\017\210q\330\020\026\220d\230%\230q\240\001\330\014\020\220\n\230!\2301\230A\330\014\022\220!\2204\220s\230!\2307\240$\240f\250D\260\001\330\014\023\220;\230h\240a\240q\330\014\020\220\n\230!\330\014\020\220\016\230d\240!\330\014\020\220\013\2304\230q\330\014\020\220\010\230\004\230A\330\014\020\220\010\230\001\330\014\020\220\010\230\001\330\014\020\220\014\230D\240\005\240Q\240f\250D\260\006\260a\330\014\020\220\010\230\001\330\014\023\2201\340\014\034\230A\230Q\230a\200A\340\010\014\210G\2206\230\021\330\010\017\210t\2208\2303\230c\240\021\200A\340\010\016\210i\220q\230\001\200A\340\010\023\2201\220D\230\007\230x\240w\250i\260x\270q\330\010\017\210t\2205\230\001\230\023\230A\230T\240\027\250\002\250\"\250H\260A\200A\340\010\031\230\021\330\010\013\2104\210v\220S\230\004\230D\240\007\240v\250S\260\004\260G\2701\330\014\023\2201\330\010\014\210H\220A\330\010\014\210I\220Z\230q\240\n\250!\2504\250q\330\010\013\2104\320\017\037\230q\240\001\240\024\240W\250I\260T\270\033\300A\300Q\330\014\020\220\007\220y\240\007\240q\250\004\250A\330\010\017\210v\220S\230\001\320\004\031\230\021\360\022\000\t\"\240\024\240Q\330\010\013\2106\220\026\220w\230a\330\014\023\2206\230\025\230g\240Q\240a\330\010\017\210t\2205\230\001\230\026\230q\320\004\033\230>\250\021\360\032\000\t\014\2104\210v\220Q\320\026+\2509\260A\330\014\023\2201\330\010\017\210t\2201\220A\320\004\035\230^\2501\360\032\000\t\r\210G\2206\230""\021\330\010\013\2104\210u\220A\220Y\230f\240C\240q\330\014\022\220,\230a\230z\250\021\250$\320.D\300A\300W\310A\330\010\013\2104\210w\220g\230Q\330\014\022\220$\220a\330\010\017\210t\220:\230T\240\027\250\006\250c\260\032\2704\270w\300e\3107\320RS\320SW\320WX\320\004!\240\021\340\010\017\210|\320\033+\2501\250F\260$\260g\270Q\320\004!\240\036\250q\360\030\000\t\021\220\t\230\026\230}\250A\330\010\017\210t\2207\230!\2306\240\031\250%\250q\330\010\t\330\014\023\2204\220x\230s\240)\2503\250b\260\010\270\006\270m\3101\330\014\023\2204\220w\230a\230v\240U\250!\330\017\020\330\014\022\320\0223\2604\260w\270h\300a\330\014\022\220,\230a\330\020\032\230!\2304\320\0375\260Q\260g\270W\300A\300Q\330\023\024\330\017\020\330\014\020\220\007\220q\330\014\r\320\004#\2401\340\010\017\210|\230>\250\021\250&\260\004\260I\270Q\320\004&\240n\260A\360\024\000\t\n\330\014\023\2204\220u\230A\230Y\240e\2501\330\014\017\210u\220C\220q\330\020\021\330\014\r\330\020\030\230\010\240\001\240\024\240T\250\021\330\014\023\220=\240\001\330\020\024\220E\230\021\230\"\230A\230T\240\021\240&\250\014\260A\260Q\330\023\024\330\020\024\220E\230\021\230!\330\020\021\340\020\024\220F\230!\2301\320\004)\250\021\340\010\017\210|\230>\250\021\250&\260\004\260I\270Y\300a\320\n-\250Q\320\n2\260!";
+    #else /* compression: none (3209 bytes) */
+static const char bytes[] = " bytes, and the channel\047s limit is  s s; (tree fragment).: : it was cancelled: no reply in : the server failed: : the server that had begun with it is gone; whether it did the work is not known?NonePickling of struct members such as self.taken must be explicitly requested with @auto_pickle(True)a PendingCall is made by Caller.submita call ends with `reply` or `fail`a reply of a server has begun with itcall of disableenablegcisenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/calls.pyxno server has begun with itself.held,self.reader cannot be converted to a Python object for picklingself.probed cannot be converted to a Python object for picklingself.writer cannot be converted to a Python object for picklingthe server endsthe server gave no replyCallCall.__exit__Call.__reduce_cython__Call.__setstate_cython__Call.doneCall.failCall.give_backCall.replyCallFailedCallServerCallServer.__reduce_cython__CallServer.__setstate_cython__CallServer.serveCallServer.serve_asyncCallServer.takeCallServer.take_asyncCallerCaller.__reduce_cython__Caller.__setstate_cython__Caller.callCaller.call_asyncCaller.submitCaller.submit_asyncMessageTooLongPendingCallPendingCall.__reduce_cython__PendingCall.__setstate_cython__PendingCall.cancelPendingCall.closePendingCall.donePendingCall.resultPendingCall.result_asyncServerLost__Pyx_PyDict_NextRef__annotate____await____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasynchronousasyncio.coroutinesbeguncallcall_asynccancelcellcline_in_tracebackclosecodedatadecodedoneencodeerrorerrorsfailfunctionggetgive_backhowitemsivshmem.channel.callskindleftlimitmonotonicnevernextplainpopreplacereplyresultresult_asyncselfsendserveserve_asyncserversetdefaultspinsubmitsubmit_asynctaketake_asynctakentextthrowtimetimeoutuntil_in_timeuntil_somethingvaluevaluesviewwhystruct __pyx_obj_7ivshmem_7channel_6queues_T""aken *(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *)\000taken_of\200\001\330\004\n\210+\220Q\200A\330\010\013\2104\210v\220T\230\024\230Y\240c\250\021\330\014\020\220\005\220Q\330\020.\250e\2603\260j\300\002\300!\3004\300|\320ST\320TY\320YZ\320Z[\200A\330#1\260\021\360\032\000\t\036\230Q\340\010\013\2104\210v\220W\230A\330\014\023\2204\220u\230G\2401\240A\330\010\017\210{\230(\240!\2401\330\010\014\210H\220A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\020\220\006\220a\330\014\017\210z\230\024\230U\240\"\240D\250\010\260\007\260y\300\001\330\020\026\220d\230)\2401\240D\250\001\330\014\023\2204\220v\230Q\330\014\017\210u\220C\220q\330\020\027\220t\2305\240\001\240\031\250!\330\020\023\2205\230\003\2301\330\024\032\230$\230h\240a\240q\330\014\017\210q\330\020\026\220d\230%\230q\240\001\330\014\020\220\n\230!\2301\230A\330\014\022\220!\2204\220s\230!\2307\240$\240f\250D\260\001\330\014\020\220\n\230!\330\014\020\220\016\230d\240!\330\014\020\220\013\2304\230q\330\014\020\220\010\230\004\230A\330\014\020\220\010\230\001\330\014\020\220\014\230D\240\007\240q\330\014\020\220\010\230\001\330\014\020\220\005\220Q\220f\230D\240\006\240a\330\014\023\2201\340\014\034\230A\230Q\230a\200A\340\010\014\210F\220!\330\010\017\210t\2208\2303\230c\240\021\200A\340\010\014\210G\2201\200A\340\010\016\210i\220q\230\001\200A\340\010\023\2201\220D\230\007\230x\240w\250i\260x\270q\330\010\017\210t\2205\230\001\230\023\230A\230T\240\027\250\002\250\"\250H\260A\200A\340\010\031\230\021\330\010\013\2104\210v\220S\230\004\230H\240C\240u\250C\250t\2604\260w\270g\300Q\330\014\023\2201\330\010\014\210H\220A\330\010\014\210I\220Z\230q\240\n\250!\2504\250q\330\010\013\2104\320\017\037\230q\240\001\240\024\240W\250I\260T\270\033\300A\300Q\330\014\020\220\007\220y\240\007\240q\250\004\250A\330\010\017\210v\220S\230\001\320\004\031\230\021\360\022\000\t\"\240\024\240Q\330\010\013\2106\220\026\220w\230a\330\014\023\2206\230\025""\230g\240Q\240a\330\010\017\210t\2205\230\001\230\026\230q\320\004\033\230>\250\021\360\034\000\t\014\2104\210v\220Q\320\026+\2509\260F\270!\2701\330\014\023\2201\330\010\017\210x\220q\230\006\230f\240A\240Q\320\004\035\230^\2501\360\032\000\t\014\2104\210u\220A\220Y\230f\240C\240q\330\014\022\220,\230a\230z\250\021\250$\320.D\300A\300W\310A\330\010\013\2104\210w\220g\230Q\330\014\022\220$\220a\330\010\017\210t\220:\230T\240\027\250\006\250c\260\032\2704\270w\300e\3107\320RS\320SW\320WX\320\004!\240\021\340\010\017\210|\320\033+\2501\250F\260$\260g\270Q\320\004!\240\036\250q\360\030\000\t\021\220\t\230\026\230}\250A\330\010\017\210t\2207\230!\2306\240\031\250%\250q\330\010\t\330\014\023\2204\220x\230s\240)\2503\250b\260\010\270\006\270m\3101\330\014\023\2204\220w\230a\230v\240U\250!\330\017\020\330\014\022\320\0223\2604\260w\270h\300a\330\014\022\220,\230a\330\020\032\230!\2304\320\0375\260Q\260g\270W\300A\300Q\330\023\024\330\017\020\330\014\020\220\007\220q\330\014\r\320\004#\2401\340\010\017\210|\230>\250\021\250&\260\004\260I\270Q\320\004&\240n\260A\360\024\000\t\n\330\014\023\2204\220u\230A\230Y\240e\2501\330\014\017\210u\220C\220q\330\020\021\330\014\r\330\020\030\230\010\240\001\240\024\240T\250\021\330\014\023\220=\240\001\330\020\024\220E\230\021\230\"\230A\230T\240\021\240&\250\014\260A\260Q\330\023\024\330\020\024\220E\230\021\230!\330\020\021\340\020\024\220F\230!\2301\320\004)\250\021\340\010\017\210|\230>\250\021\250&\260\004\260I\270Y\300a\320\n-\250Q\320\n2\260!";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -16853,7 +17008,7 @@ static const char bytes[] = " bytes, and the channel\047s limit is  s s; (tree f
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 144; i < 162; i++) {
+    for (int i = 144; i < 164; i++) {
       Py_ssize_t bytes_length = bytes_length_index[i-144].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
@@ -16864,7 +17019,7 @@ static const char bytes[] = " bytes, and the channel\047s limit is  s s; (tree f
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 162; i++) {
+    for (Py_ssize_t i = 0; i < 164; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
@@ -16872,7 +17027,7 @@ static const char bytes[] = " bytes, and the channel\047s limit is  s s; (tree f
     #if CYTHON_IMMORTAL_CONSTANTS
     {
       PyObject **table = stringtab + 144;
-      for (Py_ssize_t i=0; i<18; ++i) {
+      for (Py_ssize_t i=0; i<20; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -16958,129 +17113,134 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 252};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 265};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_call, __pyx_mstate->__pyx_n_u_begun, __pyx_mstate->__pyx_n_u_left, __pyx_mstate->__pyx_n_u_how};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_call_async, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 314};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 329};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_function, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_call, __pyx_mstate->__pyx_n_u_reply, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_serve_async, __pyx_mstate->__pyx_kp_b_iso88591_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 111};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 115};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_kp_b_iso88591_A_G6_t83c, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t83c, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 116};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 120};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin};
-    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_result, __pyx_mstate->__pyx_kp_b_iso88591_1_G6_4uAYfCq_az_DAWA_4wgQ_a_t_T, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_result, __pyx_mstate->__pyx_kp_b_iso88591_1_4uAYfCq_az_DAWA_4wgQ_a_t_T_c, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 136};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 139};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_result_async, __pyx_mstate->__pyx_kp_b_iso88591_1_IQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 143};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 146};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_never};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_cancel, __pyx_mstate->__pyx_kp_b_iso88591_A_4vS_D_vS_G1_1_HA_IZq_4q_4_q_WI, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_cancel, __pyx_mstate->__pyx_kp_b_iso88591_A_4vS_HCuCt4wgQ_1_HA_IZq_4q_4_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 157};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_G1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 177};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 189};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_call, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_cell, __pyx_mstate->__pyx_n_u_code};
-    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_submit, __pyx_mstate->__pyx_kp_b_iso88591_A_1_Q_F_4vWA_4uG1A_6_z_U_D_y_d_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_submit, __pyx_mstate->__pyx_kp_b_iso88591_A_1_Q_4vWA_4uG1A_1_HA_6_a_z_U_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 222};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 8, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 235};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_call, __pyx_mstate->__pyx_n_u_begun, __pyx_mstate->__pyx_n_u_left, __pyx_mstate->__pyx_n_u_how};
-    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_call, __pyx_mstate->__pyx_kp_b_iso88591_q_A_t7_6_q_4xs_3b_m1_4wavU_34wh, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_call, __pyx_mstate->__pyx_kp_b_iso88591_q_A_t7_6_q_4xs_3b_m1_4wavU_34wh, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 248};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 261};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_submit_async, __pyx_mstate->__pyx_kp_b_iso88591_IYa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_submit_async, __pyx_mstate->__pyx_kp_b_iso88591_IYa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 273};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin};
-    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_4vQ_9A_1_t1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 287};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_taken};
+    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_4vQ_9F_1_1_xq_fAQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 290};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 305};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_function, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_call, __pyx_mstate->__pyx_n_u_reply, __pyx_mstate->__pyx_n_u_error};
-    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_serve, __pyx_mstate->__pyx_kp_b_iso88591_nA_4uAYe1_uCq_T_E_AT_AQ_E_F_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_serve, __pyx_mstate->__pyx_kp_b_iso88591_nA_4uAYe1_uCq_T_E_AT_AQ_E_F_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 332};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 347};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_take_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_gQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_take_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_gQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 355};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 371};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_server};
-    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_reply, __pyx_mstate->__pyx_kp_b_iso88591_Q_6_wa_6_gQa_t5_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_reply, __pyx_mstate->__pyx_kp_b_iso88591_Q_6_wa_6_gQa_t5_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 369};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 385};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_why, __pyx_mstate->__pyx_n_u_limit};
-    __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_fail, __pyx_mstate->__pyx_kp_b_iso88591_A_1D_xwixq_t5_AT_HA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_fail, __pyx_mstate->__pyx_kp_b_iso88591_A_1D_xwixq_t5_AT_HA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 401};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 417};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 405};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 421};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_give_back, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_give_back, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 409};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 425};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_kind, __pyx_mstate->__pyx_n_u_error};
-    __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_4vT_Yc_Q_e3j_4_STTYYZZ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_calls_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_4vT_Yc_Q_e3j_4_STTYYZZ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;
@@ -17096,6 +17256,28 @@ static int __Pyx_InitGlobals(void) {
   int __pyx_clineno = 0;
   /* PythonCompatibility.init */
   if (likely(__Pyx_init_co_variables() == 0 && __Pyx_init_tpflags_variables() == 0)); else
+  
+  if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 1, __pyx_L1_error)
+
+  /* PyFrozenDict.init */
+  #if CYTHON_COMPILING_IN_LIMITED_API
+  {
+      PyObject *builtins = PyEval_GetBuiltins(); // borrowed
+      if (likely(builtins)) {
+          PyObject *type_name = PyUnicode_FromStringAndSize("frozendict", sizeof("frozendict")-1);
+          if (likely(type_name)) {
+              PyObject *frozendict_type = PyObject_GetItem(builtins, type_name);
+              Py_DECREF(type_name);
+              if (!frozendict_type && PyErr_ExceptionMatches(PyExc_KeyError)) {
+                  PyErr_Clear();
+                  frozendict_type = (PyObject*) &PyDict_Type;
+                  Py_INCREF(frozendict_type);
+              }
+              __pyx_mstate_global->__Pyx_PyFrozenDictType = frozendict_type;
+          }
+      }
+  } // error handling follows
+  #endif
   
   if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 1, __pyx_L1_error)
 
@@ -17117,28 +17299,6 @@ static int __Pyx_InitGlobals(void) {
       if (typesModule) {
           __pyx_mstate_global->__Pyx_CachedCoroType = PyObject_GetAttrString(typesModule, "CoroutineType");
           Py_DECREF(typesModule);
-      }
-  } // error handling follows
-  #endif
-  
-  if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 1, __pyx_L1_error)
-
-  /* PyFrozenDict.init */
-  #if CYTHON_COMPILING_IN_LIMITED_API
-  {
-      PyObject *builtins = PyEval_GetBuiltins(); // borrowed
-      if (likely(builtins)) {
-          PyObject *type_name = PyUnicode_FromStringAndSize("frozendict", sizeof("frozendict")-1);
-          if (likely(type_name)) {
-              PyObject *frozendict_type = PyObject_GetItem(builtins, type_name);
-              Py_DECREF(type_name);
-              if (!frozendict_type && PyErr_ExceptionMatches(PyExc_KeyError)) {
-                  PyErr_Clear();
-                  frozendict_type = (PyObject*) &PyDict_Type;
-                  Py_INCREF(frozendict_type);
-              }
-              __pyx_mstate_global->__Pyx_PyFrozenDictType = frozendict_type;
-          }
       }
   } // error handling follows
   #endif
@@ -17554,6 +17714,43 @@ static CYTHON_INLINE PyObject *__Pyx__GetModuleGlobalName(PyObject *name)
     return __Pyx_GetBuiltinName(name);
 }
 
+/* CopyObjectArray (used by TupleOrListFromArrayImpl) */
+#if CYTHON_COMPILING_IN_CPYTHON
+static CYTHON_INLINE void __Pyx_copy_object_array(PyObject *const *CYTHON_RESTRICT src, PyObject** CYTHON_RESTRICT dest, Py_ssize_t length) {
+    PyObject *v;
+    Py_ssize_t i;
+    for (i = 0; i < length; i++) {
+        v = dest[i] = src[i];
+        Py_INCREF(v);
+    }
+}
+#endif
+
+/* TupleOrListFromArrayImpl (used by TupleFromArray) */
+#if !(PY_VERSION_HEX >= 0x030F0000 && !CYTHON_COMPILING_IN_LIMITED_API)
+CYTHON_UNUSED static PyObject *
+__Pyx_PyTuple_FromArray(PyObject *const *src, Py_ssize_t n) {
+    if (n <= 0) {
+        return __Pyx_NewRef(__pyx_mstate_global->__pyx_empty_tuple);
+    }
+    PyObject *res = PyTuple_New(n);
+    if (unlikely(res == NULL)) return NULL;
+    #if CYTHON_COMPILING_IN_CPYTHON
+    __Pyx_copy_object_array(src, ((PyTupleObject*)res)->ob_item, n);
+    #else
+    Py_ssize_t i;
+    for (i = 0; i < n; i++) {
+        Py_INCREF(src[i]);
+        if (unlikely(__Pyx_PyTuple_SET_ITEM(res, i, src[i]) < (0))) {
+            Py_DECREF(res);
+            return NULL;
+        }
+    }
+    #endif
+    return res;
+}
+#endif
+
 /* PyObjectCall (used by PyObjectFastCall) */
 #if CYTHON_COMPILING_IN_CPYTHON
 static CYTHON_INLINE PyObject* __Pyx_PyObject_Call(PyObject *func, PyObject *arg, PyObject *kw) {
@@ -17594,7 +17791,7 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethO(PyObject *func, PyObject
 }
 #endif
 
-/* PyObjectFastCall */
+/* PyObjectFastCall (used by PyObjectVectorcallKwds) */
 #if CYTHON_COMPILING_IN_LIMITED_API
 static PyObject* __Pyx_PyObject_FastCall_fallback(PyObject *func, PyObject * const*args, size_t nargs, PyObject *kwargs) {
     PyObject *argstuple;
@@ -17670,151 +17867,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_FastCallDict(PyObject *func, PyObj
     return PyObject_VectorcallDict(func, args, nargsf, kwargs);
     #endif
 }
-
-/* RaiseException */
-static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
-    PyObject* owned_instance = NULL;
-    if (tb == Py_None) {
-        tb = 0;
-    } else if (tb && !PyTraceBack_Check(tb)) {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: arg 3 must be a traceback or None");
-        goto bad;
-    }
-    if (value == Py_None)
-        value = 0;
-    if (PyExceptionInstance_Check(type)) {
-        if (value) {
-            PyErr_SetString(PyExc_TypeError,
-                "instance exception may not have a separate value");
-            goto bad;
-        }
-        value = type;
-        type = (PyObject*) Py_TYPE(value);
-    } else if (PyExceptionClass_Check(type)) {
-        PyObject *instance_class = NULL;
-        if (value && PyExceptionInstance_Check(value)) {
-            instance_class = (PyObject*) Py_TYPE(value);
-            if (instance_class != type) {
-                int is_subclass = PyObject_IsSubclass(instance_class, type);
-                if (!is_subclass) {
-                    instance_class = NULL;
-                } else if (unlikely(is_subclass == -1)) {
-                    goto bad;
-                } else {
-                    type = instance_class;
-                }
-            }
-        }
-        if (!instance_class) {
-            PyObject *args;
-            if (!value)
-                args = PyTuple_New(0);
-            else if (PyTuple_Check(value)) {
-                Py_INCREF(value);
-                args = value;
-            } else
-                args = PyTuple_Pack(1, value);
-            if (!args)
-                goto bad;
-            owned_instance = PyObject_Call(type, args, NULL);
-            Py_DECREF(args);
-            if (!owned_instance)
-                goto bad;
-            value = owned_instance;
-            if (!PyExceptionInstance_Check(value)) {
-                PyErr_Format(PyExc_TypeError,
-                             "calling %R should have returned an instance of "
-                             "BaseException, not %R",
-                             type, Py_TYPE(value));
-                goto bad;
-            }
-        }
-    } else {
-        PyErr_SetString(PyExc_TypeError,
-            "raise: exception class must be a subclass of BaseException");
-        goto bad;
-    }
-    if (cause) {
-        PyObject *fixed_cause;
-        if (cause == Py_None) {
-            fixed_cause = NULL;
-        } else if (PyExceptionClass_Check(cause)) {
-            fixed_cause = PyObject_CallObject(cause, NULL);
-            if (fixed_cause == NULL)
-                goto bad;
-        } else if (PyExceptionInstance_Check(cause)) {
-            fixed_cause = cause;
-            Py_INCREF(fixed_cause);
-        } else {
-            PyErr_SetString(PyExc_TypeError,
-                            "exception causes must derive from "
-                            "BaseException");
-            goto bad;
-        }
-        PyException_SetCause(value, fixed_cause);
-    }
-    PyErr_SetObject(type, value);
-    if (tb) {
-#if PY_VERSION_HEX >= 0x030C00A6
-        PyException_SetTraceback(value, tb);
-#elif CYTHON_FAST_THREAD_STATE
-        PyThreadState *tstate = __Pyx_PyThreadState_Current;
-        PyObject* tmp_tb = tstate->curexc_traceback;
-        if (tb != tmp_tb) {
-            Py_INCREF(tb);
-            tstate->curexc_traceback = tb;
-            Py_XDECREF(tmp_tb);
-        }
-#else
-        PyObject *tmp_type, *tmp_value, *tmp_tb;
-        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
-        Py_INCREF(tb);
-        PyErr_Restore(tmp_type, tmp_value, tb);
-        Py_XDECREF(tmp_tb);
-#endif
-    }
-bad:
-    Py_XDECREF(owned_instance);
-    return;
-}
-
-/* CopyObjectArray (used by TupleOrListFromArrayImpl) */
-#if CYTHON_COMPILING_IN_CPYTHON
-static CYTHON_INLINE void __Pyx_copy_object_array(PyObject *const *CYTHON_RESTRICT src, PyObject** CYTHON_RESTRICT dest, Py_ssize_t length) {
-    PyObject *v;
-    Py_ssize_t i;
-    for (i = 0; i < length; i++) {
-        v = dest[i] = src[i];
-        Py_INCREF(v);
-    }
-}
-#endif
-
-/* TupleOrListFromArrayImpl (used by TupleFromArray) */
-#if !(PY_VERSION_HEX >= 0x030F0000 && !CYTHON_COMPILING_IN_LIMITED_API)
-CYTHON_UNUSED static PyObject *
-__Pyx_PyTuple_FromArray(PyObject *const *src, Py_ssize_t n) {
-    if (n <= 0) {
-        return __Pyx_NewRef(__pyx_mstate_global->__pyx_empty_tuple);
-    }
-    PyObject *res = PyTuple_New(n);
-    if (unlikely(res == NULL)) return NULL;
-    #if CYTHON_COMPILING_IN_CPYTHON
-    __Pyx_copy_object_array(src, ((PyTupleObject*)res)->ob_item, n);
-    #else
-    Py_ssize_t i;
-    for (i = 0; i < n; i++) {
-        Py_INCREF(src[i]);
-        if (unlikely(__Pyx_PyTuple_SET_ITEM(res, i, src[i]) < (0))) {
-            Py_DECREF(res);
-            return NULL;
-        }
-    }
-    #endif
-    return res;
-}
-#endif
 
 /* PyObjectVectorcallKwds (used by PyObjectVectorcallMethodKwds) */
 #if CYTHON_VECTORCALL
@@ -18010,6 +18062,114 @@ bad:
     Py_DECREF(value_tuple);
     return result;
 #endif
+}
+
+/* RaiseException */
+static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause) {
+    PyObject* owned_instance = NULL;
+    if (tb == Py_None) {
+        tb = 0;
+    } else if (tb && !PyTraceBack_Check(tb)) {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: arg 3 must be a traceback or None");
+        goto bad;
+    }
+    if (value == Py_None)
+        value = 0;
+    if (PyExceptionInstance_Check(type)) {
+        if (value) {
+            PyErr_SetString(PyExc_TypeError,
+                "instance exception may not have a separate value");
+            goto bad;
+        }
+        value = type;
+        type = (PyObject*) Py_TYPE(value);
+    } else if (PyExceptionClass_Check(type)) {
+        PyObject *instance_class = NULL;
+        if (value && PyExceptionInstance_Check(value)) {
+            instance_class = (PyObject*) Py_TYPE(value);
+            if (instance_class != type) {
+                int is_subclass = PyObject_IsSubclass(instance_class, type);
+                if (!is_subclass) {
+                    instance_class = NULL;
+                } else if (unlikely(is_subclass == -1)) {
+                    goto bad;
+                } else {
+                    type = instance_class;
+                }
+            }
+        }
+        if (!instance_class) {
+            PyObject *args;
+            if (!value)
+                args = PyTuple_New(0);
+            else if (PyTuple_Check(value)) {
+                Py_INCREF(value);
+                args = value;
+            } else
+                args = PyTuple_Pack(1, value);
+            if (!args)
+                goto bad;
+            owned_instance = PyObject_Call(type, args, NULL);
+            Py_DECREF(args);
+            if (!owned_instance)
+                goto bad;
+            value = owned_instance;
+            if (!PyExceptionInstance_Check(value)) {
+                PyErr_Format(PyExc_TypeError,
+                             "calling %R should have returned an instance of "
+                             "BaseException, not %R",
+                             type, Py_TYPE(value));
+                goto bad;
+            }
+        }
+    } else {
+        PyErr_SetString(PyExc_TypeError,
+            "raise: exception class must be a subclass of BaseException");
+        goto bad;
+    }
+    if (cause) {
+        PyObject *fixed_cause;
+        if (cause == Py_None) {
+            fixed_cause = NULL;
+        } else if (PyExceptionClass_Check(cause)) {
+            fixed_cause = PyObject_CallObject(cause, NULL);
+            if (fixed_cause == NULL)
+                goto bad;
+        } else if (PyExceptionInstance_Check(cause)) {
+            fixed_cause = cause;
+            Py_INCREF(fixed_cause);
+        } else {
+            PyErr_SetString(PyExc_TypeError,
+                            "exception causes must derive from "
+                            "BaseException");
+            goto bad;
+        }
+        PyException_SetCause(value, fixed_cause);
+    }
+    PyErr_SetObject(type, value);
+    if (tb) {
+#if PY_VERSION_HEX >= 0x030C00A6
+        PyException_SetTraceback(value, tb);
+#elif CYTHON_FAST_THREAD_STATE
+        PyThreadState *tstate = __Pyx_PyThreadState_Current;
+        PyObject* tmp_tb = tstate->curexc_traceback;
+        if (tb != tmp_tb) {
+            Py_INCREF(tb);
+            tstate->curexc_traceback = tb;
+            Py_XDECREF(tmp_tb);
+        }
+#else
+        PyObject *tmp_type, *tmp_value, *tmp_tb;
+        PyErr_Fetch(&tmp_type, &tmp_value, &tmp_tb);
+        Py_INCREF(tb);
+        PyErr_Restore(tmp_type, tmp_value, tb);
+        Py_XDECREF(tmp_tb);
+#endif
+    }
+bad:
+    Py_XDECREF(owned_instance);
+    return;
 }
 
 /* PyObjectCompare (used by UnicodeEquals) */
@@ -18922,19 +19082,219 @@ static void __Pyx_WriteUnraisable(const char *name, int clineno,
         PyGILState_Release(state);
 }
 
-/* ListCompAppend */
-#if CYTHON_USE_PYLIST_INTERNALS && CYTHON_ASSUME_SAFE_MACROS && CYTHON_ASSUME_SAFE_SIZE
-static CYTHON_INLINE int __Pyx_ListComp_Append(PyObject* list, PyObject* x) {
-    PyListObject* L = (PyListObject*) list;
-    Py_ssize_t len = Py_SIZE(list);
-    if (likely(L->allocated > len)) {
-        Py_INCREF(x);
-        __Pyx__ListComp_AppendAndDecref(list, len, x);
-        return 0;
-    }
-    return PyList_Append(list, x);
+/* PyFrozenDict (used by GetItemInt) */
+#if CYTHON_COMPILING_IN_LIMITED_API
+static CYTHON_INLINE PyObject* __Pyx__PyFrozenDict_New(PyObject* frozendict_type, PyObject* it) {
+    return PyObject_CallFunctionObjArgs(frozendict_type, it, NULL);
 }
 #endif
+
+/* GettItemInt_wraparound (used by GetItemInt) */
+#if CYTHON_USE_TYPE_SLOTS && !CYTHON_COMPILING_IN_PYPY
+static int __Pyx_GetItemInt_wraparound(PyObject *o, PySequenceMethods *sm, Py_ssize_t *i) {
+    assert(*i < 0);
+    if (likely(sm->sq_length)) {
+        Py_ssize_t l = sm->sq_length(o);
+        if (likely(l >= 0)) {
+            *i += l;
+        } else {
+            if (!PyErr_ExceptionMatches(PyExc_OverflowError))
+                return -1;
+            PyErr_Clear();
+        }
+    }
+    return 0;
+}
+#endif
+
+/* GetItemInt */
+static PyObject *__Pyx_GetItemInt_Generic(PyObject *o, PyObject* j) {
+    PyObject *r;
+    if (unlikely(!j)) return NULL;
+    r = PyObject_GetItem(o, j);
+    Py_DECREF(j);
+    return r;
+}
+static PyObject *__Pyx_GetItemInt_Generic_size(PyObject *o, Py_ssize_t i) {
+    return __Pyx_GetItemInt_Generic(o, PyLong_FromSsize_t(i));
+}
+static CYTHON_INLINE PyObject *__Pyx_GetItemInt_List_Fast(PyObject *o, Py_ssize_t i,
+                                                              int wraparound, int boundscheck, int unsafe_shared) {
+    CYTHON_MAYBE_UNUSED_VAR(unsafe_shared);
+#if CYTHON_AVOID_BORROWED_REFS
+    CYTHON_UNUSED_VAR(boundscheck);
+    Py_ssize_t wrapped_i = i;
+    if (wraparound & unlikely(i < 0)) {
+        Py_ssize_t size = __Pyx_PyList_GET_SIZE(o);
+        #if !CYTHON_ASSUME_SAFE_SIZE
+        if (unlikely(size < 0)) return NULL;
+        #endif
+        wrapped_i += size;
+    }
+    return __Pyx_PyList_GetItemRef(o, wrapped_i);
+#elif CYTHON_ASSUME_SAFE_SIZE && CYTHON_ASSUME_SAFE_MACROS
+    Py_ssize_t wrapped_i = i;
+    Py_ssize_t size = (wraparound | boundscheck) ? PyList_GET_SIZE(o) : -1;
+    if (wraparound & unlikely(i < 0)) {
+        wrapped_i += size;
+    }
+    if ((!boundscheck) || likely(__Pyx_is_valid_index(wrapped_i, size))) {
+        return __Pyx_PyList_GET_ITEM_REF(o, wrapped_i, unsafe_shared);
+    }
+    return __Pyx_GetItemInt_Generic_size(o, i);
+#else
+    (void)wraparound;
+    (void)boundscheck;
+    return PySequence_GetItem(o, i);
+#endif
+}
+static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Tuple_Fast(PyObject *o, Py_ssize_t i,
+                                                              int wraparound, int boundscheck, int unsafe_shared) {
+    CYTHON_MAYBE_UNUSED_VAR(unsafe_shared);
+#if CYTHON_AVOID_BORROWED_REFS
+    CYTHON_UNUSED_VAR(boundscheck);
+    Py_ssize_t wrapped_i = i;
+    if (wraparound & unlikely(i < 0)) {
+        Py_ssize_t size = __Pyx_PyTuple_GET_SIZE(o);
+        #if !CYTHON_ASSUME_SAFE_SIZE
+        if (unlikely(size < 0)) return NULL;
+        #endif
+        wrapped_i += size;
+    }
+    #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_COMPILING_IN_LIMITED_API
+    return PySequence_ITEM(o, wrapped_i);
+    #else
+    if (unlikely(wrapped_i < 0)) {
+        PyErr_SetString(PyExc_IndexError, "tuple index out of range");
+        return NULL;
+    }
+    return PySequence_GetItem(o, wrapped_i);
+    #endif
+#elif CYTHON_ASSUME_SAFE_SIZE && CYTHON_ASSUME_SAFE_MACROS
+    Py_ssize_t wrapped_i = i;
+    Py_ssize_t size = (wraparound | boundscheck) ? PyTuple_GET_SIZE(o) : -1;
+    if (wraparound & unlikely(i < 0)) {
+        wrapped_i += size;
+    }
+    if ((!boundscheck) || likely(__Pyx_is_valid_index(wrapped_i, size))) {
+        return __Pyx_NewRef(__Pyx_PyTuple_GET_ITEM(o, wrapped_i));
+    }
+    return __Pyx_GetItemInt_Generic_size(o, i);
+#else
+    (void)wraparound;
+    (void)boundscheck;
+    return PySequence_GetItem(o, i);
+#endif
+}
+#if CYTHON_USE_TYPE_SLOTS && !CYTHON_COMPILING_IN_PYPY
+static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast_mapping(PyObject *o, binaryfunc getitem, Py_ssize_t i) {
+    PyObject *r, *key = PyLong_FromSsize_t(i);
+    if (unlikely(!key)) return NULL;
+    r = getitem(o, key);
+    Py_DECREF(key);
+    return r;
+}
+#endif
+static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast(PyObject *o, Py_ssize_t i,
+                                                     int wraparound, int boundscheck, int unsafe_shared) {
+    CYTHON_MAYBE_UNUSED_VAR(unsafe_shared);
+#if CYTHON_ASSUME_SAFE_SIZE
+    if (PyList_CheckExact(o)) {
+        return __Pyx_GetItemInt_List_Fast(o, i, wraparound, boundscheck, unsafe_shared);
+    } else
+    #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
+    if (PyTuple_CheckExact(o)) {
+        return __Pyx_GetItemInt_Tuple_Fast(o, i, wraparound, boundscheck, unsafe_shared);
+    } else
+    #endif
+#else
+    if ((!wraparound || i >= 0) & PyList_CheckExact(o)) {
+        return boundscheck ? __Pyx_PyList_GetItemRef(o, i) : __Pyx_PyList_GET_ITEM_REF(o, i, unsafe_shared);
+    } else
+#endif
+#if CYTHON_USE_TYPE_SLOTS && !CYTHON_COMPILING_IN_PYPY
+    if (PyDict_CheckExact(o)) {
+        return __Pyx_GetItemInt_Fast_mapping(o, PyDict_Type.tp_as_mapping->mp_subscript, i);
+    #if defined(PyFrozenDict_CheckExact)
+    } else if (PyFrozenDict_CheckExact(o)) {
+        return __Pyx_GetItemInt_Fast_mapping(o, PyFrozenDict_Type.tp_as_mapping->mp_subscript, i);
+    #endif
+    } else
+    {
+        PyTypeObject *obj_type = Py_TYPE(o);
+        int seq_or_mapping = __Pyx_PyType_GetFlags(obj_type) & (Py_TPFLAGS_SEQUENCE|Py_TPFLAGS_MAPPING);
+        if (seq_or_mapping != Py_TPFLAGS_SEQUENCE) {
+            PyMappingMethods *mm = obj_type->tp_as_mapping;
+            if (mm && mm->mp_subscript)
+                return __Pyx_GetItemInt_Fast_mapping(o, mm->mp_subscript, i);
+        }
+        PySequenceMethods *sm = obj_type->tp_as_sequence;
+        if (likely(sm && sm->sq_item)) {
+            if (wraparound && (i < 0) && unlikely(__Pyx_GetItemInt_wraparound(o, sm, &i) == -1))
+                return NULL;
+            return sm->sq_item(o, i);
+        }
+        if (seq_or_mapping == Py_TPFLAGS_SEQUENCE) {
+            PyMappingMethods *mm = obj_type->tp_as_mapping;
+            if (likely(mm && mm->mp_subscript))
+                return __Pyx_GetItemInt_Fast_mapping(o, mm->mp_subscript, i);
+        }
+    }
+#else
+    if (!PyMapping_Check(o)) {
+        return PySequence_GetItem(o, i);
+    }
+#endif
+    (void)wraparound;
+    (void)boundscheck;
+    return __Pyx_GetItemInt_Generic_size(o, i);
+}
+
+/* DelItemInt */
+static int __Pyx_DelItem_Generic(PyObject *o, PyObject *j) {
+    int r;
+    if (unlikely(!j)) return -1;
+    r = PyObject_DelItem(o, j);
+    Py_DECREF(j);
+    return r;
+}
+#if CYTHON_USE_TYPE_SLOTS && !CYTHON_COMPILING_IN_PYPY
+static CYTHON_INLINE int __Pyx_DelItemInt_Fast_mapping(PyObject *o, objobjargproc setitem, Py_ssize_t i) {
+    PyObject *key = PyLong_FromSsize_t(i);
+    if (unlikely(!key)) return -1;
+    int r = setitem(o, key, (PyObject*) NULL);
+    Py_DECREF(key);
+    return r;
+}
+#endif
+static CYTHON_INLINE int __Pyx_DelItemInt_Fast(PyObject *o, Py_ssize_t i, int wraparound) {
+#if CYTHON_USE_TYPE_SLOTS && !CYTHON_COMPILING_IN_PYPY
+    PyTypeObject *obj_type = Py_TYPE(o);
+    int seq_or_mapping = __Pyx_PyType_GetFlags(obj_type) & (Py_TPFLAGS_SEQUENCE|Py_TPFLAGS_MAPPING);
+    if (seq_or_mapping != Py_TPFLAGS_SEQUENCE) {
+        PyMappingMethods *mm = obj_type->tp_as_mapping;
+        if (mm && mm->mp_ass_subscript)
+            return __Pyx_DelItemInt_Fast_mapping(o, mm->mp_ass_subscript, i);
+    }
+    PySequenceMethods *sm = obj_type->tp_as_sequence;
+    if (likely(sm && sm->sq_ass_item)) {
+        if (wraparound && (i < 0) && unlikely(__Pyx_GetItemInt_wraparound(o, sm, &i) == -1))
+            return -1;
+        return sm->sq_ass_item(o, i, (PyObject *)NULL);
+    }
+    if (seq_or_mapping == Py_TPFLAGS_SEQUENCE) {
+        PyMappingMethods *mm = obj_type->tp_as_mapping;
+        if (likely(mm && mm->mp_ass_subscript))
+            return __Pyx_DelItemInt_Fast_mapping(o, mm->mp_ass_subscript, i);
+    }
+#else
+    (void) wraparound;
+    if (!PyMapping_Check(o)) {
+        return PySequence_DelItem(o, i);
+    }
+#endif
+    return __Pyx_DelItem_Generic(o, PyLong_FromSsize_t(i));
+}
 
 /* GetException */
 #if CYTHON_FAST_THREAD_STATE
@@ -21639,174 +21999,6 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_uint64_t(uint64_t val
     return __Pyx_PyUnicode_BuildFromAscii(ulength, dpos, (int) length, prepend_sign, padding_char);
 }
 
-/* PyFrozenDict (used by GetItemInt) */
-#if CYTHON_COMPILING_IN_LIMITED_API
-static CYTHON_INLINE PyObject* __Pyx__PyFrozenDict_New(PyObject* frozendict_type, PyObject* it) {
-    return PyObject_CallFunctionObjArgs(frozendict_type, it, NULL);
-}
-#endif
-
-/* GettItemInt_wraparound (used by GetItemInt) */
-#if CYTHON_USE_TYPE_SLOTS && !CYTHON_COMPILING_IN_PYPY
-static int __Pyx_GetItemInt_wraparound(PyObject *o, PySequenceMethods *sm, Py_ssize_t *i) {
-    assert(*i < 0);
-    if (likely(sm->sq_length)) {
-        Py_ssize_t l = sm->sq_length(o);
-        if (likely(l >= 0)) {
-            *i += l;
-        } else {
-            if (!PyErr_ExceptionMatches(PyExc_OverflowError))
-                return -1;
-            PyErr_Clear();
-        }
-    }
-    return 0;
-}
-#endif
-
-/* GetItemInt */
-static PyObject *__Pyx_GetItemInt_Generic(PyObject *o, PyObject* j) {
-    PyObject *r;
-    if (unlikely(!j)) return NULL;
-    r = PyObject_GetItem(o, j);
-    Py_DECREF(j);
-    return r;
-}
-static PyObject *__Pyx_GetItemInt_Generic_size(PyObject *o, Py_ssize_t i) {
-    return __Pyx_GetItemInt_Generic(o, PyLong_FromSsize_t(i));
-}
-static CYTHON_INLINE PyObject *__Pyx_GetItemInt_List_Fast(PyObject *o, Py_ssize_t i,
-                                                              int wraparound, int boundscheck, int unsafe_shared) {
-    CYTHON_MAYBE_UNUSED_VAR(unsafe_shared);
-#if CYTHON_AVOID_BORROWED_REFS
-    CYTHON_UNUSED_VAR(boundscheck);
-    Py_ssize_t wrapped_i = i;
-    if (wraparound & unlikely(i < 0)) {
-        Py_ssize_t size = __Pyx_PyList_GET_SIZE(o);
-        #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely(size < 0)) return NULL;
-        #endif
-        wrapped_i += size;
-    }
-    return __Pyx_PyList_GetItemRef(o, wrapped_i);
-#elif CYTHON_ASSUME_SAFE_SIZE && CYTHON_ASSUME_SAFE_MACROS
-    Py_ssize_t wrapped_i = i;
-    Py_ssize_t size = (wraparound | boundscheck) ? PyList_GET_SIZE(o) : -1;
-    if (wraparound & unlikely(i < 0)) {
-        wrapped_i += size;
-    }
-    if ((!boundscheck) || likely(__Pyx_is_valid_index(wrapped_i, size))) {
-        return __Pyx_PyList_GET_ITEM_REF(o, wrapped_i, unsafe_shared);
-    }
-    return __Pyx_GetItemInt_Generic_size(o, i);
-#else
-    (void)wraparound;
-    (void)boundscheck;
-    return PySequence_GetItem(o, i);
-#endif
-}
-static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Tuple_Fast(PyObject *o, Py_ssize_t i,
-                                                              int wraparound, int boundscheck, int unsafe_shared) {
-    CYTHON_MAYBE_UNUSED_VAR(unsafe_shared);
-#if CYTHON_AVOID_BORROWED_REFS
-    CYTHON_UNUSED_VAR(boundscheck);
-    Py_ssize_t wrapped_i = i;
-    if (wraparound & unlikely(i < 0)) {
-        Py_ssize_t size = __Pyx_PyTuple_GET_SIZE(o);
-        #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely(size < 0)) return NULL;
-        #endif
-        wrapped_i += size;
-    }
-    #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_COMPILING_IN_LIMITED_API
-    return PySequence_ITEM(o, wrapped_i);
-    #else
-    if (unlikely(wrapped_i < 0)) {
-        PyErr_SetString(PyExc_IndexError, "tuple index out of range");
-        return NULL;
-    }
-    return PySequence_GetItem(o, wrapped_i);
-    #endif
-#elif CYTHON_ASSUME_SAFE_SIZE && CYTHON_ASSUME_SAFE_MACROS
-    Py_ssize_t wrapped_i = i;
-    Py_ssize_t size = (wraparound | boundscheck) ? PyTuple_GET_SIZE(o) : -1;
-    if (wraparound & unlikely(i < 0)) {
-        wrapped_i += size;
-    }
-    if ((!boundscheck) || likely(__Pyx_is_valid_index(wrapped_i, size))) {
-        return __Pyx_NewRef(__Pyx_PyTuple_GET_ITEM(o, wrapped_i));
-    }
-    return __Pyx_GetItemInt_Generic_size(o, i);
-#else
-    (void)wraparound;
-    (void)boundscheck;
-    return PySequence_GetItem(o, i);
-#endif
-}
-#if CYTHON_USE_TYPE_SLOTS && !CYTHON_COMPILING_IN_PYPY
-static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast_mapping(PyObject *o, binaryfunc getitem, Py_ssize_t i) {
-    PyObject *r, *key = PyLong_FromSsize_t(i);
-    if (unlikely(!key)) return NULL;
-    r = getitem(o, key);
-    Py_DECREF(key);
-    return r;
-}
-#endif
-static CYTHON_INLINE PyObject *__Pyx_GetItemInt_Fast(PyObject *o, Py_ssize_t i,
-                                                     int wraparound, int boundscheck, int unsafe_shared) {
-    CYTHON_MAYBE_UNUSED_VAR(unsafe_shared);
-#if CYTHON_ASSUME_SAFE_SIZE
-    if (PyList_CheckExact(o)) {
-        return __Pyx_GetItemInt_List_Fast(o, i, wraparound, boundscheck, unsafe_shared);
-    } else
-    #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
-    if (PyTuple_CheckExact(o)) {
-        return __Pyx_GetItemInt_Tuple_Fast(o, i, wraparound, boundscheck, unsafe_shared);
-    } else
-    #endif
-#else
-    if ((!wraparound || i >= 0) & PyList_CheckExact(o)) {
-        return boundscheck ? __Pyx_PyList_GetItemRef(o, i) : __Pyx_PyList_GET_ITEM_REF(o, i, unsafe_shared);
-    } else
-#endif
-#if CYTHON_USE_TYPE_SLOTS && !CYTHON_COMPILING_IN_PYPY
-    if (PyDict_CheckExact(o)) {
-        return __Pyx_GetItemInt_Fast_mapping(o, PyDict_Type.tp_as_mapping->mp_subscript, i);
-    #if defined(PyFrozenDict_CheckExact)
-    } else if (PyFrozenDict_CheckExact(o)) {
-        return __Pyx_GetItemInt_Fast_mapping(o, PyFrozenDict_Type.tp_as_mapping->mp_subscript, i);
-    #endif
-    } else
-    {
-        PyTypeObject *obj_type = Py_TYPE(o);
-        int seq_or_mapping = __Pyx_PyType_GetFlags(obj_type) & (Py_TPFLAGS_SEQUENCE|Py_TPFLAGS_MAPPING);
-        if (seq_or_mapping != Py_TPFLAGS_SEQUENCE) {
-            PyMappingMethods *mm = obj_type->tp_as_mapping;
-            if (mm && mm->mp_subscript)
-                return __Pyx_GetItemInt_Fast_mapping(o, mm->mp_subscript, i);
-        }
-        PySequenceMethods *sm = obj_type->tp_as_sequence;
-        if (likely(sm && sm->sq_item)) {
-            if (wraparound && (i < 0) && unlikely(__Pyx_GetItemInt_wraparound(o, sm, &i) == -1))
-                return NULL;
-            return sm->sq_item(o, i);
-        }
-        if (seq_or_mapping == Py_TPFLAGS_SEQUENCE) {
-            PyMappingMethods *mm = obj_type->tp_as_mapping;
-            if (likely(mm && mm->mp_subscript))
-                return __Pyx_GetItemInt_Fast_mapping(o, mm->mp_subscript, i);
-        }
-    }
-#else
-    if (!PyMapping_Check(o)) {
-        return PySequence_GetItem(o, i);
-    }
-#endif
-    (void)wraparound;
-    (void)boundscheck;
-    return __Pyx_GetItemInt_Generic_size(o, i);
-}
-
 /* CallNextTpDealloc */
 static void __Pyx_call_next_tp_dealloc(PyObject* obj, destructor current_tp_dealloc) {
     PyTypeObject* type = Py_TYPE(obj);
@@ -21830,18 +22022,6 @@ static int __Pyx_call_next_tp_traverse(PyObject* obj, visitproc v, void *a, trav
     if (type && tp_traverse)
         return tp_traverse(obj, v, a);
     return 0;
-}
-
-/* CallNextTpClear */
-static void __Pyx_call_next_tp_clear(PyObject* obj, inquiry current_tp_clear) {
-    PyTypeObject* type = Py_TYPE(obj);
-    inquiry tp_clear = NULL;
-    while (type && __Pyx_PyType_GetSlot(type, tp_clear, inquiry) != current_tp_clear)
-        type = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
-    while (type && (tp_clear = __Pyx_PyType_GetSlot(type, tp_clear, inquiry)) == current_tp_clear)
-        type = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
-    if (type && tp_clear)
-        tp_clear(obj);
 }
 
 /* AllocateExtensionType */
@@ -22632,6 +22812,72 @@ __PYX_GOOD:
     Py_XDECREF(setstate_cython);
     return ret;
 }
+
+/* PxdImportShared (used by FunctionImport) */
+#ifndef __PYX_HAVE_RT_ImportFromPxd_3_3_1
+#define __PYX_HAVE_RT_ImportFromPxd_3_3_1
+static int __Pyx_ImportFromPxd_3_3_1(PyObject *module, const char *name, void **p, const char *sig, const char *what, int optional) {
+    PyObject *d = 0;
+    PyObject *cobj = 0;
+    d = PyObject_GetAttrString(module, "__pyx_capi__");
+    if (!d)
+        goto bad;
+#if (defined(Py_LIMITED_API) && Py_LIMITED_API >= 0x030d0000) || (!defined(Py_LIMITED_API) && PY_VERSION_HEX >= 0x030d0000)
+    PyDict_GetItemStringRef(d, name, &cobj);
+#else
+    cobj = PyDict_GetItemString(d, name);
+    Py_XINCREF(cobj);
+#endif
+    if (!cobj) {
+        if (optional && !PyErr_Occurred()) {
+            PyErr_Clear();
+            *p = NULL;
+            goto allowed_failure;
+        } else {
+            PyErr_Format(PyExc_ImportError,
+                "%.200s does not export expected C %.8s %.200s",
+                    PyModule_GetName(module), what, name);
+            goto bad;
+        }
+    }
+    if (!PyCapsule_IsValid(cobj, sig)) {
+        PyErr_Format(PyExc_TypeError,
+            "C %.8s %.200s.%.200s has wrong signature (expected %.500s, got %.500s)",
+             what, PyModule_GetName(module), name, sig, PyCapsule_GetName(cobj));
+        goto bad;
+    }
+    *p = PyCapsule_GetPointer(cobj, sig);
+    if (!(*p))
+        goto bad;
+    Py_DECREF(cobj);
+allowed_failure:
+    Py_DECREF(d);
+    return 0;
+bad:
+    Py_XDECREF(d);
+    Py_XDECREF(cobj);
+    return -1;
+}
+#endif
+
+/* FunctionImport */
+#ifndef __PYX_HAVE_RT_ImportFunction_3_3_1
+#define __PYX_HAVE_RT_ImportFunction_3_3_1
+static int __Pyx_ImportFunction_3_3_1(PyObject *module, const char *funcname, void (**f)(void), const char *sig) {
+    if (*f) {
+        return 0; // already imported under a different name
+    }
+    union {
+        void (*fp)(void);
+        void *p;
+    } tmp;
+    int result = __Pyx_ImportFromPxd_3_3_1(module, funcname, &tmp.p, sig, "function", 0);
+    if (result == 0) {
+        *f = tmp.fp;
+    }
+    return result;
+}
+#endif
 
 /* TupleOrListFromArrayImpl (used by ListFromArray) */
 CYTHON_UNUSED static PyObject *

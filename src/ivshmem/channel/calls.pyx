@@ -15,12 +15,12 @@ from libc.string cimport memcpy
 from ..native.spin cimport Probe
 from .header cimport *
 from .membership cimport ChannelEnd
-from .queues cimport ClaimingEnd, Taken
+from .queues cimport ClaimingEnd, Taken, taken_of
 from .roles cimport WriterEnd
 
 from time import monotonic
 
-from ..errors import CallFailed, ClosedError, MessageTooLong, ServerLost
+from ..errors import CallFailed, MessageTooLong, ServerLost
 from ..text import plain
 from . import asynchronous
 
@@ -41,6 +41,7 @@ cdef int64_t probe_call(void *what) noexcept nogil:
     return not ivshmem_call_waits(call.caller, call.position)
 
 
+@cython.no_gc_clear
 @cython.final
 cdef class PendingCall(ChannelEnd):
     """A call under way; made by `Caller.submit`.
@@ -62,8 +63,6 @@ cdef class PendingCall(ChannelEnd):
         cdef bytes data
         if self.over:
             return 0
-        if not self.caller.open:
-            raise ClosedError("the caller is closed")
         code = ivshmem_call_look(&self.caller.writer, self.position, &length, &status)
         if code == IVSHMEM_AGAIN:
             return code
@@ -91,6 +90,11 @@ cdef class PendingCall(ChannelEnd):
         ivshmem_call_end(&self.caller.writer, self.position, &never)
         return 0
 
+    cdef int enter(self) except -1:
+        if self.caller is None:
+            raise TypeError("a PendingCall is made by Caller.submit")
+        return 0 if self.over else self.caller.enter()
+
     cdef ChannelEnd sleeper(self):
         return self.caller
 
@@ -110,7 +114,7 @@ cdef class PendingCall(ChannelEnd):
 
     def done(self):
         """Whether `result` would return, or raise, at once."""
-        self.caller.enter()
+        self.enter()
         return self.attempt() == 0
 
     def result(self, timeout=None, *, spin=None):
@@ -126,7 +130,6 @@ cdef class PendingCall(ChannelEnd):
             ServerLost: the server that had begun is gone.
             ChannelCorrupt, ClosedError: as of all calls.
         """
-        self.caller.enter()
         if self.wait(timeout, spin) == IVSHMEM_AGAIN:
             raise TimeoutError(f"call of {self.name!r}: no reply in {timeout:g} s")
         if self.error is not None:
@@ -143,7 +146,7 @@ cdef class PendingCall(ChannelEnd):
     def cancel(self):
         """Give the call up; return whether it is certain that no server began with it."""
         cdef int never = 0
-        if self.over or not self.caller.open or self.caller.closed:
+        if self.over or self.caller is None or not self.caller.usable():
             return False
         self.over = True
         self.error = CallFailed(f"call of {self.name!r}: it was cancelled")
@@ -151,11 +154,15 @@ cdef class PendingCall(ChannelEnd):
             self.caller.given_up.append(self.position)
         return never != 0
 
+    def close(self):
+        """Give the call up; may be called twice."""
+        self.cancel()
+
     def __del__(self):
-        if not self.over and self.caller is not None:
-            self.cancel()
+        self.cancel()
 
 
+@cython.no_gc_clear
 cdef class Caller(WriterEnd):
     """One caller; made by `caller()` of a channel of calls. Its `call` waits for the reply."""
 
@@ -164,14 +171,19 @@ cdef class Caller(WriterEnd):
     def __init__(self, *args):
         self.given_up = []
 
+    cdef int mend(self) except -1:
+        ivshmem_writer_beat(&self.writer)
+        if self.awaited:  # for a reply, or for room
+            self.membership.kick_all()
+        return 0
+
     cdef int ready(self) noexcept:
         cdef int never = 0
-        if self.given_up:
-            self.given_up = [
-                position
-                for position in self.given_up
-                if not ivshmem_call_end(&self.writer, position, &never)
-            ]
+        cdef Py_ssize_t i = 0 if self.given_up is None else len(self.given_up)
+        while i > 0:  # in place: a call that is collected during this adds itself
+            i -= 1
+            if ivshmem_call_end(&self.writer, self.given_up[i], &never):
+                del self.given_up[i]
         return ivshmem_queue_ready(&self.writer)
 
     @cython.critical_section
@@ -190,11 +202,13 @@ cdef class Caller(WriterEnd):
         cdef Py_buffer view
         cdef uint32_t cell = 0
         cdef int code
-        self.enter()
         if self.type is not None:
             data = self.type.encode(data)
+        call = PendingCall.__new__(PendingCall)  # first: once it is sent, nothing may fail
+        call.over = True
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
+            self.enter()
             if <uint64_t>view.len > self.channel.record.geometry.limit:
                 raise self.too_long(view.len)
             code = self.ready()
@@ -206,15 +220,14 @@ cdef class Caller(WriterEnd):
                 raise self.fail(code)
             self.loan_cell(&cell)
             memcpy(self.at(cell), view.buf, view.len)
-            call = PendingCall.__new__(PendingCall)
             call.caller = self
             call.membership = self.membership
             call.channel = self.channel
             call.name = self.name
             call.open = True
-            call.over = True  # until it is sent
-            call.position = self.send(cell, view.len, 0)
+            call.position = self.writer.next
             call.over = False
+            self.send(cell, view.len, 0)
             return call
         finally:
             PyBuffer_Release(&view)
@@ -267,6 +280,7 @@ cdef class Caller(WriterEnd):
             raise
 
 
+@cython.no_gc_clear
 cdef class CallServer(ClaimingEnd):
     """One server of a channel of calls; made by its `server()`. It iterates over calls."""
 
@@ -283,9 +297,10 @@ cdef class CallServer(ClaimingEnd):
         Raises:
             As of QueueReader.take.
         """
-        if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin):
+        cdef ivshmem_taken taken
+        if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):
             return None
-        return Call(self)
+        return taken_of(Call, self, &taken)
 
     def serve(self, function, timeout=None, *, spin=None):
         """Reply to calls with what `function` returns, one after the other.
@@ -346,6 +361,7 @@ cdef class CallServer(ClaimingEnd):
         return self.take_async()
 
 
+@cython.no_gc_clear
 cdef class Call(Taken):
     """A call that this server has; made by `CallServer.take`. Its buffer is the request.
 
@@ -374,10 +390,10 @@ cdef class Call(Taken):
     cdef object send(self, object data, unsigned status):
         cdef Py_buffer view
         cdef int code
-        self.check()
-        self.check_exports()
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
+            self.check()
+            self.check_exports()
             if <uint64_t>view.len > self.reader.channel.record.geometry.limit:
                 raise MessageTooLong(
                     f"a reply of {view.len} bytes, and the channel's limit is"
@@ -413,5 +429,5 @@ cdef class Call(Taken):
             )
 
     def __del__(self):
-        if self.live and self.exports == 0 and not self.reader.closed:
+        if self.live and self.exports == 0 and self.reader.usable():
             self.fail("the server gave no reply")

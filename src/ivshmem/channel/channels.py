@@ -81,10 +81,14 @@ class Channels(Uncopied):
         self._membership = Membership(
             region, offset, endpoint, at, _MAPPINGS[mapping], beat, lease, name
         )
-        self._thread = threading.Thread(
-            target=self._membership.run, name="ivshmem-channels", daemon=True
-        )
-        self._thread.start()
+        try:
+            self._thread = threading.Thread(
+                target=self._membership.run, name="ivshmem-channels", daemon=True
+            )
+            self._thread.start()
+        except BaseException:
+            self._membership.close()  # without a beat, others would take it for dead
+            raise
         return self
 
     @property

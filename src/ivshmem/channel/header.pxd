@@ -195,6 +195,7 @@ cdef extern from "ivshmem_channel.h" nogil:
 
     struct ivshmem_taken:
         ivshmem_message message
+        uint64_t claim, claim_at
         int redelivered
 
     struct ivshmem_listener:
@@ -292,6 +293,13 @@ cdef extern from "ivshmem_channel.h" nogil:
     void ivshmem_reader_beat(ivshmem_reader *reader)
     void ivshmem_reader_close(ivshmem_reader *reader)
     int ivshmem_value_look(ivshmem_reader *reader, ivshmem_message *message)
+
+    uint64_t ivshmem_claim_word(
+        uint64_t position, unsigned reader, ivshmem_claim claim, unsigned epoch
+    )
+    int ivshmem_claim_exchange(
+        const ivshmem_channel *channel, uint64_t at, uint64_t expected, uint64_t desired
+    )
 
     int ivshmem_queue_ready(ivshmem_writer *writer)
     uint64_t ivshmem_queue_publish(

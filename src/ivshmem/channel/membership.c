@@ -1631,6 +1631,30 @@ static int __Pyx_init_tpflags_variables(void) {
         return at == NULL ? 0 : strtoull(at + 1, NULL, 10) & ((UINT64_C(1) << 40) - 1);
     }
 
+    /* Whether a process has ended and its parent has yet to ask how: a zombie without threads. */
+    static int ivshmem_process_is_zombie(uint64_t process)
+    {
+        char path[40], text[512], *at, state = 0;
+        long threads = 0;
+        int fd;
+        ssize_t size;
+        snprintf(path, sizeof path, "/proc/%lu/stat", (unsigned long)process);
+        fd = open(path, O_RDONLY | O_CLOEXEC);
+        if (fd < 0)
+            return 0;
+        size = read(fd, text, sizeof text - 1);
+        close(fd);
+        if (size <= 0)
+            return 0;
+        text[size] = 0;
+        at = strrchr(text, ')');
+        if (at == NULL || sscanf(at + 1, " %c %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s"
+                                 " %*s %*s %*s %ld", &state, &threads) != 2)
+            return 0;
+        /* The first thread of a process can end before the others, which still store. */
+        return (state == 'Z' || state == 'X') && threads <= 1;
+    }
+
     /* Whether a process has ended. kill(2) tells it also where /proc hides other users' processes;
        a number that is in use again has another start. */
     static int ivshmem_process_ended(void *context, uint64_t process, uint64_t started)
@@ -1642,7 +1666,7 @@ static int __Pyx_init_tpflags_variables(void) {
         if (kill((pid_t)process, 0) < 0 && errno == ESRCH)
             return 1;
         now = ivshmem_process_start(process);
-        return now != 0 && started != 0 && now != started;
+        return (now != 0 && started != 0 && now != started) || ivshmem_process_is_zombie(process);
     }
     
 
@@ -2255,7 +2279,7 @@ struct __pyx_t_7ivshmem_7channel_10membership_Rings {
   int count;
 };
 
-/* "ivshmem/channel/membership.pyx":105
+/* "ivshmem/channel/membership.pyx":138
  * # A sleep that the memory forbids again and again, although nothing can be taken, is a hostile
  * # peer's work: after so many it sleeps all the same.
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2520,6 +2544,8 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
   unsigned int state;
   unsigned int generation;
   int pinned;
+  int joined;
+  int lost;
   int64_t beat;
 };
 
@@ -2536,6 +2562,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup {
   struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *__pyx_vtab;
   struct __pyx_obj_7ivshmem_7channel_10membership_Membership *membership;
   struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *epoll;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *kick;
   int64_t pause;
 };
 
@@ -2560,6 +2587,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd {
   struct __pyx_obj_7ivshmem_6native_4spin_Spinner *spinner;
   int watched;
   int open;
+  int copying;
   PyObject *__weakref__;
 };
 
@@ -2777,7 +2805,7 @@ struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells {
 static struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *__pyx_vtabptr_7ivshmem_5_core_Doorbells;
 
 
-/* "ivshmem/channel/membership.pyx":512
+/* "ivshmem/channel/membership.pyx":608
  * # -- sleeping -------------------------------------------------------------------------------------
  * 
  * cdef class Wakeup:             # <<<<<<<<<<<<<<
@@ -2792,15 +2820,19 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup {
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *__pyx_vtabptr_7ivshmem_7channel_10membership_Wakeup;
 
 
-/* "ivshmem/channel/membership.pyx":582
+/* "ivshmem/channel/membership.pyx":681
  * 
  * 
- * cdef class ChannelEnd:             # <<<<<<<<<<<<<<
+ * @cython.no_gc_clear             # <<<<<<<<<<<<<<
+ * cdef class ChannelEnd:
  *     """One end of a channel: what all kinds of ends have in common.
- * 
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd {
+  int (*usable)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*begin_copy)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*end_copy)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*enlist)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*enter)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*attempt)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*begin_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
@@ -2816,7 +2848,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *__pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd;
 
 
-/* "ivshmem/channel/membership.pyx":130
+/* "ivshmem/channel/membership.pyx":163
  * 
  * 
  * @cython.no_gc_clear  # it needs the mapping to the end             # <<<<<<<<<<<<<<
@@ -2832,6 +2864,13 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*release)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*is_silent)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, struct ivshmem_place);
   int (*abandon)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*usable)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  PyObject *(*unusable)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*lose_place)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*use_memory)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*end_use)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  void (*leave)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*hurry)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*check)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*flush)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*kick_all)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
@@ -3370,6 +3409,9 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
 /* PyOSError_Check.proto */
 #define __Pyx_PyExc_OSError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_OSError)
 
+/* py_dict_pop_ignore.proto */
+static CYTHON_INLINE int __Pyx_PyDict_Pop_ignore(PyObject *d, PyObject *key, PyObject *default_value);
+
 /* GetAttr3.proto */
 static CYTHON_INLINE PyObject *__Pyx_GetAttr3(PyObject *, PyObject *, PyObject *);
 
@@ -3599,6 +3641,14 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_int(int value, Py_ssi
 
 /* KeywordStringCheck.proto */
 static CYTHON_INLINE int __Pyx_CheckKeywordStrings(PyObject *kw);
+
+/* WriteUnraisableException.proto */
+static void __Pyx_WriteUnraisable(const char *name, int clineno,
+                                  int lineno, const char *filename,
+                                  int full_traceback, int nogil);
+
+/* PyBaseException_Check.proto */
+#define __Pyx_PyExc_BaseException_Check(obj)  PyExceptionInstance_Check(obj)
 
 /* AllocateExtensionType.proto */
 static PyObject *__Pyx_AllocateExtensionType(PyTypeObject *t, int is_final);
@@ -3924,6 +3974,9 @@ static CYTHON_INLINE int __Pyx_PyLong_As_int(PyObject *);
 static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *);
 
 /* CIntToPy.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_unsigned_int(unsigned int value);
+
+/* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint32_t(uint32_t value);
 
 /* CIntFromPy.proto */
@@ -3937,9 +3990,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value);
 
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value);
-
-/* CIntToPy.proto */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_unsigned_int(unsigned int value);
 
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int64_t(int64_t value);
@@ -4035,19 +4085,27 @@ static int __Pyx_State_RemoveModule(void*);
 #define __PYX_TYPE_MODULE_PREFIX __PYX_ABI_MODULE_NAME "."
 
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_10membership_10Membership_usable(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_10membership_10Membership_use_memory(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_10membership_10Membership_end_use(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, uint32_t __pyx_v_target); /* proto*/
 static struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_f_7ivshmem_7channel_10membership_10Membership_wakeup_of_thread(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, int __pyx_v_code); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, struct ivshmem_place __pyx_v_place); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
+static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self); /* proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, int __pyx_v_code, struct ivshmem_channel *__pyx_v_channel, PyObject *__pyx_v_name); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_v_self, int64_t __pyx_v_deadline); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_clear(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_usable(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_attempt(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_sleep(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
@@ -4059,6 +4117,9 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_give_up(CYTHON_UN
 static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_arm(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_fail(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self, int __pyx_v_code); /* proto*/
+static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_copy(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_end_copy(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
 
 /* Module declarations from "libc.stdint" */
 
@@ -4120,7 +4181,7 @@ int __pyx_module_is_main_ivshmem__channel__membership = 0;
 /* Implementation of "ivshmem.channel.membership" */
 /* #### Code section: global_var ### */
 /* #### Code section: string_decls ### */
-static const char __pyx_k_Internal_a_process_s_place_in_an[] = "Internal: a process\047s place in an area of channels, its beat, and how its ends sleep and wake.\n\nKnows: joining, beats, rings, sleeping. Does not know: what passes through a channel.\n\nInvariants:\n1. The GIL is held during each call of the header, except ivshmem_beat and copies of payloads, which\n   touch nothing that an end keeps.\n2. A ring is never waited for, and never relied upon: each sleep ends at the latest after a beat.\n3. The memory stays mapped while the membership is open, also if the region is closed: the thread of\n   the beat may be between two of its loads.\n";
+static const char __pyx_k_Internal_a_process_s_place_in_an[] = "Internal: a process\047s place in an area of channels, its beat, and how its ends sleep and wake.\n\nKnows: joining, beats, rings, sleeping. Does not know: what passes through a channel.\n\nInvariants:\n1. The GIL is held during each call of the header, except ivshmem_beat and copies of payloads, which\n   touch nothing that an end keeps.\n2. A ring is never waited for, and never relied upon: each sleep ends at the latest after a beat.\n3. The memory stays mapped while the membership is open, also if the region is closed: the thread of\n   the beat may be between two of its loads.\n4. A call that may have run other code (another thread, a signal handler, a finalizer) checks the\n   end, by `enter` or `usable`, before it touches the memory again.\n5. The place is given back after the last store that this process can make: after buffers of loans,\n   and copies without the GIL. A forked child stores nothing.\n6. Ends, and what they give out, keep what they refer to during a collection (no_gc_clear): their\n   finalizers and their buffers need it. No cycle is made of them alone.\n";
 /* #### Code section: decls ### */
 static PyObject *__pyx_pf_7ivshmem_7channel_10membership__after_fork(CYTHON_UNUSED PyObject *__pyx_self); /* proto */
 static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_region, uint64_t __pyx_v_offset, PyObject *__pyx_v_endpoint, Py_ssize_t __pyx_v_vector, int __pyx_v_mapping, double __pyx_v_beat, double __pyx_v_lease, PyObject *__pyx_v_name); /* proto */
@@ -4150,9 +4211,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_8_membersh
 static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_10_begin_waiting(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12_end_waiting(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_16__enter__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_18__exit__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_error); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_20__repr__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
+static void __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_16__del__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_18__enter__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_20__exit__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_error); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_22__repr__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_8channels___get__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_4name___get__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_10membership_Wakeup(PyObject *o, 
@@ -4252,7 +4314,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[3];
     PyObject *__pyx_codeobj_tab[20];
-    PyObject *__pyx_string_tab[193];
+    PyObject *__pyx_string_tab[195];
     PyObject *__pyx_number_tab[3];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
@@ -4346,150 +4408,152 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_the_region_s_channels_are_of_a_v __pyx_string_tab[46]
 #define __pyx_kp_u_this __pyx_string_tab[47]
 #define __pyx_kp_u_this_mapping_of_the_memory_has_n __pyx_string_tab[48]
-#define __pyx_n_u__2 __pyx_string_tab[49]
-#define __pyx_n_u_ChannelCorrupt __pyx_string_tab[50]
-#define __pyx_n_u_ChannelEnd __pyx_string_tab[51]
-#define __pyx_n_u_ChannelEnd___enter __pyx_string_tab[52]
-#define __pyx_n_u_ChannelEnd___exit __pyx_string_tab[53]
-#define __pyx_n_u_ChannelEnd___reduce __pyx_string_tab[54]
-#define __pyx_n_u_ChannelEnd__begin_waiting __pyx_string_tab[55]
-#define __pyx_n_u_ChannelEnd__end_waiting __pyx_string_tab[56]
-#define __pyx_n_u_ChannelEnd__membership __pyx_string_tab[57]
-#define __pyx_n_u_ChannelEnd_close __pyx_string_tab[58]
-#define __pyx_n_u_ChannelEnd_fileno __pyx_string_tab[59]
-#define __pyx_n_u_ChannelEnd_wake_others __pyx_string_tab[60]
-#define __pyx_n_u_ChannelError __pyx_string_tab[61]
-#define __pyx_n_u_ClosedError __pyx_string_tab[62]
-#define __pyx_n_u_IvshmemError __pyx_string_tab[63]
-#define __pyx_n_u_Membership __pyx_string_tab[64]
-#define __pyx_n_u_Membership___reduce_cython __pyx_string_tab[65]
-#define __pyx_n_u_Membership___setstate_cython __pyx_string_tab[66]
-#define __pyx_n_u_Membership_close __pyx_string_tab[67]
-#define __pyx_n_u_Membership_free_place __pyx_string_tab[68]
-#define __pyx_n_u_Membership_places __pyx_string_tab[69]
-#define __pyx_n_u_Membership_run __pyx_string_tab[70]
-#define __pyx_n_u_NoChannels __pyx_string_tab[71]
-#define __pyx_n_u_NoInterrupts __pyx_string_tab[72]
-#define __pyx_n_u_RegionError __pyx_string_tab[73]
-#define __pyx_n_u_Wakeup __pyx_string_tab[74]
-#define __pyx_n_u_Wakeup___reduce_cython __pyx_string_tab[75]
-#define __pyx_n_u_Wakeup___setstate_cython __pyx_string_tab[76]
-#define __pyx_n_u_Wakeup_clear_rings __pyx_string_tab[77]
-#define __pyx_n_u_Wakeup_fileno __pyx_string_tab[78]
-#define __pyx_n_u_WeakKeyDictionary __pyx_string_tab[79]
-#define __pyx_n_u_WeakSet __pyx_string_tab[80]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[81]
-#define __pyx_n_u_annotate __pyx_string_tab[82]
-#define __pyx_n_u_enter __pyx_string_tab[83]
-#define __pyx_n_u_exit __pyx_string_tab[84]
-#define __pyx_n_u_func __pyx_string_tab[85]
-#define __pyx_n_u_getstate __pyx_string_tab[86]
-#define __pyx_n_u_main __pyx_string_tab[87]
-#define __pyx_n_u_module __pyx_string_tab[88]
-#define __pyx_n_u_name_2 __pyx_string_tab[89]
-#define __pyx_n_u_pyx_state __pyx_string_tab[90]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[91]
-#define __pyx_n_u_qualname __pyx_string_tab[92]
-#define __pyx_n_u_reduce __pyx_string_tab[93]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[94]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[95]
-#define __pyx_n_u_set_name __pyx_string_tab[96]
-#define __pyx_n_u_setstate __pyx_string_tab[97]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[98]
-#define __pyx_n_u_test __pyx_string_tab[99]
-#define __pyx_n_u_after_fork __pyx_string_tab[100]
-#define __pyx_n_u_begin_waiting __pyx_string_tab[101]
-#define __pyx_n_u_doorbell_nowait __pyx_string_tab[102]
-#define __pyx_n_u_end_waiting __pyx_string_tab[103]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[104]
-#define __pyx_n_u_membership_2 __pyx_string_tab[105]
-#define __pyx_n_u_add __pyx_string_tab[106]
-#define __pyx_n_u_after_in_child __pyx_string_tab[107]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[108]
-#define __pyx_n_u_at_2 __pyx_string_tab[109]
-#define __pyx_n_u_beat __pyx_string_tab[110]
-#define __pyx_n_u_clear_rings __pyx_string_tab[111]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[112]
-#define __pyx_n_u_close __pyx_string_tab[113]
-#define __pyx_n_u_closed __pyx_string_tab[114]
-#define __pyx_n_u_code __pyx_string_tab[115]
-#define __pyx_n_u_contextlib __pyx_string_tab[116]
-#define __pyx_n_u_current_id __pyx_string_tab[117]
-#define __pyx_n_u_decode __pyx_string_tab[118]
-#define __pyx_n_u_discard __pyx_string_tab[119]
-#define __pyx_n_u_end __pyx_string_tab[120]
-#define __pyx_n_u_endpoint __pyx_string_tab[121]
-#define __pyx_n_u_error_2 __pyx_string_tab[122]
-#define __pyx_n_u_errors __pyx_string_tab[123]
-#define __pyx_n_u_eventfds __pyx_string_tab[124]
-#define __pyx_n_u_fileno __pyx_string_tab[125]
-#define __pyx_n_u_found __pyx_string_tab[126]
-#define __pyx_n_u_free_place __pyx_string_tab[127]
-#define __pyx_n_u_get __pyx_string_tab[128]
-#define __pyx_n_u_getpid __pyx_string_tab[129]
-#define __pyx_n_u_i __pyx_string_tab[130]
-#define __pyx_n_u_identity __pyx_string_tab[131]
-#define __pyx_n_u_index __pyx_string_tab[132]
-#define __pyx_n_u_items __pyx_string_tab[133]
-#define __pyx_n_u_ivshmem_channel_membership __pyx_string_tab[134]
-#define __pyx_n_u_lease __pyx_string_tab[135]
-#define __pyx_n_u_left __pyx_string_tab[136]
-#define __pyx_n_u_limit __pyx_string_tab[137]
-#define __pyx_n_u_local __pyx_string_tab[138]
-#define __pyx_n_u_machine __pyx_string_tab[139]
-#define __pyx_n_u_mapping __pyx_string_tab[140]
-#define __pyx_n_u_membership __pyx_string_tab[141]
-#define __pyx_n_u_memory __pyx_string_tab[142]
-#define __pyx_n_u_mute __pyx_string_tab[143]
-#define __pyx_n_u_name __pyx_string_tab[144]
-#define __pyx_n_u_next_beat __pyx_string_tab[145]
-#define __pyx_n_u_number __pyx_string_tab[146]
-#define __pyx_n_u_offset __pyx_string_tab[147]
-#define __pyx_n_u_one __pyx_string_tab[148]
-#define __pyx_n_u_os __pyx_string_tab[149]
-#define __pyx_n_u_peer __pyx_string_tab[150]
-#define __pyx_n_u_place_2 __pyx_string_tab[151]
-#define __pyx_n_u_places __pyx_string_tab[152]
-#define __pyx_n_u_pop __pyx_string_tab[153]
-#define __pyx_n_u_randbits __pyx_string_tab[154]
-#define __pyx_n_u_region __pyx_string_tab[155]
-#define __pyx_n_u_register_at_fork __pyx_string_tab[156]
-#define __pyx_n_u_replace __pyx_string_tab[157]
-#define __pyx_n_u_run __pyx_string_tab[158]
-#define __pyx_n_u_secrets __pyx_string_tab[159]
-#define __pyx_n_u_self __pyx_string_tab[160]
-#define __pyx_n_u_setdefault __pyx_string_tab[161]
-#define __pyx_n_u_signal __pyx_string_tab[162]
-#define __pyx_n_u_silent __pyx_string_tab[163]
-#define __pyx_n_u_sleeper __pyx_string_tab[164]
-#define __pyx_n_u_suppress __pyx_string_tab[165]
-#define __pyx_n_u_text __pyx_string_tab[166]
-#define __pyx_n_u_threading __pyx_string_tab[167]
-#define __pyx_n_u_values __pyx_string_tab[168]
-#define __pyx_n_u_vector __pyx_string_tab[169]
-#define __pyx_n_u_wake_others __pyx_string_tab[170]
-#define __pyx_n_u_wakeup __pyx_string_tab[171]
-#define __pyx_n_u_weakref __pyx_string_tab[172]
-#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[173]
-#define __pyx_kp_b_int64_t_PyObject_deadline_of __pyx_string_tab[174]
-#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[175]
-#define __pyx_kp_b_iso88591__6 __pyx_string_tab[176]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[177]
-#define __pyx_kp_b_iso88591_A __pyx_string_tab[178]
-#define __pyx_kp_b_iso88591_A_F_2 __pyx_string_tab[179]
-#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[180]
-#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[181]
-#define __pyx_kp_b_iso88591_A_t1 __pyx_string_tab[182]
-#define __pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_4_c_D_D_1_t4_HA_K __pyx_string_tab[183]
-#define __pyx_kp_b_iso88591_A_F __pyx_string_tab[184]
-#define __pyx_kp_b_iso88591_A_t6 __pyx_string_tab[185]
-#define __pyx_kp_b_iso88591_A_ha_1_K_A_7_D_Kxt4t_hVW_whc_1_z __pyx_string_tab[186]
-#define __pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q __pyx_string_tab[187]
-#define __pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T __pyx_string_tab[188]
-#define __pyx_kp_b_iso88591_A_ha_F_t_q_1_K_A_KvQ_uCq __pyx_string_tab[189]
-#define __pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3 __pyx_string_tab[190]
-#define __pyx_kp_b_iso88591_A_4_3k_T_XT_T_QR_t1D_V1_a_A_t4xq __pyx_string_tab[191]
-#define __pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_t4s_Q_Ky_t7 __pyx_string_tab[192]
+#define __pyx_kp_u_this_process_s_place_among_the_c __pyx_string_tab[49]
+#define __pyx_n_u__2 __pyx_string_tab[50]
+#define __pyx_n_u_ChannelCorrupt __pyx_string_tab[51]
+#define __pyx_n_u_ChannelEnd __pyx_string_tab[52]
+#define __pyx_n_u_ChannelEnd___enter __pyx_string_tab[53]
+#define __pyx_n_u_ChannelEnd___exit __pyx_string_tab[54]
+#define __pyx_n_u_ChannelEnd___reduce __pyx_string_tab[55]
+#define __pyx_n_u_ChannelEnd__begin_waiting __pyx_string_tab[56]
+#define __pyx_n_u_ChannelEnd__end_waiting __pyx_string_tab[57]
+#define __pyx_n_u_ChannelEnd__membership __pyx_string_tab[58]
+#define __pyx_n_u_ChannelEnd_close __pyx_string_tab[59]
+#define __pyx_n_u_ChannelEnd_fileno __pyx_string_tab[60]
+#define __pyx_n_u_ChannelEnd_wake_others __pyx_string_tab[61]
+#define __pyx_n_u_ChannelError __pyx_string_tab[62]
+#define __pyx_n_u_ClosedError __pyx_string_tab[63]
+#define __pyx_n_u_IvshmemError __pyx_string_tab[64]
+#define __pyx_n_u_Membership __pyx_string_tab[65]
+#define __pyx_n_u_Membership___reduce_cython __pyx_string_tab[66]
+#define __pyx_n_u_Membership___setstate_cython __pyx_string_tab[67]
+#define __pyx_n_u_Membership_close __pyx_string_tab[68]
+#define __pyx_n_u_Membership_free_place __pyx_string_tab[69]
+#define __pyx_n_u_Membership_places __pyx_string_tab[70]
+#define __pyx_n_u_Membership_run __pyx_string_tab[71]
+#define __pyx_n_u_NoChannels __pyx_string_tab[72]
+#define __pyx_n_u_NoInterrupts __pyx_string_tab[73]
+#define __pyx_n_u_RegionError __pyx_string_tab[74]
+#define __pyx_n_u_Wakeup __pyx_string_tab[75]
+#define __pyx_n_u_Wakeup___reduce_cython __pyx_string_tab[76]
+#define __pyx_n_u_Wakeup___setstate_cython __pyx_string_tab[77]
+#define __pyx_n_u_Wakeup_clear_rings __pyx_string_tab[78]
+#define __pyx_n_u_Wakeup_fileno __pyx_string_tab[79]
+#define __pyx_n_u_WeakKeyDictionary __pyx_string_tab[80]
+#define __pyx_n_u_WeakSet __pyx_string_tab[81]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[82]
+#define __pyx_n_u_annotate __pyx_string_tab[83]
+#define __pyx_n_u_enter __pyx_string_tab[84]
+#define __pyx_n_u_exit __pyx_string_tab[85]
+#define __pyx_n_u_func __pyx_string_tab[86]
+#define __pyx_n_u_getstate __pyx_string_tab[87]
+#define __pyx_n_u_main __pyx_string_tab[88]
+#define __pyx_n_u_module __pyx_string_tab[89]
+#define __pyx_n_u_name_2 __pyx_string_tab[90]
+#define __pyx_n_u_pyx_state __pyx_string_tab[91]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[92]
+#define __pyx_n_u_qualname __pyx_string_tab[93]
+#define __pyx_n_u_reduce __pyx_string_tab[94]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[95]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[96]
+#define __pyx_n_u_set_name __pyx_string_tab[97]
+#define __pyx_n_u_setstate __pyx_string_tab[98]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[99]
+#define __pyx_n_u_test __pyx_string_tab[100]
+#define __pyx_n_u_after_fork __pyx_string_tab[101]
+#define __pyx_n_u_begin_waiting __pyx_string_tab[102]
+#define __pyx_n_u_doorbell_nowait __pyx_string_tab[103]
+#define __pyx_n_u_end_waiting __pyx_string_tab[104]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[105]
+#define __pyx_n_u_membership_2 __pyx_string_tab[106]
+#define __pyx_n_u_add __pyx_string_tab[107]
+#define __pyx_n_u_after_in_child __pyx_string_tab[108]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[109]
+#define __pyx_n_u_at_2 __pyx_string_tab[110]
+#define __pyx_n_u_beat __pyx_string_tab[111]
+#define __pyx_n_u_clear_rings __pyx_string_tab[112]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[113]
+#define __pyx_n_u_close __pyx_string_tab[114]
+#define __pyx_n_u_closed __pyx_string_tab[115]
+#define __pyx_n_u_code __pyx_string_tab[116]
+#define __pyx_n_u_contextlib __pyx_string_tab[117]
+#define __pyx_n_u_count __pyx_string_tab[118]
+#define __pyx_n_u_current_id __pyx_string_tab[119]
+#define __pyx_n_u_decode __pyx_string_tab[120]
+#define __pyx_n_u_discard __pyx_string_tab[121]
+#define __pyx_n_u_end __pyx_string_tab[122]
+#define __pyx_n_u_endpoint __pyx_string_tab[123]
+#define __pyx_n_u_error_2 __pyx_string_tab[124]
+#define __pyx_n_u_errors __pyx_string_tab[125]
+#define __pyx_n_u_eventfds __pyx_string_tab[126]
+#define __pyx_n_u_fileno __pyx_string_tab[127]
+#define __pyx_n_u_found __pyx_string_tab[128]
+#define __pyx_n_u_free_place __pyx_string_tab[129]
+#define __pyx_n_u_get __pyx_string_tab[130]
+#define __pyx_n_u_getpid __pyx_string_tab[131]
+#define __pyx_n_u_i __pyx_string_tab[132]
+#define __pyx_n_u_identity __pyx_string_tab[133]
+#define __pyx_n_u_index __pyx_string_tab[134]
+#define __pyx_n_u_items __pyx_string_tab[135]
+#define __pyx_n_u_ivshmem_channel_membership __pyx_string_tab[136]
+#define __pyx_n_u_lease __pyx_string_tab[137]
+#define __pyx_n_u_left __pyx_string_tab[138]
+#define __pyx_n_u_limit __pyx_string_tab[139]
+#define __pyx_n_u_local __pyx_string_tab[140]
+#define __pyx_n_u_machine __pyx_string_tab[141]
+#define __pyx_n_u_mapping __pyx_string_tab[142]
+#define __pyx_n_u_membership __pyx_string_tab[143]
+#define __pyx_n_u_memory __pyx_string_tab[144]
+#define __pyx_n_u_mute __pyx_string_tab[145]
+#define __pyx_n_u_name __pyx_string_tab[146]
+#define __pyx_n_u_next_beat __pyx_string_tab[147]
+#define __pyx_n_u_number __pyx_string_tab[148]
+#define __pyx_n_u_offset __pyx_string_tab[149]
+#define __pyx_n_u_one __pyx_string_tab[150]
+#define __pyx_n_u_os __pyx_string_tab[151]
+#define __pyx_n_u_peer __pyx_string_tab[152]
+#define __pyx_n_u_place_2 __pyx_string_tab[153]
+#define __pyx_n_u_places __pyx_string_tab[154]
+#define __pyx_n_u_pop __pyx_string_tab[155]
+#define __pyx_n_u_randbits __pyx_string_tab[156]
+#define __pyx_n_u_region __pyx_string_tab[157]
+#define __pyx_n_u_register_at_fork __pyx_string_tab[158]
+#define __pyx_n_u_replace __pyx_string_tab[159]
+#define __pyx_n_u_run __pyx_string_tab[160]
+#define __pyx_n_u_secrets __pyx_string_tab[161]
+#define __pyx_n_u_self __pyx_string_tab[162]
+#define __pyx_n_u_setdefault __pyx_string_tab[163]
+#define __pyx_n_u_signal __pyx_string_tab[164]
+#define __pyx_n_u_silent __pyx_string_tab[165]
+#define __pyx_n_u_sleeper __pyx_string_tab[166]
+#define __pyx_n_u_suppress __pyx_string_tab[167]
+#define __pyx_n_u_text __pyx_string_tab[168]
+#define __pyx_n_u_threading __pyx_string_tab[169]
+#define __pyx_n_u_values __pyx_string_tab[170]
+#define __pyx_n_u_vector __pyx_string_tab[171]
+#define __pyx_n_u_wake_others __pyx_string_tab[172]
+#define __pyx_n_u_wakeup __pyx_string_tab[173]
+#define __pyx_n_u_weakref __pyx_string_tab[174]
+#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[175]
+#define __pyx_kp_b_int64_t_PyObject_deadline_of __pyx_string_tab[176]
+#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[177]
+#define __pyx_kp_b_iso88591__6 __pyx_string_tab[178]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[179]
+#define __pyx_kp_b_iso88591_A __pyx_string_tab[180]
+#define __pyx_kp_b_iso88591_A_F_2 __pyx_string_tab[181]
+#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[182]
+#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[183]
+#define __pyx_kp_b_iso88591_A_t1 __pyx_string_tab[184]
+#define __pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_4_D_D_6_4_c_9A_Ku __pyx_string_tab[185]
+#define __pyx_kp_b_iso88591_A_F __pyx_string_tab[186]
+#define __pyx_kp_b_iso88591_A_t6 __pyx_string_tab[187]
+#define __pyx_kp_b_iso88591_A_ha_1_K_A_7_whc_1_z __pyx_string_tab[188]
+#define __pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q __pyx_string_tab[189]
+#define __pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T __pyx_string_tab[190]
+#define __pyx_kp_b_iso88591_A_ha_F_t_q_1_K_A_KvQ_KvQ_uCq __pyx_string_tab[191]
+#define __pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3 __pyx_string_tab[192]
+#define __pyx_kp_b_iso88591_A_4_3k_T_XT_T_QR_t1D_V1_a_A_HA_6 __pyx_string_tab[193]
+#define __pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_6_t4s_Q_Ky_t7 __pyx_string_tab[194]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_1 __pyx_number_tab[1]
 #define __pyx_int_64 __pyx_number_tab[2]
@@ -4533,7 +4597,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<20; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<193; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<195; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4583,7 +4647,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<20; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<193; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<195; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -5331,7 +5395,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/membership.pyx":111
+/* "ivshmem/channel/membership.pyx":144
  * 
  * 
  * def _after_fork():             # <<<<<<<<<<<<<<
@@ -5361,7 +5425,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership__after_fork(CYTHON_UNUS
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("_after_fork", 0);
 
-  /* "ivshmem/channel/membership.pyx":113
+  /* "ivshmem/channel/membership.pyx":146
  * def _after_fork():
  *     global generation
  *     generation += 1             # <<<<<<<<<<<<<<
@@ -5370,7 +5434,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership__after_fork(CYTHON_UNUS
 */
   __pyx_v_7ivshmem_7channel_10membership_generation = (__pyx_v_7ivshmem_7channel_10membership_generation + 1);
 
-  /* "ivshmem/channel/membership.pyx":111
+  /* "ivshmem/channel/membership.pyx":144
  * 
  * 
  * def _after_fork():             # <<<<<<<<<<<<<<
@@ -5385,7 +5449,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership__after_fork(CYTHON_UNUS
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":119
+/* "ivshmem/channel/membership.pyx":152
  * 
  * 
  * cdef void note_ring(void *context, unsigned peer, unsigned vector) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5397,7 +5461,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
   struct __pyx_t_7ivshmem_7channel_10membership_Rings *__pyx_v_rings;
   int __pyx_t_1;
 
-  /* "ivshmem/channel/membership.pyx":120
+  /* "ivshmem/channel/membership.pyx":153
  * 
  * cdef void note_ring(void *context, unsigned peer, unsigned vector) noexcept nogil:
  *     cdef Rings *rings = <Rings *>context             # <<<<<<<<<<<<<<
@@ -5406,7 +5470,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
 */
   __pyx_v_rings = ((struct __pyx_t_7ivshmem_7channel_10membership_Rings *)__pyx_v_context);
 
-  /* "ivshmem/channel/membership.pyx":121
+  /* "ivshmem/channel/membership.pyx":154
  * cdef void note_ring(void *context, unsigned peer, unsigned vector) noexcept nogil:
  *     cdef Rings *rings = <Rings *>context
  *     if rings.count < MOST_RINGS:             # <<<<<<<<<<<<<<
@@ -5418,7 +5482,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":122
+    /* "ivshmem/channel/membership.pyx":155
  *     cdef Rings *rings = <Rings *>context
  *     if rings.count < MOST_RINGS:
  *         rings.targets[rings.count] = peer << 16 | vector             # <<<<<<<<<<<<<<
@@ -5427,7 +5491,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
 */
     (__pyx_v_rings->targets[__pyx_v_rings->count]) = ((__pyx_v_peer << 16) | __pyx_v_vector);
 
-    /* "ivshmem/channel/membership.pyx":123
+    /* "ivshmem/channel/membership.pyx":156
  *     if rings.count < MOST_RINGS:
  *         rings.targets[rings.count] = peer << 16 | vector
  *         rings.count += 1             # <<<<<<<<<<<<<<
@@ -5436,7 +5500,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
 */
     __pyx_v_rings->count = (__pyx_v_rings->count + 1);
 
-    /* "ivshmem/channel/membership.pyx":121
+    /* "ivshmem/channel/membership.pyx":154
  * cdef void note_ring(void *context, unsigned peer, unsigned vector) noexcept nogil:
  *     cdef Rings *rings = <Rings *>context
  *     if rings.count < MOST_RINGS:             # <<<<<<<<<<<<<<
@@ -5445,7 +5509,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":119
+  /* "ivshmem/channel/membership.pyx":152
  * 
  * 
  * cdef void note_ring(void *context, unsigned peer, unsigned vector) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5457,7 +5521,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
 
 }
 
-/* "ivshmem/channel/membership.pyx":126
+/* "ivshmem/channel/membership.pyx":159
  * 
  * 
  * cdef int64_t tell_time(void *context) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5468,7 +5532,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_note_ring(void *__pyx_v_conte
 static int64_t __pyx_f_7ivshmem_7channel_10membership_tell_time(CYTHON_UNUSED void *__pyx_v_context) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":127
+  /* "ivshmem/channel/membership.pyx":160
  * 
  * cdef int64_t tell_time(void *context) noexcept nogil:
  *     return now()             # <<<<<<<<<<<<<<
@@ -5481,7 +5545,7 @@ static int64_t __pyx_f_7ivshmem_7channel_10membership_tell_time(CYTHON_UNUSED vo
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":126
+  /* "ivshmem/channel/membership.pyx":159
  * 
  * 
  * cdef int64_t tell_time(void *context) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5494,7 +5558,7 @@ static int64_t __pyx_f_7ivshmem_7channel_10membership_tell_time(CYTHON_UNUSED vo
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":149
+/* "ivshmem/channel/membership.pyx":182
  *     """
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -5547,81 +5611,81 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_region,&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_endpoint,&__pyx_mstate_global->__pyx_n_u_vector,&__pyx_mstate_global->__pyx_n_u_mapping,&__pyx_mstate_global->__pyx_n_u_beat,&__pyx_mstate_global->__pyx_n_u_lease,&__pyx_mstate_global->__pyx_n_u_name,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 149, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 182, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  8:
         values[7] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 7);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 149, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 182, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  7:
         values[6] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 6);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 149, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 182, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  6:
         values[5] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 5);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 149, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 182, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  5:
         values[4] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 149, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 182, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 149, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 182, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 149, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 182, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 149, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 182, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 149, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 182, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 149, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 182, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 8; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 8, 8, i); __PYX_ERR(0, 149, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 8, 8, i); __PYX_ERR(0, 182, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 8)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 149, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 182, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 149, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 182, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 149, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 182, __pyx_L3_error)
       values[3] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 149, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 182, __pyx_L3_error)
       values[4] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 4);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 149, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 182, __pyx_L3_error)
       values[5] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 5);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 149, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 182, __pyx_L3_error)
       values[6] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 6);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 149, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 182, __pyx_L3_error)
       values[7] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 7);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 149, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 182, __pyx_L3_error)
     }
     __pyx_v_region = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
-    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 152, __pyx_L3_error)
+    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 185, __pyx_L3_error)
     __pyx_v_endpoint = values[2];
-    __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[3]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 154, __pyx_L3_error)
-    __pyx_v_mapping = __Pyx_PyLong_As_int(values[4]); if (unlikely((__pyx_v_mapping == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 155, __pyx_L3_error)
-    __pyx_v_beat = __Pyx_PyFloat_AsDouble(values[5]); if (unlikely((__pyx_v_beat == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 156, __pyx_L3_error)
-    __pyx_v_lease = __Pyx_PyFloat_AsDouble(values[6]); if (unlikely((__pyx_v_lease == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 157, __pyx_L3_error)
+    __pyx_v_vector = __Pyx_PyIndex_AsSsize_t(values[3]); if (unlikely((__pyx_v_vector == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 187, __pyx_L3_error)
+    __pyx_v_mapping = __Pyx_PyLong_As_int(values[4]); if (unlikely((__pyx_v_mapping == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 188, __pyx_L3_error)
+    __pyx_v_beat = __Pyx_PyFloat_AsDouble(values[5]); if (unlikely((__pyx_v_beat == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 189, __pyx_L3_error)
+    __pyx_v_lease = __Pyx_PyFloat_AsDouble(values[6]); if (unlikely((__pyx_v_lease == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 190, __pyx_L3_error)
     __pyx_v_name = ((PyObject*)values[7]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 8, 8, __pyx_nargs); __PYX_ERR(0, 149, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 8, 8, __pyx_nargs); __PYX_ERR(0, 182, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5632,8 +5696,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_region), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "region", 0))) __PYX_ERR(0, 151, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 158, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_region), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "region", 0))) __PYX_ERR(0, 184, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 191, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_v_self), __pyx_v_region, __pyx_v_offset, __pyx_v_endpoint, __pyx_v_vector, __pyx_v_mapping, __pyx_v_beat, __pyx_v_lease, __pyx_v_name);
 
   /* function exit code */
@@ -5673,15 +5737,16 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   int __pyx_t_6;
   Py_ssize_t __pyx_t_7;
   struct ivshmem_pulse *__pyx_t_8;
-  uint64_t __pyx_t_9;
-  int __pyx_t_10;
-  char const *__pyx_t_11;
+  int __pyx_t_9;
+  uint64_t __pyx_t_10;
+  int __pyx_t_11;
+  char const *__pyx_t_12;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/membership.pyx":163
+  /* "ivshmem/channel/membership.pyx":196
  *         cdef char text[64]
  *         cdef int code
  *         self.state = IVSHMEM_CLOSING             # <<<<<<<<<<<<<<
@@ -5690,7 +5755,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->state = IVSHMEM_CLOSING;
 
-  /* "ivshmem/channel/membership.pyx":164
+  /* "ivshmem/channel/membership.pyx":197
  *         cdef int code
  *         self.state = IVSHMEM_CLOSING
  *         self.generation = generation             # <<<<<<<<<<<<<<
@@ -5699,7 +5764,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->generation = __pyx_v_7ivshmem_7channel_10membership_generation;
 
-  /* "ivshmem/channel/membership.pyx":165
+  /* "ivshmem/channel/membership.pyx":198
  *         self.state = IVSHMEM_CLOSING
  *         self.generation = generation
  *         self.mapping = region             # <<<<<<<<<<<<<<
@@ -5711,7 +5776,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   __Pyx_GOTREF((PyObject *)__pyx_v_self->mapping);
   __Pyx_DECREF_SET(__pyx_v_self->mapping, __pyx_v_region);
 
-  /* "ivshmem/channel/membership.pyx":166
+  /* "ivshmem/channel/membership.pyx":199
  *         self.generation = generation
  *         self.mapping = region
  *         self.endpoint = endpoint             # <<<<<<<<<<<<<<
@@ -5723,7 +5788,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   __Pyx_GOTREF(__pyx_v_self->endpoint);
   __Pyx_DECREF_SET(__pyx_v_self->endpoint, __pyx_v_endpoint);
 
-  /* "ivshmem/channel/membership.pyx":167
+  /* "ivshmem/channel/membership.pyx":200
  *         self.mapping = region
  *         self.endpoint = endpoint
  *         self.doorbells = endpoint             # <<<<<<<<<<<<<<
@@ -5732,13 +5797,13 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_t_1 = __pyx_v_endpoint;
   __Pyx_INCREF(__pyx_t_1);
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells))))) __PYX_ERR(0, 167, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_5_core_Doorbells))))) __PYX_ERR(0, 200, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->doorbells);
   __Pyx_DECREF_SET(__pyx_v_self->doorbells, ((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":168
+  /* "ivshmem/channel/membership.pyx":201
  *         self.endpoint = endpoint
  *         self.doorbells = endpoint
  *         self.vector = vector             # <<<<<<<<<<<<<<
@@ -5747,21 +5812,21 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->vector = __pyx_v_vector;
 
-  /* "ivshmem/channel/membership.pyx":169
+  /* "ivshmem/channel/membership.pyx":202
  *         self.doorbells = endpoint
  *         self.vector = vector
  *         self.bells = {}             # <<<<<<<<<<<<<<
  *         self.ends = weakref.WeakSet()
  *         self.threads = threading.local()
 */
-  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 169, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 202, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF(__pyx_v_self->bells);
   __Pyx_DECREF_SET(__pyx_v_self->bells, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":170
+  /* "ivshmem/channel/membership.pyx":203
  *         self.vector = vector
  *         self.bells = {}
  *         self.ends = weakref.WeakSet()             # <<<<<<<<<<<<<<
@@ -5769,9 +5834,9 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
  *         self.loops = weakref.WeakKeyDictionary()
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 170, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_WeakSet); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 170, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_WeakSet); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -5791,7 +5856,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 170, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 203, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_GIVEREF(__pyx_t_1);
@@ -5799,7 +5864,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   __Pyx_DECREF_SET(__pyx_v_self->ends, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":171
+  /* "ivshmem/channel/membership.pyx":204
  *         self.bells = {}
  *         self.ends = weakref.WeakSet()
  *         self.threads = threading.local()             # <<<<<<<<<<<<<<
@@ -5807,9 +5872,9 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
  *         if not ivshmem_enter(&region.accesses):
 */
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_threading); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 171, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_threading); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 204, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_local); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 171, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_local); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 204, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_t_5 = 1;
@@ -5829,7 +5894,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 171, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 204, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_GIVEREF(__pyx_t_1);
@@ -5837,7 +5902,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   __Pyx_DECREF_SET(__pyx_v_self->threads, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":172
+  /* "ivshmem/channel/membership.pyx":205
  *         self.ends = weakref.WeakSet()
  *         self.threads = threading.local()
  *         self.loops = weakref.WeakKeyDictionary()             # <<<<<<<<<<<<<<
@@ -5845,9 +5910,9 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
  *             raise ClosedError("the region is closed")
 */
   __pyx_t_3 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 172, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_weakref); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 205, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_WeakKeyDictionary); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 172, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_WeakKeyDictionary); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 205, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_5 = 1;
@@ -5867,7 +5932,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_2, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 172, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 205, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_GIVEREF(__pyx_t_1);
@@ -5875,7 +5940,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   __Pyx_DECREF_SET(__pyx_v_self->loops, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":173
+  /* "ivshmem/channel/membership.pyx":206
  *         self.threads = threading.local()
  *         self.loops = weakref.WeakKeyDictionary()
  *         if not ivshmem_enter(&region.accesses):             # <<<<<<<<<<<<<<
@@ -5887,7 +5952,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   if (unlikely(__pyx_t_6)) {
 
 
-    /* "ivshmem/channel/membership.pyx":174
+    /* "ivshmem/channel/membership.pyx":207
  *         self.loops = weakref.WeakKeyDictionary()
  *         if not ivshmem_enter(&region.accesses):
  *             raise ClosedError("the region is closed")             # <<<<<<<<<<<<<<
@@ -5895,7 +5960,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
  *         memory.start = <unsigned char *>region.start
 */
     __pyx_t_2 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 174, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 207, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -5914,14 +5979,14 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 174, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 207, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 174, __pyx_L1_error)
+    __PYX_ERR(0, 207, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":173
+    /* "ivshmem/channel/membership.pyx":206
  *         self.threads = threading.local()
  *         self.loops = weakref.WeakKeyDictionary()
  *         if not ivshmem_enter(&region.accesses):             # <<<<<<<<<<<<<<
@@ -5930,7 +5995,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":175
+  /* "ivshmem/channel/membership.pyx":208
  *         if not ivshmem_enter(&region.accesses):
  *             raise ClosedError("the region is closed")
  *         self.pinned = True             # <<<<<<<<<<<<<<
@@ -5939,7 +6004,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->pinned = 1;
 
-  /* "ivshmem/channel/membership.pyx":176
+  /* "ivshmem/channel/membership.pyx":209
  *             raise ClosedError("the region is closed")
  *         self.pinned = True
  *         memory.start = <unsigned char *>region.start             # <<<<<<<<<<<<<<
@@ -5948,7 +6013,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_memory.start = ((unsigned char *)__pyx_v_region->start);
 
-  /* "ivshmem/channel/membership.pyx":177
+  /* "ivshmem/channel/membership.pyx":210
  *         self.pinned = True
  *         memory.start = <unsigned char *>region.start
  *         memory.size = region.length             # <<<<<<<<<<<<<<
@@ -5959,7 +6024,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 
   __pyx_v_memory.size = __pyx_t_7;
 
-  /* "ivshmem/channel/membership.pyx":178
+  /* "ivshmem/channel/membership.pyx":211
  *         memory.start = <unsigned char *>region.start
  *         memory.size = region.length
  *         memory.mapping = <ivshmem_mapping>mapping             # <<<<<<<<<<<<<<
@@ -5968,7 +6033,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_memory.mapping = ((enum ivshmem_mapping)__pyx_v_mapping);
 
-  /* "ivshmem/channel/membership.pyx":179
+  /* "ivshmem/channel/membership.pyx":212
  *         memory.size = region.length
  *         memory.mapping = <ivshmem_mapping>mapping
  *         memory.readonly = region.fixed             # <<<<<<<<<<<<<<
@@ -5979,7 +6044,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 
   __pyx_v_memory.readonly = __pyx_t_6;
 
-  /* "ivshmem/channel/membership.pyx":180
+  /* "ivshmem/channel/membership.pyx":213
  *         memory.mapping = <ivshmem_mapping>mapping
  *         memory.readonly = region.fixed
  *         code = ivshmem_area_open(&self.member.area, &memory, offset)             # <<<<<<<<<<<<<<
@@ -5988,7 +6053,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_code = ivshmem_area_open((&__pyx_v_self->member.area), (&__pyx_v_memory), __pyx_v_offset);
 
-  /* "ivshmem/channel/membership.pyx":181
+  /* "ivshmem/channel/membership.pyx":214
  *         memory.readonly = region.fixed
  *         code = ivshmem_area_open(&self.member.area, &memory, offset)
  *         if code:             # <<<<<<<<<<<<<<
@@ -6000,20 +6065,20 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   if (unlikely(__pyx_t_6)) {
 
 
-    /* "ivshmem/channel/membership.pyx":182
+    /* "ivshmem/channel/membership.pyx":215
  *         code = ivshmem_area_open(&self.member.area, &memory, offset)
  *         if code:
  *             raise self.fail(code, NULL, "")             # <<<<<<<<<<<<<<
  *         self.beat = <int64_t>(beat * 1e9)
  *         self.member.lease = <int64_t>(lease * 1e9)
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->fail(__pyx_v_self, __pyx_v_code, NULL, __pyx_mstate_global->__pyx_kp_u__2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 182, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->fail(__pyx_v_self, __pyx_v_code, NULL, __pyx_mstate_global->__pyx_kp_u__2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 215, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 182, __pyx_L1_error)
+    __PYX_ERR(0, 215, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":181
+    /* "ivshmem/channel/membership.pyx":214
  *         memory.readonly = region.fixed
  *         code = ivshmem_area_open(&self.member.area, &memory, offset)
  *         if code:             # <<<<<<<<<<<<<<
@@ -6022,7 +6087,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":183
+  /* "ivshmem/channel/membership.pyx":216
  *         if code:
  *             raise self.fail(code, NULL, "")
  *         self.beat = <int64_t>(beat * 1e9)             # <<<<<<<<<<<<<<
@@ -6031,7 +6096,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->beat = ((int64_t)(__pyx_v_beat * 1e9));
 
-  /* "ivshmem/channel/membership.pyx":184
+  /* "ivshmem/channel/membership.pyx":217
  *             raise self.fail(code, NULL, "")
  *         self.beat = <int64_t>(beat * 1e9)
  *         self.member.lease = <int64_t>(lease * 1e9)             # <<<<<<<<<<<<<<
@@ -6040,7 +6105,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->member.lease = ((int64_t)(__pyx_v_lease * 1e9));
 
-  /* "ivshmem/channel/membership.pyx":185
+  /* "ivshmem/channel/membership.pyx":218
  *         self.beat = <int64_t>(beat * 1e9)
  *         self.member.lease = <int64_t>(lease * 1e9)
  *         self.member.user.context = &self.rings             # <<<<<<<<<<<<<<
@@ -6049,7 +6114,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->member.user.context = (&__pyx_v_self->rings);
 
-  /* "ivshmem/channel/membership.pyx":186
+  /* "ivshmem/channel/membership.pyx":219
  *         self.member.lease = <int64_t>(lease * 1e9)
  *         self.member.user.context = &self.rings
  *         self.member.user.ring = note_ring             # <<<<<<<<<<<<<<
@@ -6058,7 +6123,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->member.user.ring = __pyx_f_7ivshmem_7channel_10membership_note_ring;
 
-  /* "ivshmem/channel/membership.pyx":187
+  /* "ivshmem/channel/membership.pyx":220
  *         self.member.user.context = &self.rings
  *         self.member.user.ring = note_ring
  *         self.member.user.now = tell_time             # <<<<<<<<<<<<<<
@@ -6067,7 +6132,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->member.user.now = __pyx_f_7ivshmem_7channel_10membership_tell_time;
 
-  /* "ivshmem/channel/membership.pyx":188
+  /* "ivshmem/channel/membership.pyx":221
  *         self.member.user.ring = note_ring
  *         self.member.user.now = tell_time
  *         self.member.user.ended = ivshmem_process_ended             # <<<<<<<<<<<<<<
@@ -6076,7 +6141,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->member.user.ended = ivshmem_process_ended;
 
-  /* "ivshmem/channel/membership.pyx":189
+  /* "ivshmem/channel/membership.pyx":222
  *         self.member.user.now = tell_time
  *         self.member.user.ended = ivshmem_process_ended
  *         self.kick = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
@@ -6090,16 +6155,16 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
     PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_1};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 189, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 222, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 189, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 222, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->kick);
   __Pyx_DECREF_SET(__pyx_v_self->kick, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":190
+  /* "ivshmem/channel/membership.pyx":223
  *         self.member.user.ended = ivshmem_process_ended
  *         self.kick = FdArray.eventfds(1)
  *         self.ending = FdArray.eventfds(1)             # <<<<<<<<<<<<<<
@@ -6113,16 +6178,16 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
     PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_1};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_eventfds, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 190, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 223, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 190, __pyx_L1_error)
+  if (!(likely(((__pyx_t_1) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_FdArray))))) __PYX_ERR(0, 223, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->ending);
   __Pyx_DECREF_SET(__pyx_v_self->ending, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":191
+  /* "ivshmem/channel/membership.pyx":224
  *         self.kick = FdArray.eventfds(1)
  *         self.ending = FdArray.eventfds(1)
  *         self.pulses = <ivshmem_pulse *>calloc(self.member.area.places, sizeof(ivshmem_pulse))             # <<<<<<<<<<<<<<
@@ -6131,7 +6196,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   __pyx_v_self->pulses = ((struct ivshmem_pulse *)calloc(__pyx_v_self->member.area.places, (sizeof(struct ivshmem_pulse))));
 
-  /* "ivshmem/channel/membership.pyx":192
+  /* "ivshmem/channel/membership.pyx":225
  *         self.ending = FdArray.eventfds(1)
  *         self.pulses = <ivshmem_pulse *>calloc(self.member.area.places, sizeof(ivshmem_pulse))
  *         if self.pulses == NULL:             # <<<<<<<<<<<<<<
@@ -6143,16 +6208,16 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   if (unlikely(__pyx_t_6)) {
 
 
-    /* "ivshmem/channel/membership.pyx":193
+    /* "ivshmem/channel/membership.pyx":226
  *         self.pulses = <ivshmem_pulse *>calloc(self.member.area.places, sizeof(ivshmem_pulse))
  *         if self.pulses == NULL:
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         self.member.pulses = self.pulses
  *         self.member.looked = now()
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 193, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 226, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":192
+    /* "ivshmem/channel/membership.pyx":225
  *         self.ending = FdArray.eventfds(1)
  *         self.pulses = <ivshmem_pulse *>calloc(self.member.area.places, sizeof(ivshmem_pulse))
  *         if self.pulses == NULL:             # <<<<<<<<<<<<<<
@@ -6161,38 +6226,51 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":194
+  /* "ivshmem/channel/membership.pyx":227
  *         if self.pulses == NULL:
  *             raise MemoryError
  *         self.member.pulses = self.pulses             # <<<<<<<<<<<<<<
  *         self.member.looked = now()
- *         self.polls = vector < 0
+ *         self.polls = vector < 0 or region.fixed  # no peer knows of one that only reads
 */
   __pyx_t_8 = __pyx_v_self->pulses;
 
   __pyx_v_self->member.pulses = __pyx_t_8;
 
-  /* "ivshmem/channel/membership.pyx":195
+  /* "ivshmem/channel/membership.pyx":228
  *             raise MemoryError
  *         self.member.pulses = self.pulses
  *         self.member.looked = now()             # <<<<<<<<<<<<<<
- *         self.polls = vector < 0
+ *         self.polls = vector < 0 or region.fixed  # no peer knows of one that only reads
  *         if not region.fixed:
 */
   __pyx_v_self->member.looked = __pyx_f_7ivshmem_6native_11descriptors_now();
 
-  /* "ivshmem/channel/membership.pyx":196
+  /* "ivshmem/channel/membership.pyx":229
  *         self.member.pulses = self.pulses
  *         self.member.looked = now()
- *         self.polls = vector < 0             # <<<<<<<<<<<<<<
+ *         self.polls = vector < 0 or region.fixed  # no peer knows of one that only reads             # <<<<<<<<<<<<<<
  *         if not region.fixed:
  *             self.member.process = os.getpid()
 */
-  __pyx_v_self->polls = (__pyx_v_vector < 0);
+  __pyx_t_9 = (__pyx_v_vector < 0);
 
-  /* "ivshmem/channel/membership.pyx":197
+  if (!__pyx_t_9) {
+
+  } else {
+
+    __pyx_t_6 = __pyx_t_9;
+
+    goto __pyx_L6_bool_binop_done;
+  }
+
+  __pyx_t_6 = __pyx_v_region->fixed;
+  __pyx_L6_bool_binop_done:;
+  __pyx_v_self->polls = __pyx_t_6;
+
+  /* "ivshmem/channel/membership.pyx":230
  *         self.member.looked = now()
- *         self.polls = vector < 0
+ *         self.polls = vector < 0 or region.fixed  # no peer knows of one that only reads
  *         if not region.fixed:             # <<<<<<<<<<<<<<
  *             self.member.process = os.getpid()
  *             self.member.machine = identity.machine()
@@ -6202,17 +6280,17 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   if (__pyx_t_6) {
 
 
-    /* "ivshmem/channel/membership.pyx":198
- *         self.polls = vector < 0
+    /* "ivshmem/channel/membership.pyx":231
+ *         self.polls = vector < 0 or region.fixed  # no peer knows of one that only reads
  *         if not region.fixed:
  *             self.member.process = os.getpid()             # <<<<<<<<<<<<<<
  *             self.member.machine = identity.machine()
  *             self.member.started = ivshmem_process_start(self.member.process)
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 198, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 231, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_getpid); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 198, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_getpid); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 231, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __pyx_t_5 = 1;
@@ -6232,14 +6310,14 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 198, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 231, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
-    __pyx_t_9 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_9 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 198, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_10 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 231, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __pyx_v_self->member.process = __pyx_t_9;
+    __pyx_v_self->member.process = __pyx_t_10;
 
-    /* "ivshmem/channel/membership.pyx":199
+    /* "ivshmem/channel/membership.pyx":232
  *         if not region.fixed:
  *             self.member.process = os.getpid()
  *             self.member.machine = identity.machine()             # <<<<<<<<<<<<<<
@@ -6247,9 +6325,9 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
  *             self.name_peer()
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_identity); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 199, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_identity); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 232, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_machine); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 199, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_machine); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 232, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_5 = 1;
@@ -6269,14 +6347,14 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_2, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 199, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 232, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
-    __pyx_t_9 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_9 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 199, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyLong_As_uint64_t(__pyx_t_1); if (unlikely((__pyx_t_10 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 232, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __pyx_v_self->member.machine = __pyx_t_9;
+    __pyx_v_self->member.machine = __pyx_t_10;
 
-    /* "ivshmem/channel/membership.pyx":200
+    /* "ivshmem/channel/membership.pyx":233
  *             self.member.process = os.getpid()
  *             self.member.machine = identity.machine()
  *             self.member.started = ivshmem_process_start(self.member.process)             # <<<<<<<<<<<<<<
@@ -6285,17 +6363,17 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
     __pyx_v_self->member.started = ivshmem_process_start(__pyx_v_self->member.process);
 
-    /* "ivshmem/channel/membership.pyx":201
+    /* "ivshmem/channel/membership.pyx":234
  *             self.member.machine = identity.machine()
  *             self.member.started = ivshmem_process_start(self.member.process)
  *             self.name_peer()             # <<<<<<<<<<<<<<
  *             memset(text, 0, sizeof(text))
  *             encoded = name.encode()[: 8 * IVSHMEM_NAME_WORDS]
 */
-    __pyx_t_10 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->name_peer(__pyx_v_self); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 201, __pyx_L1_error)
+    __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->name_peer(__pyx_v_self); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 234, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":202
+    /* "ivshmem/channel/membership.pyx":235
  *             self.member.started = ivshmem_process_start(self.member.process)
  *             self.name_peer()
  *             memset(text, 0, sizeof(text))             # <<<<<<<<<<<<<<
@@ -6304,7 +6382,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
     (void)(memset(__pyx_v_text, 0, (sizeof(__pyx_v_text))));
 
-    /* "ivshmem/channel/membership.pyx":203
+    /* "ivshmem/channel/membership.pyx":236
  *             self.name_peer()
  *             memset(text, 0, sizeof(text))
  *             encoded = name.encode()[: 8 * IVSHMEM_NAME_WORDS]             # <<<<<<<<<<<<<<
@@ -6313,28 +6391,28 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 */
     if (unlikely(__pyx_v_name == Py_None)) {
       PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "encode");
-      __PYX_ERR(0, 203, __pyx_L1_error)
+      __PYX_ERR(0, 236, __pyx_L1_error)
     }
-    __pyx_t_1 = PyUnicode_AsEncodedString(__pyx_v_name, NULL, NULL); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 203, __pyx_L1_error)
+    __pyx_t_1 = PyUnicode_AsEncodedString(__pyx_v_name, NULL, NULL); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 236, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    __pyx_t_2 = PySequence_GetSlice(__pyx_t_1, 0, (8 * IVSHMEM_NAME_WORDS)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 203, __pyx_L1_error)
+    __pyx_t_2 = PySequence_GetSlice(__pyx_t_1, 0, (8 * IVSHMEM_NAME_WORDS)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 236, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     __pyx_v_encoded = ((PyObject*)__pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/membership.pyx":204
+    /* "ivshmem/channel/membership.pyx":237
  *             memset(text, 0, sizeof(text))
  *             encoded = name.encode()[: 8 * IVSHMEM_NAME_WORDS]
  *             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)             # <<<<<<<<<<<<<<
  *             code = ivshmem_join(&self.member, secrets.randbits(64), text)
  *             if code:
 */
-    __pyx_t_11 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_11) && PyErr_Occurred())) __PYX_ERR(0, 204, __pyx_L1_error)
-    (void)(strncpy(__pyx_v_text, __pyx_t_11, (8 * IVSHMEM_NAME_WORDS)));
+    __pyx_t_12 = __Pyx_PyBytes_AsString(__pyx_v_encoded); if (unlikely((!__pyx_t_12) && PyErr_Occurred())) __PYX_ERR(0, 237, __pyx_L1_error)
+    (void)(strncpy(__pyx_v_text, __pyx_t_12, (8 * IVSHMEM_NAME_WORDS)));
 
 
-    /* "ivshmem/channel/membership.pyx":205
+    /* "ivshmem/channel/membership.pyx":238
  *             encoded = name.encode()[: 8 * IVSHMEM_NAME_WORDS]
  *             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)
  *             code = ivshmem_join(&self.member, secrets.randbits(64), text)             # <<<<<<<<<<<<<<
@@ -6342,9 +6420,9 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
  *                 raise self.fail(code, NULL, "")
 */
     __pyx_t_1 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_secrets); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 205, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_secrets); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 238, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_randbits); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 205, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_randbits); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 238, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_5 = 1;
@@ -6364,67 +6442,76 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 205, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 238, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
-    __pyx_t_9 = __Pyx_PyLong_As_uint64_t(__pyx_t_2); if (unlikely((__pyx_t_9 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 205, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyLong_As_uint64_t(__pyx_t_2); if (unlikely((__pyx_t_10 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 238, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __pyx_v_code = ivshmem_join((&__pyx_v_self->member), __pyx_t_9, __pyx_v_text);
+    __pyx_v_code = ivshmem_join((&__pyx_v_self->member), __pyx_t_10, __pyx_v_text);
 
 
-    /* "ivshmem/channel/membership.pyx":206
+    /* "ivshmem/channel/membership.pyx":239
  *             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)
  *             code = ivshmem_join(&self.member, secrets.randbits(64), text)
  *             if code:             # <<<<<<<<<<<<<<
  *                 raise self.fail(code, NULL, "")
- *         self.state = 0
+ *             self.joined = True
 */
     __pyx_t_6 = (__pyx_v_code != 0);
 
     if (unlikely(__pyx_t_6)) {
 
 
-      /* "ivshmem/channel/membership.pyx":207
+      /* "ivshmem/channel/membership.pyx":240
  *             code = ivshmem_join(&self.member, secrets.randbits(64), text)
  *             if code:
  *                 raise self.fail(code, NULL, "")             # <<<<<<<<<<<<<<
+ *             self.joined = True
  *         self.state = 0
- * 
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->fail(__pyx_v_self, __pyx_v_code, NULL, __pyx_mstate_global->__pyx_kp_u__2); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 207, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->fail(__pyx_v_self, __pyx_v_code, NULL, __pyx_mstate_global->__pyx_kp_u__2); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 240, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
       __Pyx_Raise(__pyx_t_2, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __PYX_ERR(0, 207, __pyx_L1_error)
+      __PYX_ERR(0, 240, __pyx_L1_error)
 
-      /* "ivshmem/channel/membership.pyx":206
+      /* "ivshmem/channel/membership.pyx":239
  *             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)
  *             code = ivshmem_join(&self.member, secrets.randbits(64), text)
  *             if code:             # <<<<<<<<<<<<<<
  *                 raise self.fail(code, NULL, "")
- *         self.state = 0
+ *             self.joined = True
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":197
+    /* "ivshmem/channel/membership.pyx":241
+ *             if code:
+ *                 raise self.fail(code, NULL, "")
+ *             self.joined = True             # <<<<<<<<<<<<<<
+ *         self.state = 0
+ * 
+*/
+    __pyx_v_self->joined = 1;
+
+    /* "ivshmem/channel/membership.pyx":230
  *         self.member.looked = now()
- *         self.polls = vector < 0
+ *         self.polls = vector < 0 or region.fixed  # no peer knows of one that only reads
  *         if not region.fixed:             # <<<<<<<<<<<<<<
  *             self.member.process = os.getpid()
  *             self.member.machine = identity.machine()
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":208
- *             if code:
+  /* "ivshmem/channel/membership.pyx":242
  *                 raise self.fail(code, NULL, "")
+ *             self.joined = True
  *         self.state = 0             # <<<<<<<<<<<<<<
  * 
  *     cdef int name_peer(self) except -1:
 */
   __pyx_v_self->state = 0;
 
-  /* "ivshmem/channel/membership.pyx":149
+  /* "ivshmem/channel/membership.pyx":182
  *     """
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -6452,7 +6539,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":210
+/* "ivshmem/channel/membership.pyx":244
  *         self.state = 0
  * 
  *     cdef int name_peer(self) except -1:             # <<<<<<<<<<<<<<
@@ -6475,7 +6562,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("name_peer", 0);
 
-  /* "ivshmem/channel/membership.pyx":211
+  /* "ivshmem/channel/membership.pyx":245
  * 
  *     cdef int name_peer(self) except -1:
  *         cdef uint64_t peer = 0 if self.endpoint is None else self.endpoint.current_id()             # <<<<<<<<<<<<<<
@@ -6494,17 +6581,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_current_id, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 211, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 245, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
-    __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_t_3); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 211, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_t_3); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 245, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_6;
   }
 
   __pyx_v_peer = __pyx_t_1;
 
-  /* "ivshmem/channel/membership.pyx":212
+  /* "ivshmem/channel/membership.pyx":246
  *     cdef int name_peer(self) except -1:
  *         cdef uint64_t peer = 0 if self.endpoint is None else self.endpoint.current_id()
  *         if self.vector < 0:             # <<<<<<<<<<<<<<
@@ -6516,7 +6603,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":213
+    /* "ivshmem/channel/membership.pyx":247
  *         cdef uint64_t peer = 0 if self.endpoint is None else self.endpoint.current_id()
  *         if self.vector < 0:
  *             peer |= IVSHMEM_PEER_MUTE             # <<<<<<<<<<<<<<
@@ -6525,7 +6612,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
 */
     __pyx_v_peer = (__pyx_v_peer | IVSHMEM_PEER_MUTE);
 
-    /* "ivshmem/channel/membership.pyx":212
+    /* "ivshmem/channel/membership.pyx":246
  *     cdef int name_peer(self) except -1:
  *         cdef uint64_t peer = 0 if self.endpoint is None else self.endpoint.current_id()
  *         if self.vector < 0:             # <<<<<<<<<<<<<<
@@ -6535,7 +6622,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/membership.pyx":215
+  /* "ivshmem/channel/membership.pyx":249
  *             peer |= IVSHMEM_PEER_MUTE
  *         else:
  *             peer |= <uint64_t>self.vector << 16             # <<<<<<<<<<<<<<
@@ -6547,7 +6634,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/membership.pyx":216
+  /* "ivshmem/channel/membership.pyx":250
  *         else:
  *             peer |= <uint64_t>self.vector << 16
  *         self.member.peer = peer             # <<<<<<<<<<<<<<
@@ -6556,7 +6643,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
 */
   __pyx_v_self->member.peer = __pyx_v_peer;
 
-  /* "ivshmem/channel/membership.pyx":217
+  /* "ivshmem/channel/membership.pyx":251
  *             peer |= <uint64_t>self.vector << 16
  *         self.member.peer = peer
  *         return 0             # <<<<<<<<<<<<<<
@@ -6569,7 +6656,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":210
+  /* "ivshmem/channel/membership.pyx":244
  *         self.state = 0
  * 
  *     cdef int name_peer(self) except -1:             # <<<<<<<<<<<<<<
@@ -6590,7 +6677,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_name_peer(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":219
+/* "ivshmem/channel/membership.pyx":253
  *         return 0
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6623,7 +6710,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8readonly_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/membership.pyx":221
+  /* "ivshmem/channel/membership.pyx":255
  *     @property
  *     def readonly(self):
  *         return bool(self.mapping.fixed)             # <<<<<<<<<<<<<<
@@ -6632,7 +6719,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8readonly_
 */
   __pyx_t_1 = __pyx_v_self->mapping->fixed;
 
-  __pyx_t_2 = __Pyx_PyBool_FromLong((!(!__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 221, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyBool_FromLong((!(!__pyx_t_1))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 255, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
   {
@@ -6646,7 +6733,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8readonly_
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":219
+  /* "ivshmem/channel/membership.pyx":253
  *         return 0
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6665,7 +6752,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8readonly_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":223
+/* "ivshmem/channel/membership.pyx":257
  *         return bool(self.mapping.fixed)
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6697,14 +6784,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6closed___
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/membership.pyx":225
+  /* "ivshmem/channel/membership.pyx":259
  *     @property
  *     def closed(self):
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0             # <<<<<<<<<<<<<<
  * 
- *     cdef int check(self) except -1:
+ *     cdef bint usable(self) noexcept:
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong(((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 225, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong(((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 259, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -6717,7 +6804,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6closed___
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":223
+  /* "ivshmem/channel/membership.pyx":257
  *         return bool(self.mapping.fixed)
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6736,12 +6823,93 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6closed___
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":227
+/* "ivshmem/channel/membership.pyx":261
  *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0
  * 
+ *     cdef bint usable(self) noexcept:             # <<<<<<<<<<<<<<
+ *         """Whether this process may store into the memory: neither closed nor a forked child's."""
+ *         return (
+*/
+
+static int __pyx_f_7ivshmem_7channel_10membership_10Membership_usable(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+
+  /* "ivshmem/channel/membership.pyx":264
+ *         """Whether this process may store into the memory: neither closed nor a forked child's."""
+ *         return (
+ *             self.generation == generation             # <<<<<<<<<<<<<<
+ *             and not ivshmem_state(&self.state) & IVSHMEM_CLOSING
+ *             and not ivshmem_state(&self.mapping.views) & IVSHMEM_CLOSING
+*/
+  __pyx_t_2 = (__pyx_v_self->generation == __pyx_v_7ivshmem_7channel_10membership_generation);
+
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L3_bool_binop_done;
+  }
+
+  /* "ivshmem/channel/membership.pyx":265
+ *         return (
+ *             self.generation == generation
+ *             and not ivshmem_state(&self.state) & IVSHMEM_CLOSING             # <<<<<<<<<<<<<<
+ *             and not ivshmem_state(&self.mapping.views) & IVSHMEM_CLOSING
+ *         )
+*/
+  __pyx_t_2 = (!((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0));
+
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L3_bool_binop_done;
+  }
+
+  /* "ivshmem/channel/membership.pyx":266
+ *             self.generation == generation
+ *             and not ivshmem_state(&self.state) & IVSHMEM_CLOSING
+ *             and not ivshmem_state(&self.mapping.views) & IVSHMEM_CLOSING             # <<<<<<<<<<<<<<
+ *         )
+ * 
+*/
+  __pyx_t_2 = (!((ivshmem_state((&__pyx_v_self->mapping->views)) & IVSHMEM_CLOSING) != 0));
+
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L3_bool_binop_done:;
+  {
+    __pyx_r = __pyx_t_1;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/membership.pyx":261
+ *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0
+ * 
+ *     cdef bint usable(self) noexcept:             # <<<<<<<<<<<<<<
+ *         """Whether this process may store into the memory: neither closed nor a forked child's."""
+ *         return (
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/membership.pyx":269
+ *         )
+ * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
- *         if self.generation != generation:
- *             raise RuntimeError("a forked child may only close what it has of channels")
+ *         if not self.usable():
+ *             raise self.unusable()
 */
 
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
@@ -6749,32 +6917,200 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
   PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  size_t __pyx_t_4;
-  PyObject *__pyx_t_5 = NULL;
+  int __pyx_t_3;
+  int __pyx_t_4;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/channel/membership.pyx":228
+  /* "ivshmem/channel/membership.pyx":270
  * 
  *     cdef int check(self) except -1:
- *         if self.generation != generation:             # <<<<<<<<<<<<<<
- *             raise RuntimeError("a forked child may only close what it has of channels")
- *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
+ *         if not self.usable():             # <<<<<<<<<<<<<<
+ *             raise self.unusable()
+ *         # A process that was stopped looks before it stores: its slots may be another's. (Uncached
 */
-  __pyx_t_1 = (__pyx_v_self->generation != __pyx_v_7ivshmem_7channel_10membership_generation);
+  __pyx_t_1 = (!((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->usable(__pyx_v_self));
 
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/membership.pyx":229
+    /* "ivshmem/channel/membership.pyx":271
  *     cdef int check(self) except -1:
+ *         if not self.usable():
+ *             raise self.unusable()             # <<<<<<<<<<<<<<
+ *         # A process that was stopped looks before it stores: its slots may be another's. (Uncached
+ *         # memory is slow to read: there only the thread of the beat looks.)
+*/
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->unusable(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 271, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __PYX_ERR(0, 271, __pyx_L1_error)
+
+    /* "ivshmem/channel/membership.pyx":270
+ * 
+ *     cdef int check(self) except -1:
+ *         if not self.usable():             # <<<<<<<<<<<<<<
+ *             raise self.unusable()
+ *         # A process that was stopped looks before it stores: its slots may be another's. (Uncached
+*/
+  }
+
+  /* "ivshmem/channel/membership.pyx":274
+ *         # A process that was stopped looks before it stores: its slots may be another's. (Uncached
+ *         # memory is slow to read: there only the thread of the beat looks.)
+ *         if self.member.area.memory.mapping == 0 and self.joined and ivshmem_load(             # <<<<<<<<<<<<<<
+ *             &self.member.area.memory, ivshmem_place_at(&self.member.area, self.member.place.index)
+ *         ) != self.member.number:
+*/
+  __pyx_t_3 = (__pyx_v_self->member.area.memory.mapping == 0);
+
+  if (__pyx_t_3) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_3;
+
+    goto __pyx_L5_bool_binop_done;
+  }
+  if (__pyx_v_self->joined) {
+  } else {
+
+    __pyx_t_1 = __pyx_v_self->joined;
+    goto __pyx_L5_bool_binop_done;
+  }
+
+  /* "ivshmem/channel/membership.pyx":276
+ *         if self.member.area.memory.mapping == 0 and self.joined and ivshmem_load(
+ *             &self.member.area.memory, ivshmem_place_at(&self.member.area, self.member.place.index)
+ *         ) != self.member.number:             # <<<<<<<<<<<<<<
+ *             self.lose_place()
+ *             raise self.unusable()
+*/
+  __pyx_t_3 = (ivshmem_load((&__pyx_v_self->member.area.memory), ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_self->member.place.index)) != __pyx_v_self->member.number);
+
+
+  __pyx_t_1 = __pyx_t_3;
+
+  __pyx_L5_bool_binop_done:;
+
+  /* "ivshmem/channel/membership.pyx":274
+ *         # A process that was stopped looks before it stores: its slots may be another's. (Uncached
+ *         # memory is slow to read: there only the thread of the beat looks.)
+ *         if self.member.area.memory.mapping == 0 and self.joined and ivshmem_load(             # <<<<<<<<<<<<<<
+ *             &self.member.area.memory, ivshmem_place_at(&self.member.area, self.member.place.index)
+ *         ) != self.member.number:
+*/
+  if (unlikely(__pyx_t_1)) {
+
+
+    /* "ivshmem/channel/membership.pyx":277
+ *             &self.member.area.memory, ivshmem_place_at(&self.member.area, self.member.place.index)
+ *         ) != self.member.number:
+ *             self.lose_place()             # <<<<<<<<<<<<<<
+ *             raise self.unusable()
+ *         return 0
+*/
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->lose_place(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 277, __pyx_L1_error)
+
+
+    /* "ivshmem/channel/membership.pyx":278
+ *         ) != self.member.number:
+ *             self.lose_place()
+ *             raise self.unusable()             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->unusable(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 278, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __PYX_ERR(0, 278, __pyx_L1_error)
+
+    /* "ivshmem/channel/membership.pyx":274
+ *         # A process that was stopped looks before it stores: its slots may be another's. (Uncached
+ *         # memory is slow to read: there only the thread of the beat looks.)
+ *         if self.member.area.memory.mapping == 0 and self.joined and ivshmem_load(             # <<<<<<<<<<<<<<
+ *             &self.member.area.memory, ivshmem_place_at(&self.member.area, self.member.place.index)
+ *         ) != self.member.number:
+*/
+  }
+
+  /* "ivshmem/channel/membership.pyx":279
+ *             self.lose_place()
+ *             raise self.unusable()
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     cdef object unusable(self):
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/membership.pyx":269
+ *         )
+ * 
+ *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
+ *         if not self.usable():
+ *             raise self.unusable()
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_AddTraceback("ivshmem.channel.membership.Membership.check", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/membership.pyx":281
+ *         return 0
+ * 
+ *     cdef object unusable(self):             # <<<<<<<<<<<<<<
  *         if self.generation != generation:
- *             raise RuntimeError("a forked child may only close what it has of channels")             # <<<<<<<<<<<<<<
- *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
- *             raise ClosedError("the channels are closed")
+ *             return RuntimeError("a forked child may only close what it has of channels")
+*/
+
+static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  size_t __pyx_t_4;
+  PyObject *__pyx_t_5 = NULL;
+  int __pyx_t_6;
+  int __pyx_t_7;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("unusable", 0);
+
+  /* "ivshmem/channel/membership.pyx":282
+ * 
+ *     cdef object unusable(self):
+ *         if self.generation != generation:             # <<<<<<<<<<<<<<
+ *             return RuntimeError("a forked child may only close what it has of channels")
+ *         if self.lost:
+*/
+  __pyx_t_1 = (__pyx_v_self->generation != __pyx_v_7ivshmem_7channel_10membership_generation);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/membership.pyx":283
+ *     cdef object unusable(self):
+ *         if self.generation != generation:
+ *             return RuntimeError("a forked child may only close what it has of channels")             # <<<<<<<<<<<<<<
+ *         if self.lost:
+ *             return ClosedError(
 */
     __pyx_t_3 = NULL;
     __pyx_t_4 = 1;
@@ -6782,43 +7118,47 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
       PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_a_forked_child_may_only_close_wh};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_RuntimeError)), __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 229, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 283, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
-    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 229, __pyx_L1_error)
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = __pyx_t_2;
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    __pyx_t_2 = 0;
+    goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":228
+    /* "ivshmem/channel/membership.pyx":282
  * 
- *     cdef int check(self) except -1:
+ *     cdef object unusable(self):
  *         if self.generation != generation:             # <<<<<<<<<<<<<<
- *             raise RuntimeError("a forked child may only close what it has of channels")
- *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
+ *             return RuntimeError("a forked child may only close what it has of channels")
+ *         if self.lost:
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":230
+  /* "ivshmem/channel/membership.pyx":284
  *         if self.generation != generation:
- *             raise RuntimeError("a forked child may only close what it has of channels")
- *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
- *             raise ClosedError("the channels are closed")
- *         if self.mapping.closed:
+ *             return RuntimeError("a forked child may only close what it has of channels")
+ *         if self.lost:             # <<<<<<<<<<<<<<
+ *             return ClosedError(
+ *                 "this process's place among the channels was freed, by free_place() or by a new"
 */
-  __pyx_t_1 = ((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0);
+  if (__pyx_v_self->lost) {
 
-  if (unlikely(__pyx_t_1)) {
-
-
-    /* "ivshmem/channel/membership.pyx":231
- *             raise RuntimeError("a forked child may only close what it has of channels")
- *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
- *             raise ClosedError("the channels are closed")             # <<<<<<<<<<<<<<
- *         if self.mapping.closed:
- *             raise ClosedError("the region is closed")
+    /* "ivshmem/channel/membership.pyx":285
+ *             return RuntimeError("a forked child may only close what it has of channels")
+ *         if self.lost:
+ *             return ClosedError(             # <<<<<<<<<<<<<<
+ *                 "this process's place among the channels was freed, by free_place() or by a new"
+ *                 " server on the memory, because it was silent: open the channels again"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 231, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 285, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_4 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -6833,49 +7173,73 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
     }
     #endif
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_channels_are_closed};
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_this_process_s_place_among_the_c};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 231, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 285, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
-    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 231, __pyx_L1_error)
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = __pyx_t_2;
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    __pyx_t_2 = 0;
+    goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":230
+    /* "ivshmem/channel/membership.pyx":284
  *         if self.generation != generation:
- *             raise RuntimeError("a forked child may only close what it has of channels")
- *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
- *             raise ClosedError("the channels are closed")
- *         if self.mapping.closed:
+ *             return RuntimeError("a forked child may only close what it has of channels")
+ *         if self.lost:             # <<<<<<<<<<<<<<
+ *             return ClosedError(
+ *                 "this process's place among the channels was freed, by free_place() or by a new"
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":232
- *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
- *             raise ClosedError("the channels are closed")
- *         if self.mapping.closed:             # <<<<<<<<<<<<<<
- *             raise ClosedError("the region is closed")
- *         return 0
+  /* "ivshmem/channel/membership.pyx":289
+ *                 " server on the memory, because it was silent: open the channels again"
+ *             )
+ *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING and not self.mapping.closed:             # <<<<<<<<<<<<<<
+ *             return ClosedError("the channels are closed")
+ *         return ClosedError("the region is closed")
 */
-  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 232, __pyx_L1_error)
+  __pyx_t_6 = ((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0);
+
+  if (__pyx_t_6) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_6;
+
+    goto __pyx_L6_bool_binop_done;
+  }
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 289, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 232, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 289, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (unlikely(__pyx_t_1)) {
+  __pyx_t_7 = (!__pyx_t_6);
 
 
-    /* "ivshmem/channel/membership.pyx":233
- *             raise ClosedError("the channels are closed")
- *         if self.mapping.closed:
- *             raise ClosedError("the region is closed")             # <<<<<<<<<<<<<<
- *         return 0
+
+  __pyx_t_1 = __pyx_t_7;
+
+  __pyx_L6_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/membership.pyx":290
+ *             )
+ *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING and not self.mapping.closed:
+ *             return ClosedError("the channels are closed")             # <<<<<<<<<<<<<<
+ *         return ClosedError("the region is closed")
  * 
 */
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 233, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 290, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_4 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -6890,29 +7254,292 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
     }
     #endif
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_mstate_global->__pyx_kp_u_the_region_is_closed};
+      PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_mstate_global->__pyx_kp_u_the_channels_are_closed};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 233, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 290, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = __pyx_t_2;
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    __pyx_t_2 = 0;
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/membership.pyx":289
+ *                 " server on the memory, because it was silent: open the channels again"
+ *             )
+ *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING and not self.mapping.closed:             # <<<<<<<<<<<<<<
+ *             return ClosedError("the channels are closed")
+ *         return ClosedError("the region is closed")
+*/
+  }
+
+  /* "ivshmem/channel/membership.pyx":291
+ *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING and not self.mapping.closed:
+ *             return ClosedError("the channels are closed")
+ *         return ClosedError("the region is closed")             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int lose_place(self) except -1:
+*/
+  __pyx_t_3 = NULL;
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 291, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
+  __pyx_t_4 = 1;
+  #if CYTHON_UNPACK_METHODS
+  if (unlikely(PyMethod_Check(__pyx_t_5))) {
+    __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_5);
+    assert(__pyx_t_3);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
+    __Pyx_INCREF(__pyx_t_3);
+    __Pyx_INCREF(__pyx__function);
+    __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
+    __pyx_t_4 = 0;
+  }
+  #endif
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_region_is_closed};
+    __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 291, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+  }
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = __pyx_t_2;
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_2 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/membership.pyx":281
+ *         return 0
+ * 
+ *     cdef object unusable(self):             # <<<<<<<<<<<<<<
+ *         if self.generation != generation:
+ *             return RuntimeError("a forked child may only close what it has of channels")
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_AddTraceback("ivshmem.channel.membership.Membership.unusable", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/membership.pyx":293
+ *         return ClosedError("the region is closed")
+ * 
+ *     cdef int lose_place(self) except -1:             # <<<<<<<<<<<<<<
+ *         self.lost = True
+ *         self.joined = False
+*/
+
+static int __pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/channel/membership.pyx":294
+ * 
+ *     cdef int lose_place(self) except -1:
+ *         self.lost = True             # <<<<<<<<<<<<<<
+ *         self.joined = False
+ *         return self.abandon()
+*/
+  __pyx_v_self->lost = 1;
+
+  /* "ivshmem/channel/membership.pyx":295
+ *     cdef int lose_place(self) except -1:
+ *         self.lost = True
+ *         self.joined = False             # <<<<<<<<<<<<<<
+ *         return self.abandon()
+ * 
+*/
+  __pyx_v_self->joined = 0;
+
+  /* "ivshmem/channel/membership.pyx":296
+ *         self.lost = True
+ *         self.joined = False
+ *         return self.abandon()             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int use_memory(self) except -1:
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->abandon(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 296, __pyx_L1_error)
+  {
+    __pyx_r = __pyx_t_1;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/membership.pyx":293
+ *         return ClosedError("the region is closed")
+ * 
+ *     cdef int lose_place(self) except -1:             # <<<<<<<<<<<<<<
+ *         self.lost = True
+ *         self.joined = False
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.membership.Membership.lose_place", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/membership.pyx":298
+ *         return self.abandon()
+ * 
+ *     cdef int use_memory(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Keep the memory and the place of this process until `end_use`, also after a close()."""
+ *         if not ivshmem_enter(&self.state):
+*/
+
+static int __pyx_f_7ivshmem_7channel_10membership_10Membership_use_memory(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("use_memory", 0);
+
+  /* "ivshmem/channel/membership.pyx":300
+ *     cdef int use_memory(self) except -1:
+ *         """Keep the memory and the place of this process until `end_use`, also after a close()."""
+ *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
+ *             raise self.unusable()
+ *         return 0
+*/
+  __pyx_t_1 = (!ivshmem_enter((&__pyx_v_self->state)));
+
+  if (unlikely(__pyx_t_1)) {
+
+
+    /* "ivshmem/channel/membership.pyx":301
+ *         """Keep the memory and the place of this process until `end_use`, also after a close()."""
+ *         if not ivshmem_enter(&self.state):
+ *             raise self.unusable()             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->unusable(__pyx_v_self); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 301, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 233, __pyx_L1_error)
+    __PYX_ERR(0, 301, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":232
- *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
- *             raise ClosedError("the channels are closed")
- *         if self.mapping.closed:             # <<<<<<<<<<<<<<
- *             raise ClosedError("the region is closed")
+    /* "ivshmem/channel/membership.pyx":300
+ *     cdef int use_memory(self) except -1:
+ *         """Keep the memory and the place of this process until `end_use`, also after a close()."""
+ *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
+ *             raise self.unusable()
  *         return 0
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":234
- *         if self.mapping.closed:
- *             raise ClosedError("the region is closed")
+  /* "ivshmem/channel/membership.pyx":302
+ *         if not ivshmem_enter(&self.state):
+ *             raise self.unusable()
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int end_use(self) except -1:
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/membership.pyx":298
+ *         return self.abandon()
+ * 
+ *     cdef int use_memory(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Keep the memory and the place of this process until `end_use`, also after a close()."""
+ *         if not ivshmem_enter(&self.state):
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_AddTraceback("ivshmem.channel.membership.Membership.use_memory", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/membership.pyx":304
+ *         return 0
+ * 
+ *     cdef int end_use(self) except -1:             # <<<<<<<<<<<<<<
+ *         if ivshmem_leave(&self.state):
+ *             self.release()
+*/
+
+static int __pyx_f_7ivshmem_7channel_10membership_10Membership_end_use(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/channel/membership.pyx":305
+ * 
+ *     cdef int end_use(self) except -1:
+ *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
+ *             self.release()
+ *         return 0
+*/
+  __pyx_t_1 = ivshmem_leave((&__pyx_v_self->state));
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/membership.pyx":306
+ *     cdef int end_use(self) except -1:
+ *         if ivshmem_leave(&self.state):
+ *             self.release()             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 306, __pyx_L1_error)
+
+
+    /* "ivshmem/channel/membership.pyx":305
+ * 
+ *     cdef int end_use(self) except -1:
+ *         if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
+ *             self.release()
+ *         return 0
+*/
+  }
+
+  /* "ivshmem/channel/membership.pyx":307
+ *         if ivshmem_leave(&self.state):
+ *             self.release()
  *         return 0             # <<<<<<<<<<<<<<
  * 
  *     # -- rings ------------------------------------------------------------------------------------
@@ -6923,28 +7550,24 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_check(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":227
- *         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0
+  /* "ivshmem/channel/membership.pyx":304
+ *         return 0
  * 
- *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
- *         if self.generation != generation:
- *             raise RuntimeError("a forked child may only close what it has of channels")
+ *     cdef int end_use(self) except -1:             # <<<<<<<<<<<<<<
+ *         if ivshmem_leave(&self.state):
+ *             self.release()
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_AddTraceback("ivshmem.channel.membership.Membership.check", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.channel.membership.Membership.end_use", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
-  __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":238
+/* "ivshmem/channel/membership.pyx":311
  *     # -- rings ------------------------------------------------------------------------------------
  * 
  *     cdef int flush(self) except -1:             # <<<<<<<<<<<<<<
@@ -6961,7 +7584,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/membership.pyx":241
+  /* "ivshmem/channel/membership.pyx":314
  *         """Ring those that the last call of the header named."""
  *         cdef uint32_t target
  *         while self.rings.count:             # <<<<<<<<<<<<<<
@@ -6974,7 +7597,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
 
     if (!__pyx_t_1) break;
 
-    /* "ivshmem/channel/membership.pyx":242
+    /* "ivshmem/channel/membership.pyx":315
  *         cdef uint32_t target
  *         while self.rings.count:
  *             self.rings.count -= 1             # <<<<<<<<<<<<<<
@@ -6983,7 +7606,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
 */
     __pyx_v_self->rings.count = (__pyx_v_self->rings.count - 1);
 
-    /* "ivshmem/channel/membership.pyx":243
+    /* "ivshmem/channel/membership.pyx":316
  *         while self.rings.count:
  *             self.rings.count -= 1
  *             target = self.rings.targets[self.rings.count]             # <<<<<<<<<<<<<<
@@ -6992,7 +7615,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
 */
     __pyx_v_target = (__pyx_v_self->rings.targets[__pyx_v_self->rings.count]);
 
-    /* "ivshmem/channel/membership.pyx":244
+    /* "ivshmem/channel/membership.pyx":317
  *             self.rings.count -= 1
  *             target = self.rings.targets[self.rings.count]
  *             if self.doorbells is not None:             # <<<<<<<<<<<<<<
@@ -7003,17 +7626,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":245
+      /* "ivshmem/channel/membership.pyx":318
  *             target = self.rings.targets[self.rings.count]
  *             if self.doorbells is not None:
  *                 self.ring(target)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->ring(__pyx_v_self, __pyx_v_target); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 245, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->ring(__pyx_v_self, __pyx_v_target); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 318, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/membership.pyx":244
+      /* "ivshmem/channel/membership.pyx":317
  *             self.rings.count -= 1
  *             target = self.rings.targets[self.rings.count]
  *             if self.doorbells is not None:             # <<<<<<<<<<<<<<
@@ -7023,7 +7646,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
     }
   }
 
-  /* "ivshmem/channel/membership.pyx":246
+  /* "ivshmem/channel/membership.pyx":319
  *             if self.doorbells is not None:
  *                 self.ring(target)
  *         return 0             # <<<<<<<<<<<<<<
@@ -7036,7 +7659,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":238
+  /* "ivshmem/channel/membership.pyx":311
  *     # -- rings ------------------------------------------------------------------------------------
  * 
  *     cdef int flush(self) except -1:             # <<<<<<<<<<<<<<
@@ -7054,7 +7677,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_flush(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":248
+/* "ivshmem/channel/membership.pyx":321
  *         return 0
  * 
  *     cdef int ring(self, uint32_t target) except -1:             # <<<<<<<<<<<<<<
@@ -7085,7 +7708,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("ring", 0);
 
-  /* "ivshmem/channel/membership.pyx":249
+  /* "ivshmem/channel/membership.pyx":322
  * 
  *     cdef int ring(self, uint32_t target) except -1:
  *         cdef Doorbell bell = self.bells.get(target)             # <<<<<<<<<<<<<<
@@ -7094,18 +7717,18 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
   if (unlikely(__pyx_v_self->bells == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "get");
-    __PYX_ERR(0, 249, __pyx_L1_error)
+    __PYX_ERR(0, 322, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 249, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 322, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_t_1, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 249, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_GetItemDefault(__pyx_v_self->bells, __pyx_t_1, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 322, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 249, __pyx_L1_error)
+  if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 322, __pyx_L1_error)
   __pyx_v_bell = ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":251
+  /* "ivshmem/channel/membership.pyx":324
  *         cdef Doorbell bell = self.bells.get(target)
  *         cdef int code
  *         for _ in range(2):             # <<<<<<<<<<<<<<
@@ -7115,7 +7738,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
   for (__pyx_t_3 = 0; __pyx_t_3 < 2; __pyx_t_3+=1) {
     __pyx_v__ = __pyx_t_3;
 
-    /* "ivshmem/channel/membership.pyx":252
+    /* "ivshmem/channel/membership.pyx":325
  *         cdef int code
  *         for _ in range(2):
  *             if bell is None:             # <<<<<<<<<<<<<<
@@ -7126,7 +7749,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/membership.pyx":253
+      /* "ivshmem/channel/membership.pyx":326
  *         for _ in range(2):
  *             if bell is None:
  *                 try:             # <<<<<<<<<<<<<<
@@ -7142,7 +7765,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         __Pyx_XGOTREF(__pyx_t_7);
         /*try:*/ {
 
-          /* "ivshmem/channel/membership.pyx":254
+          /* "ivshmem/channel/membership.pyx":327
  *             if bell is None:
  *                 try:
  *                     bell = self.doorbells._doorbell_nowait(target >> 16, target & 0xffff)             # <<<<<<<<<<<<<<
@@ -7151,9 +7774,9 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
           __pyx_t_1 = ((PyObject *)__pyx_v_self->doorbells);
           __Pyx_INCREF(__pyx_t_1);
-          __pyx_t_8 = __Pyx_PyLong_From_long((__pyx_v_target >> 16)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 254, __pyx_L6_error)
+          __pyx_t_8 = __Pyx_PyLong_From_long((__pyx_v_target >> 16)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 327, __pyx_L6_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = __Pyx_PyLong_From_long((__pyx_v_target & 0xffff)); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 254, __pyx_L6_error)
+          __pyx_t_9 = __Pyx_PyLong_From_long((__pyx_v_target & 0xffff)); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 327, __pyx_L6_error)
           __Pyx_GOTREF(__pyx_t_9);
           __pyx_t_10 = 0;
           {
@@ -7162,14 +7785,14 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
             __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 254, __pyx_L6_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 327, __pyx_L6_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
-          if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 254, __pyx_L6_error)
+          if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4bell_Doorbell))))) __PYX_ERR(0, 327, __pyx_L6_error)
           __Pyx_DECREF_SET(__pyx_v_bell, ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)__pyx_t_2));
           __pyx_t_2 = 0;
 
-          /* "ivshmem/channel/membership.pyx":253
+          /* "ivshmem/channel/membership.pyx":326
  *         for _ in range(2):
  *             if bell is None:
  *                 try:             # <<<<<<<<<<<<<<
@@ -7187,7 +7810,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
         __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-        /* "ivshmem/channel/membership.pyx":255
+        /* "ivshmem/channel/membership.pyx":328
  *                 try:
  *                     bell = self.doorbells._doorbell_nowait(target >> 16, target & 0xffff)
  *                 except NoInterrupts:             # <<<<<<<<<<<<<<
@@ -7195,7 +7818,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
  *                     return 0
 */
         __Pyx_ErrFetch(&__pyx_t_2, &__pyx_t_9, &__pyx_t_8);
-        __Pyx_GetModuleGlobalName(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_NoInterrupts); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 255, __pyx_L8_except_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_NoInterrupts); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 328, __pyx_L8_except_error)
         __Pyx_GOTREF(__pyx_t_1);
         __pyx_t_11 = __Pyx_PyErr_GivenExceptionMatches(__pyx_t_2, __pyx_t_1);
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -7204,7 +7827,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         if (__pyx_t_11) {
           __Pyx_ErrRestore(0,0,0);
 
-          /* "ivshmem/channel/membership.pyx":256
+          /* "ivshmem/channel/membership.pyx":329
  *                     bell = self.doorbells._doorbell_nowait(target >> 16, target & 0xffff)
  *                 except NoInterrupts:
  *                     self.doorbells = None  # a plain device rings nobody             # <<<<<<<<<<<<<<
@@ -7216,7 +7839,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
           __Pyx_GOTREF((PyObject *)__pyx_v_self->doorbells);
           __Pyx_DECREF_SET(__pyx_v_self->doorbells, ((struct __pyx_obj_7ivshmem_5_core_Doorbells *)Py_None));
 
-          /* "ivshmem/channel/membership.pyx":257
+          /* "ivshmem/channel/membership.pyx":330
  *                 except NoInterrupts:
  *                     self.doorbells = None  # a plain device rings nobody
  *                     return 0             # <<<<<<<<<<<<<<
@@ -7230,7 +7853,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
           goto __pyx_L9_except_return;
         }
 
-        /* "ivshmem/channel/membership.pyx":258
+        /* "ivshmem/channel/membership.pyx":331
  *                     self.doorbells = None  # a plain device rings nobody
  *                     return 0
  *                 except IvshmemError:             # <<<<<<<<<<<<<<
@@ -7238,7 +7861,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
  *                 self.bells[target] = bell
 */
         __Pyx_ErrFetch(&__pyx_t_8, &__pyx_t_9, &__pyx_t_2);
-        __Pyx_GetModuleGlobalName(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 258, __pyx_L8_except_error)
+        __Pyx_GetModuleGlobalName(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 331, __pyx_L8_except_error)
         __Pyx_GOTREF(__pyx_t_1);
         __pyx_t_11 = __Pyx_PyErr_GivenExceptionMatches(__pyx_t_8, __pyx_t_1);
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -7247,7 +7870,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         if (__pyx_t_11) {
           __Pyx_ErrRestore(0,0,0);
 
-          /* "ivshmem/channel/membership.pyx":259
+          /* "ivshmem/channel/membership.pyx":332
  *                     return 0
  *                 except IvshmemError:
  *                     return 0  # the peer has left: it looks at its next beat             # <<<<<<<<<<<<<<
@@ -7262,7 +7885,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         }
         goto __pyx_L8_except_error;
 
-        /* "ivshmem/channel/membership.pyx":253
+        /* "ivshmem/channel/membership.pyx":326
  *         for _ in range(2):
  *             if bell is None:
  *                 try:             # <<<<<<<<<<<<<<
@@ -7284,7 +7907,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         __pyx_L13_try_end:;
       }
 
-      /* "ivshmem/channel/membership.pyx":260
+      /* "ivshmem/channel/membership.pyx":333
  *                 except IvshmemError:
  *                     return 0  # the peer has left: it looks at its next beat
  *                 self.bells[target] = bell             # <<<<<<<<<<<<<<
@@ -7293,14 +7916,14 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
       if (unlikely(__pyx_v_self->bells == Py_None)) {
         PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-        __PYX_ERR(0, 260, __pyx_L1_error)
+        __PYX_ERR(0, 333, __pyx_L1_error)
       }
-      __pyx_t_2 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 260, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 333, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
-      if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_t_2, ((PyObject *)__pyx_v_bell)) < 0))) __PYX_ERR(0, 260, __pyx_L1_error)
+      if (unlikely((PyDict_SetItem(__pyx_v_self->bells, __pyx_t_2, ((PyObject *)__pyx_v_bell)) < 0))) __PYX_ERR(0, 333, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-      /* "ivshmem/channel/membership.pyx":252
+      /* "ivshmem/channel/membership.pyx":325
  *         cdef int code
  *         for _ in range(2):
  *             if bell is None:             # <<<<<<<<<<<<<<
@@ -7309,7 +7932,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":261
+    /* "ivshmem/channel/membership.pyx":334
  *                     return 0  # the peer has left: it looks at its next beat
  *                 self.bells[target] = bell
  *             try:             # <<<<<<<<<<<<<<
@@ -7325,7 +7948,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       __Pyx_XGOTREF(__pyx_t_5);
       /*try:*/ {
 
-        /* "ivshmem/channel/membership.pyx":262
+        /* "ivshmem/channel/membership.pyx":335
  *                 self.bells[target] = bell
  *             try:
  *                 code = bell.ring_gently() if bell.nowait else ring_bell(&bell.bell, 1)             # <<<<<<<<<<<<<<
@@ -7333,7 +7956,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
  *                 return 0
 */
         if (__pyx_v_bell->nowait) {
-          __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell *)__pyx_v_bell->__pyx_vtab)->ring_gently(__pyx_v_bell); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 262, __pyx_L18_error)
+          __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_6native_4bell_Doorbell *)__pyx_v_bell->__pyx_vtab)->ring_gently(__pyx_v_bell); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 335, __pyx_L18_error)
           __pyx_t_11 = __pyx_t_12;
         } else {
 
@@ -7341,7 +7964,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
         }
         __pyx_v_code = __pyx_t_11;
 
-        /* "ivshmem/channel/membership.pyx":261
+        /* "ivshmem/channel/membership.pyx":334
  *                     return 0  # the peer has left: it looks at its next beat
  *                 self.bells[target] = bell
  *             try:             # <<<<<<<<<<<<<<
@@ -7359,7 +7982,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/channel/membership.pyx":263
+      /* "ivshmem/channel/membership.pyx":336
  *             try:
  *                 code = bell.ring_gently() if bell.nowait else ring_bell(&bell.bell, 1)
  *             except OSError:             # <<<<<<<<<<<<<<
@@ -7370,7 +7993,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       if (__pyx_t_11) {
         __Pyx_ErrRestore(0,0,0);
 
-        /* "ivshmem/channel/membership.pyx":264
+        /* "ivshmem/channel/membership.pyx":337
  *                 code = bell.ring_gently() if bell.nowait else ring_bell(&bell.bell, 1)
  *             except OSError:
  *                 return 0             # <<<<<<<<<<<<<<
@@ -7385,7 +8008,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       }
       goto __pyx_L20_except_error;
 
-      /* "ivshmem/channel/membership.pyx":261
+      /* "ivshmem/channel/membership.pyx":334
  *                     return 0  # the peer has left: it looks at its next beat
  *                 self.bells[target] = bell
  *             try:             # <<<<<<<<<<<<<<
@@ -7407,23 +8030,23 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       __pyx_L25_try_end:;
     }
 
-    /* "ivshmem/channel/membership.pyx":265
+    /* "ivshmem/channel/membership.pyx":338
  *             except OSError:
  *                 return 0
  *             if code != ESHUTDOWN:             # <<<<<<<<<<<<<<
  *                 return 0
- *             del self.bells[target]
+ *             self.bells.pop(target, None)  # perhaps another thread did that
 */
     __pyx_t_4 = (__pyx_v_code != ESHUTDOWN);
 
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/membership.pyx":266
+      /* "ivshmem/channel/membership.pyx":339
  *                 return 0
  *             if code != ESHUTDOWN:
  *                 return 0             # <<<<<<<<<<<<<<
- *             del self.bells[target]
+ *             self.bells.pop(target, None)  # perhaps another thread did that
  *             bell = None
 */
       {
@@ -7432,34 +8055,35 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/membership.pyx":265
+      /* "ivshmem/channel/membership.pyx":338
  *             except OSError:
  *                 return 0
  *             if code != ESHUTDOWN:             # <<<<<<<<<<<<<<
  *                 return 0
- *             del self.bells[target]
+ *             self.bells.pop(target, None)  # perhaps another thread did that
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":267
+    /* "ivshmem/channel/membership.pyx":340
  *             if code != ESHUTDOWN:
  *                 return 0
- *             del self.bells[target]             # <<<<<<<<<<<<<<
+ *             self.bells.pop(target, None)  # perhaps another thread did that             # <<<<<<<<<<<<<<
  *             bell = None
  *         return 0
 */
     if (unlikely(__pyx_v_self->bells == Py_None)) {
-      PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-      __PYX_ERR(0, 267, __pyx_L1_error)
+      PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "pop");
+      __PYX_ERR(0, 340, __pyx_L1_error)
     }
-    __pyx_t_2 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 267, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_uint32_t(__pyx_v_target); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 340, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    if (unlikely((PyDict_DelItem(__pyx_v_self->bells, __pyx_t_2) < 0))) __PYX_ERR(0, 267, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyDict_Pop_ignore(__pyx_v_self->bells, __pyx_t_2, Py_None); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 340, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/membership.pyx":268
+
+    /* "ivshmem/channel/membership.pyx":341
  *                 return 0
- *             del self.bells[target]
+ *             self.bells.pop(target, None)  # perhaps another thread did that
  *             bell = None             # <<<<<<<<<<<<<<
  *         return 0
  * 
@@ -7468,8 +8092,8 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
     __Pyx_DECREF_SET(__pyx_v_bell, ((struct __pyx_obj_7ivshmem_6native_4bell_Doorbell *)Py_None));
   }
 
-  /* "ivshmem/channel/membership.pyx":269
- *             del self.bells[target]
+  /* "ivshmem/channel/membership.pyx":342
+ *             self.bells.pop(target, None)  # perhaps another thread did that
  *             bell = None
  *         return 0             # <<<<<<<<<<<<<<
  * 
@@ -7481,7 +8105,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":248
+  /* "ivshmem/channel/membership.pyx":321
  *         return 0
  * 
  *     cdef int ring(self, uint32_t target) except -1:             # <<<<<<<<<<<<<<
@@ -7506,7 +8130,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_ring(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":271
+/* "ivshmem/channel/membership.pyx":344
  *         return 0
  * 
  *     cdef Wakeup wakeup_of_thread(self):             # <<<<<<<<<<<<<<
@@ -7527,7 +8151,7 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_f_7ivshmem_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wakeup_of_thread", 0);
 
-  /* "ivshmem/channel/membership.pyx":273
+  /* "ivshmem/channel/membership.pyx":346
  *     cdef Wakeup wakeup_of_thread(self):
  *         """Return what this thread sleeps on, at any end."""
  *         wakeup = getattr(self.threads, "wakeup", None)             # <<<<<<<<<<<<<<
@@ -7536,13 +8160,13 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_f_7ivshmem_
 */
   __pyx_t_1 = __pyx_v_self->threads;
   __Pyx_INCREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_GetAttr3(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_wakeup, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 273, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_GetAttr3(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_wakeup, Py_None); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 346, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __pyx_v_wakeup = __pyx_t_2;
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":274
+  /* "ivshmem/channel/membership.pyx":347
  *         """Return what this thread sleeps on, at any end."""
  *         wakeup = getattr(self.threads, "wakeup", None)
  *         if wakeup is None:             # <<<<<<<<<<<<<<
@@ -7553,7 +8177,7 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_f_7ivshmem_
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/membership.pyx":275
+    /* "ivshmem/channel/membership.pyx":348
  *         wakeup = getattr(self.threads, "wakeup", None)
  *         if wakeup is None:
  *             wakeup = self.threads.wakeup = Wakeup(self)             # <<<<<<<<<<<<<<
@@ -7566,15 +8190,15 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_f_7ivshmem_
       PyObject *__pyx_callargs[2] = {__pyx_t_1, ((PyObject *)__pyx_v_self)};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 275, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 348, __pyx_L1_error)
       __Pyx_GOTREF((PyObject *)__pyx_t_2);
     }
     __Pyx_INCREF(__pyx_t_2);
     __Pyx_DECREF_SET(__pyx_v_wakeup, __pyx_t_2);
-    if (__Pyx_PyObject_SetAttrStr(__pyx_v_self->threads, __pyx_mstate_global->__pyx_n_u_wakeup, __pyx_t_2) < (0)) __PYX_ERR(0, 275, __pyx_L1_error)
+    if (__Pyx_PyObject_SetAttrStr(__pyx_v_self->threads, __pyx_mstate_global->__pyx_n_u_wakeup, __pyx_t_2) < (0)) __PYX_ERR(0, 348, __pyx_L1_error)
     __Pyx_DECREF((PyObject *)__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/membership.pyx":274
+    /* "ivshmem/channel/membership.pyx":347
  *         """Return what this thread sleeps on, at any end."""
  *         wakeup = getattr(self.threads, "wakeup", None)
  *         if wakeup is None:             # <<<<<<<<<<<<<<
@@ -7583,14 +8207,14 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_f_7ivshmem_
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":276
+  /* "ivshmem/channel/membership.pyx":349
  *         if wakeup is None:
  *             wakeup = self.threads.wakeup = Wakeup(self)
  *         return wakeup             # <<<<<<<<<<<<<<
  * 
  *     cdef int kick_all(self) except -1:
 */
-  if (!(likely(((__pyx_v_wakeup) == Py_None) || likely(__Pyx_TypeTest(__pyx_v_wakeup, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup))))) __PYX_ERR(0, 276, __pyx_L1_error)
+  if (!(likely(((__pyx_v_wakeup) == Py_None) || likely(__Pyx_TypeTest(__pyx_v_wakeup, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup))))) __PYX_ERR(0, 349, __pyx_L1_error)
   {
     struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_temp;
     {
@@ -7602,7 +8226,7 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_f_7ivshmem_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":271
+  /* "ivshmem/channel/membership.pyx":344
  *         return 0
  * 
  *     cdef Wakeup wakeup_of_thread(self):             # <<<<<<<<<<<<<<
@@ -7623,47 +8247,199 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *__pyx_f_7ivshmem_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":278
+/* "ivshmem/channel/membership.pyx":351
  *         return wakeup
  * 
  *     cdef int kick_all(self) except -1:             # <<<<<<<<<<<<<<
  *         """Wake what sleeps in this process: it looks again."""
- *         self.kick.signal(0)
+ *         cdef FdArray kick = self.kick
 */
 
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
+  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_kick = 0;
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  size_t __pyx_t_3;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  size_t __pyx_t_4;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("kick_all", 0);
 
-  /* "ivshmem/channel/membership.pyx":280
+  /* "ivshmem/channel/membership.pyx":353
  *     cdef int kick_all(self) except -1:
  *         """Wake what sleeps in this process: it looks again."""
- *         self.kick.signal(0)             # <<<<<<<<<<<<<<
+ *         cdef FdArray kick = self.kick             # <<<<<<<<<<<<<<
+ *         if kick is not None:
+ *             kick.signal(0)
+*/
+  __pyx_t_1 = ((PyObject *)__pyx_v_self->kick);
+  __Pyx_INCREF(__pyx_t_1);
+  __pyx_v_kick = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/channel/membership.pyx":354
+ *         """Wake what sleeps in this process: it looks again."""
+ *         cdef FdArray kick = self.kick
+ *         if kick is not None:             # <<<<<<<<<<<<<<
+ *             kick.signal(0)
+ *         return 0
+*/
+  __pyx_t_2 = (((PyObject *)__pyx_v_kick) != Py_None);
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/channel/membership.pyx":355
+ *         cdef FdArray kick = self.kick
+ *         if kick is not None:
+ *             kick.signal(0)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-  __pyx_t_2 = ((PyObject *)__pyx_v_self->kick);
-  __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = 0;
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_int_0};
-    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 280, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+    __pyx_t_3 = ((PyObject *)__pyx_v_kick);
+    __Pyx_INCREF(__pyx_t_3);
+    __pyx_t_4 = 0;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_0};
+      __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 355, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_1);
+    }
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":281
+    /* "ivshmem/channel/membership.pyx":354
  *         """Wake what sleeps in this process: it looks again."""
- *         self.kick.signal(0)
+ *         cdef FdArray kick = self.kick
+ *         if kick is not None:             # <<<<<<<<<<<<<<
+ *             kick.signal(0)
+ *         return 0
+*/
+  }
+
+  /* "ivshmem/channel/membership.pyx":356
+ *         if kick is not None:
+ *             kick.signal(0)
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int hurry(self) except -1:
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/membership.pyx":351
+ *         return wakeup
+ * 
+ *     cdef int kick_all(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Wake what sleeps in this process: it looks again."""
+ *         cdef FdArray kick = self.kick
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_AddTraceback("ivshmem.channel.membership.Membership.kick_all", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+  __Pyx_XDECREF((PyObject *)__pyx_v_kick);
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/membership.pyx":358
+ *         return 0
+ * 
+ *     cdef int hurry(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Let the thread of the beat look now, and from now on often, if nothing rings."""
+ *         cdef FdArray ending = self.ending
+*/
+
+static int __pyx_f_7ivshmem_7channel_10membership_10Membership_hurry(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
+  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *__pyx_v_ending = 0;
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  PyObject *__pyx_t_4 = NULL;
+  size_t __pyx_t_5;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("hurry", 0);
+
+  /* "ivshmem/channel/membership.pyx":360
+ *     cdef int hurry(self) except -1:
+ *         """Let the thread of the beat look now, and from now on often, if nothing rings."""
+ *         cdef FdArray ending = self.ending             # <<<<<<<<<<<<<<
+ *         if self.polls and self.watchers == 1:
+ *             ending.signal(0)
+*/
+  __pyx_t_1 = ((PyObject *)__pyx_v_self->ending);
+  __Pyx_INCREF(__pyx_t_1);
+  __pyx_v_ending = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/channel/membership.pyx":361
+ *         """Let the thread of the beat look now, and from now on often, if nothing rings."""
+ *         cdef FdArray ending = self.ending
+ *         if self.polls and self.watchers == 1:             # <<<<<<<<<<<<<<
+ *             ending.signal(0)
+ *         return 0
+*/
+  if (__pyx_v_self->polls) {
+  } else {
+
+    __pyx_t_2 = __pyx_v_self->polls;
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_3 = (__pyx_v_self->watchers == 1);
+
+
+  __pyx_t_2 = __pyx_t_3;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_2) {
+
+
+    /* "ivshmem/channel/membership.pyx":362
+ *         cdef FdArray ending = self.ending
+ *         if self.polls and self.watchers == 1:
+ *             ending.signal(0)             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+    __pyx_t_4 = ((PyObject *)__pyx_v_ending);
+    __Pyx_INCREF(__pyx_t_4);
+    __pyx_t_5 = 0;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_int_0};
+      __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 362, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_1);
+    }
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+
+    /* "ivshmem/channel/membership.pyx":361
+ *         """Let the thread of the beat look now, and from now on often, if nothing rings."""
+ *         cdef FdArray ending = self.ending
+ *         if self.polls and self.watchers == 1:             # <<<<<<<<<<<<<<
+ *             ending.signal(0)
+ *         return 0
+*/
+  }
+
+  /* "ivshmem/channel/membership.pyx":363
+ *         if self.polls and self.watchers == 1:
+ *             ending.signal(0)
  *         return 0             # <<<<<<<<<<<<<<
  * 
  *     # -- the beat ---------------------------------------------------------------------------------
@@ -7674,27 +8450,28 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":278
- *         return wakeup
+  /* "ivshmem/channel/membership.pyx":358
+ *         return 0
  * 
- *     cdef int kick_all(self) except -1:             # <<<<<<<<<<<<<<
- *         """Wake what sleeps in this process: it looks again."""
- *         self.kick.signal(0)
+ *     cdef int hurry(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Let the thread of the beat look now, and from now on often, if nothing rings."""
+ *         cdef FdArray ending = self.ending
 */
 
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_AddTraceback("ivshmem.channel.membership.Membership.kick_all", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.channel.membership.Membership.hurry", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
+  __Pyx_XDECREF((PyObject *)__pyx_v_ending);
 
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":285
+/* "ivshmem/channel/membership.pyx":367
  *     # -- the beat ---------------------------------------------------------------------------------
  * 
  *     def run(self):             # <<<<<<<<<<<<<<
@@ -7750,6 +8527,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
   struct timespec __pyx_v_left;
   int64_t __pyx_v_next_beat;
   int64_t __pyx_v_limit;
+  uint64_t __pyx_v_count;
   int __pyx_v_code;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -7774,17 +8552,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("run", 0);
 
-  /* "ivshmem/channel/membership.pyx":289
+  /* "ivshmem/channel/membership.pyx":371
  *         cdef pollfd one
  *         cdef timespec left
  *         cdef int64_t next_beat = now()             # <<<<<<<<<<<<<<
  *         cdef int64_t limit
- *         cdef int code
+ *         cdef uint64_t count
 */
   __pyx_v_next_beat = __pyx_f_7ivshmem_6native_11descriptors_now();
 
-  /* "ivshmem/channel/membership.pyx":292
- *         cdef int64_t limit
+  /* "ivshmem/channel/membership.pyx":375
+ *         cdef uint64_t count
  *         cdef int code
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
  *             return
@@ -7795,7 +8573,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":293
+    /* "ivshmem/channel/membership.pyx":376
  *         cdef int code
  *         if not ivshmem_enter(&self.state):
  *             return             # <<<<<<<<<<<<<<
@@ -7812,8 +8590,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":292
- *         cdef int64_t limit
+    /* "ivshmem/channel/membership.pyx":375
+ *         cdef uint64_t count
  *         cdef int code
  *         if not ivshmem_enter(&self.state):             # <<<<<<<<<<<<<<
  *             return
@@ -7821,7 +8599,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":294
+  /* "ivshmem/channel/membership.pyx":377
  *         if not ivshmem_enter(&self.state):
  *             return
  *         one.fd = place_of(self.ending, 0)[0]             # <<<<<<<<<<<<<<
@@ -7833,7 +8611,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
   __pyx_v_one.fd = (__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_2), 0)[0]);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":295
+  /* "ivshmem/channel/membership.pyx":378
  *             return
  *         one.fd = place_of(self.ending, 0)[0]
  *         one.events = _POLLIN             # <<<<<<<<<<<<<<
@@ -7842,7 +8620,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
   __pyx_v_one.events = POLLIN;
 
-  /* "ivshmem/channel/membership.pyx":296
+  /* "ivshmem/channel/membership.pyx":379
  *         one.fd = place_of(self.ending, 0)[0]
  *         one.events = _POLLIN
  *         try:             # <<<<<<<<<<<<<<
@@ -7851,7 +8629,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
   /*try:*/ {
 
-    /* "ivshmem/channel/membership.pyx":297
+    /* "ivshmem/channel/membership.pyx":380
  *         one.events = _POLLIN
  *         try:
  *             while not self.closed:             # <<<<<<<<<<<<<<
@@ -7859,9 +8637,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
  *                 with nogil:
 */
     while (1) {
-      __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 297, __pyx_L5_error)
+      __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 380, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 297, __pyx_L5_error)
+      __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 380, __pyx_L5_error)
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __pyx_t_3 = (!__pyx_t_1);
 
@@ -7869,7 +8647,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 
       if (!__pyx_t_3) break;
 
-      /* "ivshmem/channel/membership.pyx":298
+      /* "ivshmem/channel/membership.pyx":381
  *         try:
  *             while not self.closed:
  *                 code = 0             # <<<<<<<<<<<<<<
@@ -7878,7 +8656,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
       __pyx_v_code = 0;
 
-      /* "ivshmem/channel/membership.pyx":299
+      /* "ivshmem/channel/membership.pyx":382
  *             while not self.closed:
  *                 code = 0
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -7891,7 +8669,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/channel/membership.pyx":300
+            /* "ivshmem/channel/membership.pyx":383
  *                 code = 0
  *                 with nogil:
  *                     limit = next_beat             # <<<<<<<<<<<<<<
@@ -7900,12 +8678,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
             __pyx_v_limit = __pyx_v_next_beat;
 
-            /* "ivshmem/channel/membership.pyx":301
+            /* "ivshmem/channel/membership.pyx":384
  *                 with nogil:
  *                     limit = next_beat
  *                     if self.watchers and self.polls:             # <<<<<<<<<<<<<<
  *                         limit = min(limit, now() + LAST_PAUSE)
- *                     ppoll(&one, 1, time_left(limit, &left), NULL)
+ *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:
 */
             __pyx_t_1 = (__pyx_v_self->watchers != 0);
 
@@ -7923,12 +8701,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/membership.pyx":302
+              /* "ivshmem/channel/membership.pyx":385
  *                     limit = next_beat
  *                     if self.watchers and self.polls:
  *                         limit = min(limit, now() + LAST_PAUSE)             # <<<<<<<<<<<<<<
- *                     ppoll(&one, 1, time_left(limit, &left), NULL)
- *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
+ *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:
+ *                         eventfd_read(one.fd, &count)
 */
 
               __pyx_t_4 = (__pyx_f_7ivshmem_6native_11descriptors_now() + __pyx_v_7ivshmem_7channel_10membership_LAST_PAUSE);
@@ -7947,27 +8725,48 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
               __pyx_v_limit = __pyx_t_6;
 
 
-              /* "ivshmem/channel/membership.pyx":301
+              /* "ivshmem/channel/membership.pyx":384
  *                 with nogil:
  *                     limit = next_beat
  *                     if self.watchers and self.polls:             # <<<<<<<<<<<<<<
  *                         limit = min(limit, now() + LAST_PAUSE)
- *                     ppoll(&one, 1, time_left(limit, &left), NULL)
+ *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:
 */
             }
 
-            /* "ivshmem/channel/membership.pyx":303
+            /* "ivshmem/channel/membership.pyx":386
  *                     if self.watchers and self.polls:
  *                         limit = min(limit, now() + LAST_PAUSE)
- *                     ppoll(&one, 1, time_left(limit, &left), NULL)             # <<<<<<<<<<<<<<
+ *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:             # <<<<<<<<<<<<<<
+ *                         eventfd_read(one.fd, &count)
+ *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
+*/
+            __pyx_t_3 = (ppoll((&__pyx_v_one), 1, __pyx_f_7ivshmem_6native_11descriptors_time_left(__pyx_v_limit, (&__pyx_v_left)), NULL) > 0);
+
+            if (__pyx_t_3) {
+
+
+              /* "ivshmem/channel/membership.pyx":387
+ *                         limit = min(limit, now() + LAST_PAUSE)
+ *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:
+ *                         eventfd_read(one.fd, &count)             # <<<<<<<<<<<<<<
  *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                         next_beat = now() + self.beat
 */
-            (void)(ppoll((&__pyx_v_one), 1, __pyx_f_7ivshmem_6native_11descriptors_time_left(__pyx_v_limit, (&__pyx_v_left)), NULL));
+              (void)(eventfd_read(__pyx_v_one.fd, (&__pyx_v_count)));
 
-            /* "ivshmem/channel/membership.pyx":304
+              /* "ivshmem/channel/membership.pyx":386
+ *                     if self.watchers and self.polls:
  *                         limit = min(limit, now() + LAST_PAUSE)
- *                     ppoll(&one, 1, time_left(limit, &left), NULL)
+ *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:             # <<<<<<<<<<<<<<
+ *                         eventfd_read(one.fd, &count)
+ *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
+*/
+            }
+
+            /* "ivshmem/channel/membership.pyx":388
+ *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:
+ *                         eventfd_read(one.fd, &count)
  *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
  *                         next_beat = now() + self.beat
  *                         if not self.mapping.fixed:
@@ -7980,19 +8779,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 
               __pyx_t_3 = __pyx_t_1;
 
-              goto __pyx_L18_bool_binop_done;
+              goto __pyx_L19_bool_binop_done;
             }
             __pyx_t_1 = (!((ivshmem_state((&__pyx_v_self->state)) & IVSHMEM_CLOSING) != 0));
 
 
             __pyx_t_3 = __pyx_t_1;
 
-            __pyx_L18_bool_binop_done:;
+            __pyx_L19_bool_binop_done:;
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/membership.pyx":305
- *                     ppoll(&one, 1, time_left(limit, &left), NULL)
+              /* "ivshmem/channel/membership.pyx":389
+ *                         eventfd_read(one.fd, &count)
  *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                         next_beat = now() + self.beat             # <<<<<<<<<<<<<<
  *                         if not self.mapping.fixed:
@@ -8000,7 +8799,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
               __pyx_v_next_beat = (__pyx_f_7ivshmem_6native_11descriptors_now() + __pyx_v_self->beat);
 
-              /* "ivshmem/channel/membership.pyx":306
+              /* "ivshmem/channel/membership.pyx":390
  *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                         next_beat = now() + self.beat
  *                         if not self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -8012,7 +8811,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/membership.pyx":307
+                /* "ivshmem/channel/membership.pyx":391
  *                         next_beat = now() + self.beat
  *                         if not self.mapping.fixed:
  *                             code = ivshmem_beat(&self.member)             # <<<<<<<<<<<<<<
@@ -8021,7 +8820,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
                 __pyx_v_code = ivshmem_beat((&__pyx_v_self->member));
 
-                /* "ivshmem/channel/membership.pyx":306
+                /* "ivshmem/channel/membership.pyx":390
  *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *                         next_beat = now() + self.beat
  *                         if not self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -8030,7 +8829,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
               }
 
-              /* "ivshmem/channel/membership.pyx":308
+              /* "ivshmem/channel/membership.pyx":392
  *                         if not self.mapping.fixed:
  *                             code = ivshmem_beat(&self.member)
  *                         self.look_for_mutes()             # <<<<<<<<<<<<<<
@@ -8039,9 +8838,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 */
               ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->look_for_mutes(__pyx_v_self);
 
-              /* "ivshmem/channel/membership.pyx":304
- *                         limit = min(limit, now() + LAST_PAUSE)
- *                     ppoll(&one, 1, time_left(limit, &left), NULL)
+              /* "ivshmem/channel/membership.pyx":388
+ *                     if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:
+ *                         eventfd_read(one.fd, &count)
  *                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
  *                         next_beat = now() + self.beat
  *                         if not self.mapping.fixed:
@@ -8049,7 +8848,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
             }
           }
 
-          /* "ivshmem/channel/membership.pyx":299
+          /* "ivshmem/channel/membership.pyx":382
  *             while not self.closed:
  *                 code = 0
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -8066,16 +8865,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
           }
       }
 
-      /* "ivshmem/channel/membership.pyx":309
+      /* "ivshmem/channel/membership.pyx":393
  *                             code = ivshmem_beat(&self.member)
  *                         self.look_for_mutes()
  *                 if not self.closed:             # <<<<<<<<<<<<<<
  *                     self.after_beat(code)
  *         finally:
 */
-      __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 309, __pyx_L5_error)
+      __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 393, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_3 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 309, __pyx_L5_error)
+      __pyx_t_3 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 393, __pyx_L5_error)
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __pyx_t_1 = (!__pyx_t_3);
 
@@ -8083,17 +8882,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/membership.pyx":310
+        /* "ivshmem/channel/membership.pyx":394
  *                         self.look_for_mutes()
  *                 if not self.closed:
  *                     self.after_beat(code)             # <<<<<<<<<<<<<<
  *         finally:
  *             if ivshmem_leave(&self.state):
 */
-        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->after_beat(__pyx_v_self, __pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 310, __pyx_L5_error)
+        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->after_beat(__pyx_v_self, __pyx_v_code); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 394, __pyx_L5_error)
 
 
-        /* "ivshmem/channel/membership.pyx":309
+        /* "ivshmem/channel/membership.pyx":393
  *                             code = ivshmem_beat(&self.member)
  *                         self.look_for_mutes()
  *                 if not self.closed:             # <<<<<<<<<<<<<<
@@ -8104,7 +8903,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
     }
   }
 
-  /* "ivshmem/channel/membership.pyx":312
+  /* "ivshmem/channel/membership.pyx":396
  *                     self.after_beat(code)
  *         finally:
  *             if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -8118,17 +8917,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/membership.pyx":313
+        /* "ivshmem/channel/membership.pyx":397
  *         finally:
  *             if ivshmem_leave(&self.state):
  *                 self.release()             # <<<<<<<<<<<<<<
  * 
  *     cdef void look_for_mutes(self) noexcept nogil:
 */
-        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 313, __pyx_L1_error)
+        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 397, __pyx_L1_error)
 
 
-        /* "ivshmem/channel/membership.pyx":312
+        /* "ivshmem/channel/membership.pyx":396
  *                     self.after_beat(code)
  *         finally:
  *             if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -8159,17 +8958,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
         if (__pyx_t_1) {
 
 
-          /* "ivshmem/channel/membership.pyx":313
+          /* "ivshmem/channel/membership.pyx":397
  *         finally:
  *             if ivshmem_leave(&self.state):
  *                 self.release()             # <<<<<<<<<<<<<<
  * 
  *     cdef void look_for_mutes(self) noexcept nogil:
 */
-          __pyx_t_16 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self); if (unlikely(__pyx_t_16 == ((int)-1))) __PYX_ERR(0, 313, __pyx_L24_error)
+          __pyx_t_16 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self); if (unlikely(__pyx_t_16 == ((int)-1))) __PYX_ERR(0, 397, __pyx_L25_error)
 
 
-          /* "ivshmem/channel/membership.pyx":312
+          /* "ivshmem/channel/membership.pyx":396
  *                     self.after_beat(code)
  *         finally:
  *             if ivshmem_leave(&self.state):             # <<<<<<<<<<<<<<
@@ -8189,7 +8988,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
       __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0;
       __pyx_lineno = __pyx_t_7; __pyx_clineno = __pyx_t_8; __pyx_filename = __pyx_t_9;
       goto __pyx_L1_error;
-      __pyx_L24_error:;
+      __pyx_L25_error:;
       __Pyx_XGIVEREF(__pyx_t_13);
       __Pyx_XGIVEREF(__pyx_t_14);
       __Pyx_XGIVEREF(__pyx_t_15);
@@ -8203,7 +9002,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
     __pyx_L6:;
   }
 
-  /* "ivshmem/channel/membership.pyx":285
+  /* "ivshmem/channel/membership.pyx":367
  *     # -- the beat ---------------------------------------------------------------------------------
  * 
  *     def run(self):             # <<<<<<<<<<<<<<
@@ -8224,12 +9023,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_2run(struc
 
 
 
+
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":315
+/* "ivshmem/channel/membership.pyx":399
  *                 self.release()
  * 
  *     cdef void look_for_mutes(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8246,45 +9046,61 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
   uint64_t __pyx_v_machine;
   int __pyx_v_polls;
   unsigned int __pyx_v_i;
-  uint32_t __pyx_t_1;
-  uint32_t __pyx_t_2;
-  unsigned int __pyx_t_3;
-  int __pyx_t_4;
-  int __pyx_t_5;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  uint32_t __pyx_t_3;
+  uint32_t __pyx_t_4;
+  unsigned int __pyx_t_5;
 
-  /* "ivshmem/channel/membership.pyx":317
+  /* "ivshmem/channel/membership.pyx":401
  *     cdef void look_for_mutes(self) noexcept nogil:
  *         """Find out whether some process at work cannot ring this one: then its sleepers poll."""
  *         cdef ivshmem_memory *memory = &self.member.area.memory             # <<<<<<<<<<<<<<
  *         cdef uint64_t at, number, peer, process, machine
- *         cdef bint polls = self.vector < 0
+ *         cdef bint polls = self.vector < 0 or memory.readonly
 */
   __pyx_v_memory = (&__pyx_v_self->member.area.memory);
 
-  /* "ivshmem/channel/membership.pyx":319
+  /* "ivshmem/channel/membership.pyx":403
  *         cdef ivshmem_memory *memory = &self.member.area.memory
  *         cdef uint64_t at, number, peer, process, machine
- *         cdef bint polls = self.vector < 0             # <<<<<<<<<<<<<<
+ *         cdef bint polls = self.vector < 0 or memory.readonly             # <<<<<<<<<<<<<<
  *         cdef unsigned i
  *         for i in range(self.member.area.places):
 */
-  __pyx_v_polls = (__pyx_v_self->vector < 0);
+  __pyx_t_2 = (__pyx_v_self->vector < 0);
 
-  /* "ivshmem/channel/membership.pyx":321
- *         cdef bint polls = self.vector < 0
+  if (!__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L3_bool_binop_done;
+  }
+  __pyx_t_2 = (__pyx_v_memory->readonly != 0);
+
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L3_bool_binop_done:;
+  __pyx_v_polls = __pyx_t_1;
+
+  /* "ivshmem/channel/membership.pyx":405
+ *         cdef bint polls = self.vector < 0 or memory.readonly
  *         cdef unsigned i
  *         for i in range(self.member.area.places):             # <<<<<<<<<<<<<<
  *             if polls:
  *                 break
 */
 
-  __pyx_t_1 = __pyx_v_self->member.area.places;
-  __pyx_t_2 = __pyx_t_1;
+  __pyx_t_3 = __pyx_v_self->member.area.places;
+  __pyx_t_4 = __pyx_t_3;
 
-  for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
-    __pyx_v_i = __pyx_t_3;
+  for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
+    __pyx_v_i = __pyx_t_5;
 
-    /* "ivshmem/channel/membership.pyx":322
+    /* "ivshmem/channel/membership.pyx":406
  *         cdef unsigned i
  *         for i in range(self.member.area.places):
  *             if polls:             # <<<<<<<<<<<<<<
@@ -8293,16 +9109,16 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     if (__pyx_v_polls) {
 
-      /* "ivshmem/channel/membership.pyx":323
+      /* "ivshmem/channel/membership.pyx":407
  *         for i in range(self.member.area.places):
  *             if polls:
  *                 break             # <<<<<<<<<<<<<<
  *             if not memory.readonly and i == self.member.place.index:
  *                 continue
 */
-      goto __pyx_L4_break;
+      goto __pyx_L6_break;
 
-      /* "ivshmem/channel/membership.pyx":322
+      /* "ivshmem/channel/membership.pyx":406
  *         cdef unsigned i
  *         for i in range(self.member.area.places):
  *             if polls:             # <<<<<<<<<<<<<<
@@ -8311,42 +9127,42 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":324
+    /* "ivshmem/channel/membership.pyx":408
  *             if polls:
  *                 break
  *             if not memory.readonly and i == self.member.place.index:             # <<<<<<<<<<<<<<
  *                 continue
  *             at = ivshmem_place_at(&self.member.area, i)
 */
-    __pyx_t_5 = (!(__pyx_v_memory->readonly != 0));
+    __pyx_t_2 = (!(__pyx_v_memory->readonly != 0));
 
-    if (__pyx_t_5) {
+    if (__pyx_t_2) {
 
     } else {
 
-      __pyx_t_4 = __pyx_t_5;
+      __pyx_t_1 = __pyx_t_2;
 
-      goto __pyx_L7_bool_binop_done;
+      goto __pyx_L9_bool_binop_done;
     }
-    __pyx_t_5 = (__pyx_v_i == __pyx_v_self->member.place.index);
+    __pyx_t_2 = (__pyx_v_i == __pyx_v_self->member.place.index);
 
 
-    __pyx_t_4 = __pyx_t_5;
+    __pyx_t_1 = __pyx_t_2;
 
-    __pyx_L7_bool_binop_done:;
-    if (__pyx_t_4) {
+    __pyx_L9_bool_binop_done:;
+    if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":325
+      /* "ivshmem/channel/membership.pyx":409
  *                 break
  *             if not memory.readonly and i == self.member.place.index:
  *                 continue             # <<<<<<<<<<<<<<
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)
 */
-      goto __pyx_L3_continue;
+      goto __pyx_L5_continue;
 
-      /* "ivshmem/channel/membership.pyx":324
+      /* "ivshmem/channel/membership.pyx":408
  *             if polls:
  *                 break
  *             if not memory.readonly and i == self.member.place.index:             # <<<<<<<<<<<<<<
@@ -8355,7 +9171,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":326
+    /* "ivshmem/channel/membership.pyx":410
  *             if not memory.readonly and i == self.member.place.index:
  *                 continue
  *             at = ivshmem_place_at(&self.member.area, i)             # <<<<<<<<<<<<<<
@@ -8364,7 +9180,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     __pyx_v_at = ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_i);
 
-    /* "ivshmem/channel/membership.pyx":327
+    /* "ivshmem/channel/membership.pyx":411
  *                 continue
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)             # <<<<<<<<<<<<<<
@@ -8373,7 +9189,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     __pyx_v_number = ivshmem_load(__pyx_v_memory, __pyx_v_at);
 
-    /* "ivshmem/channel/membership.pyx":328
+    /* "ivshmem/channel/membership.pyx":412
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)             # <<<<<<<<<<<<<<
@@ -8382,28 +9198,28 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     __pyx_v_peer = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PEER));
 
-    /* "ivshmem/channel/membership.pyx":329
+    /* "ivshmem/channel/membership.pyx":413
  *             number = ivshmem_load(memory, at)
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             if ivshmem_flags(number) != IVSHMEM_LIVE:             # <<<<<<<<<<<<<<
  *                 continue
  *             if ivshmem_epoch(peer) != ivshmem_epoch(number):
 */
-    __pyx_t_4 = (ivshmem_flags(__pyx_v_number) != IVSHMEM_LIVE);
+    __pyx_t_1 = (ivshmem_flags(__pyx_v_number) != IVSHMEM_LIVE);
 
-    if (__pyx_t_4) {
+    if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":330
+      /* "ivshmem/channel/membership.pyx":414
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             if ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue             # <<<<<<<<<<<<<<
  *             if ivshmem_epoch(peer) != ivshmem_epoch(number):
  *                 continue
 */
-      goto __pyx_L3_continue;
+      goto __pyx_L5_continue;
 
-      /* "ivshmem/channel/membership.pyx":329
+      /* "ivshmem/channel/membership.pyx":413
  *             number = ivshmem_load(memory, at)
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             if ivshmem_flags(number) != IVSHMEM_LIVE:             # <<<<<<<<<<<<<<
@@ -8412,28 +9228,28 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":331
+    /* "ivshmem/channel/membership.pyx":415
  *             if ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue
  *             if ivshmem_epoch(peer) != ivshmem_epoch(number):             # <<<<<<<<<<<<<<
  *                 continue
  *             if ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
 */
-    __pyx_t_4 = (ivshmem_epoch(__pyx_v_peer) != ivshmem_epoch(__pyx_v_number));
+    __pyx_t_1 = (ivshmem_epoch(__pyx_v_peer) != ivshmem_epoch(__pyx_v_number));
 
-    if (__pyx_t_4) {
+    if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":332
+      /* "ivshmem/channel/membership.pyx":416
  *                 continue
  *             if ivshmem_epoch(peer) != ivshmem_epoch(number):
  *                 continue             # <<<<<<<<<<<<<<
  *             if ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
  *                 polls = True
 */
-      goto __pyx_L3_continue;
+      goto __pyx_L5_continue;
 
-      /* "ivshmem/channel/membership.pyx":331
+      /* "ivshmem/channel/membership.pyx":415
  *             if ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue
  *             if ivshmem_epoch(peer) != ivshmem_epoch(number):             # <<<<<<<<<<<<<<
@@ -8442,19 +9258,19 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":333
+    /* "ivshmem/channel/membership.pyx":417
  *             if ivshmem_epoch(peer) != ivshmem_epoch(number):
  *                 continue
  *             if ivshmem_value(peer) & IVSHMEM_PEER_MUTE:             # <<<<<<<<<<<<<<
  *                 polls = True
  *             elif (ivshmem_value(peer) ^ self.member.peer) & 0xffff == 0:
 */
-    __pyx_t_4 = ((ivshmem_value(__pyx_v_peer) & IVSHMEM_PEER_MUTE) != 0);
+    __pyx_t_1 = ((ivshmem_value(__pyx_v_peer) & IVSHMEM_PEER_MUTE) != 0);
 
-    if (__pyx_t_4) {
+    if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":334
+      /* "ivshmem/channel/membership.pyx":418
  *                 continue
  *             if ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
  *                 polls = True             # <<<<<<<<<<<<<<
@@ -8463,29 +9279,29 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       __pyx_v_polls = 1;
 
-      /* "ivshmem/channel/membership.pyx":333
+      /* "ivshmem/channel/membership.pyx":417
  *             if ivshmem_epoch(peer) != ivshmem_epoch(number):
  *                 continue
  *             if ivshmem_value(peer) & IVSHMEM_PEER_MUTE:             # <<<<<<<<<<<<<<
  *                 polls = True
  *             elif (ivshmem_value(peer) ^ self.member.peer) & 0xffff == 0:
 */
-      goto __pyx_L11;
+      goto __pyx_L13;
     }
 
-    /* "ivshmem/channel/membership.pyx":335
+    /* "ivshmem/channel/membership.pyx":419
  *             if ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
  *                 polls = True
  *             elif (ivshmem_value(peer) ^ self.member.peer) & 0xffff == 0:             # <<<<<<<<<<<<<<
  *                 # Clients of one broker have one id: they cannot ring one another.
  *                 process = ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)
 */
-    __pyx_t_4 = (((ivshmem_value(__pyx_v_peer) ^ __pyx_v_self->member.peer) & 0xffff) == 0);
+    __pyx_t_1 = (((ivshmem_value(__pyx_v_peer) ^ __pyx_v_self->member.peer) & 0xffff) == 0);
 
-    if (__pyx_t_4) {
+    if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":337
+      /* "ivshmem/channel/membership.pyx":421
  *             elif (ivshmem_value(peer) ^ self.member.peer) & 0xffff == 0:
  *                 # Clients of one broker have one id: they cannot ring one another.
  *                 process = ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)             # <<<<<<<<<<<<<<
@@ -8494,7 +9310,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       __pyx_v_process = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PROCESS));
 
-      /* "ivshmem/channel/membership.pyx":338
+      /* "ivshmem/channel/membership.pyx":422
  *                 # Clients of one broker have one id: they cannot ring one another.
  *                 process = ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)
  *                 machine = ivshmem_load(memory, at + IVSHMEM_PLACE_MACHINE)             # <<<<<<<<<<<<<<
@@ -8503,40 +9319,40 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
       __pyx_v_machine = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_MACHINE));
 
-      /* "ivshmem/channel/membership.pyx":340
+      /* "ivshmem/channel/membership.pyx":424
  *                 machine = ivshmem_load(memory, at + IVSHMEM_PLACE_MACHINE)
  *                 polls = (
  *                     ivshmem_value(process) != self.member.process             # <<<<<<<<<<<<<<
  *                     or ivshmem_value(machine) != self.member.machine
  *                 )
 */
-      __pyx_t_5 = (ivshmem_value(__pyx_v_process) != __pyx_v_self->member.process);
+      __pyx_t_2 = (ivshmem_value(__pyx_v_process) != __pyx_v_self->member.process);
 
-      if (!__pyx_t_5) {
+      if (!__pyx_t_2) {
 
       } else {
 
-        __pyx_t_4 = __pyx_t_5;
+        __pyx_t_1 = __pyx_t_2;
 
-        goto __pyx_L12_bool_binop_done;
+        goto __pyx_L14_bool_binop_done;
       }
 
-      /* "ivshmem/channel/membership.pyx":341
+      /* "ivshmem/channel/membership.pyx":425
  *                 polls = (
  *                     ivshmem_value(process) != self.member.process
  *                     or ivshmem_value(machine) != self.member.machine             # <<<<<<<<<<<<<<
  *                 )
  *         self.polls = polls
 */
-      __pyx_t_5 = (ivshmem_value(__pyx_v_machine) != __pyx_v_self->member.machine);
+      __pyx_t_2 = (ivshmem_value(__pyx_v_machine) != __pyx_v_self->member.machine);
 
 
-      __pyx_t_4 = __pyx_t_5;
+      __pyx_t_1 = __pyx_t_2;
 
-      __pyx_L12_bool_binop_done:;
-      __pyx_v_polls = __pyx_t_4;
+      __pyx_L14_bool_binop_done:;
+      __pyx_v_polls = __pyx_t_1;
 
-      /* "ivshmem/channel/membership.pyx":335
+      /* "ivshmem/channel/membership.pyx":419
  *             if ivshmem_value(peer) & IVSHMEM_PEER_MUTE:
  *                 polls = True
  *             elif (ivshmem_value(peer) ^ self.member.peer) & 0xffff == 0:             # <<<<<<<<<<<<<<
@@ -8544,13 +9360,13 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
  *                 process = ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)
 */
     }
-    __pyx_L11:;
-    __pyx_L3_continue:;
+    __pyx_L13:;
+    __pyx_L5_continue:;
   }
-  __pyx_L4_break:;
+  __pyx_L6_break:;
 
 
-  /* "ivshmem/channel/membership.pyx":343
+  /* "ivshmem/channel/membership.pyx":427
  *                     or ivshmem_value(machine) != self.member.machine
  *                 )
  *         self.polls = polls             # <<<<<<<<<<<<<<
@@ -8559,7 +9375,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 */
   __pyx_v_self->polls = __pyx_v_polls;
 
-  /* "ivshmem/channel/membership.pyx":315
+  /* "ivshmem/channel/membership.pyx":399
  *                 self.release()
  * 
  *     cdef void look_for_mutes(self) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8578,12 +9394,12 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_look_for_mutes(s
 
 }
 
-/* "ivshmem/channel/membership.pyx":345
+/* "ivshmem/channel/membership.pyx":429
  *         self.polls = polls
  * 
  *     cdef int after_beat(self, int code) except -1:             # <<<<<<<<<<<<<<
  *         """Do, with the GIL, what a beat showed to be necessary."""
- *         if self.mapping.closed or code == IVSHMEM_CLOSED:
+ *         if code == IVSHMEM_CLOSED:
 */
 
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self, int __pyx_v_code) {
@@ -8591,12 +9407,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
-  PyObject *__pyx_t_2 = NULL;
-  int __pyx_t_3;
-  int __pyx_t_4;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
   PyObject *__pyx_t_5 = NULL;
   PyObject *__pyx_t_6 = NULL;
-  PyObject *__pyx_t_7 = NULL;
+  int __pyx_t_7;
   PyObject *__pyx_t_8 = NULL;
   PyObject *__pyx_t_9 = NULL;
   PyObject *__pyx_t_10 = NULL;
@@ -8610,58 +9426,78 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("after_beat", 0);
 
-  /* "ivshmem/channel/membership.pyx":347
+  /* "ivshmem/channel/membership.pyx":431
  *     cdef int after_beat(self, int code) except -1:
  *         """Do, with the GIL, what a beat showed to be necessary."""
- *         if self.mapping.closed or code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
- *             return self.abandon()
- *         try:
+ *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
+ *             return self.lose_place()
+ *         if self.mapping.closed:
 */
-  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 347, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 347, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (!__pyx_t_3) {
+  __pyx_t_1 = (__pyx_v_code == IVSHMEM_CLOSED);
 
-  } else {
-
-    __pyx_t_1 = __pyx_t_3;
-
-    goto __pyx_L4_bool_binop_done;
-  }
-  __pyx_t_3 = (__pyx_v_code == IVSHMEM_CLOSED);
-
-
-  __pyx_t_1 = __pyx_t_3;
-
-  __pyx_L4_bool_binop_done:;
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":348
+    /* "ivshmem/channel/membership.pyx":432
  *         """Do, with the GIL, what a beat showed to be necessary."""
- *         if self.mapping.closed or code == IVSHMEM_CLOSED:
+ *         if code == IVSHMEM_CLOSED:
+ *             return self.lose_place()             # <<<<<<<<<<<<<<
+ *         if self.mapping.closed:
+ *             return self.abandon()
+*/
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->lose_place(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 432, __pyx_L1_error)
+    {
+      __pyx_r = __pyx_t_2;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/membership.pyx":431
+ *     cdef int after_beat(self, int code) except -1:
+ *         """Do, with the GIL, what a beat showed to be necessary."""
+ *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
+ *             return self.lose_place()
+ *         if self.mapping.closed:
+*/
+  }
+
+  /* "ivshmem/channel/membership.pyx":433
+ *         if code == IVSHMEM_CLOSED:
+ *             return self.lose_place()
+ *         if self.mapping.closed:             # <<<<<<<<<<<<<<
+ *             return self.abandon()
+ *         try:
+*/
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 433, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 433, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/membership.pyx":434
+ *             return self.lose_place()
+ *         if self.mapping.closed:
  *             return self.abandon()             # <<<<<<<<<<<<<<
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:
 */
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->abandon(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 348, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->abandon(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 434, __pyx_L1_error)
     {
-      __pyx_r = __pyx_t_4;
+      __pyx_r = __pyx_t_2;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":347
- *     cdef int after_beat(self, int code) except -1:
- *         """Do, with the GIL, what a beat showed to be necessary."""
- *         if self.mapping.closed or code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
+    /* "ivshmem/channel/membership.pyx":433
+ *         if code == IVSHMEM_CLOSED:
+ *             return self.lose_place()
+ *         if self.mapping.closed:             # <<<<<<<<<<<<<<
  *             return self.abandon()
  *         try:
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":349
- *         if self.mapping.closed or code == IVSHMEM_CLOSED:
+  /* "ivshmem/channel/membership.pyx":435
+ *         if self.mapping.closed:
  *             return self.abandon()
  *         try:             # <<<<<<<<<<<<<<
  *             if self.endpoint is not None and not self.mapping.fixed:
@@ -8670,48 +9506,48 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   {
     __Pyx_PyThreadState_declare
     __Pyx_PyThreadState_assign
-    __Pyx_ExceptionSave(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7);
+    __Pyx_ExceptionSave(&__pyx_t_4, &__pyx_t_5, &__pyx_t_6);
+    __Pyx_XGOTREF(__pyx_t_4);
     __Pyx_XGOTREF(__pyx_t_5);
     __Pyx_XGOTREF(__pyx_t_6);
-    __Pyx_XGOTREF(__pyx_t_7);
     /*try:*/ {
 
-      /* "ivshmem/channel/membership.pyx":350
+      /* "ivshmem/channel/membership.pyx":436
  *             return self.abandon()
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:             # <<<<<<<<<<<<<<
  *                 self.name_peer()
  *         except (IvshmemError, OSError):
 */
-      __pyx_t_3 = (__pyx_v_self->endpoint != Py_None);
-      if (__pyx_t_3) {
+      __pyx_t_7 = (__pyx_v_self->endpoint != Py_None);
+      if (__pyx_t_7) {
 
       } else {
 
-        __pyx_t_1 = __pyx_t_3;
+        __pyx_t_1 = __pyx_t_7;
 
-        goto __pyx_L13_bool_binop_done;
+        goto __pyx_L12_bool_binop_done;
       }
-      __pyx_t_3 = (!__pyx_v_self->mapping->fixed);
+      __pyx_t_7 = (!__pyx_v_self->mapping->fixed);
 
 
-      __pyx_t_1 = __pyx_t_3;
+      __pyx_t_1 = __pyx_t_7;
 
-      __pyx_L13_bool_binop_done:;
+      __pyx_L12_bool_binop_done:;
       if (__pyx_t_1) {
 
 
-        /* "ivshmem/channel/membership.pyx":351
+        /* "ivshmem/channel/membership.pyx":437
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:
  *                 self.name_peer()             # <<<<<<<<<<<<<<
  *         except (IvshmemError, OSError):
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
 */
-        __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->name_peer(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 351, __pyx_L6_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->name_peer(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 437, __pyx_L5_error)
 
 
-        /* "ivshmem/channel/membership.pyx":350
+        /* "ivshmem/channel/membership.pyx":436
  *             return self.abandon()
  *         try:
  *             if self.endpoint is not None and not self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -8720,70 +9556,70 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
       }
 
-      /* "ivshmem/channel/membership.pyx":349
- *         if self.mapping.closed or code == IVSHMEM_CLOSED:
+      /* "ivshmem/channel/membership.pyx":435
+ *         if self.mapping.closed:
  *             return self.abandon()
  *         try:             # <<<<<<<<<<<<<<
  *             if self.endpoint is not None and not self.mapping.fixed:
  *                 self.name_peer()
 */
     }
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-    goto __pyx_L11_try_end;
-    __pyx_L6_error:;
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    goto __pyx_L10_try_end;
+    __pyx_L5_error:;
+    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/membership.pyx":352
+    /* "ivshmem/channel/membership.pyx":438
  *             if self.endpoint is not None and not self.mapping.fixed:
  *                 self.name_peer()
  *         except (IvshmemError, OSError):             # <<<<<<<<<<<<<<
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
  *         for end in list(self.ends):
 */
-    __Pyx_ErrFetch(&__pyx_t_2, &__pyx_t_8, &__pyx_t_9);
-    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 352, __pyx_L8_except_error)
+    __Pyx_ErrFetch(&__pyx_t_3, &__pyx_t_8, &__pyx_t_9);
+    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 438, __pyx_L7_except_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_4 = __Pyx_PyErr_GivenExceptionMatches2(__pyx_t_2, __pyx_t_10, ((PyObject *)(((PyTypeObject*)PyExc_OSError))));
+    __pyx_t_2 = __Pyx_PyErr_GivenExceptionMatches2(__pyx_t_3, __pyx_t_10, ((PyObject *)(((PyTypeObject*)PyExc_OSError))));
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-    __Pyx_ErrRestore(__pyx_t_2, __pyx_t_8, __pyx_t_9);
-    __pyx_t_2 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0;
-    if (__pyx_t_4) {
+    __Pyx_ErrRestore(__pyx_t_3, __pyx_t_8, __pyx_t_9);
+    __pyx_t_3 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0;
+    if (__pyx_t_2) {
       __Pyx_ErrRestore(0,0,0);
-      goto __pyx_L7_exception_handled;
+      goto __pyx_L6_exception_handled;
     }
-    goto __pyx_L8_except_error;
+    goto __pyx_L7_except_error;
 
-    /* "ivshmem/channel/membership.pyx":349
- *         if self.mapping.closed or code == IVSHMEM_CLOSED:
+    /* "ivshmem/channel/membership.pyx":435
+ *         if self.mapping.closed:
  *             return self.abandon()
  *         try:             # <<<<<<<<<<<<<<
  *             if self.endpoint is not None and not self.mapping.fixed:
  *                 self.name_peer()
 */
-    __pyx_L8_except_error:;
+    __pyx_L7_except_error:;
+    __Pyx_XGIVEREF(__pyx_t_4);
     __Pyx_XGIVEREF(__pyx_t_5);
     __Pyx_XGIVEREF(__pyx_t_6);
-    __Pyx_XGIVEREF(__pyx_t_7);
-    __Pyx_ExceptionReset(__pyx_t_5, __pyx_t_6, __pyx_t_7);
+    __Pyx_ExceptionReset(__pyx_t_4, __pyx_t_5, __pyx_t_6);
     goto __pyx_L1_error;
-    __pyx_L7_exception_handled:;
+    __pyx_L6_exception_handled:;
+    __Pyx_XGIVEREF(__pyx_t_4);
     __Pyx_XGIVEREF(__pyx_t_5);
     __Pyx_XGIVEREF(__pyx_t_6);
-    __Pyx_XGIVEREF(__pyx_t_7);
-    __Pyx_ExceptionReset(__pyx_t_5, __pyx_t_6, __pyx_t_7);
-    __pyx_L11_try_end:;
+    __Pyx_ExceptionReset(__pyx_t_4, __pyx_t_5, __pyx_t_6);
+    __pyx_L10_try_end:;
   }
 
-  /* "ivshmem/channel/membership.pyx":354
+  /* "ivshmem/channel/membership.pyx":440
  *         except (IvshmemError, OSError):
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
  *         for end in list(self.ends):             # <<<<<<<<<<<<<<
- *             with contextlib.suppress(IvshmemError, OSError):
- *                 (<ChannelEnd>end).mend()
+ *             if not (<ChannelEnd>end).usable():
+ *                 continue  # another thread has closed it since the list was made
 */
-  __pyx_t_9 = PySequence_List(__pyx_v_self->ends); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 354, __pyx_L1_error)
+  __pyx_t_9 = PySequence_List(__pyx_v_self->ends); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 440, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_9);
   __pyx_t_8 = __pyx_t_9; __Pyx_INCREF(__pyx_t_8);
   __pyx_t_11 = 0;
@@ -8792,77 +9628,107 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
     {
       Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_8);
       #if !CYTHON_ASSUME_SAFE_SIZE
-      if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 354, __pyx_L1_error)
+      if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 440, __pyx_L1_error)
       #endif
       if (__pyx_t_11 >= __pyx_temp) break;
     }
     __pyx_t_9 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_8, __pyx_t_11, __Pyx_ReferenceSharing_OwnStrongReference);
     ++__pyx_t_11;
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 354, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 440, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_XDECREF_SET(__pyx_v_end, __pyx_t_9);
     __pyx_t_9 = 0;
 
-    /* "ivshmem/channel/membership.pyx":355
+    /* "ivshmem/channel/membership.pyx":441
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
  *         for end in list(self.ends):
+ *             if not (<ChannelEnd>end).usable():             # <<<<<<<<<<<<<<
+ *                 continue  # another thread has closed it since the list was made
+ *             with contextlib.suppress(IvshmemError, OSError):
+*/
+    __pyx_t_1 = (!((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_end)->__pyx_vtab)->usable(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_end)));
+
+    if (__pyx_t_1) {
+
+
+      /* "ivshmem/channel/membership.pyx":442
+ *         for end in list(self.ends):
+ *             if not (<ChannelEnd>end).usable():
+ *                 continue  # another thread has closed it since the list was made             # <<<<<<<<<<<<<<
+ *             with contextlib.suppress(IvshmemError, OSError):
+ *                 (<ChannelEnd>end).mend()
+*/
+      goto __pyx_L16_continue;
+
+      /* "ivshmem/channel/membership.pyx":441
+ *             pass  # a device's register that cannot be read now, or an endpoint that is closed
+ *         for end in list(self.ends):
+ *             if not (<ChannelEnd>end).usable():             # <<<<<<<<<<<<<<
+ *                 continue  # another thread has closed it since the list was made
+ *             with contextlib.suppress(IvshmemError, OSError):
+*/
+    }
+
+    /* "ivshmem/channel/membership.pyx":443
+ *             if not (<ChannelEnd>end).usable():
+ *                 continue  # another thread has closed it since the list was made
  *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
  *                 (<ChannelEnd>end).mend()
  *                 if code > 0:
 */
     /*with:*/ {
-      __pyx_t_2 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 355, __pyx_L1_error)
+      __pyx_t_3 = NULL;
+      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_contextlib); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 443, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
-      __pyx_t_12 = __Pyx_PyObject_GetAttrStr(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 355, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyObject_GetAttrStr(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_suppress); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 443, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 355, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_IvshmemError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 443, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
       __pyx_t_13 = 1;
       #if CYTHON_UNPACK_METHODS
       if (unlikely(PyMethod_Check(__pyx_t_12))) {
-        __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_12);
-        assert(__pyx_t_2);
+        __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_12);
+        assert(__pyx_t_3);
         PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_12);
-        __Pyx_INCREF(__pyx_t_2);
+        __Pyx_INCREF(__pyx_t_3);
         __Pyx_INCREF(__pyx__function);
         __Pyx_DECREF_SET(__pyx_t_12, __pyx__function);
         __pyx_t_13 = 0;
       }
       #endif
       {
-        PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_t_10, ((PyObject *)(((PyTypeObject*)PyExc_OSError)))};
+        PyObject *__pyx_callargs[3] = {__pyx_t_3, __pyx_t_10, ((PyObject *)(((PyTypeObject*)PyExc_OSError)))};
         __pyx_t_9 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_12, __pyx_callargs+__pyx_t_13, (3-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-        __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+        __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
         __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 355, __pyx_L1_error)
+        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 443, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_9);
       }
-      __pyx_t_7 = __Pyx_PyObject_LookupSpecial(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 355, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_7);
+      __pyx_t_6 = __Pyx_PyObject_LookupSpecial(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 443, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_6);
       __pyx_t_10 = NULL;
-      __pyx_t_2 = __Pyx_PyObject_LookupSpecial(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 355, __pyx_L19_error)
-      __Pyx_GOTREF(__pyx_t_2);
+      __pyx_t_3 = __Pyx_PyObject_LookupSpecial(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 443, __pyx_L19_error)
+      __Pyx_GOTREF(__pyx_t_3);
       __pyx_t_13 = 1;
       #if CYTHON_UNPACK_METHODS
-      if (likely(PyMethod_Check(__pyx_t_2))) {
-        __pyx_t_10 = PyMethod_GET_SELF(__pyx_t_2);
+      if (likely(PyMethod_Check(__pyx_t_3))) {
+        __pyx_t_10 = PyMethod_GET_SELF(__pyx_t_3);
         assert(__pyx_t_10);
-        PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_2);
+        PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
         __Pyx_INCREF(__pyx_t_10);
         __Pyx_INCREF(__pyx__function);
-        __Pyx_DECREF_SET(__pyx_t_2, __pyx__function);
+        __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
         __pyx_t_13 = 0;
       }
       #endif
       {
         PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
-        __pyx_t_12 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_2, __pyx_callargs+__pyx_t_13, (1-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __pyx_t_12 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_13, (1-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 355, __pyx_L19_error)
+        __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+        if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 443, __pyx_L19_error)
         __Pyx_GOTREF(__pyx_t_12);
       }
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -8871,23 +9737,23 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
         {
           __Pyx_PyThreadState_declare
           __Pyx_PyThreadState_assign
-          __Pyx_ExceptionSave(&__pyx_t_6, &__pyx_t_5, &__pyx_t_14);
-          __Pyx_XGOTREF(__pyx_t_6);
+          __Pyx_ExceptionSave(&__pyx_t_5, &__pyx_t_4, &__pyx_t_14);
           __Pyx_XGOTREF(__pyx_t_5);
+          __Pyx_XGOTREF(__pyx_t_4);
           __Pyx_XGOTREF(__pyx_t_14);
           /*try:*/ {
 
-            /* "ivshmem/channel/membership.pyx":356
- *         for end in list(self.ends):
+            /* "ivshmem/channel/membership.pyx":444
+ *                 continue  # another thread has closed it since the list was made
  *             with contextlib.suppress(IvshmemError, OSError):
  *                 (<ChannelEnd>end).mend()             # <<<<<<<<<<<<<<
  *                 if code > 0:
  *                     (<ChannelEnd>end).wake_others()
 */
-            __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_end)->__pyx_vtab)->mend(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_end)); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 356, __pyx_L25_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_end)->__pyx_vtab)->mend(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_end)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 444, __pyx_L25_error)
 
 
-            /* "ivshmem/channel/membership.pyx":357
+            /* "ivshmem/channel/membership.pyx":445
  *             with contextlib.suppress(IvshmemError, OSError):
  *                 (<ChannelEnd>end).mend()
  *                 if code > 0:             # <<<<<<<<<<<<<<
@@ -8899,7 +9765,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
             if (__pyx_t_1) {
 
 
-              /* "ivshmem/channel/membership.pyx":358
+              /* "ivshmem/channel/membership.pyx":446
  *                 (<ChannelEnd>end).mend()
  *                 if code > 0:
  *                     (<ChannelEnd>end).wake_others()             # <<<<<<<<<<<<<<
@@ -8913,12 +9779,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
                 PyObject *__pyx_callargs[2] = {__pyx_t_12, NULL};
                 __pyx_t_9 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_wake_others, __pyx_callargs+__pyx_t_13, (1-__pyx_t_13) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
-                if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 358, __pyx_L25_error)
+                if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 446, __pyx_L25_error)
                 __Pyx_GOTREF(__pyx_t_9);
               }
               __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-              /* "ivshmem/channel/membership.pyx":357
+              /* "ivshmem/channel/membership.pyx":445
  *             with contextlib.suppress(IvshmemError, OSError):
  *                 (<ChannelEnd>end).mend()
  *                 if code > 0:             # <<<<<<<<<<<<<<
@@ -8927,79 +9793,79 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
 */
             }
 
-            /* "ivshmem/channel/membership.pyx":355
- *             pass  # a device's register that cannot be read now, or an endpoint that is closed
- *         for end in list(self.ends):
+            /* "ivshmem/channel/membership.pyx":443
+ *             if not (<ChannelEnd>end).usable():
+ *                 continue  # another thread has closed it since the list was made
  *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
  *                 (<ChannelEnd>end).mend()
  *                 if code > 0:
 */
           }
-          __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
           __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+          __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
           __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
           goto __pyx_L32_try_end;
           __pyx_L25_error:;
           __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
           __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
-          __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+          __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
           /*except:*/ {
             __Pyx_AddTraceback("ivshmem.channel.membership.Membership.after_beat", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_12, &__pyx_t_2) < 0) __PYX_ERR(0, 355, __pyx_L27_except_error)
+            if (__Pyx_GetException(&__pyx_t_9, &__pyx_t_12, &__pyx_t_3) < 0) __PYX_ERR(0, 443, __pyx_L27_except_error)
             __Pyx_XGOTREF(__pyx_t_9);
             __Pyx_XGOTREF(__pyx_t_12);
-            __Pyx_XGOTREF(__pyx_t_2);
+            __Pyx_XGOTREF(__pyx_t_3);
             {
-              PyObject* __pyx_temp[3] = {__pyx_t_9, __pyx_t_12, __pyx_t_2};
-              __pyx_t_10 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 355, __pyx_L27_except_error)
+              PyObject* __pyx_temp[3] = {__pyx_t_9, __pyx_t_12, __pyx_t_3};
+              __pyx_t_10 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 443, __pyx_L27_except_error)
               __Pyx_GOTREF(__pyx_t_10);
             }
-            __pyx_t_15 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_10, NULL);
-            __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+            __pyx_t_15 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_10, NULL);
+            __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
             __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 355, __pyx_L27_except_error)
+            if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 443, __pyx_L27_except_error)
             __Pyx_GOTREF(__pyx_t_15);
             __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_15);
             __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-            if (__pyx_t_1 < (0)) __PYX_ERR(0, 355, __pyx_L27_except_error)
-            __pyx_t_3 = (!__pyx_t_1);
+            if (__pyx_t_1 < (0)) __PYX_ERR(0, 443, __pyx_L27_except_error)
+            __pyx_t_7 = (!__pyx_t_1);
 
 
-            if (unlikely(__pyx_t_3)) {
+            if (unlikely(__pyx_t_7)) {
 
               __Pyx_GIVEREF(__pyx_t_9);
               __Pyx_GIVEREF(__pyx_t_12);
-              __Pyx_XGIVEREF(__pyx_t_2);
-              __Pyx_ErrRestoreWithState(__pyx_t_9, __pyx_t_12, __pyx_t_2);
-              __pyx_t_9 = 0;  __pyx_t_12 = 0;  __pyx_t_2 = 0; 
-              __PYX_ERR(0, 355, __pyx_L27_except_error)
+              __Pyx_XGIVEREF(__pyx_t_3);
+              __Pyx_ErrRestoreWithState(__pyx_t_9, __pyx_t_12, __pyx_t_3);
+              __pyx_t_9 = 0;  __pyx_t_12 = 0;  __pyx_t_3 = 0; 
+              __PYX_ERR(0, 443, __pyx_L27_except_error)
             }
             __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
             __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
-            __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+            __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
             goto __pyx_L26_exception_handled;
           }
           __pyx_L27_except_error:;
-          __Pyx_XGIVEREF(__pyx_t_6);
           __Pyx_XGIVEREF(__pyx_t_5);
+          __Pyx_XGIVEREF(__pyx_t_4);
           __Pyx_XGIVEREF(__pyx_t_14);
-          __Pyx_ExceptionReset(__pyx_t_6, __pyx_t_5, __pyx_t_14);
+          __Pyx_ExceptionReset(__pyx_t_5, __pyx_t_4, __pyx_t_14);
           goto __pyx_L1_error;
           __pyx_L26_exception_handled:;
-          __Pyx_XGIVEREF(__pyx_t_6);
           __Pyx_XGIVEREF(__pyx_t_5);
+          __Pyx_XGIVEREF(__pyx_t_4);
           __Pyx_XGIVEREF(__pyx_t_14);
-          __Pyx_ExceptionReset(__pyx_t_6, __pyx_t_5, __pyx_t_14);
+          __Pyx_ExceptionReset(__pyx_t_5, __pyx_t_4, __pyx_t_14);
           __pyx_L32_try_end:;
         }
       }
       /*finally:*/ {
         /*normal exit:*/{
-          if (__pyx_t_7) {
-            __pyx_t_14 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_mstate_global->__pyx_tuple[0], NULL);
-            __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 355, __pyx_L1_error)
+          if (__pyx_t_6) {
+            __pyx_t_14 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_mstate_global->__pyx_tuple[0], NULL);
+            __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+            if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 443, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_14);
             __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
           }
@@ -9009,45 +9875,46 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
       }
       goto __pyx_L37;
       __pyx_L19_error:;
-      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       goto __pyx_L1_error;
       __pyx_L37:;
     }
 
-    /* "ivshmem/channel/membership.pyx":354
+    /* "ivshmem/channel/membership.pyx":440
  *         except (IvshmemError, OSError):
  *             pass  # a device's register that cannot be read now, or an endpoint that is closed
  *         for end in list(self.ends):             # <<<<<<<<<<<<<<
- *             with contextlib.suppress(IvshmemError, OSError):
- *                 (<ChannelEnd>end).mend()
+ *             if not (<ChannelEnd>end).usable():
+ *                 continue  # another thread has closed it since the list was made
 */
+    __pyx_L16_continue:;
   }
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-  /* "ivshmem/channel/membership.pyx":359
+  /* "ivshmem/channel/membership.pyx":447
  *                 if code > 0:
  *                     (<ChannelEnd>end).wake_others()
  *         return self.flush()             # <<<<<<<<<<<<<<
  * 
  *     def places(self):
 */
-  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->flush(__pyx_v_self); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 359, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->flush(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 447, __pyx_L1_error)
   {
-    __pyx_r = __pyx_t_4;
+    __pyx_r = __pyx_t_2;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":345
+  /* "ivshmem/channel/membership.pyx":429
  *         self.polls = polls
  * 
  *     cdef int after_beat(self, int code) except -1:             # <<<<<<<<<<<<<<
  *         """Do, with the GIL, what a beat showed to be necessary."""
- *         if self.mapping.closed or code == IVSHMEM_CLOSED:
+ *         if code == IVSHMEM_CLOSED:
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_8);
   __Pyx_XDECREF(__pyx_t_9);
   __Pyx_XDECREF(__pyx_t_10);
@@ -9061,7 +9928,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":361
+/* "ivshmem/channel/membership.pyx":449
  *         return self.flush()
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
@@ -9147,7 +10014,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("places", 0);
 
-  /* "ivshmem/channel/membership.pyx":363
+  /* "ivshmem/channel/membership.pyx":451
  *     def places(self):
  *         """Return a list of (index, epoch, state, id, vector, process, name) of all places."""
  *         cdef ivshmem_memory *memory = &self.member.area.memory             # <<<<<<<<<<<<<<
@@ -9156,29 +10023,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
   __pyx_v_memory = (&__pyx_v_self->member.area.memory);
 
-  /* "ivshmem/channel/membership.pyx":368
+  /* "ivshmem/channel/membership.pyx":456
  *         cdef unsigned i
  *         cdef char text[33]
  *         self.check()             # <<<<<<<<<<<<<<
  *         found = []
  *         for i in range(self.member.area.places):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 368, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 456, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":369
+  /* "ivshmem/channel/membership.pyx":457
  *         cdef char text[33]
  *         self.check()
  *         found = []             # <<<<<<<<<<<<<<
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)
 */
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 369, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 457, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_found = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":370
+  /* "ivshmem/channel/membership.pyx":458
  *         self.check()
  *         found = []
  *         for i in range(self.member.area.places):             # <<<<<<<<<<<<<<
@@ -9192,7 +10059,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
     __pyx_v_i = __pyx_t_5;
 
-    /* "ivshmem/channel/membership.pyx":371
+    /* "ivshmem/channel/membership.pyx":459
  *         found = []
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)             # <<<<<<<<<<<<<<
@@ -9201,7 +10068,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_at = ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_i);
 
-    /* "ivshmem/channel/membership.pyx":372
+    /* "ivshmem/channel/membership.pyx":460
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)             # <<<<<<<<<<<<<<
@@ -9210,7 +10077,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_number = ivshmem_load(__pyx_v_memory, __pyx_v_at);
 
-    /* "ivshmem/channel/membership.pyx":373
+    /* "ivshmem/channel/membership.pyx":461
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:             # <<<<<<<<<<<<<<
@@ -9236,7 +10103,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/membership.pyx":374
+      /* "ivshmem/channel/membership.pyx":462
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue             # <<<<<<<<<<<<<<
@@ -9245,7 +10112,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
       goto __pyx_L3_continue;
 
-      /* "ivshmem/channel/membership.pyx":373
+      /* "ivshmem/channel/membership.pyx":461
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:             # <<<<<<<<<<<<<<
@@ -9254,7 +10121,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":375
+    /* "ivshmem/channel/membership.pyx":463
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)             # <<<<<<<<<<<<<<
@@ -9263,7 +10130,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_peer = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PEER));
 
-    /* "ivshmem/channel/membership.pyx":376
+    /* "ivshmem/channel/membership.pyx":464
  *                 continue
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             place.index = i             # <<<<<<<<<<<<<<
@@ -9272,7 +10139,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_place.index = __pyx_v_i;
 
-    /* "ivshmem/channel/membership.pyx":377
+    /* "ivshmem/channel/membership.pyx":465
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)             # <<<<<<<<<<<<<<
@@ -9281,7 +10148,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_place.epoch = ivshmem_epoch(__pyx_v_number);
 
-    /* "ivshmem/channel/membership.pyx":378
+    /* "ivshmem/channel/membership.pyx":466
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)
  *             memset(text, 0, sizeof(text))             # <<<<<<<<<<<<<<
@@ -9290,7 +10157,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     (void)(memset(__pyx_v_text, 0, (sizeof(__pyx_v_text))));
 
-    /* "ivshmem/channel/membership.pyx":379
+    /* "ivshmem/channel/membership.pyx":467
  *             place.epoch = ivshmem_epoch(number)
  *             memset(text, 0, sizeof(text))
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)             # <<<<<<<<<<<<<<
@@ -9299,46 +10166,46 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     ivshmem_load_bytes(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_NAME), __pyx_v_text, 32);
 
-    /* "ivshmem/channel/membership.pyx":380
+    /* "ivshmem/channel/membership.pyx":468
  *             memset(text, 0, sizeof(text))
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0             # <<<<<<<<<<<<<<
  *             found.append((
  *                 i,
 */
-    __pyx_t_2 = __Pyx_PyBool_FromLong(((ivshmem_value(__pyx_v_peer) & IVSHMEM_PEER_MUTE) != 0)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 380, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyBool_FromLong(((ivshmem_value(__pyx_v_peer) & IVSHMEM_PEER_MUTE) != 0)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 468, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_XDECREF_SET(__pyx_v_mute, __pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/membership.pyx":382
+    /* "ivshmem/channel/membership.pyx":470
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((
  *                 i,             # <<<<<<<<<<<<<<
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
 */
-    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 382, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 470, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
 
-    /* "ivshmem/channel/membership.pyx":383
+    /* "ivshmem/channel/membership.pyx":471
  *             found.append((
  *                 i,
  *                 place.epoch,             # <<<<<<<<<<<<<<
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,
 */
-    __pyx_t_8 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 383, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 471, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
 
-    /* "ivshmem/channel/membership.pyx":384
+    /* "ivshmem/channel/membership.pyx":472
  *                 i,
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",             # <<<<<<<<<<<<<<
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
 */
-    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->is_silent(__pyx_v_self, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 384, __pyx_L1_error)
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->is_silent(__pyx_v_self, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 472, __pyx_L1_error)
     if (__pyx_t_6) {
       __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_silent);
       __pyx_t_9 = __pyx_mstate_global->__pyx_n_u_silent;
@@ -9348,53 +10215,53 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     }
 
 
-    /* "ivshmem/channel/membership.pyx":385
+    /* "ivshmem/channel/membership.pyx":473
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,             # <<<<<<<<<<<<<<
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
 */
-    __pyx_t_10 = __Pyx_PyLong_From_uint64_t((ivshmem_value(__pyx_v_peer) & 0xffff)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 385, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyLong_From_uint64_t((ivshmem_value(__pyx_v_peer) & 0xffff)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 473, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
 
-    /* "ivshmem/channel/membership.pyx":386
+    /* "ivshmem/channel/membership.pyx":474
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,             # <<<<<<<<<<<<<<
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
  *                 text.decode(errors="replace"),
 */
-    __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_v_mute); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 386, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_v_mute); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 474, __pyx_L1_error)
     if (__pyx_t_6) {
       __Pyx_INCREF(Py_None);
       __pyx_t_11 = Py_None;
     } else {
-      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(((ivshmem_value(__pyx_v_peer) >> 16) & 0xffff)); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 386, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(((ivshmem_value(__pyx_v_peer) >> 16) & 0xffff)); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 474, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
       __pyx_t_11 = __pyx_t_12;
       __pyx_t_12 = 0;
     }
 
 
-    /* "ivshmem/channel/membership.pyx":387
+    /* "ivshmem/channel/membership.pyx":475
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),             # <<<<<<<<<<<<<<
  *                 text.decode(errors="replace"),
  *             ))
 */
-    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(ivshmem_value(ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PROCESS)))); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 387, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(ivshmem_value(ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PROCESS)))); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 475, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
 
-    /* "ivshmem/channel/membership.pyx":388
+    /* "ivshmem/channel/membership.pyx":476
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
  *                 text.decode(errors="replace"),             # <<<<<<<<<<<<<<
  *             ))
  *         return found
 */
-    __pyx_t_15 = __Pyx_PyBytes_FromString(__pyx_v_text); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 388, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyBytes_FromString(__pyx_v_text); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 476, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __pyx_t_14 = __pyx_t_15;
     __Pyx_INCREF(__pyx_t_14);
@@ -9405,13 +10272,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
       PyObject *__pyx_callargs[2] = {__pyx_t_14, __pyx_mstate_global->__pyx_n_u_replace};
       #if CYTHON_VECTORCALL
       __pyx_t_17 = __pyx_mstate_global->__pyx_tuple[1];
-      if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 388, __pyx_L1_error)
+      if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 476, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_17);
       #else
       {
         PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
         __pyx_t_17 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-        if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 388, __pyx_L1_error)
+        if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 476, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_17);
       }
       #endif
@@ -9421,34 +10288,34 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
       #endif
       __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 388, __pyx_L1_error)
+      if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 476, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_13);
     }
-    if (!(likely(PyUnicode_CheckExact(__pyx_t_13))||((__pyx_t_13) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_13))) __PYX_ERR(0, 388, __pyx_L1_error)
+    if (!(likely(PyUnicode_CheckExact(__pyx_t_13))||((__pyx_t_13) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_13))) __PYX_ERR(0, 476, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":382
+    /* "ivshmem/channel/membership.pyx":470
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((
  *                 i,             # <<<<<<<<<<<<<<
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
 */
-    __pyx_t_15 = PyTuple_New(7); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 382, __pyx_L1_error)
+    __pyx_t_15 = PyTuple_New(7); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 470, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_GIVEREF(__pyx_t_2);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 382, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 470, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_8);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_8) != (0)) __PYX_ERR(0, 382, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_8) != (0)) __PYX_ERR(0, 470, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_9);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 2, __pyx_t_9) != (0)) __PYX_ERR(0, 382, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 2, __pyx_t_9) != (0)) __PYX_ERR(0, 470, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_10);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 3, __pyx_t_10) != (0)) __PYX_ERR(0, 382, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 3, __pyx_t_10) != (0)) __PYX_ERR(0, 470, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_11);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 4, __pyx_t_11) != (0)) __PYX_ERR(0, 382, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 4, __pyx_t_11) != (0)) __PYX_ERR(0, 470, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_12);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 5, __pyx_t_12) != (0)) __PYX_ERR(0, 382, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 5, __pyx_t_12) != (0)) __PYX_ERR(0, 470, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_13);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 6, __pyx_t_13) != (0)) __PYX_ERR(0, 382, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 6, __pyx_t_13) != (0)) __PYX_ERR(0, 470, __pyx_L1_error);
     __pyx_t_2 = 0;
     __pyx_t_8 = 0;
     __pyx_t_9 = 0;
@@ -9457,21 +10324,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     __pyx_t_12 = 0;
     __pyx_t_13 = 0;
 
-    /* "ivshmem/channel/membership.pyx":381
+    /* "ivshmem/channel/membership.pyx":469
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((             # <<<<<<<<<<<<<<
  *                 i,
  *                 place.epoch,
 */
-    __pyx_t_18 = __Pyx_PyList_Append(__pyx_v_found, __pyx_t_15); if (unlikely(__pyx_t_18 == ((int)-1))) __PYX_ERR(0, 381, __pyx_L1_error)
+    __pyx_t_18 = __Pyx_PyList_Append(__pyx_v_found, __pyx_t_15); if (unlikely(__pyx_t_18 == ((int)-1))) __PYX_ERR(0, 469, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
 
     __pyx_L3_continue:;
   }
 
 
-  /* "ivshmem/channel/membership.pyx":390
+  /* "ivshmem/channel/membership.pyx":478
  *                 text.decode(errors="replace"),
  *             ))
  *         return found             # <<<<<<<<<<<<<<
@@ -9489,7 +10356,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":361
+  /* "ivshmem/channel/membership.pyx":449
  *         return self.flush()
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
@@ -9526,7 +10393,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":392
+/* "ivshmem/channel/membership.pyx":480
  *         return found
  * 
  *     cdef bint is_silent(self, ivshmem_place place):             # <<<<<<<<<<<<<<
@@ -9539,7 +10406,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":393
+  /* "ivshmem/channel/membership.pyx":481
  * 
  *     cdef bint is_silent(self, ivshmem_place place):
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)             # <<<<<<<<<<<<<<
@@ -9567,7 +10434,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":392
+  /* "ivshmem/channel/membership.pyx":480
  *         return found
  * 
  *     cdef bint is_silent(self, ivshmem_place place):             # <<<<<<<<<<<<<<
@@ -9581,7 +10448,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":395
+/* "ivshmem/channel/membership.pyx":483
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
@@ -9629,32 +10496,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_index,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 395, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 483, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 395, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 483, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "free_place", 0) < (0)) __PYX_ERR(0, 395, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "free_place", 0) < (0)) __PYX_ERR(0, 483, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, i); __PYX_ERR(0, 395, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, i); __PYX_ERR(0, 483, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 395, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 483, __pyx_L3_error)
     }
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[0]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 395, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[0]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 483, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 395, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 483, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9695,17 +10562,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("free_place", 0);
 
-  /* "ivshmem/channel/membership.pyx":398
+  /* "ivshmem/channel/membership.pyx":486
  *         """Free a place at a user's word; whether it had an owner."""
  *         cdef uint64_t number
  *         self.check()             # <<<<<<<<<<<<<<
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 398, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 486, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":399
+  /* "ivshmem/channel/membership.pyx":487
  *         cdef uint64_t number
  *         self.check()
  *         if index >= self.member.area.places:             # <<<<<<<<<<<<<<
@@ -9717,7 +10584,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/membership.pyx":400
+    /* "ivshmem/channel/membership.pyx":488
  *         self.check()
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")             # <<<<<<<<<<<<<<
@@ -9725,9 +10592,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
  *             raise RegionError("the region is mapped for reading only: no place can be freed")
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 400, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 488, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 400, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 488, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_place;
     __pyx_t_7[1] = __pyx_t_5;
@@ -9739,7 +10606,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
     #endif
     __pyx_t_1 = 0;
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_7, 4, __pyx_t_8, __pyx_t_1);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 400, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 488, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -9749,14 +10616,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 400, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 488, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 400, __pyx_L1_error)
+    __PYX_ERR(0, 488, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":399
+    /* "ivshmem/channel/membership.pyx":487
  *         cdef uint64_t number
  *         self.check()
  *         if index >= self.member.area.places:             # <<<<<<<<<<<<<<
@@ -9765,7 +10632,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":401
+  /* "ivshmem/channel/membership.pyx":489
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -9774,7 +10641,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   if (unlikely(__pyx_v_self->mapping->fixed)) {
 
-    /* "ivshmem/channel/membership.pyx":402
+    /* "ivshmem/channel/membership.pyx":490
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:
  *             raise RegionError("the region is mapped for reading only: no place can be freed")             # <<<<<<<<<<<<<<
@@ -9782,7 +10649,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
 */
     __pyx_t_9 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 402, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 490, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9801,14 +10668,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 402, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 490, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 402, __pyx_L1_error)
+    __PYX_ERR(0, 490, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":401
+    /* "ivshmem/channel/membership.pyx":489
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -9817,7 +10684,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":403
+  /* "ivshmem/channel/membership.pyx":491
  *         if self.mapping.fixed:
  *             raise RegionError("the region is mapped for reading only: no place can be freed")
  *         number = ivshmem_load(             # <<<<<<<<<<<<<<
@@ -9826,7 +10693,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   __pyx_v_number = ivshmem_load((&__pyx_v_self->member.area.memory), ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_index));
 
-  /* "ivshmem/channel/membership.pyx":406
+  /* "ivshmem/channel/membership.pyx":494
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
  *         )
  *         return ivshmem_value(number) != 0 and bool(             # <<<<<<<<<<<<<<
@@ -9838,7 +10705,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   if (__pyx_t_2) {
 
   } else {
-    __pyx_t_4 = __Pyx_PyBool_FromLong(__pyx_t_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 406, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyBool_FromLong(__pyx_t_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 494, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_3 = __pyx_t_4;
     __pyx_t_4 = 0;
@@ -9846,14 +10713,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
     goto __pyx_L5_bool_binop_done;
   }
 
-  /* "ivshmem/channel/membership.pyx":407
+  /* "ivshmem/channel/membership.pyx":495
  *         )
  *         return ivshmem_value(number) != 0 and bool(
  *             ivshmem_place_free(&self.member.area, index, number)             # <<<<<<<<<<<<<<
  *         )
  * 
 */
-  __pyx_t_4 = __Pyx_PyBool_FromLong((!(!(ivshmem_place_free((&__pyx_v_self->member.area), __pyx_v_index, __pyx_v_number) != 0)))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 406, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyBool_FromLong((!(!(ivshmem_place_free((&__pyx_v_self->member.area), __pyx_v_index, __pyx_v_number) != 0)))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 494, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_INCREF(__pyx_t_4);
   __pyx_t_3 = __pyx_t_4;
@@ -9870,7 +10737,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":395
+  /* "ivshmem/channel/membership.pyx":483
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
@@ -9894,7 +10761,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":412
+/* "ivshmem/channel/membership.pyx":500
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -9969,7 +10836,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/membership.pyx":418
+  /* "ivshmem/channel/membership.pyx":506
  *             BufferError: a View of a message is alive. All else is closed.
  *         """
  *         error = None             # <<<<<<<<<<<<<<
@@ -9979,7 +10846,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   __Pyx_INCREF(Py_None);
   __pyx_v_error = ((PyObject*)Py_None);
 
-  /* "ivshmem/channel/membership.pyx":419
+  /* "ivshmem/channel/membership.pyx":507
  *         """
  *         error = None
  *         if self.generation == generation and not self.closed and not self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -9996,9 +10863,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 419, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 507, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 419, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 507, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_4 = (!__pyx_t_2);
 
@@ -10011,9 +10878,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 419, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 507, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 419, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 507, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_2 = (!__pyx_t_4);
 
@@ -10025,14 +10892,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":420
+    /* "ivshmem/channel/membership.pyx":508
  *         error = None
  *         if self.generation == generation and not self.closed and not self.mapping.closed:
  *             for end in list(self.ends):             # <<<<<<<<<<<<<<
  *                 try:
  *                     (<ChannelEnd>end).close()
 */
-    __pyx_t_3 = PySequence_List(__pyx_v_self->ends); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 420, __pyx_L1_error)
+    __pyx_t_3 = PySequence_List(__pyx_v_self->ends); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 508, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_5 = __pyx_t_3; __Pyx_INCREF(__pyx_t_5);
     __pyx_t_6 = 0;
@@ -10041,18 +10908,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_5);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 420, __pyx_L1_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 508, __pyx_L1_error)
         #endif
         if (__pyx_t_6 >= __pyx_temp) break;
       }
       __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_5, __pyx_t_6, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_6;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 420, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 508, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_XDECREF_SET(__pyx_v_end, __pyx_t_3);
       __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/membership.pyx":421
+      /* "ivshmem/channel/membership.pyx":509
  *         if self.generation == generation and not self.closed and not self.mapping.closed:
  *             for end in list(self.ends):
  *                 try:             # <<<<<<<<<<<<<<
@@ -10068,7 +10935,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __Pyx_XGOTREF(__pyx_t_9);
         /*try:*/ {
 
-          /* "ivshmem/channel/membership.pyx":422
+          /* "ivshmem/channel/membership.pyx":510
  *             for end in list(self.ends):
  *                 try:
  *                     (<ChannelEnd>end).close()             # <<<<<<<<<<<<<<
@@ -10082,12 +10949,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
             PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
             __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_11, (1-__pyx_t_11) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 422, __pyx_L9_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 510, __pyx_L9_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/membership.pyx":421
+          /* "ivshmem/channel/membership.pyx":509
  *         if self.generation == generation and not self.closed and not self.mapping.closed:
  *             for end in list(self.ends):
  *                 try:             # <<<<<<<<<<<<<<
@@ -10103,17 +10970,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-        /* "ivshmem/channel/membership.pyx":423
+        /* "ivshmem/channel/membership.pyx":511
  *                 try:
  *                     (<ChannelEnd>end).close()
  *                 except BufferError as one:             # <<<<<<<<<<<<<<
  *                     error = one
- *             if not self.mapping.fixed:
+ *         self.abandon()
 */
         __pyx_t_12 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BufferError))));
         if (__pyx_t_12) {
           __Pyx_AddTraceback("ivshmem.channel.membership.Membership.close", __pyx_clineno, __pyx_lineno, __pyx_filename);
-          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_10, &__pyx_t_13) < 0) __PYX_ERR(0, 423, __pyx_L11_except_error)
+          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_10, &__pyx_t_13) < 0) __PYX_ERR(0, 511, __pyx_L11_except_error)
           __Pyx_XGOTREF(__pyx_t_3);
           __Pyx_XGOTREF(__pyx_t_10);
           __Pyx_XGOTREF(__pyx_t_13);
@@ -10121,23 +10988,23 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
           __pyx_v_one = __pyx_t_10;
           /*try:*/ {
 
-            /* "ivshmem/channel/membership.pyx":424
+            /* "ivshmem/channel/membership.pyx":512
  *                     (<ChannelEnd>end).close()
  *                 except BufferError as one:
  *                     error = one             # <<<<<<<<<<<<<<
- *             if not self.mapping.fixed:
- *                 ivshmem_leave_area(&self.member)
+ *         self.abandon()
+ *         if error is not None:
 */
             __Pyx_INCREF(__pyx_v_one);
             __Pyx_DECREF_SET(__pyx_v_error, __pyx_v_one);
           }
 
-          /* "ivshmem/channel/membership.pyx":423
+          /* "ivshmem/channel/membership.pyx":511
  *                 try:
  *                     (<ChannelEnd>end).close()
  *                 except BufferError as one:             # <<<<<<<<<<<<<<
  *                     error = one
- *             if not self.mapping.fixed:
+ *         self.abandon()
 */
           /*finally:*/ {
             /*normal exit:*/{
@@ -10153,7 +11020,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         }
         goto __pyx_L11_except_error;
 
-        /* "ivshmem/channel/membership.pyx":421
+        /* "ivshmem/channel/membership.pyx":509
  *         if self.generation == generation and not self.closed and not self.mapping.closed:
  *             for end in list(self.ends):
  *                 try:             # <<<<<<<<<<<<<<
@@ -10174,7 +11041,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __pyx_L16_try_end:;
       }
 
-      /* "ivshmem/channel/membership.pyx":420
+      /* "ivshmem/channel/membership.pyx":508
  *         error = None
  *         if self.generation == generation and not self.closed and not self.mapping.closed:
  *             for end in list(self.ends):             # <<<<<<<<<<<<<<
@@ -10184,37 +11051,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
     }
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/membership.pyx":425
- *                 except BufferError as one:
- *                     error = one
- *             if not self.mapping.fixed:             # <<<<<<<<<<<<<<
- *                 ivshmem_leave_area(&self.member)
- *         self.abandon()
-*/
-    __pyx_t_1 = (!__pyx_v_self->mapping->fixed);
-
-    if (__pyx_t_1) {
-
-
-      /* "ivshmem/channel/membership.pyx":426
- *                     error = one
- *             if not self.mapping.fixed:
- *                 ivshmem_leave_area(&self.member)             # <<<<<<<<<<<<<<
- *         self.abandon()
- *         if error is not None:
-*/
-      ivshmem_leave_area((&__pyx_v_self->member));
-
-      /* "ivshmem/channel/membership.pyx":425
- *                 except BufferError as one:
- *                     error = one
- *             if not self.mapping.fixed:             # <<<<<<<<<<<<<<
- *                 ivshmem_leave_area(&self.member)
- *         self.abandon()
-*/
-    }
-
-    /* "ivshmem/channel/membership.pyx":419
+    /* "ivshmem/channel/membership.pyx":507
  *         """
  *         error = None
  *         if self.generation == generation and not self.closed and not self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -10223,18 +11060,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":427
- *             if not self.mapping.fixed:
- *                 ivshmem_leave_area(&self.member)
+  /* "ivshmem/channel/membership.pyx":513
+ *                 except BufferError as one:
+ *                     error = one
  *         self.abandon()             # <<<<<<<<<<<<<<
  *         if error is not None:
  *             raise error
 */
-  __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->abandon(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 427, __pyx_L1_error)
+  __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->abandon(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 513, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":428
- *                 ivshmem_leave_area(&self.member)
+  /* "ivshmem/channel/membership.pyx":514
+ *                     error = one
  *         self.abandon()
  *         if error is not None:             # <<<<<<<<<<<<<<
  *             raise error
@@ -10244,7 +11081,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/membership.pyx":429
+    /* "ivshmem/channel/membership.pyx":515
  *         self.abandon()
  *         if error is not None:
  *             raise error             # <<<<<<<<<<<<<<
@@ -10252,10 +11089,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
  *     cdef int abandon(self) except -1:
 */
     __Pyx_Raise(__pyx_v_error, 0, 0, 0);
-    __PYX_ERR(0, 429, __pyx_L1_error)
+    __PYX_ERR(0, 515, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":428
- *                 ivshmem_leave_area(&self.member)
+    /* "ivshmem/channel/membership.pyx":514
+ *                     error = one
  *         self.abandon()
  *         if error is not None:             # <<<<<<<<<<<<<<
  *             raise error
@@ -10263,7 +11100,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":412
+  /* "ivshmem/channel/membership.pyx":500
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -10290,7 +11127,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":431
+/* "ivshmem/channel/membership.pyx":517
  *             raise error
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -10307,12 +11144,13 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   int __pyx_t_3;
   PyObject *__pyx_t_4 = NULL;
   size_t __pyx_t_5;
+  int __pyx_t_6;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("abandon", 0);
 
-  /* "ivshmem/channel/membership.pyx":433
+  /* "ivshmem/channel/membership.pyx":519
  *     cdef int abandon(self) except -1:
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending             # <<<<<<<<<<<<<<
@@ -10324,7 +11162,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   __pyx_v_ending = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":434
+  /* "ivshmem/channel/membership.pyx":520
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -10336,7 +11174,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":435
+    /* "ivshmem/channel/membership.pyx":521
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0             # <<<<<<<<<<<<<<
@@ -10349,7 +11187,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":434
+    /* "ivshmem/channel/membership.pyx":520
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -10358,7 +11196,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":436
+  /* "ivshmem/channel/membership.pyx":522
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0
  *         if self.generation == generation:             # <<<<<<<<<<<<<<
@@ -10370,22 +11208,22 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":437
+    /* "ivshmem/channel/membership.pyx":523
  *             return 0
  *         if self.generation == generation:
  *             self.kick_all()             # <<<<<<<<<<<<<<
  *             ending.signal(0)
- *         if ivshmem_shut(&self.state):
+ *         if ivshmem_shut(&self.state) or self.generation != generation:
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->kick_all(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 437, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->kick_all(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 523, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":438
+    /* "ivshmem/channel/membership.pyx":524
  *         if self.generation == generation:
  *             self.kick_all()
  *             ending.signal(0)             # <<<<<<<<<<<<<<
- *         if ivshmem_shut(&self.state):
- *             self.release()
+ *         if ivshmem_shut(&self.state) or self.generation != generation:
+ *             self.release()  # a forked child has only one thread
 */
     __pyx_t_4 = ((PyObject *)__pyx_v_ending);
     __Pyx_INCREF(__pyx_t_4);
@@ -10394,12 +11232,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_int_0};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 438, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 524, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":436
+    /* "ivshmem/channel/membership.pyx":522
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0
  *         if self.generation == generation:             # <<<<<<<<<<<<<<
@@ -10408,40 +11246,54 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":439
+  /* "ivshmem/channel/membership.pyx":525
  *             self.kick_all()
  *             ending.signal(0)
- *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
- *             self.release()
+ *         if ivshmem_shut(&self.state) or self.generation != generation:             # <<<<<<<<<<<<<<
+ *             self.release()  # a forked child has only one thread
  *         return 0
 */
-  __pyx_t_2 = ivshmem_shut((&__pyx_v_self->state));
+  __pyx_t_6 = ivshmem_shut((&__pyx_v_self->state));
 
+  if (!__pyx_t_6) {
+
+  } else {
+
+    __pyx_t_2 = __pyx_t_6;
+
+    goto __pyx_L6_bool_binop_done;
+  }
+  __pyx_t_6 = (__pyx_v_self->generation != __pyx_v_7ivshmem_7channel_10membership_generation);
+
+
+  __pyx_t_2 = __pyx_t_6;
+
+  __pyx_L6_bool_binop_done:;
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":440
+    /* "ivshmem/channel/membership.pyx":526
  *             ending.signal(0)
- *         if ivshmem_shut(&self.state):
- *             self.release()             # <<<<<<<<<<<<<<
+ *         if ivshmem_shut(&self.state) or self.generation != generation:
+ *             self.release()  # a forked child has only one thread             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 440, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 526, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":439
+    /* "ivshmem/channel/membership.pyx":525
  *             self.kick_all()
  *             ending.signal(0)
- *         if ivshmem_shut(&self.state):             # <<<<<<<<<<<<<<
- *             self.release()
+ *         if ivshmem_shut(&self.state) or self.generation != generation:             # <<<<<<<<<<<<<<
+ *             self.release()  # a forked child has only one thread
  *         return 0
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":441
- *         if ivshmem_shut(&self.state):
- *             self.release()
+  /* "ivshmem/channel/membership.pyx":527
+ *         if ivshmem_shut(&self.state) or self.generation != generation:
+ *             self.release()  # a forked child has only one thread
  *         return 0             # <<<<<<<<<<<<<<
  * 
  *     cdef int release(self) except -1:
@@ -10452,7 +11304,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":431
+  /* "ivshmem/channel/membership.pyx":517
  *             raise error
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -10473,66 +11325,80 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":443
+/* "ivshmem/channel/membership.pyx":529
  *         return 0
  * 
  *     cdef int release(self) except -1:             # <<<<<<<<<<<<<<
- *         self.kick.close()
- *         self.ending.close()
+ *         """Leave the area and let the memory go."""
+ *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
 */
 
 static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
   int __pyx_r;
   __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_1;
   PyObject *__pyx_t_2 = NULL;
-  size_t __pyx_t_3;
+  PyObject *__pyx_t_3 = NULL;
+  size_t __pyx_t_4;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/channel/membership.pyx":444
- * 
- *     cdef int release(self) except -1:
- *         self.kick.close()             # <<<<<<<<<<<<<<
- *         self.ending.close()
+  /* "ivshmem/channel/membership.pyx":532
+ *         """Leave the area and let the memory go."""
+ *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
+ *         self.kick = None             # <<<<<<<<<<<<<<
+ *         if self.ending is not None:
+ *             self.ending.close()
+*/
+  __Pyx_INCREF(Py_None);
+  __Pyx_GIVEREF(Py_None);
+  __Pyx_GOTREF((PyObject *)__pyx_v_self->kick);
+  __Pyx_DECREF_SET(__pyx_v_self->kick, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)Py_None));
+
+  /* "ivshmem/channel/membership.pyx":533
+ *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
+ *         self.kick = None
+ *         if self.ending is not None:             # <<<<<<<<<<<<<<
+ *             self.ending.close()
  *         self.threads = None
 */
-  __pyx_t_2 = ((PyObject *)__pyx_v_self->kick);
-  __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = 0;
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
-    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 444, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __pyx_t_1 = (((PyObject *)__pyx_v_self->ending) != Py_None);
+  if (__pyx_t_1) {
 
-  /* "ivshmem/channel/membership.pyx":445
- *     cdef int release(self) except -1:
- *         self.kick.close()
- *         self.ending.close()             # <<<<<<<<<<<<<<
+
+    /* "ivshmem/channel/membership.pyx":534
+ *         self.kick = None
+ *         if self.ending is not None:
+ *             self.ending.close()             # <<<<<<<<<<<<<<
  *         self.threads = None
  *         self.loops = None
 */
-  __pyx_t_2 = ((PyObject *)__pyx_v_self->ending);
-  __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = 0;
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
-    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 445, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+    __pyx_t_3 = ((PyObject *)__pyx_v_self->ending);
+    __Pyx_INCREF(__pyx_t_3);
+    __pyx_t_4 = 0;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
+      __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 534, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+    }
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":446
- *         self.kick.close()
- *         self.ending.close()
+    /* "ivshmem/channel/membership.pyx":533
+ *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
+ *         self.kick = None
+ *         if self.ending is not None:             # <<<<<<<<<<<<<<
+ *             self.ending.close()
+ *         self.threads = None
+*/
+  }
+
+  /* "ivshmem/channel/membership.pyx":535
+ *         if self.ending is not None:
+ *             self.ending.close()
  *         self.threads = None             # <<<<<<<<<<<<<<
  *         self.loops = None
  *         if self.pinned:
@@ -10542,63 +11408,72 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF(__pyx_v_self->threads);
   __Pyx_DECREF_SET(__pyx_v_self->threads, Py_None);
 
-  /* "ivshmem/channel/membership.pyx":447
- *         self.ending.close()
+  /* "ivshmem/channel/membership.pyx":536
+ *             self.ending.close()
  *         self.threads = None
  *         self.loops = None             # <<<<<<<<<<<<<<
  *         if self.pinned:
- *             self.pinned = False
+ *             self.leave()
 */
   __Pyx_INCREF(Py_None);
   __Pyx_GIVEREF(Py_None);
   __Pyx_GOTREF(__pyx_v_self->loops);
   __Pyx_DECREF_SET(__pyx_v_self->loops, Py_None);
 
-  /* "ivshmem/channel/membership.pyx":448
+  /* "ivshmem/channel/membership.pyx":537
  *         self.threads = None
  *         self.loops = None
  *         if self.pinned:             # <<<<<<<<<<<<<<
+ *             self.leave()
  *             self.pinned = False
- *             let_go(self.mapping)
 */
   if (__pyx_v_self->pinned) {
 
-    /* "ivshmem/channel/membership.pyx":449
+    /* "ivshmem/channel/membership.pyx":538
  *         self.loops = None
  *         if self.pinned:
+ *             self.leave()             # <<<<<<<<<<<<<<
+ *             self.pinned = False
+ *             let_go(self.mapping)
+*/
+    ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
+
+    /* "ivshmem/channel/membership.pyx":539
+ *         if self.pinned:
+ *             self.leave()
  *             self.pinned = False             # <<<<<<<<<<<<<<
  *             let_go(self.mapping)
  *         return 0
 */
     __pyx_v_self->pinned = 0;
 
-    /* "ivshmem/channel/membership.pyx":450
- *         if self.pinned:
+    /* "ivshmem/channel/membership.pyx":540
+ *             self.leave()
  *             self.pinned = False
  *             let_go(self.mapping)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_1 = ((PyObject *)__pyx_v_self->mapping);
-    __Pyx_INCREF(__pyx_t_1);
-    (void)(__pyx_f_7ivshmem_7channel_10membership_let_go(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_1)));
-    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+    __pyx_t_2 = ((PyObject *)__pyx_v_self->mapping);
+    __Pyx_INCREF(__pyx_t_2);
+    (void)(__pyx_f_7ivshmem_7channel_10membership_let_go(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_2)));
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/membership.pyx":448
+    /* "ivshmem/channel/membership.pyx":537
  *         self.threads = None
  *         self.loops = None
  *         if self.pinned:             # <<<<<<<<<<<<<<
+ *             self.leave()
  *             self.pinned = False
- *             let_go(self.mapping)
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":451
+  /* "ivshmem/channel/membership.pyx":541
  *             self.pinned = False
  *             let_go(self.mapping)
  *         return 0             # <<<<<<<<<<<<<<
  * 
- *     def __dealloc__(self):
+ *     cdef void leave(self) noexcept:
 */
   {
 
@@ -10606,18 +11481,18 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":443
+  /* "ivshmem/channel/membership.pyx":529
  *         return 0
  * 
  *     cdef int release(self) except -1:             # <<<<<<<<<<<<<<
- *         self.kick.close()
- *         self.ending.close()
+ *         """Leave the area and let the memory go."""
+ *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
   __Pyx_AddTraceback("ivshmem.channel.membership.Membership.release", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
@@ -10626,12 +11501,85 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":453
+/* "ivshmem/channel/membership.pyx":543
  *         return 0
+ * 
+ *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
+ *         if self.joined and self.generation == generation:
+ *             ivshmem_leave_area(&self.member)
+*/
+
+static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_self) {
+  int __pyx_t_1;
+  int __pyx_t_2;
+
+  /* "ivshmem/channel/membership.pyx":544
+ * 
+ *     cdef void leave(self) noexcept:
+ *         if self.joined and self.generation == generation:             # <<<<<<<<<<<<<<
+ *             ivshmem_leave_area(&self.member)
+ *         self.joined = False
+*/
+  if (__pyx_v_self->joined) {
+  } else {
+
+    __pyx_t_1 = __pyx_v_self->joined;
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (__pyx_v_self->generation == __pyx_v_7ivshmem_7channel_10membership_generation);
+
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/membership.pyx":545
+ *     cdef void leave(self) noexcept:
+ *         if self.joined and self.generation == generation:
+ *             ivshmem_leave_area(&self.member)             # <<<<<<<<<<<<<<
+ *         self.joined = False
+ * 
+*/
+    ivshmem_leave_area((&__pyx_v_self->member));
+
+    /* "ivshmem/channel/membership.pyx":544
+ * 
+ *     cdef void leave(self) noexcept:
+ *         if self.joined and self.generation == generation:             # <<<<<<<<<<<<<<
+ *             ivshmem_leave_area(&self.member)
+ *         self.joined = False
+*/
+  }
+
+  /* "ivshmem/channel/membership.pyx":546
+ *         if self.joined and self.generation == generation:
+ *             ivshmem_leave_area(&self.member)
+ *         self.joined = False             # <<<<<<<<<<<<<<
+ * 
+ *     def __dealloc__(self):
+*/
+  __pyx_v_self->joined = 0;
+
+  /* "ivshmem/channel/membership.pyx":543
+ *         return 0
+ * 
+ *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
+ *         if self.joined and self.generation == generation:
+ *             ivshmem_leave_area(&self.member)
+*/
+
+  /* function exit code */
+
+}
+
+/* "ivshmem/channel/membership.pyx":548
+ *         self.joined = False
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
  *         if self.pinned:
- *             let_go(self.mapping)
+ *             self.leave()
 */
 
 /* Python wrapper */
@@ -10652,18 +11600,27 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
   PyObject *__pyx_t_1 = NULL;
   __Pyx_RefNannySetupContext("__dealloc__", 0);
 
-  /* "ivshmem/channel/membership.pyx":454
+  /* "ivshmem/channel/membership.pyx":549
  * 
  *     def __dealloc__(self):
  *         if self.pinned:             # <<<<<<<<<<<<<<
+ *             self.leave()
  *             let_go(self.mapping)
- *         free(self.pulses)
 */
   if (__pyx_v_self->pinned) {
 
-    /* "ivshmem/channel/membership.pyx":455
+    /* "ivshmem/channel/membership.pyx":550
  *     def __dealloc__(self):
  *         if self.pinned:
+ *             self.leave()             # <<<<<<<<<<<<<<
+ *             let_go(self.mapping)
+ *         free(self.pulses)
+*/
+    ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
+
+    /* "ivshmem/channel/membership.pyx":551
+ *         if self.pinned:
+ *             self.leave()
  *             let_go(self.mapping)             # <<<<<<<<<<<<<<
  *         free(self.pulses)
  * 
@@ -10673,17 +11630,17 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
     (void)(__pyx_f_7ivshmem_7channel_10membership_let_go(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_1)));
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":454
+    /* "ivshmem/channel/membership.pyx":549
  * 
  *     def __dealloc__(self):
  *         if self.pinned:             # <<<<<<<<<<<<<<
+ *             self.leave()
  *             let_go(self.mapping)
- *         free(self.pulses)
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":456
- *         if self.pinned:
+  /* "ivshmem/channel/membership.pyx":552
+ *             self.leave()
  *             let_go(self.mapping)
  *         free(self.pulses)             # <<<<<<<<<<<<<<
  * 
@@ -10691,12 +11648,12 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
   free(__pyx_v_self->pulses);
 
-  /* "ivshmem/channel/membership.pyx":453
- *         return 0
+  /* "ivshmem/channel/membership.pyx":548
+ *         self.joined = False
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
  *         if self.pinned:
- *             let_go(self.mapping)
+ *             self.leave()
 */
 
   /* function exit code */
@@ -10704,7 +11661,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/channel/membership.pyx":458
+/* "ivshmem/channel/membership.pyx":554
  *         free(self.pulses)
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):             # <<<<<<<<<<<<<<
@@ -10740,7 +11697,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail", 0);
 
-  /* "ivshmem/channel/membership.pyx":460
+  /* "ivshmem/channel/membership.pyx":556
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""             # <<<<<<<<<<<<<<
@@ -10751,12 +11708,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   else
   {
     Py_ssize_t __pyx_temp = __Pyx_PyUnicode_IS_TRUE(__pyx_v_name);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 460, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 556, __pyx_L1_error)
     __pyx_t_2 = (__pyx_temp != 0);
   }
 
   if (__pyx_t_2) {
-    __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 460, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 556, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_4[1] = __pyx_t_3;
@@ -10770,7 +11727,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[1]);
     #endif
     __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 460, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 556, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_7;
@@ -10783,7 +11740,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_v_of = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":461
+  /* "ivshmem/channel/membership.pyx":557
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""
  *         if code == IVSHMEM_CORRUPT and channel != NULL:             # <<<<<<<<<<<<<<
@@ -10809,7 +11766,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":462
+    /* "ivshmem/channel/membership.pyx":558
  *         of = f"channel {name!r}: " if name else ""
  *         if code == IVSHMEM_CORRUPT and channel != NULL:
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"             # <<<<<<<<<<<<<<
@@ -10821,11 +11778,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     if (__pyx_t_2) {
 
       __pyx_t_9 = __pyx_v_channel->fault.word;
-      __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_9); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 462, __pyx_L1_error)
-      __pyx_t_7 = __Pyx_decode_c_string(__pyx_t_9, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 462, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_9); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 558, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_decode_c_string(__pyx_t_9, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 558, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
 
-      if (!(likely(PyUnicode_CheckExact(__pyx_t_7)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_7))) __PYX_ERR(0, 462, __pyx_L1_error)
+      if (!(likely(PyUnicode_CheckExact(__pyx_t_7)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_7))) __PYX_ERR(0, 558, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_7);
       __pyx_t_1 = __pyx_t_7;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -10837,7 +11794,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_v_word = __pyx_t_1;
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":463
+    /* "ivshmem/channel/membership.pyx":559
  *         if code == IVSHMEM_CORRUPT and channel != NULL:
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             return ChannelCorrupt(             # <<<<<<<<<<<<<<
@@ -10845,38 +11802,38 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 f" {channel.fault.slot}, is impossible ({channel.fault.seen:#x}): some process that"
 */
     __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelCorrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 463, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelCorrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 559, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
 
-    /* "ivshmem/channel/membership.pyx":464
+    /* "ivshmem/channel/membership.pyx":560
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, which belongs to slot"             # <<<<<<<<<<<<<<
  *                 f" {channel.fault.slot}, is impossible ({channel.fault.seen:#x}): some process that"
  *                 " can write to the memory has spoiled it"
 */
-    __pyx_t_10 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 464, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 560, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_v_word, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 464, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_v_word, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 560, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.offset); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 464, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.offset); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 560, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_13 = __Pyx_PyObject_Format(__pyx_t_12, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 464, __pyx_L1_error)
+    __pyx_t_13 = __Pyx_PyObject_Format(__pyx_t_12, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 560, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
 
-    /* "ivshmem/channel/membership.pyx":465
+    /* "ivshmem/channel/membership.pyx":561
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, which belongs to slot"
  *                 f" {channel.fault.slot}, is impossible ({channel.fault.seen:#x}): some process that"             # <<<<<<<<<<<<<<
  *                 " can write to the memory has spoiled it"
  *             )
 */
-    __pyx_t_12 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_channel->fault.slot, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 465, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_channel->fault.slot, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 561, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_14 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.seen); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 465, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.seen); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 561, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
-    __pyx_t_15 = __Pyx_PyObject_Format(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 465, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyObject_Format(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 561, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
     __pyx_t_16[0] = __pyx_t_10;
@@ -10890,7 +11847,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_16[8] = __pyx_t_15;
     __pyx_t_16[9] = __pyx_mstate_global->__pyx_kp_u_some_process_that_can_write_to;
 
-    /* "ivshmem/channel/membership.pyx":464
+    /* "ivshmem/channel/membership.pyx":560
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, which belongs to slot"             # <<<<<<<<<<<<<<
@@ -10909,7 +11866,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_16[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_16[2]) | __Pyx_PyUnicode_KIND_04(__pyx_t_16[4]) | __Pyx_PyUnicode_KIND_04(__pyx_t_16[8]);
     #endif
     __pyx_t_14 = __Pyx_PyUnicode_Join(__pyx_t_16, 10, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 464, __pyx_L1_error)
+    if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 560, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
@@ -10934,7 +11891,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 463, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 559, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -10948,7 +11905,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":461
+    /* "ivshmem/channel/membership.pyx":557
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""
  *         if code == IVSHMEM_CORRUPT and channel != NULL:             # <<<<<<<<<<<<<<
@@ -10957,7 +11914,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":468
+  /* "ivshmem/channel/membership.pyx":564
  *                 " can write to the memory has spoiled it"
  *             )
  *         if code == IVSHMEM_NO_AREA:             # <<<<<<<<<<<<<<
@@ -10969,7 +11926,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":469
+    /* "ivshmem/channel/membership.pyx":565
  *             )
  *         if code == IVSHMEM_NO_AREA:
  *             return NoChannels(             # <<<<<<<<<<<<<<
@@ -10977,7 +11934,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 " or by Directory.create(channels=SIZE)"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 469, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 565, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __pyx_t_17 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -10996,7 +11953,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_14, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 469, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 565, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -11010,7 +11967,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":468
+    /* "ivshmem/channel/membership.pyx":564
  *                 " can write to the memory has spoiled it"
  *             )
  *         if code == IVSHMEM_NO_AREA:             # <<<<<<<<<<<<<<
@@ -11019,7 +11976,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":473
+  /* "ivshmem/channel/membership.pyx":569
  *                 " or by Directory.create(channels=SIZE)"
  *             )
  *         if code == IVSHMEM_VERSION:             # <<<<<<<<<<<<<<
@@ -11031,7 +11988,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":474
+    /* "ivshmem/channel/membership.pyx":570
  *             )
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")             # <<<<<<<<<<<<<<
@@ -11039,7 +11996,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             return ChannelError(
 */
     __pyx_t_14 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 474, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 570, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_17 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -11058,7 +12015,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 474, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 570, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -11072,7 +12029,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":473
+    /* "ivshmem/channel/membership.pyx":569
  *                 " or by Directory.create(channels=SIZE)"
  *             )
  *         if code == IVSHMEM_VERSION:             # <<<<<<<<<<<<<<
@@ -11081,7 +12038,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":475
+  /* "ivshmem/channel/membership.pyx":571
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -11093,7 +12050,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":476
+    /* "ivshmem/channel/membership.pyx":572
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:
  *             return ChannelError(             # <<<<<<<<<<<<<<
@@ -11101,17 +12058,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 " info` lists them"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 476, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 572, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
 
-    /* "ivshmem/channel/membership.pyx":477
+    /* "ivshmem/channel/membership.pyx":573
  *         if code == IVSHMEM_TAKEN:
  *             return ChannelError(
  *                 f"all {self.member.area.places} places of the area are taken; `ivshmem channel"             # <<<<<<<<<<<<<<
  *                 " info` lists them"
  *             )
 */
-    __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 477, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 573, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_all;
     __pyx_t_4[1] = __pyx_t_7;
@@ -11122,7 +12079,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     #endif
     __pyx_t_6 = 0;
     __pyx_t_15 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 477, __pyx_L1_error)
+    if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 573, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_17 = 1;
@@ -11143,7 +12100,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 476, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 572, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -11157,7 +12114,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":475
+    /* "ivshmem/channel/membership.pyx":571
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -11166,7 +12123,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":480
+  /* "ivshmem/channel/membership.pyx":576
  *                 " info` lists them"
  *             )
  *         if code == IVSHMEM_READ_ONLY:             # <<<<<<<<<<<<<<
@@ -11178,7 +12135,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":481
+    /* "ivshmem/channel/membership.pyx":577
  *             )
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")             # <<<<<<<<<<<<<<
@@ -11186,11 +12143,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             return ClosedError(
 */
     __pyx_t_14 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 481, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 577, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
-    __pyx_t_3 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 481, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 577, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_7 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_region_is_mapped_for_reading_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 481, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_region_is_mapped_for_reading_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 577, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_17 = 1;
@@ -11211,7 +12168,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 481, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 577, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -11225,7 +12182,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":480
+    /* "ivshmem/channel/membership.pyx":576
  *                 " info` lists them"
  *             )
  *         if code == IVSHMEM_READ_ONLY:             # <<<<<<<<<<<<<<
@@ -11234,7 +12191,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":482
+  /* "ivshmem/channel/membership.pyx":578
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -11246,7 +12203,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":483
+    /* "ivshmem/channel/membership.pyx":579
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:
  *             return ClosedError(             # <<<<<<<<<<<<<<
@@ -11254,19 +12211,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             )
 */
     __pyx_t_15 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 483, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 579, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
 
-    /* "ivshmem/channel/membership.pyx":484
+    /* "ivshmem/channel/membership.pyx":580
  *         if code == IVSHMEM_CLOSED:
  *             return ClosedError(
  *                 f"{of}another process removed the channel, or the place of this process"             # <<<<<<<<<<<<<<
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:
 */
-    __pyx_t_14 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 484, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 580, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
-    __pyx_t_3 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_another_process_removed_the_chan); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 484, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_another_process_removed_the_chan); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 580, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
     __pyx_t_17 = 1;
@@ -11287,7 +12244,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 483, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 579, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -11301,7 +12258,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":482
+    /* "ivshmem/channel/membership.pyx":578
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -11310,7 +12267,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":486
+  /* "ivshmem/channel/membership.pyx":582
  *                 f"{of}another process removed the channel, or the place of this process"
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:             # <<<<<<<<<<<<<<
@@ -11322,7 +12279,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":487
+    /* "ivshmem/channel/membership.pyx":583
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:
  *             return ChannelError(             # <<<<<<<<<<<<<<
@@ -11330,19 +12287,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 " the device in another way (resource2_wc)"
 */
     __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 487, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 583, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
 
-    /* "ivshmem/channel/membership.pyx":488
+    /* "ivshmem/channel/membership.pyx":584
  *         if code == IVSHMEM_NO_ATOMICS:
  *             return ChannelError(
  *                 f"{of}this mapping of the memory has no compare-exchange, which a queue needs: open"             # <<<<<<<<<<<<<<
  *                 " the device in another way (resource2_wc)"
  *             )
 */
-    __pyx_t_15 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 488, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 584, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
-    __pyx_t_14 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_15, __pyx_mstate_global->__pyx_kp_u_this_mapping_of_the_memory_has_n); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 488, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_15, __pyx_mstate_global->__pyx_kp_u_this_mapping_of_the_memory_has_n); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 584, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
     __pyx_t_17 = 1;
@@ -11363,7 +12320,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 487, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 583, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -11377,7 +12334,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":486
+    /* "ivshmem/channel/membership.pyx":582
  *                 f"{of}another process removed the channel, or the place of this process"
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:             # <<<<<<<<<<<<<<
@@ -11386,7 +12343,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":491
+  /* "ivshmem/channel/membership.pyx":587
  *                 " the device in another way (resource2_wc)"
  *             )
  *         return ChannelError(f"{of}error {-code} of ivshmem_channel.h")             # <<<<<<<<<<<<<<
@@ -11394,11 +12351,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  * 
 */
   __pyx_t_3 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 491, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 587, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_14);
-  __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 491, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 587, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_15 = __Pyx_PyUnicode_From_int((-__pyx_v_code), 0, ' ', 'd'); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 491, __pyx_L1_error)
+  __pyx_t_15 = __Pyx_PyUnicode_From_int((-__pyx_v_code), 0, ' ', 'd'); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 587, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_15);
   __pyx_t_18[0] = __pyx_t_7;
   __pyx_t_18[1] = __pyx_mstate_global->__pyx_kp_u_error;
@@ -11413,7 +12370,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_18[0]);
   #endif
   __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_18, 4, __pyx_t_5, __pyx_t_6);
-  if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 491, __pyx_L1_error)
+  if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 587, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_12);
   __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
   __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
@@ -11435,7 +12392,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 491, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 587, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -11449,7 +12406,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":458
+  /* "ivshmem/channel/membership.pyx":554
  *         free(self.pulses)
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):             # <<<<<<<<<<<<<<
@@ -11550,7 +12507,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8endpoint_
  *     cdef Doorbells doorbells  # None: a region alone
  *     cdef readonly Py_ssize_t vector  # -1: this process cannot be rung             # <<<<<<<<<<<<<<
  *     cdef dict bells  # peer << 16 | vector -> Doorbell
- *     cdef FdArray kick  # one eventfd, never read: each write is an edge to all Wakeups
+ *     # One eventfd, never read: each write is an edge to all Wakeups. None: the membership has ended.
 */
 
 /* Python wrapper */
@@ -11627,7 +12584,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6vector___
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pxd":38
+/* "ivshmem/channel/membership.pxd":39
  *     cdef object ends  # a WeakSet of the ends that are open
  *     cdef object threads  # a threading.local, with the Wakeup of each thread
  *     cdef readonly object loops  # what each asyncio loop watches (asynchronous.py), by weak keys             # <<<<<<<<<<<<<<
@@ -11900,7 +12857,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_14__setsta
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":501
+/* "ivshmem/channel/membership.pyx":597
  * 
  * 
  * cdef int let_go(Mapping mapping) noexcept:             # <<<<<<<<<<<<<<
@@ -11914,7 +12871,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_let_go(struct __pyx_obj_7ivshm
   int __pyx_t_1;
   char *__pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":503
+  /* "ivshmem/channel/membership.pyx":599
  * cdef int let_go(Mapping mapping) noexcept:
  *     cdef char *start
  *     if ivshmem_leave(&mapping.accesses):             # <<<<<<<<<<<<<<
@@ -11926,7 +12883,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_let_go(struct __pyx_obj_7ivshm
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":504
+    /* "ivshmem/channel/membership.pyx":600
  *     cdef char *start
  *     if ivshmem_leave(&mapping.accesses):
  *         start = mapping.start             # <<<<<<<<<<<<<<
@@ -11937,7 +12894,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_let_go(struct __pyx_obj_7ivshm
 
     __pyx_v_start = __pyx_t_2;
 
-    /* "ivshmem/channel/membership.pyx":505
+    /* "ivshmem/channel/membership.pyx":601
  *     if ivshmem_leave(&mapping.accesses):
  *         start = mapping.start
  *         mapping.start = NULL             # <<<<<<<<<<<<<<
@@ -11946,7 +12903,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_let_go(struct __pyx_obj_7ivshm
 */
     __pyx_v_mapping->start = NULL;
 
-    /* "ivshmem/channel/membership.pyx":506
+    /* "ivshmem/channel/membership.pyx":602
  *         start = mapping.start
  *         mapping.start = NULL
  *         munmap(start, mapping.length)             # <<<<<<<<<<<<<<
@@ -11955,7 +12912,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_let_go(struct __pyx_obj_7ivshm
 */
     (void)(munmap(__pyx_v_start, __pyx_v_mapping->length));
 
-    /* "ivshmem/channel/membership.pyx":503
+    /* "ivshmem/channel/membership.pyx":599
  * cdef int let_go(Mapping mapping) noexcept:
  *     cdef char *start
  *     if ivshmem_leave(&mapping.accesses):             # <<<<<<<<<<<<<<
@@ -11964,7 +12921,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_let_go(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":507
+  /* "ivshmem/channel/membership.pyx":603
  *         mapping.start = NULL
  *         munmap(start, mapping.length)
  *     return 0             # <<<<<<<<<<<<<<
@@ -11977,7 +12934,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_let_go(struct __pyx_obj_7ivshm
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":501
+  /* "ivshmem/channel/membership.pyx":597
  * 
  * 
  * cdef int let_go(Mapping mapping) noexcept:             # <<<<<<<<<<<<<<
@@ -11992,7 +12949,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_let_go(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":522
+/* "ivshmem/channel/membership.pyx":618
  *     """
  * 
  *     def __cinit__(self, Membership membership not None):             # <<<<<<<<<<<<<<
@@ -12038,32 +12995,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 522, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 618, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 522, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 618, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 522, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 618, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, i); __PYX_ERR(0, 522, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, i); __PYX_ERR(0, 618, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 522, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 618, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 522, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 618, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12074,7 +13031,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 522, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 618, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(((struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)__pyx_v_self), __pyx_v_membership);
 
   /* function exit code */
@@ -12101,16 +13058,17 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
   size_t __pyx_t_3;
-  PyObject *__pyx_t_4 = NULL;
+  int __pyx_t_4;
   PyObject *__pyx_t_5 = NULL;
-  int __pyx_t_6;
+  PyObject *__pyx_t_6 = NULL;
   int __pyx_t_7;
+  int __pyx_t_8;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/membership.pyx":523
+  /* "ivshmem/channel/membership.pyx":619
  * 
  *     def __cinit__(self, Membership membership not None):
  *         cdef Doorbells doorbells = membership.doorbells             # <<<<<<<<<<<<<<
@@ -12122,7 +13080,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
   __pyx_v_doorbells = ((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":524
+  /* "ivshmem/channel/membership.pyx":620
  *     def __cinit__(self, Membership membership not None):
  *         cdef Doorbells doorbells = membership.doorbells
  *         self.membership = membership             # <<<<<<<<<<<<<<
@@ -12134,12 +13092,12 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
   __Pyx_GOTREF((PyObject *)__pyx_v_self->membership);
   __Pyx_DECREF_SET(__pyx_v_self->membership, __pyx_v_membership);
 
-  /* "ivshmem/channel/membership.pyx":525
+  /* "ivshmem/channel/membership.pyx":621
  *         cdef Doorbells doorbells = membership.doorbells
  *         self.membership = membership
  *         self.epoll = Epoll()             # <<<<<<<<<<<<<<
  *         self.pause = FIRST_PAUSE
- *         self.epoll.add(place_of(membership.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
+ *         self.kick = membership.kick
 */
   __pyx_t_2 = NULL;
   __pyx_t_3 = 1;
@@ -12147,7 +13105,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 525, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 621, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -12155,152 +13113,212 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
   __Pyx_DECREF_SET(__pyx_v_self->epoll, ((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":526
+  /* "ivshmem/channel/membership.pyx":622
  *         self.membership = membership
  *         self.epoll = Epoll()
  *         self.pause = FIRST_PAUSE             # <<<<<<<<<<<<<<
- *         self.epoll.add(place_of(membership.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
- *         if membership.vector >= 0:
+ *         self.kick = membership.kick
+ *         if self.kick is None:
 */
   __pyx_v_self->pause = __pyx_v_7ivshmem_7channel_10membership_FIRST_PAUSE;
 
-  /* "ivshmem/channel/membership.pyx":527
+  /* "ivshmem/channel/membership.pyx":623
  *         self.epoll = Epoll()
  *         self.pause = FIRST_PAUSE
- *         self.epoll.add(place_of(membership.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)             # <<<<<<<<<<<<<<
- *         if membership.vector >= 0:
+ *         self.kick = membership.kick             # <<<<<<<<<<<<<<
+ *         if self.kick is None:
+ *             raise membership.unusable()
+*/
+  __pyx_t_1 = ((PyObject *)__pyx_v_membership->kick);
+  __Pyx_INCREF(__pyx_t_1);
+  __Pyx_GIVEREF(__pyx_t_1);
+  __Pyx_GOTREF((PyObject *)__pyx_v_self->kick);
+  __Pyx_DECREF_SET(__pyx_v_self->kick, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1));
+  __pyx_t_1 = 0;
+
+  /* "ivshmem/channel/membership.pyx":624
+ *         self.pause = FIRST_PAUSE
+ *         self.kick = membership.kick
+ *         if self.kick is None:             # <<<<<<<<<<<<<<
+ *             raise membership.unusable()
+ *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
+*/
+  __pyx_t_4 = (((PyObject *)__pyx_v_self->kick) == Py_None);
+  if (unlikely(__pyx_t_4)) {
+
+
+    /* "ivshmem/channel/membership.pyx":625
+ *         self.kick = membership.kick
+ *         if self.kick is None:
+ *             raise membership.unusable()             # <<<<<<<<<<<<<<
+ *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
+ *         if membership.vector >= 0 and doorbells is not None:
+*/
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->unusable(__pyx_v_membership); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 625, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+    __Pyx_Raise(__pyx_t_1, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+    __PYX_ERR(0, 625, __pyx_L1_error)
+
+    /* "ivshmem/channel/membership.pyx":624
+ *         self.pause = FIRST_PAUSE
+ *         self.kick = membership.kick
+ *         if self.kick is None:             # <<<<<<<<<<<<<<
+ *             raise membership.unusable()
+ *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
+*/
+  }
+
+  /* "ivshmem/channel/membership.pyx":626
+ *         if self.kick is None:
+ *             raise membership.unusable()
+ *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)             # <<<<<<<<<<<<<<
+ *         if membership.vector >= 0 and doorbells is not None:
  *             if not membership.told:
 */
   __pyx_t_2 = ((PyObject *)__pyx_v_self->epoll);
   __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_4 = ((PyObject *)__pyx_v_membership->kick);
-  __Pyx_INCREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_4), 0)[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 527, __pyx_L1_error)
+  __pyx_t_5 = ((PyObject *)__pyx_v_self->kick);
+  __Pyx_INCREF(__pyx_t_5);
+  __pyx_t_6 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_5), 0)[0])); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 626, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_6);
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+  __pyx_t_5 = __Pyx_PyLong_From_unsigned_int((EPOLLIN | ((unsigned int)EPOLLET))); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 626, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_PyLong_From_unsigned_int((EPOLLIN | ((unsigned int)EPOLLET))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 527, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_3 = 0;
   {
-    PyObject *__pyx_callargs[4] = {__pyx_t_2, __pyx_t_5, __pyx_mstate_global->__pyx_int_0, __pyx_t_4};
+    PyObject *__pyx_callargs[4] = {__pyx_t_2, __pyx_t_6, __pyx_mstate_global->__pyx_int_0, __pyx_t_5};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_3, (4-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 527, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 626, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":528
- *         self.pause = FIRST_PAUSE
- *         self.epoll.add(place_of(membership.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
- *         if membership.vector >= 0:             # <<<<<<<<<<<<<<
+  /* "ivshmem/channel/membership.pyx":627
+ *             raise membership.unusable()
+ *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
+ *         if membership.vector >= 0 and doorbells is not None:             # <<<<<<<<<<<<<<
  *             if not membership.told:
- *                 doorbells.tell_after_waits(place_of(membership.kick, 0)[0])
+ *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])
 */
-  __pyx_t_6 = (__pyx_v_membership->vector >= 0);
+  __pyx_t_7 = (__pyx_v_membership->vector >= 0);
 
-  if (__pyx_t_6) {
+  if (__pyx_t_7) {
+
+  } else {
+
+    __pyx_t_4 = __pyx_t_7;
+
+    goto __pyx_L5_bool_binop_done;
+  }
+  __pyx_t_7 = (((PyObject *)__pyx_v_doorbells) != Py_None);
+
+  __pyx_t_4 = __pyx_t_7;
+
+  __pyx_L5_bool_binop_done:;
+  if (__pyx_t_4) {
 
 
-    /* "ivshmem/channel/membership.pyx":529
- *         self.epoll.add(place_of(membership.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
- *         if membership.vector >= 0:
+    /* "ivshmem/channel/membership.pyx":628
+ *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
+ *         if membership.vector >= 0 and doorbells is not None:
  *             if not membership.told:             # <<<<<<<<<<<<<<
- *                 doorbells.tell_after_waits(place_of(membership.kick, 0)[0])
+ *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])
  *                 membership.told = True
 */
-    __pyx_t_6 = (!__pyx_v_membership->told);
+    __pyx_t_4 = (!__pyx_v_membership->told);
 
-    if (__pyx_t_6) {
+    if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/membership.pyx":530
- *         if membership.vector >= 0:
+      /* "ivshmem/channel/membership.pyx":629
+ *         if membership.vector >= 0 and doorbells is not None:
  *             if not membership.told:
- *                 doorbells.tell_after_waits(place_of(membership.kick, 0)[0])             # <<<<<<<<<<<<<<
+ *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])             # <<<<<<<<<<<<<<
  *                 membership.told = True
  *             self.epoll.add(
 */
-      __pyx_t_1 = ((PyObject *)__pyx_v_membership->kick);
+      __pyx_t_1 = ((PyObject *)__pyx_v_self->kick);
       __Pyx_INCREF(__pyx_t_1);
-      __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_doorbells->__pyx_vtab)->tell_after_waits(__pyx_v_doorbells, (__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1), 0)[0])); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 530, __pyx_L1_error)
+      __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_doorbells->__pyx_vtab)->tell_after_waits(__pyx_v_doorbells, (__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1), 0)[0])); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 629, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
 
-      /* "ivshmem/channel/membership.pyx":531
+      /* "ivshmem/channel/membership.pyx":630
  *             if not membership.told:
- *                 doorbells.tell_after_waits(place_of(membership.kick, 0)[0])
+ *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])
  *                 membership.told = True             # <<<<<<<<<<<<<<
  *             self.epoll.add(
  *                 place_of(doorbells.own, membership.vector)[0],
 */
       __pyx_v_membership->told = 1;
 
-      /* "ivshmem/channel/membership.pyx":529
- *         self.epoll.add(place_of(membership.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
- *         if membership.vector >= 0:
+      /* "ivshmem/channel/membership.pyx":628
+ *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
+ *         if membership.vector >= 0 and doorbells is not None:
  *             if not membership.told:             # <<<<<<<<<<<<<<
- *                 doorbells.tell_after_waits(place_of(membership.kick, 0)[0])
+ *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])
  *                 membership.told = True
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":532
- *                 doorbells.tell_after_waits(place_of(membership.kick, 0)[0])
+    /* "ivshmem/channel/membership.pyx":631
+ *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])
  *                 membership.told = True
  *             self.epoll.add(             # <<<<<<<<<<<<<<
  *                 place_of(doorbells.own, membership.vector)[0],
  *                 1,
 */
-    __pyx_t_4 = ((PyObject *)__pyx_v_self->epoll);
-    __Pyx_INCREF(__pyx_t_4);
+    __pyx_t_5 = ((PyObject *)__pyx_v_self->epoll);
+    __Pyx_INCREF(__pyx_t_5);
 
-    /* "ivshmem/channel/membership.pyx":533
+    /* "ivshmem/channel/membership.pyx":632
  *                 membership.told = True
  *             self.epoll.add(
  *                 place_of(doorbells.own, membership.vector)[0],             # <<<<<<<<<<<<<<
  *                 1,
  *                 _EPOLLIN | <unsigned int>EPOLLET,
 */
-    __pyx_t_5 = ((PyObject *)__pyx_v_doorbells->own);
-    __Pyx_INCREF(__pyx_t_5);
-    __pyx_t_2 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_5), __pyx_v_membership->vector)[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 533, __pyx_L1_error)
+    __pyx_t_6 = ((PyObject *)__pyx_v_doorbells->own);
+    __Pyx_INCREF(__pyx_t_6);
+    __pyx_t_2 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_6), __pyx_v_membership->vector)[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 632, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-    /* "ivshmem/channel/membership.pyx":535
+    /* "ivshmem/channel/membership.pyx":634
  *                 place_of(doorbells.own, membership.vector)[0],
  *                 1,
  *                 _EPOLLIN | <unsigned int>EPOLLET,             # <<<<<<<<<<<<<<
  *             )
  * 
 */
-    __pyx_t_5 = __Pyx_PyLong_From_unsigned_int((EPOLLIN | ((unsigned int)EPOLLET))); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 535, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_5);
+    __pyx_t_6 = __Pyx_PyLong_From_unsigned_int((EPOLLIN | ((unsigned int)EPOLLET))); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 634, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_3 = 0;
     {
-      PyObject *__pyx_callargs[4] = {__pyx_t_4, __pyx_t_2, __pyx_mstate_global->__pyx_int_1, __pyx_t_5};
+      PyObject *__pyx_callargs[4] = {__pyx_t_5, __pyx_t_2, __pyx_mstate_global->__pyx_int_1, __pyx_t_6};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_3, (4-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 532, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 631, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":528
- *         self.pause = FIRST_PAUSE
- *         self.epoll.add(place_of(membership.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
- *         if membership.vector >= 0:             # <<<<<<<<<<<<<<
+    /* "ivshmem/channel/membership.pyx":627
+ *             raise membership.unusable()
+ *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
+ *         if membership.vector >= 0 and doorbells is not None:             # <<<<<<<<<<<<<<
  *             if not membership.told:
- *                 doorbells.tell_after_waits(place_of(membership.kick, 0)[0])
+ *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":522
+  /* "ivshmem/channel/membership.pyx":618
  *     """
  * 
  *     def __cinit__(self, Membership membership not None):             # <<<<<<<<<<<<<<
@@ -12314,8 +13332,8 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
   __Pyx_AddTraceback("ivshmem.channel.membership.Wakeup.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
@@ -12325,7 +13343,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":538
+/* "ivshmem/channel/membership.pyx":637
  *             )
  * 
  *     cdef int wait(self, int64_t deadline) except -1:             # <<<<<<<<<<<<<<
@@ -12359,7 +13377,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/channel/membership.pyx":540
+  /* "ivshmem/channel/membership.pyx":639
  *     cdef int wait(self, int64_t deadline) except -1:
  *         """Sleep until a ring or a kick came, at the latest until the next beat."""
  *         cdef Membership membership = self.membership             # <<<<<<<<<<<<<<
@@ -12371,7 +13389,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
   __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":547
+  /* "ivshmem/channel/membership.pyx":646
  *         cdef int milliseconds
  *         cdef int n
  *         if membership.polls:             # <<<<<<<<<<<<<<
@@ -12380,7 +13398,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
 */
   if (__pyx_v_membership->polls) {
 
-    /* "ivshmem/channel/membership.pyx":548
+    /* "ivshmem/channel/membership.pyx":647
  *         cdef int n
  *         if membership.polls:
  *             limit = min(deadline, now() + self.pause)             # <<<<<<<<<<<<<<
@@ -12404,7 +13422,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
     __pyx_v_limit = __pyx_t_4;
 
 
-    /* "ivshmem/channel/membership.pyx":549
+    /* "ivshmem/channel/membership.pyx":648
  *         if membership.polls:
  *             limit = min(deadline, now() + self.pause)
  *             self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)             # <<<<<<<<<<<<<<
@@ -12428,7 +13446,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
     __pyx_v_self->pause = __pyx_t_3;
 
 
-    /* "ivshmem/channel/membership.pyx":550
+    /* "ivshmem/channel/membership.pyx":649
  *             limit = min(deadline, now() + self.pause)
  *             self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)
  *             one.fd = self.epoll.epfd             # <<<<<<<<<<<<<<
@@ -12439,7 +13457,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
 
     __pyx_v_one.fd = __pyx_t_6;
 
-    /* "ivshmem/channel/membership.pyx":551
+    /* "ivshmem/channel/membership.pyx":650
  *             self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)
  *             one.fd = self.epoll.epfd
  *             one.events = _POLLIN             # <<<<<<<<<<<<<<
@@ -12448,7 +13466,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
 */
     __pyx_v_one.events = POLLIN;
 
-    /* "ivshmem/channel/membership.pyx":552
+    /* "ivshmem/channel/membership.pyx":651
  *             one.fd = self.epoll.epfd
  *             one.events = _POLLIN
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -12461,7 +13479,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/channel/membership.pyx":553
+          /* "ivshmem/channel/membership.pyx":652
  *             one.events = _POLLIN
  *             with nogil:
  *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)             # <<<<<<<<<<<<<<
@@ -12470,7 +13488,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
 */
           __pyx_v_n = ppoll((&__pyx_v_one), 1, __pyx_f_7ivshmem_6native_11descriptors_time_left(__pyx_v_limit, (&__pyx_v_left)), NULL);
 
-          /* "ivshmem/channel/membership.pyx":554
+          /* "ivshmem/channel/membership.pyx":653
  *             with nogil:
  *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)
  *                 if n > 0:             # <<<<<<<<<<<<<<
@@ -12482,7 +13500,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
           if (__pyx_t_5) {
 
 
-            /* "ivshmem/channel/membership.pyx":555
+            /* "ivshmem/channel/membership.pyx":654
  *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)
  *                 if n > 0:
  *                     epoll_wait(one.fd, events, 2, 0)             # <<<<<<<<<<<<<<
@@ -12491,7 +13509,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
 */
             (void)(epoll_wait(__pyx_v_one.fd, __pyx_v_events, 2, 0));
 
-            /* "ivshmem/channel/membership.pyx":554
+            /* "ivshmem/channel/membership.pyx":653
  *             with nogil:
  *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)
  *                 if n > 0:             # <<<<<<<<<<<<<<
@@ -12501,7 +13519,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
           }
         }
 
-        /* "ivshmem/channel/membership.pyx":552
+        /* "ivshmem/channel/membership.pyx":651
  *             one.fd = self.epoll.epfd
  *             one.events = _POLLIN
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -12518,7 +13536,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
         }
     }
 
-    /* "ivshmem/channel/membership.pyx":547
+    /* "ivshmem/channel/membership.pyx":646
  *         cdef int milliseconds
  *         cdef int n
  *         if membership.polls:             # <<<<<<<<<<<<<<
@@ -12528,7 +13546,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/membership.pyx":557
+  /* "ivshmem/channel/membership.pyx":656
  *                     epoll_wait(one.fd, events, 2, 0)
  *         else:
  *             limit = min(deadline, now() + membership.beat) - now()             # <<<<<<<<<<<<<<
@@ -12553,7 +13571,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
     __pyx_v_limit = (__pyx_t_2 - __pyx_f_7ivshmem_6native_11descriptors_now());
 
 
-    /* "ivshmem/channel/membership.pyx":558
+    /* "ivshmem/channel/membership.pyx":657
  *         else:
  *             limit = min(deadline, now() + membership.beat) - now()
  *             milliseconds = <int>max((limit + 999999) // 1000000, 0)             # <<<<<<<<<<<<<<
@@ -12577,7 +13595,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
     __pyx_v_milliseconds = ((int)__pyx_t_3);
 
 
-    /* "ivshmem/channel/membership.pyx":559
+    /* "ivshmem/channel/membership.pyx":658
  *             limit = min(deadline, now() + membership.beat) - now()
  *             milliseconds = <int>max((limit + 999999) // 1000000, 0)
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -12590,7 +13608,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/channel/membership.pyx":560
+          /* "ivshmem/channel/membership.pyx":659
  *             milliseconds = <int>max((limit + 999999) // 1000000, 0)
  *             with nogil:
  *                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)             # <<<<<<<<<<<<<<
@@ -12600,7 +13618,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
           __pyx_v_n = epoll_wait(__pyx_v_self->epoll->epfd, __pyx_v_events, 2, __pyx_v_milliseconds);
         }
 
-        /* "ivshmem/channel/membership.pyx":559
+        /* "ivshmem/channel/membership.pyx":658
  *             limit = min(deadline, now() + membership.beat) - now()
  *             milliseconds = <int>max((limit + 999999) // 1000000, 0)
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -12619,27 +13637,27 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/membership.pyx":561
+  /* "ivshmem/channel/membership.pyx":660
  *             with nogil:
  *                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)
  *         PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         membership.check()
  *         if membership.doorbells is not None and membership.doorbells.closed:
 */
-  __pyx_t_6 = PyErr_CheckSignals(); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 561, __pyx_L1_error)
+  __pyx_t_6 = PyErr_CheckSignals(); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 660, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":562
+  /* "ivshmem/channel/membership.pyx":661
  *                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)
  *         PyErr_CheckSignals()
  *         membership.check()             # <<<<<<<<<<<<<<
  *         if membership.doorbells is not None and membership.doorbells.closed:
  *             raise ClosedError("the endpoint is closed")
 */
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 562, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 661, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":563
+  /* "ivshmem/channel/membership.pyx":662
  *         PyErr_CheckSignals()
  *         membership.check()
  *         if membership.doorbells is not None and membership.doorbells.closed:             # <<<<<<<<<<<<<<
@@ -12655,9 +13673,9 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
 
     goto __pyx_L12_bool_binop_done;
   }
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_membership->doorbells), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 563, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_membership->doorbells), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 662, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_8 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 563, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 662, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
   __pyx_t_5 = __pyx_t_8;
@@ -12666,7 +13684,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
   if (unlikely(__pyx_t_5)) {
 
 
-    /* "ivshmem/channel/membership.pyx":564
+    /* "ivshmem/channel/membership.pyx":663
  *         membership.check()
  *         if membership.doorbells is not None and membership.doorbells.closed:
  *             raise ClosedError("the endpoint is closed")             # <<<<<<<<<<<<<<
@@ -12674,7 +13692,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
  * 
 */
     __pyx_t_9 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 564, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 663, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __pyx_t_11 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -12693,14 +13711,14 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_10, __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 564, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 663, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 564, __pyx_L1_error)
+    __PYX_ERR(0, 663, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":563
+    /* "ivshmem/channel/membership.pyx":662
  *         PyErr_CheckSignals()
  *         membership.check()
  *         if membership.doorbells is not None and membership.doorbells.closed:             # <<<<<<<<<<<<<<
@@ -12709,7 +13727,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":565
+  /* "ivshmem/channel/membership.pyx":664
  *         if membership.doorbells is not None and membership.doorbells.closed:
  *             raise ClosedError("the endpoint is closed")
  *         return 0             # <<<<<<<<<<<<<<
@@ -12722,7 +13740,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":538
+  /* "ivshmem/channel/membership.pyx":637
  *             )
  * 
  *     cdef int wait(self, int64_t deadline) except -1:             # <<<<<<<<<<<<<<
@@ -12750,7 +13768,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":567
+/* "ivshmem/channel/membership.pyx":666
  *         return 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -12810,14 +13828,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_6Wakeup_2fileno(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/channel/membership.pyx":569
+  /* "ivshmem/channel/membership.pyx":668
  *     def fileno(self):
  *         """Return the epoll object's descriptor, which stays this object's."""
  *         return self.epoll.epfd             # <<<<<<<<<<<<<<
  * 
  *     def clear_rings(self):
 */
-  __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_self->epoll->epfd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 569, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_self->epoll->epfd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 668, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -12830,7 +13848,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_6Wakeup_2fileno(struct 
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":567
+  /* "ivshmem/channel/membership.pyx":666
  *         return 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -12849,7 +13867,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_6Wakeup_2fileno(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":571
+/* "ivshmem/channel/membership.pyx":670
  *         return self.epoll.epfd
  * 
  *     def clear_rings(self):             # <<<<<<<<<<<<<<
@@ -12909,17 +13927,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_6Wakeup_4clear_rings(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("clear_rings", 0);
 
-  /* "ivshmem/channel/membership.pyx":573
+  /* "ivshmem/channel/membership.pyx":672
  *     def clear_rings(self):
  *         """Do what `clear` does."""
  *         self.clear()             # <<<<<<<<<<<<<<
  * 
  *     cdef int clear(self) except -1:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *)__pyx_v_self->__pyx_vtab)->clear(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 573, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *)__pyx_v_self->__pyx_vtab)->clear(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 672, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":571
+  /* "ivshmem/channel/membership.pyx":670
  *         return self.epoll.epfd
  * 
  *     def clear_rings(self):             # <<<<<<<<<<<<<<
@@ -12939,7 +13957,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_6Wakeup_4clear_rings(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":575
+/* "ivshmem/channel/membership.pyx":674
  *         self.clear()
  * 
  *     cdef int clear(self) except -1:             # <<<<<<<<<<<<<<
@@ -12951,7 +13969,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_clear(struct __pyx_obj
   struct epoll_event __pyx_v_events[2];
   int __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":578
+  /* "ivshmem/channel/membership.pyx":677
  *         """Forget the rings until now, so that the descriptor is not readable."""
  *         cdef epoll_event events[2]
  *         epoll_wait(self.epoll.epfd, events, 2, 0)             # <<<<<<<<<<<<<<
@@ -12960,7 +13978,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_clear(struct __pyx_obj
 */
   (void)(epoll_wait(__pyx_v_self->epoll->epfd, __pyx_v_events, 2, 0));
 
-  /* "ivshmem/channel/membership.pyx":579
+  /* "ivshmem/channel/membership.pyx":678
  *         cdef epoll_event events[2]
  *         epoll_wait(self.epoll.epfd, events, 2, 0)
  *         return 0             # <<<<<<<<<<<<<<
@@ -12973,7 +13991,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_clear(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":575
+  /* "ivshmem/channel/membership.pyx":674
  *         self.clear()
  * 
  *     cdef int clear(self) except -1:             # <<<<<<<<<<<<<<
@@ -13194,7 +14212,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_6Wakeup_8__setstate_cyt
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":589
+/* "ivshmem/channel/membership.pyx":689
  *     """
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -13239,7 +14257,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd___cinit__(struct
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/membership.pyx":590
+  /* "ivshmem/channel/membership.pyx":690
  * 
  *     def __cinit__(self, *args, **kwargs):
  *         self.name = ""             # <<<<<<<<<<<<<<
@@ -13251,7 +14269,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd___cinit__(struct
   __Pyx_GOTREF(__pyx_v_self->name);
   __Pyx_DECREF_SET(__pyx_v_self->name, __pyx_mstate_global->__pyx_kp_u__2);
 
-  /* "ivshmem/channel/membership.pyx":589
+  /* "ivshmem/channel/membership.pyx":689
  *     """
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -13266,7 +14284,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd___cinit__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":592
+/* "ivshmem/channel/membership.pyx":692
  *         self.name = ""
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -13333,7 +14351,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_2__reduce_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/channel/membership.pyx":593
+  /* "ivshmem/channel/membership.pyx":693
  * 
  *     def __reduce__(self):
  *         raise TypeError(             # <<<<<<<<<<<<<<
@@ -13342,16 +14360,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_2__reduce_
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/channel/membership.pyx":594
+  /* "ivshmem/channel/membership.pyx":694
  *     def __reduce__(self):
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: open another one where it is"             # <<<<<<<<<<<<<<
  *             " needed"
  *         )
 */
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 594, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 694, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 594, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 694, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
@@ -13366,7 +14384,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_2__reduce_
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 594, __pyx_L1_error)
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 694, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_8 = 1;
@@ -13375,14 +14393,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_2__reduce_
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 593, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 693, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 593, __pyx_L1_error)
+  __PYX_ERR(0, 693, __pyx_L1_error)
 
-  /* "ivshmem/channel/membership.pyx":592
+  /* "ivshmem/channel/membership.pyx":692
  *         self.name = ""
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -13403,7 +14421,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_2__reduce_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":598
+/* "ivshmem/channel/membership.pyx":698
  *         )
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -13437,28 +14455,28 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6closed___
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/membership.pyx":601
+  /* "ivshmem/channel/membership.pyx":701
  *     def closed(self):
  *         """Whether close() was called, or the channels or the region were closed."""
  *         return not self.open or self.membership.closed or self.membership.mapping.closed             # <<<<<<<<<<<<<<
  * 
- *     cdef int enter(self) except -1:
+ *     cdef bint usable(self) noexcept:
 */
   __pyx_t_2 = (!__pyx_v_self->open);
 
   if (!__pyx_t_2) {
 
   } else {
-    __pyx_t_3 = __Pyx_PyBool_FromLong(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 601, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyBool_FromLong(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 701, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
 
     goto __pyx_L3_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 601, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 701, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 601, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 701, __pyx_L1_error)
   if (!__pyx_t_2) {
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   } else {
@@ -13467,7 +14485,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6closed___
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     goto __pyx_L3_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 601, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 701, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_INCREF(__pyx_t_3);
   __pyx_t_1 = __pyx_t_3;
@@ -13484,7 +14502,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6closed___
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":598
+  /* "ivshmem/channel/membership.pyx":698
  *         )
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -13504,8 +14522,59 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6closed___
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":603
+/* "ivshmem/channel/membership.pyx":703
  *         return not self.open or self.membership.closed or self.membership.mapping.closed
+ * 
+ *     cdef bint usable(self) noexcept:             # <<<<<<<<<<<<<<
+ *         """Whether this end may still be used: what ends a call asks this before it stores."""
+ *         return self.open and self.membership.usable()
+*/
+
+static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_usable(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+
+  /* "ivshmem/channel/membership.pyx":705
+ *     cdef bint usable(self) noexcept:
+ *         """Whether this end may still be used: what ends a call asks this before it stores."""
+ *         return self.open and self.membership.usable()             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int enter(self) except -1:
+*/
+  if (__pyx_v_self->open) {
+  } else {
+
+    __pyx_t_1 = __pyx_v_self->open;
+    goto __pyx_L3_bool_binop_done;
+  }
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->usable(__pyx_v_self->membership);
+
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L3_bool_binop_done:;
+  {
+    __pyx_r = __pyx_t_1;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/membership.pyx":703
+ *         return not self.open or self.membership.closed or self.membership.mapping.closed
+ * 
+ *     cdef bint usable(self) noexcept:             # <<<<<<<<<<<<<<
+ *         """Whether this end may still be used: what ends a call asks this before it stores."""
+ *         return self.open and self.membership.usable()
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/membership.pyx":707
+ *         return self.open and self.membership.usable()
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
  *         if not self.open:
@@ -13531,7 +14600,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enter", 0);
 
-  /* "ivshmem/channel/membership.pyx":604
+  /* "ivshmem/channel/membership.pyx":708
  * 
  *     cdef int enter(self) except -1:
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -13543,7 +14612,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter(struct __py
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/membership.pyx":605
+    /* "ivshmem/channel/membership.pyx":709
  *     cdef int enter(self) except -1:
  *         if not self.open:
  *             raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")             # <<<<<<<<<<<<<<
@@ -13551,14 +14620,14 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter(struct __py
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 605, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 709, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name_2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 605, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name_2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 709, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_5, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 605, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_5, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 709, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 605, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 709, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_this;
     __pyx_t_7[1] = __pyx_t_6;
@@ -13574,7 +14643,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter(struct __py
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_7[3]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 5, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 605, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 709, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -13596,14 +14665,14 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter(struct __py
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 605, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 709, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 605, __pyx_L1_error)
+    __PYX_ERR(0, 709, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":604
+    /* "ivshmem/channel/membership.pyx":708
  * 
  *     cdef int enter(self) except -1:
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -13612,21 +14681,21 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter(struct __py
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":606
+  /* "ivshmem/channel/membership.pyx":710
  *         if not self.open:
  *             raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")
  *         return self.membership.check()             # <<<<<<<<<<<<<<
  * 
  *     # What each kind of end does in its own way.
 */
-  __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->check(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 606, __pyx_L1_error)
+  __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->check(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 710, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_9;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":603
- *         return not self.open or self.membership.closed or self.membership.mapping.closed
+  /* "ivshmem/channel/membership.pyx":707
+ *         return self.open and self.membership.usable()
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
  *         if not self.open:
@@ -13649,7 +14718,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":610
+/* "ivshmem/channel/membership.pyx":714
  *     # What each kind of end does in its own way.
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -13660,7 +14729,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter(struct __py
 static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_attempt(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":612
+  /* "ivshmem/channel/membership.pyx":716
  *     cdef int attempt(self) except -2:
  *         """Look whether what is waited for is there; 0, IVSHMEM_AGAIN or an error."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -13673,7 +14742,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_attempt(CYTHON_UN
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":610
+  /* "ivshmem/channel/membership.pyx":714
  *     # What each kind of end does in its own way.
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -13687,7 +14756,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_attempt(CYTHON_UN
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":614
+/* "ivshmem/channel/membership.pyx":718
  *         return 0
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -13698,7 +14767,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_attempt(CYTHON_UN
 static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_sleep(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":616
+  /* "ivshmem/channel/membership.pyx":720
  *     cdef int begin_sleep(self) except -2:
  *         """Say in memory that this end sleeps; 0: there is something, so do not."""
  *         return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -13711,7 +14780,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_sleep(CYTHO
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":614
+  /* "ivshmem/channel/membership.pyx":718
  *         return 0
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -13725,7 +14794,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_sleep(CYTHO
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":618
+/* "ivshmem/channel/membership.pyx":722
  *         return IVSHMEM_AGAIN
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -13739,7 +14808,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_end_sleep(CYTHON
 
 }
 
-/* "ivshmem/channel/membership.pyx":621
+/* "ivshmem/channel/membership.pyx":725
  *         pass
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
@@ -13752,7 +14821,7 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivsh
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("sleeper", 0);
 
-  /* "ivshmem/channel/membership.pyx":623
+  /* "ivshmem/channel/membership.pyx":727
  *     cdef ChannelEnd sleeper(self):
  *         """Return the end whose word in memory says that this one sleeps."""
  *         return self             # <<<<<<<<<<<<<<
@@ -13770,7 +14839,7 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivsh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":621
+  /* "ivshmem/channel/membership.pyx":725
  *         pass
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
@@ -13785,7 +14854,7 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":625
+/* "ivshmem/channel/membership.pyx":729
  *         return self
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -13796,7 +14865,7 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivsh
 static int64_t __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_probe(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self, CYTHON_UNUSED void **__pyx_v_what, CYTHON_UNUSED __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":627
+  /* "ivshmem/channel/membership.pyx":731
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         """Set a look that a spin repeats; 0: this end cannot spin."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -13809,7 +14878,7 @@ static int64_t __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_probe(CYTHON_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":625
+  /* "ivshmem/channel/membership.pyx":729
  *         return self
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -13823,7 +14892,7 @@ static int64_t __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_probe(CYTHON_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":629
+/* "ivshmem/channel/membership.pyx":733
  *         return 0
  * 
  *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
@@ -13834,7 +14903,7 @@ static int64_t __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_probe(CYTHON_
 static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_mend(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":631
+  /* "ivshmem/channel/membership.pyx":735
  *     cdef int mend(self) except -1:
  *         """Once a beat: store again what a late store spoiled; wake who watches the descriptor."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -13847,7 +14916,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_mend(CYTHON_UNUSE
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":629
+  /* "ivshmem/channel/membership.pyx":733
  *         return 0
  * 
  *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
@@ -13861,7 +14930,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_mend(CYTHON_UNUSE
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":633
+/* "ivshmem/channel/membership.pyx":737
  *         return 0
  * 
  *     def wake_others(self):             # <<<<<<<<<<<<<<
@@ -13924,7 +14993,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_4wake_othe
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":636
+/* "ivshmem/channel/membership.pyx":740
  *         """Ring the other sleepers of the channel: a place was freed."""
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -13935,7 +15004,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_4wake_othe
 static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_give_up(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":638
+  /* "ivshmem/channel/membership.pyx":742
  *     cdef int give_up(self) except -1:
  *         """Free the slot."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -13948,7 +15017,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_give_up(CYTHON_UN
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":636
+  /* "ivshmem/channel/membership.pyx":740
  *         """Ring the other sleepers of the channel: a place was freed."""
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -13962,7 +15031,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_give_up(CYTHON_UN
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":642
+/* "ivshmem/channel/membership.pyx":746
  *     # Waiting.
  * 
  *     cdef int wait(self, object timeout, object spin) except -2:             # <<<<<<<<<<<<<<
@@ -13983,8 +15052,8 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
   __pyx_t_7ivshmem_6native_4spin_Probe __pyx_v_probe;
   int __pyx_r;
   __Pyx_RefNannyDeclarations
-  int __pyx_t_1;
-  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_t_2;
   int __pyx_t_3;
   int64_t __pyx_t_4;
   int64_t __pyx_t_5;
@@ -14005,27 +15074,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/channel/membership.pyx":646
+  /* "ivshmem/channel/membership.pyx":750
  *         cdef int64_t deadline
  *         cdef int64_t n
  *         cdef int futile = 0             # <<<<<<<<<<<<<<
- *         cdef int code = self.attempt()
+ *         cdef int code
  *         cdef Turn turn
 */
   __pyx_v_futile = 0;
 
-  /* "ivshmem/channel/membership.pyx":647
- *         cdef int64_t n
- *         cdef int futile = 0
- *         cdef int code = self.attempt()             # <<<<<<<<<<<<<<
- *         cdef Turn turn
- *         cdef Wakeup wakeup = None
-*/
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 647, __pyx_L1_error)
-  __pyx_v_code = __pyx_t_1;
-
-  /* "ivshmem/channel/membership.pyx":649
- *         cdef int code = self.attempt()
+  /* "ivshmem/channel/membership.pyx":753
+ *         cdef int code
  *         cdef Turn turn
  *         cdef Wakeup wakeup = None             # <<<<<<<<<<<<<<
  *         cdef ChannelEnd sleeper = self.sleeper()
@@ -14034,19 +15093,19 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
   __Pyx_INCREF(Py_None);
   __pyx_v_wakeup = ((struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)Py_None);
 
-  /* "ivshmem/channel/membership.pyx":650
+  /* "ivshmem/channel/membership.pyx":754
  *         cdef Turn turn
  *         cdef Wakeup wakeup = None
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         cdef Spinner spinner = None
  *         cdef void *what = NULL
 */
-  __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 650, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_t_2);
-  __pyx_t_2 = 0;
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 754, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_t_1);
+  __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":651
+  /* "ivshmem/channel/membership.pyx":755
  *         cdef Wakeup wakeup = None
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         cdef Spinner spinner = None             # <<<<<<<<<<<<<<
@@ -14056,27 +15115,47 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
   __Pyx_INCREF(Py_None);
   __pyx_v_spinner = ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)Py_None);
 
-  /* "ivshmem/channel/membership.pyx":652
+  /* "ivshmem/channel/membership.pyx":756
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         cdef Spinner spinner = None
  *         cdef void *what = NULL             # <<<<<<<<<<<<<<
  *         cdef Probe probe = NULL
- *         if code != IVSHMEM_AGAIN:
+ *         self.enter()
 */
   __pyx_v_what = NULL;
 
-  /* "ivshmem/channel/membership.pyx":653
+  /* "ivshmem/channel/membership.pyx":757
  *         cdef Spinner spinner = None
  *         cdef void *what = NULL
  *         cdef Probe probe = NULL             # <<<<<<<<<<<<<<
- *         if code != IVSHMEM_AGAIN:
- *             return code
+ *         self.enter()
+ *         code = self.attempt()
 */
   __pyx_v_probe = NULL;
 
-  /* "ivshmem/channel/membership.pyx":654
+  /* "ivshmem/channel/membership.pyx":758
  *         cdef void *what = NULL
  *         cdef Probe probe = NULL
+ *         self.enter()             # <<<<<<<<<<<<<<
+ *         code = self.attempt()
+ *         if code != IVSHMEM_AGAIN:
+*/
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 758, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/membership.pyx":759
+ *         cdef Probe probe = NULL
+ *         self.enter()
+ *         code = self.attempt()             # <<<<<<<<<<<<<<
+ *         if code != IVSHMEM_AGAIN:
+ *             return code
+*/
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 759, __pyx_L1_error)
+  __pyx_v_code = __pyx_t_2;
+
+  /* "ivshmem/channel/membership.pyx":760
+ *         self.enter()
+ *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             return code
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
@@ -14086,8 +15165,8 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/membership.pyx":655
- *         cdef Probe probe = NULL
+    /* "ivshmem/channel/membership.pyx":761
+ *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:
  *             return code             # <<<<<<<<<<<<<<
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
@@ -14099,16 +15178,16 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":654
- *         cdef void *what = NULL
- *         cdef Probe probe = NULL
+    /* "ivshmem/channel/membership.pyx":760
+ *         self.enter()
+ *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             return code
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":656
+  /* "ivshmem/channel/membership.pyx":762
  *         if code != IVSHMEM_AGAIN:
  *             return code
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -14120,13 +15199,13 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 
     __pyx_t_4 = INT64_MAX;
   } else {
-    __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_5 == ((int64_t)-1L))) __PYX_ERR(0, 656, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_5 == ((int64_t)-1L))) __PYX_ERR(0, 762, __pyx_L1_error)
     __pyx_t_4 = __pyx_t_5;
   }
 
   __pyx_v_deadline = __pyx_t_4;
 
-  /* "ivshmem/channel/membership.pyx":657
+  /* "ivshmem/channel/membership.pyx":763
  *             return code
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:             # <<<<<<<<<<<<<<
@@ -14138,7 +15217,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/membership.pyx":658
+    /* "ivshmem/channel/membership.pyx":764
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:
  *             if self.watched:             # <<<<<<<<<<<<<<
@@ -14147,20 +15226,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
     if (__pyx_v_self->watched) {
 
-      /* "ivshmem/channel/membership.pyx":659
+      /* "ivshmem/channel/membership.pyx":765
  *         if deadline == 0:
  *             if self.watched:
  *                 return self.arm()             # <<<<<<<<<<<<<<
  *             return code
  *         turn.left = 0
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 659, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 765, __pyx_L1_error)
       {
-        __pyx_r = __pyx_t_1;
+        __pyx_r = __pyx_t_2;
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/membership.pyx":658
+      /* "ivshmem/channel/membership.pyx":764
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:
  *             if self.watched:             # <<<<<<<<<<<<<<
@@ -14169,7 +15248,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":660
+    /* "ivshmem/channel/membership.pyx":766
  *             if self.watched:
  *                 return self.arm()
  *             return code             # <<<<<<<<<<<<<<
@@ -14182,7 +15261,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":657
+    /* "ivshmem/channel/membership.pyx":763
  *             return code
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:             # <<<<<<<<<<<<<<
@@ -14191,7 +15270,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":661
+  /* "ivshmem/channel/membership.pyx":767
  *                 return self.arm()
  *             return code
  *         turn.left = 0             # <<<<<<<<<<<<<<
@@ -14200,7 +15279,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
   __pyx_v_turn.left = 0;
 
-  /* "ivshmem/channel/membership.pyx":662
+  /* "ivshmem/channel/membership.pyx":768
  *             return code
  *         turn.left = 0
  *         if spin is not None and self.probe(&what, &probe):             # <<<<<<<<<<<<<<
@@ -14216,7 +15295,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 
     goto __pyx_L7_bool_binop_done;
   }
-  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->probe(__pyx_v_self, (&__pyx_v_what), (&__pyx_v_probe)); if (unlikely(__pyx_t_4 == ((int64_t)-1L))) __PYX_ERR(0, 662, __pyx_L1_error)
+  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->probe(__pyx_v_self, (&__pyx_v_what), (&__pyx_v_probe)); if (unlikely(__pyx_t_4 == ((int64_t)-1L))) __PYX_ERR(0, 768, __pyx_L1_error)
   __pyx_t_6 = (__pyx_t_4 != 0);
 
 
@@ -14227,7 +15306,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/membership.pyx":663
+    /* "ivshmem/channel/membership.pyx":769
  *         turn.left = 0
  *         if spin is not None and self.probe(&what, &probe):
  *             if sleeper.spinner is None:             # <<<<<<<<<<<<<<
@@ -14238,7 +15317,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/membership.pyx":664
+      /* "ivshmem/channel/membership.pyx":770
  *         if spin is not None and self.probe(&what, &probe):
  *             if sleeper.spinner is None:
  *                 sleeper.spinner = Spinner()             # <<<<<<<<<<<<<<
@@ -14249,17 +15328,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
       __pyx_t_8 = 1;
       {
         PyObject *__pyx_callargs[2] = {__pyx_t_7, NULL};
-        __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4spin_Spinner, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4spin_Spinner, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 664, __pyx_L1_error)
-        __Pyx_GOTREF((PyObject *)__pyx_t_2);
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 770, __pyx_L1_error)
+        __Pyx_GOTREF((PyObject *)__pyx_t_1);
       }
-      __Pyx_GIVEREF((PyObject *)__pyx_t_2);
+      __Pyx_GIVEREF((PyObject *)__pyx_t_1);
       __Pyx_GOTREF((PyObject *)__pyx_v_sleeper->spinner);
-      __Pyx_DECREF_SET(__pyx_v_sleeper->spinner, ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)__pyx_t_2));
-      __pyx_t_2 = 0;
+      __Pyx_DECREF_SET(__pyx_v_sleeper->spinner, ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)__pyx_t_1));
+      __pyx_t_1 = 0;
 
-      /* "ivshmem/channel/membership.pyx":663
+      /* "ivshmem/channel/membership.pyx":769
  *         turn.left = 0
  *         if spin is not None and self.probe(&what, &probe):
  *             if sleeper.spinner is None:             # <<<<<<<<<<<<<<
@@ -14268,30 +15347,30 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":665
+    /* "ivshmem/channel/membership.pyx":771
  *             if sleeper.spinner is None:
  *                 sleeper.spinner = Spinner()
  *             spinner = sleeper.spinner             # <<<<<<<<<<<<<<
  *             spinner.begin(&turn, 0, spin_of(spin))
  *         while True:
 */
-    __pyx_t_2 = ((PyObject *)__pyx_v_sleeper->spinner);
-    __Pyx_INCREF(__pyx_t_2);
-    __Pyx_DECREF_SET(__pyx_v_spinner, ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)__pyx_t_2));
-    __pyx_t_2 = 0;
+    __pyx_t_1 = ((PyObject *)__pyx_v_sleeper->spinner);
+    __Pyx_INCREF(__pyx_t_1);
+    __Pyx_DECREF_SET(__pyx_v_spinner, ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)__pyx_t_1));
+    __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":666
+    /* "ivshmem/channel/membership.pyx":772
  *                 sleeper.spinner = Spinner()
  *             spinner = sleeper.spinner
  *             spinner.begin(&turn, 0, spin_of(spin))             # <<<<<<<<<<<<<<
  *         while True:
  *             if turn.left:
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_4 == ((int64_t)-2L))) __PYX_ERR(0, 666, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_4 == ((int64_t)-2L))) __PYX_ERR(0, 772, __pyx_L1_error)
     ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->begin(__pyx_v_spinner, (&__pyx_v_turn), 0, __pyx_t_4);
 
 
-    /* "ivshmem/channel/membership.pyx":662
+    /* "ivshmem/channel/membership.pyx":768
  *             return code
  *         turn.left = 0
  *         if spin is not None and self.probe(&what, &probe):             # <<<<<<<<<<<<<<
@@ -14300,7 +15379,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":667
+  /* "ivshmem/channel/membership.pyx":773
  *             spinner = sleeper.spinner
  *             spinner.begin(&turn, 0, spin_of(spin))
  *         while True:             # <<<<<<<<<<<<<<
@@ -14309,7 +15388,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
   while (1) {
 
-    /* "ivshmem/channel/membership.pyx":668
+    /* "ivshmem/channel/membership.pyx":774
  *             spinner.begin(&turn, 0, spin_of(spin))
  *         while True:
  *             if turn.left:             # <<<<<<<<<<<<<<
@@ -14321,7 +15400,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/membership.pyx":669
+      /* "ivshmem/channel/membership.pyx":775
  *         while True:
  *             if turn.left:
  *                 if turn.left <= 100_000 and ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -14347,7 +15426,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/membership.pyx":670
+        /* "ivshmem/channel/membership.pyx":776
  *             if turn.left:
  *                 if turn.left <= 100_000 and ivshmem_is_only_thread():
  *                     n = spinner.spin(             # <<<<<<<<<<<<<<
@@ -14356,7 +15435,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
         __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->spin(__pyx_v_spinner, 0, __pyx_v_deadline, __pyx_v_probe, __pyx_v_what, (&__pyx_v_turn), (&__pyx_v_self->membership->state));
 
-        /* "ivshmem/channel/membership.pyx":669
+        /* "ivshmem/channel/membership.pyx":775
  *         while True:
  *             if turn.left:
  *                 if turn.left <= 100_000 and ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -14366,7 +15445,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
         goto __pyx_L13;
       }
 
-      /* "ivshmem/channel/membership.pyx":674
+      /* "ivshmem/channel/membership.pyx":780
  *                     )
  *                 else:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -14380,7 +15459,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
             __Pyx_FastGIL_Remember();
             /*try:*/ {
 
-              /* "ivshmem/channel/membership.pyx":675
+              /* "ivshmem/channel/membership.pyx":781
  *                 else:
  *                     with nogil:
  *                         n = spinner.spin(             # <<<<<<<<<<<<<<
@@ -14390,7 +15469,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
               __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->spin(__pyx_v_spinner, 0, __pyx_v_deadline, __pyx_v_probe, __pyx_v_what, (&__pyx_v_turn), (&__pyx_v_self->membership->state));
             }
 
-            /* "ivshmem/channel/membership.pyx":674
+            /* "ivshmem/channel/membership.pyx":780
  *                     )
  *                 else:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -14409,27 +15488,27 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
       }
       __pyx_L13:;
 
-      /* "ivshmem/channel/membership.pyx":678
+      /* "ivshmem/channel/membership.pyx":784
  *                             0, deadline, probe, what, &turn, &self.membership.state
  *                         )
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                 self.enter()
  *             else:
 */
-      __pyx_t_1 = PyErr_CheckSignals(); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 678, __pyx_L1_error)
+      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 784, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/membership.pyx":679
+      /* "ivshmem/channel/membership.pyx":785
  *                         )
  *                 PyErr_CheckSignals()
  *                 self.enter()             # <<<<<<<<<<<<<<
  *             else:
  *                 wakeup = self.membership.wakeup_of_thread()
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 679, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 785, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/membership.pyx":668
+      /* "ivshmem/channel/membership.pyx":774
  *             spinner.begin(&turn, 0, spin_of(spin))
  *         while True:
  *             if turn.left:             # <<<<<<<<<<<<<<
@@ -14439,31 +15518,41 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
       goto __pyx_L12;
     }
 
-    /* "ivshmem/channel/membership.pyx":681
+    /* "ivshmem/channel/membership.pyx":787
  *                 self.enter()
  *             else:
  *                 wakeup = self.membership.wakeup_of_thread()             # <<<<<<<<<<<<<<
+ *                 self.enter()
+ *                 code = self.begin_sleep()
+*/
+    /*else*/ {
+      __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->wakeup_of_thread(__pyx_v_self->membership)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 787, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_1);
+      __Pyx_DECREF_SET(__pyx_v_wakeup, ((struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)__pyx_t_1));
+      __pyx_t_1 = 0;
+
+      /* "ivshmem/channel/membership.pyx":788
+ *             else:
+ *                 wakeup = self.membership.wakeup_of_thread()
+ *                 self.enter()             # <<<<<<<<<<<<<<
  *                 code = self.begin_sleep()
  *                 sleeper.asleep += 1
 */
-    /*else*/ {
-      __pyx_t_2 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->wakeup_of_thread(__pyx_v_self->membership)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 681, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
-      __Pyx_DECREF_SET(__pyx_v_wakeup, ((struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)__pyx_t_2));
-      __pyx_t_2 = 0;
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 788, __pyx_L1_error)
 
-      /* "ivshmem/channel/membership.pyx":682
- *             else:
+
+      /* "ivshmem/channel/membership.pyx":789
  *                 wakeup = self.membership.wakeup_of_thread()
+ *                 self.enter()
  *                 code = self.begin_sleep()             # <<<<<<<<<<<<<<
  *                 sleeper.asleep += 1
  *                 try:
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 682, __pyx_L1_error)
-      __pyx_v_code = __pyx_t_1;
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 789, __pyx_L1_error)
+      __pyx_v_code = __pyx_t_2;
 
-      /* "ivshmem/channel/membership.pyx":683
- *                 wakeup = self.membership.wakeup_of_thread()
+      /* "ivshmem/channel/membership.pyx":790
+ *                 self.enter()
  *                 code = self.begin_sleep()
  *                 sleeper.asleep += 1             # <<<<<<<<<<<<<<
  *                 try:
@@ -14471,7 +15560,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
       __pyx_v_sleeper->asleep = (__pyx_v_sleeper->asleep + 1);
 
-      /* "ivshmem/channel/membership.pyx":684
+      /* "ivshmem/channel/membership.pyx":791
  *                 code = self.begin_sleep()
  *                 sleeper.asleep += 1
  *                 try:             # <<<<<<<<<<<<<<
@@ -14480,17 +15569,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
       /*try:*/ {
 
-        /* "ivshmem/channel/membership.pyx":685
+        /* "ivshmem/channel/membership.pyx":792
  *                 sleeper.asleep += 1
  *                 try:
  *                     self.membership.flush()             # <<<<<<<<<<<<<<
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
  *                         wakeup.wait(deadline)
 */
-        __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 685, __pyx_L24_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 792, __pyx_L24_error)
 
 
-        /* "ivshmem/channel/membership.pyx":686
+        /* "ivshmem/channel/membership.pyx":793
  *                 try:
  *                     self.membership.flush()
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:             # <<<<<<<<<<<<<<
@@ -14526,27 +15615,27 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/membership.pyx":687
+          /* "ivshmem/channel/membership.pyx":794
  *                     self.membership.flush()
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
  *                         wakeup.wait(deadline)             # <<<<<<<<<<<<<<
  *                         self.enter()
  *                 finally:
 */
-          __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *)__pyx_v_wakeup->__pyx_vtab)->wait(__pyx_v_wakeup, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 687, __pyx_L24_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *)__pyx_v_wakeup->__pyx_vtab)->wait(__pyx_v_wakeup, __pyx_v_deadline); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 794, __pyx_L24_error)
 
 
-          /* "ivshmem/channel/membership.pyx":688
+          /* "ivshmem/channel/membership.pyx":795
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
  *                         wakeup.wait(deadline)
  *                         self.enter()             # <<<<<<<<<<<<<<
  *                 finally:
  *                     sleeper.asleep -= 1
 */
-          __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 688, __pyx_L24_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 795, __pyx_L24_error)
 
 
-          /* "ivshmem/channel/membership.pyx":686
+          /* "ivshmem/channel/membership.pyx":793
  *                 try:
  *                     self.membership.flush()
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:             # <<<<<<<<<<<<<<
@@ -14556,28 +15645,31 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
         }
       }
 
-      /* "ivshmem/channel/membership.pyx":690
+      /* "ivshmem/channel/membership.pyx":797
  *                         self.enter()
  *                 finally:
  *                     sleeper.asleep -= 1             # <<<<<<<<<<<<<<
- *                     if sleeper.open:
+ *                     if sleeper.usable():
  *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
 */
       /*finally:*/ {
         /*normal exit:*/{
           __pyx_v_sleeper->asleep = (__pyx_v_sleeper->asleep - 1);
 
-          /* "ivshmem/channel/membership.pyx":691
+          /* "ivshmem/channel/membership.pyx":798
  *                 finally:
  *                     sleeper.asleep -= 1
- *                     if sleeper.open:             # <<<<<<<<<<<<<<
+ *                     if sleeper.usable():             # <<<<<<<<<<<<<<
  *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
  *                         if sleeper.asleep or sleeper.watched:
 */
-          if (__pyx_v_sleeper->open) {
+          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->usable(__pyx_v_sleeper);
 
-            /* "ivshmem/channel/membership.pyx":693
- *                     if sleeper.open:
+          if (__pyx_t_3) {
+
+
+            /* "ivshmem/channel/membership.pyx":800
+ *                     if sleeper.usable():
  *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
  *                         if sleeper.asleep or sleeper.watched:             # <<<<<<<<<<<<<<
  *                             sleeper.begin_sleep()
@@ -14599,18 +15691,18 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/membership.pyx":694
+              /* "ivshmem/channel/membership.pyx":801
  *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
  *                         if sleeper.asleep or sleeper.watched:
  *                             sleeper.begin_sleep()             # <<<<<<<<<<<<<<
  *                         else:
  *                             sleeper.end_sleep()
 */
-              __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->begin_sleep(__pyx_v_sleeper); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 694, __pyx_L1_error)
+              __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->begin_sleep(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 801, __pyx_L1_error)
 
 
-              /* "ivshmem/channel/membership.pyx":693
- *                     if sleeper.open:
+              /* "ivshmem/channel/membership.pyx":800
+ *                     if sleeper.usable():
  *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
  *                         if sleeper.asleep or sleeper.watched:             # <<<<<<<<<<<<<<
  *                             sleeper.begin_sleep()
@@ -14619,7 +15711,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
               goto __pyx_L31;
             }
 
-            /* "ivshmem/channel/membership.pyx":696
+            /* "ivshmem/channel/membership.pyx":803
  *                             sleeper.begin_sleep()
  *                         else:
  *                             sleeper.end_sleep()             # <<<<<<<<<<<<<<
@@ -14631,10 +15723,10 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
             }
             __pyx_L31:;
 
-            /* "ivshmem/channel/membership.pyx":691
+            /* "ivshmem/channel/membership.pyx":798
  *                 finally:
  *                     sleeper.asleep -= 1
- *                     if sleeper.open:             # <<<<<<<<<<<<<<
+ *                     if sleeper.usable():             # <<<<<<<<<<<<<<
  *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
  *                         if sleeper.asleep or sleeper.watched:
 */
@@ -14646,7 +15738,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
           __Pyx_PyThreadState_declare
           __Pyx_PyThreadState_assign
           __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0;
-          __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+          __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
            __Pyx_ExceptionSwap(&__pyx_t_14, &__pyx_t_15, &__pyx_t_16);
           if ( unlikely(__Pyx_GetException(&__pyx_t_11, &__pyx_t_12, &__pyx_t_13) < 0)) __Pyx_ErrFetch(&__pyx_t_11, &__pyx_t_12, &__pyx_t_13);
@@ -14656,29 +15748,32 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
           __Pyx_XGOTREF(__pyx_t_14);
           __Pyx_XGOTREF(__pyx_t_15);
           __Pyx_XGOTREF(__pyx_t_16);
-          __pyx_t_1 = __pyx_lineno; __pyx_t_9 = __pyx_clineno; __pyx_t_10 = __pyx_filename;
+          __pyx_t_2 = __pyx_lineno; __pyx_t_9 = __pyx_clineno; __pyx_t_10 = __pyx_filename;
           {
 
-            /* "ivshmem/channel/membership.pyx":690
+            /* "ivshmem/channel/membership.pyx":797
  *                         self.enter()
  *                 finally:
  *                     sleeper.asleep -= 1             # <<<<<<<<<<<<<<
- *                     if sleeper.open:
+ *                     if sleeper.usable():
  *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
 */
             __pyx_v_sleeper->asleep = (__pyx_v_sleeper->asleep - 1);
 
-            /* "ivshmem/channel/membership.pyx":691
+            /* "ivshmem/channel/membership.pyx":798
  *                 finally:
  *                     sleeper.asleep -= 1
- *                     if sleeper.open:             # <<<<<<<<<<<<<<
+ *                     if sleeper.usable():             # <<<<<<<<<<<<<<
  *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
  *                         if sleeper.asleep or sleeper.watched:
 */
-            if (__pyx_v_sleeper->open) {
+            __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->usable(__pyx_v_sleeper);
 
-              /* "ivshmem/channel/membership.pyx":693
- *                     if sleeper.open:
+            if (__pyx_t_3) {
+
+
+              /* "ivshmem/channel/membership.pyx":800
+ *                     if sleeper.usable():
  *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
  *                         if sleeper.asleep or sleeper.watched:             # <<<<<<<<<<<<<<
  *                             sleeper.begin_sleep()
@@ -14700,18 +15795,18 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/membership.pyx":694
+                /* "ivshmem/channel/membership.pyx":801
  *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
  *                         if sleeper.asleep or sleeper.watched:
  *                             sleeper.begin_sleep()             # <<<<<<<<<<<<<<
  *                         else:
  *                             sleeper.end_sleep()
 */
-                __pyx_t_17 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->begin_sleep(__pyx_v_sleeper); if (unlikely(__pyx_t_17 == ((int)-2))) __PYX_ERR(0, 694, __pyx_L37_error)
+                __pyx_t_17 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->begin_sleep(__pyx_v_sleeper); if (unlikely(__pyx_t_17 == ((int)-2))) __PYX_ERR(0, 801, __pyx_L37_error)
 
 
-                /* "ivshmem/channel/membership.pyx":693
- *                     if sleeper.open:
+                /* "ivshmem/channel/membership.pyx":800
+ *                     if sleeper.usable():
  *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
  *                         if sleeper.asleep or sleeper.watched:             # <<<<<<<<<<<<<<
  *                             sleeper.begin_sleep()
@@ -14720,7 +15815,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
                 goto __pyx_L39;
               }
 
-              /* "ivshmem/channel/membership.pyx":696
+              /* "ivshmem/channel/membership.pyx":803
  *                             sleeper.begin_sleep()
  *                         else:
  *                             sleeper.end_sleep()             # <<<<<<<<<<<<<<
@@ -14732,10 +15827,10 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
               }
               __pyx_L39:;
 
-              /* "ivshmem/channel/membership.pyx":691
+              /* "ivshmem/channel/membership.pyx":798
  *                 finally:
  *                     sleeper.asleep -= 1
- *                     if sleeper.open:             # <<<<<<<<<<<<<<
+ *                     if sleeper.usable():             # <<<<<<<<<<<<<<
  *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
  *                         if sleeper.asleep or sleeper.watched:
 */
@@ -14750,7 +15845,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
           __Pyx_XGIVEREF(__pyx_t_13);
           __Pyx_ErrRestore(__pyx_t_11, __pyx_t_12, __pyx_t_13);
           __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0;
-          __pyx_lineno = __pyx_t_1; __pyx_clineno = __pyx_t_9; __pyx_filename = __pyx_t_10;
+          __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_9; __pyx_filename = __pyx_t_10;
           goto __pyx_L1_error;
           __pyx_L37_error:;
           __Pyx_XGIVEREF(__pyx_t_14);
@@ -14766,7 +15861,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
         __pyx_L25:;
       }
 
-      /* "ivshmem/channel/membership.pyx":697
+      /* "ivshmem/channel/membership.pyx":804
  *                         else:
  *                             sleeper.end_sleep()
  *                 futile += code == 0             # <<<<<<<<<<<<<<
@@ -14775,7 +15870,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
       __pyx_v_futile = (__pyx_v_futile + (__pyx_v_code == 0));
 
-      /* "ivshmem/channel/membership.pyx":698
+      /* "ivshmem/channel/membership.pyx":805
  *                             sleeper.end_sleep()
  *                 futile += code == 0
  *                 if code != 0 and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -14794,7 +15889,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/membership.pyx":699
+        /* "ivshmem/channel/membership.pyx":806
  *                 futile += code == 0
  *                 if code != 0 and code != IVSHMEM_AGAIN:
  *                     return code             # <<<<<<<<<<<<<<
@@ -14807,7 +15902,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
         }
         goto __pyx_L0;
 
-        /* "ivshmem/channel/membership.pyx":698
+        /* "ivshmem/channel/membership.pyx":805
  *                             sleeper.end_sleep()
  *                 futile += code == 0
  *                 if code != 0 and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -14818,17 +15913,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
     }
     __pyx_L12:;
 
-    /* "ivshmem/channel/membership.pyx":700
+    /* "ivshmem/channel/membership.pyx":807
  *                 if code != 0 and code != IVSHMEM_AGAIN:
  *                     return code
  *             code = self.attempt()             # <<<<<<<<<<<<<<
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:
 */
-    __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_9 == ((int)-2))) __PYX_ERR(0, 700, __pyx_L1_error)
+    __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_9 == ((int)-2))) __PYX_ERR(0, 807, __pyx_L1_error)
     __pyx_v_code = __pyx_t_9;
 
-    /* "ivshmem/channel/membership.pyx":701
+    /* "ivshmem/channel/membership.pyx":808
  *                     return code
  *             code = self.attempt()
  *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -14840,7 +15935,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/membership.pyx":702
+      /* "ivshmem/channel/membership.pyx":809
  *             code = self.attempt()
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:             # <<<<<<<<<<<<<<
@@ -14851,7 +15946,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/membership.pyx":703
+        /* "ivshmem/channel/membership.pyx":810
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:
  *                     wakeup.pause = FIRST_PAUSE             # <<<<<<<<<<<<<<
@@ -14860,7 +15955,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
         __pyx_v_wakeup->pause = __pyx_v_7ivshmem_7channel_10membership_FIRST_PAUSE;
 
-        /* "ivshmem/channel/membership.pyx":702
+        /* "ivshmem/channel/membership.pyx":809
  *             code = self.attempt()
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:             # <<<<<<<<<<<<<<
@@ -14869,7 +15964,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
       }
 
-      /* "ivshmem/channel/membership.pyx":704
+      /* "ivshmem/channel/membership.pyx":811
  *                 if wakeup is not None:
  *                     wakeup.pause = FIRST_PAUSE
  *                 return code             # <<<<<<<<<<<<<<
@@ -14882,7 +15977,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/membership.pyx":701
+      /* "ivshmem/channel/membership.pyx":808
  *                     return code
  *             code = self.attempt()
  *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -14891,7 +15986,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":705
+    /* "ivshmem/channel/membership.pyx":812
  *                     wakeup.pause = FIRST_PAUSE
  *                 return code
  *             if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -14917,7 +16012,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/membership.pyx":706
+      /* "ivshmem/channel/membership.pyx":813
  *                 return code
  *             if deadline != INT64_MAX and now() >= deadline:
  *                 return code             # <<<<<<<<<<<<<<
@@ -14930,7 +16025,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/membership.pyx":705
+      /* "ivshmem/channel/membership.pyx":812
  *                     wakeup.pause = FIRST_PAUSE
  *                 return code
  *             if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -14940,7 +16035,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
     }
   }
 
-  /* "ivshmem/channel/membership.pyx":642
+  /* "ivshmem/channel/membership.pyx":746
  *     # Waiting.
  * 
  *     cdef int wait(self, object timeout, object spin) except -2:             # <<<<<<<<<<<<<<
@@ -14952,7 +16047,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
   __pyx_r = 0;
   goto __pyx_L0;
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_7);
   __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd.wait", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -2;
@@ -14972,7 +16067,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":708
+/* "ivshmem/channel/membership.pyx":815
  *                 return code
  * 
  *     cdef int arm(self) except -2:             # <<<<<<<<<<<<<<
@@ -14989,37 +16084,37 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_arm(struct __pyx_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/membership.pyx":711
+  /* "ivshmem/channel/membership.pyx":818
  *         """Sleep as one that watches the descriptor does; return what is there after all."""
  *         cdef int code
  *         self.wakeup.clear()             # <<<<<<<<<<<<<<
  *         code = self.begin_sleep()
  *         self.membership.flush()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *)__pyx_v_self->wakeup->__pyx_vtab)->clear(__pyx_v_self->wakeup); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 711, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *)__pyx_v_self->wakeup->__pyx_vtab)->clear(__pyx_v_self->wakeup); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 818, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":712
+  /* "ivshmem/channel/membership.pyx":819
  *         cdef int code
  *         self.wakeup.clear()
  *         code = self.begin_sleep()             # <<<<<<<<<<<<<<
  *         self.membership.flush()
  *         if code == 0:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 712, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 819, __pyx_L1_error)
   __pyx_v_code = __pyx_t_1;
 
-  /* "ivshmem/channel/membership.pyx":713
+  /* "ivshmem/channel/membership.pyx":820
  *         self.wakeup.clear()
  *         code = self.begin_sleep()
  *         self.membership.flush()             # <<<<<<<<<<<<<<
  *         if code == 0:
  *             self.end_sleep()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 713, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 820, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":714
+  /* "ivshmem/channel/membership.pyx":821
  *         code = self.begin_sleep()
  *         self.membership.flush()
  *         if code == 0:             # <<<<<<<<<<<<<<
@@ -15031,7 +16126,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_arm(struct __pyx_
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":715
+    /* "ivshmem/channel/membership.pyx":822
  *         self.membership.flush()
  *         if code == 0:
  *             self.end_sleep()             # <<<<<<<<<<<<<<
@@ -15040,20 +16135,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_arm(struct __pyx_
 */
     ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->end_sleep(__pyx_v_self);
 
-    /* "ivshmem/channel/membership.pyx":716
+    /* "ivshmem/channel/membership.pyx":823
  *         if code == 0:
  *             self.end_sleep()
  *             return self.attempt()             # <<<<<<<<<<<<<<
  *         return code
  * 
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 716, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 823, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_1;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":714
+    /* "ivshmem/channel/membership.pyx":821
  *         code = self.begin_sleep()
  *         self.membership.flush()
  *         if code == 0:             # <<<<<<<<<<<<<<
@@ -15062,7 +16157,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_arm(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":717
+  /* "ivshmem/channel/membership.pyx":824
  *             self.end_sleep()
  *             return self.attempt()
  *         return code             # <<<<<<<<<<<<<<
@@ -15075,7 +16170,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_arm(struct __pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":708
+  /* "ivshmem/channel/membership.pyx":815
  *                 return code
  * 
  *     cdef int arm(self) except -2:             # <<<<<<<<<<<<<<
@@ -15093,7 +16188,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_arm(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":719
+/* "ivshmem/channel/membership.pyx":826
  *         return code
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15165,17 +16260,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6fileno(st
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/membership.pyx":731
+        /* "ivshmem/channel/membership.pyx":838
  *             ClosedError: it is closed.
  *         """
  *         self.enter()             # <<<<<<<<<<<<<<
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 731, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 838, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/membership.pyx":732
+        /* "ivshmem/channel/membership.pyx":839
  *         """
  *         self.enter()
  *         if self.wakeup is None:             # <<<<<<<<<<<<<<
@@ -15186,7 +16281,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6fileno(st
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/membership.pyx":733
+          /* "ivshmem/channel/membership.pyx":840
  *         self.enter()
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)             # <<<<<<<<<<<<<<
@@ -15199,7 +16294,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6fileno(st
             PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self->membership)};
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 733, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 840, __pyx_L4_error)
             __Pyx_GOTREF((PyObject *)__pyx_t_4);
           }
           __Pyx_GIVEREF((PyObject *)__pyx_t_4);
@@ -15207,7 +16302,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6fileno(st
           __Pyx_DECREF_SET(__pyx_v_self->wakeup, ((struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)__pyx_t_4));
           __pyx_t_4 = 0;
 
-          /* "ivshmem/channel/membership.pyx":732
+          /* "ivshmem/channel/membership.pyx":839
  *         """
  *         self.enter()
  *         if self.wakeup is None:             # <<<<<<<<<<<<<<
@@ -15216,7 +16311,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6fileno(st
 */
         }
 
-        /* "ivshmem/channel/membership.pyx":734
+        /* "ivshmem/channel/membership.pyx":841
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)
  *         if not self.watched:             # <<<<<<<<<<<<<<
@@ -15228,7 +16323,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6fileno(st
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/membership.pyx":735
+          /* "ivshmem/channel/membership.pyx":842
  *             self.wakeup = Wakeup(self.membership)
  *         if not self.watched:
  *             self.watched = True             # <<<<<<<<<<<<<<
@@ -15237,58 +16332,68 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6fileno(st
 */
           __pyx_v_self->watched = 1;
 
-          /* "ivshmem/channel/membership.pyx":736
+          /* "ivshmem/channel/membership.pyx":843
  *         if not self.watched:
  *             self.watched = True
  *             self.awaited += 1             # <<<<<<<<<<<<<<
  *             self.membership.watchers += 1
- *             if self.arm() == 0:
+ *             self.membership.hurry()
 */
           __pyx_v_self->awaited = (__pyx_v_self->awaited + 1);
 
-          /* "ivshmem/channel/membership.pyx":737
+          /* "ivshmem/channel/membership.pyx":844
  *             self.watched = True
  *             self.awaited += 1
  *             self.membership.watchers += 1             # <<<<<<<<<<<<<<
+ *             self.membership.hurry()
  *             if self.arm() == 0:
- *                 self.membership.kick_all()
 */
           __pyx_v_self->membership->watchers = (__pyx_v_self->membership->watchers + 1);
 
-          /* "ivshmem/channel/membership.pyx":738
+          /* "ivshmem/channel/membership.pyx":845
  *             self.awaited += 1
  *             self.membership.watchers += 1
+ *             self.membership.hurry()             # <<<<<<<<<<<<<<
+ *             if self.arm() == 0:
+ *                 self.membership.kick_all()
+*/
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 845, __pyx_L4_error)
+
+
+          /* "ivshmem/channel/membership.pyx":846
+ *             self.membership.watchers += 1
+ *             self.membership.hurry()
  *             if self.arm() == 0:             # <<<<<<<<<<<<<<
  *                 self.membership.kick_all()
  *         return self.wakeup.epoll.epfd
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 738, __pyx_L4_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 846, __pyx_L4_error)
           __pyx_t_3 = (__pyx_t_2 == 0);
 
 
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/membership.pyx":739
- *             self.membership.watchers += 1
+            /* "ivshmem/channel/membership.pyx":847
+ *             self.membership.hurry()
  *             if self.arm() == 0:
  *                 self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return self.wakeup.epoll.epfd
  * 
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 739, __pyx_L4_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 847, __pyx_L4_error)
 
 
-            /* "ivshmem/channel/membership.pyx":738
- *             self.awaited += 1
+            /* "ivshmem/channel/membership.pyx":846
  *             self.membership.watchers += 1
+ *             self.membership.hurry()
  *             if self.arm() == 0:             # <<<<<<<<<<<<<<
  *                 self.membership.kick_all()
  *         return self.wakeup.epoll.epfd
 */
           }
 
-          /* "ivshmem/channel/membership.pyx":734
+          /* "ivshmem/channel/membership.pyx":841
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)
  *         if not self.watched:             # <<<<<<<<<<<<<<
@@ -15297,14 +16402,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6fileno(st
 */
         }
 
-        /* "ivshmem/channel/membership.pyx":740
+        /* "ivshmem/channel/membership.pyx":848
  *             if self.arm() == 0:
  *                 self.membership.kick_all()
  *         return self.wakeup.epoll.epfd             # <<<<<<<<<<<<<<
  * 
  *     cdef object fail(self, int code):
 */
-        __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 740, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 848, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         {
           PyObject *__pyx_temp;
@@ -15319,7 +16424,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6fileno(st
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/membership.pyx":719
+      /* "ivshmem/channel/membership.pyx":826
  *         return code
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15358,7 +16463,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6fileno(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":742
+/* "ivshmem/channel/membership.pyx":850
  *         return self.wakeup.epoll.epfd
  * 
  *     cdef object fail(self, int code):             # <<<<<<<<<<<<<<
@@ -15376,7 +16481,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_fail(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail", 0);
 
-  /* "ivshmem/channel/membership.pyx":743
+  /* "ivshmem/channel/membership.pyx":851
  * 
  *     cdef object fail(self, int code):
  *         return self.membership.fail(code, &self.channel, self.name)             # <<<<<<<<<<<<<<
@@ -15385,7 +16490,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_fail(struct
 */
   __pyx_t_1 = __pyx_v_self->name;
   __Pyx_INCREF(__pyx_t_1);
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->fail(__pyx_v_self->membership, __pyx_v_code, (&__pyx_v_self->channel), ((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 743, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->fail(__pyx_v_self->membership, __pyx_v_code, (&__pyx_v_self->channel), ((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 851, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -15399,7 +16504,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_fail(struct
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":742
+  /* "ivshmem/channel/membership.pyx":850
  *         return self.wakeup.epoll.epfd
  * 
  *     cdef object fail(self, int code):             # <<<<<<<<<<<<<<
@@ -15419,7 +16524,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_fail(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":747
+/* "ivshmem/channel/membership.pyx":855
  *     # For tasks of an asyncio loop (asynchronous.py).
  * 
  *     def _membership(self):             # <<<<<<<<<<<<<<
@@ -15475,7 +16580,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_8_membersh
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("_membership", 0);
 
-  /* "ivshmem/channel/membership.pyx":748
+  /* "ivshmem/channel/membership.pyx":856
  * 
  *     def _membership(self):
  *         return self.membership             # <<<<<<<<<<<<<<
@@ -15493,7 +16598,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_8_membersh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":747
+  /* "ivshmem/channel/membership.pyx":855
  *     # For tasks of an asyncio loop (asynchronous.py).
  * 
  *     def _membership(self):             # <<<<<<<<<<<<<<
@@ -15508,7 +16613,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_8_membersh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":750
+/* "ivshmem/channel/membership.pyx":858
  *         return self.membership
  * 
  *     def _begin_waiting(self):             # <<<<<<<<<<<<<<
@@ -15571,39 +16676,39 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_10_begin_w
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_begin_waiting", 0);
 
-  /* "ivshmem/channel/membership.pyx":753
+  /* "ivshmem/channel/membership.pyx":861
  *         """Say in memory that this end sleeps; whether there is something already."""
  *         cdef int code
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         self.enter()
  *         code = self.begin_sleep()
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 753, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 861, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":754
+  /* "ivshmem/channel/membership.pyx":862
  *         cdef int code
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         self.enter()             # <<<<<<<<<<<<<<
  *         code = self.begin_sleep()
  *         sleeper.asleep += 1
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 754, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 862, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":755
+  /* "ivshmem/channel/membership.pyx":863
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         self.enter()
  *         code = self.begin_sleep()             # <<<<<<<<<<<<<<
  *         sleeper.asleep += 1
  *         sleeper.awaited += 1
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 755, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 863, __pyx_L1_error)
   __pyx_v_code = __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":756
+  /* "ivshmem/channel/membership.pyx":864
  *         self.enter()
  *         code = self.begin_sleep()
  *         sleeper.asleep += 1             # <<<<<<<<<<<<<<
@@ -15612,42 +16717,52 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_10_begin_w
 */
   __pyx_v_sleeper->asleep = (__pyx_v_sleeper->asleep + 1);
 
-  /* "ivshmem/channel/membership.pyx":757
+  /* "ivshmem/channel/membership.pyx":865
  *         code = self.begin_sleep()
  *         sleeper.asleep += 1
  *         sleeper.awaited += 1             # <<<<<<<<<<<<<<
  *         self.membership.watchers += 1
- *         self.membership.flush()
+ *         self.membership.hurry()
 */
   __pyx_v_sleeper->awaited = (__pyx_v_sleeper->awaited + 1);
 
-  /* "ivshmem/channel/membership.pyx":758
+  /* "ivshmem/channel/membership.pyx":866
  *         sleeper.asleep += 1
  *         sleeper.awaited += 1
  *         self.membership.watchers += 1             # <<<<<<<<<<<<<<
+ *         self.membership.hurry()
  *         self.membership.flush()
- *         return code != IVSHMEM_AGAIN
 */
   __pyx_v_self->membership->watchers = (__pyx_v_self->membership->watchers + 1);
 
-  /* "ivshmem/channel/membership.pyx":759
+  /* "ivshmem/channel/membership.pyx":867
  *         sleeper.awaited += 1
  *         self.membership.watchers += 1
+ *         self.membership.hurry()             # <<<<<<<<<<<<<<
+ *         self.membership.flush()
+ *         return code != IVSHMEM_AGAIN
+*/
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 867, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/membership.pyx":868
+ *         self.membership.watchers += 1
+ *         self.membership.hurry()
  *         self.membership.flush()             # <<<<<<<<<<<<<<
  *         return code != IVSHMEM_AGAIN
  * 
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 759, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 868, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":760
- *         self.membership.watchers += 1
+  /* "ivshmem/channel/membership.pyx":869
+ *         self.membership.hurry()
  *         self.membership.flush()
  *         return code != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
  * 
  *     def _end_waiting(self):
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_code != IVSHMEM_AGAIN)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 760, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_code != IVSHMEM_AGAIN)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 869, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -15660,7 +16775,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_10_begin_w
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":750
+  /* "ivshmem/channel/membership.pyx":858
  *         return self.membership
  * 
  *     def _begin_waiting(self):             # <<<<<<<<<<<<<<
@@ -15681,7 +16796,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_10_begin_w
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":762
+/* "ivshmem/channel/membership.pyx":871
  *         return code != IVSHMEM_AGAIN
  * 
  *     def _end_waiting(self):             # <<<<<<<<<<<<<<
@@ -15740,25 +16855,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12_end_wai
   int __pyx_t_2;
   int __pyx_t_3;
   int __pyx_t_4;
-  int __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_end_waiting", 0);
 
-  /* "ivshmem/channel/membership.pyx":764
+  /* "ivshmem/channel/membership.pyx":873
  *     def _end_waiting(self):
  *         """End what _begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         sleeper.asleep -= 1
  *         sleeper.awaited -= 1
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 764, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 873, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":765
+  /* "ivshmem/channel/membership.pyx":874
  *         """End what _begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         sleeper.asleep -= 1             # <<<<<<<<<<<<<<
@@ -15767,69 +16881,39 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12_end_wai
 */
   __pyx_v_sleeper->asleep = (__pyx_v_sleeper->asleep - 1);
 
-  /* "ivshmem/channel/membership.pyx":766
+  /* "ivshmem/channel/membership.pyx":875
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         sleeper.asleep -= 1
  *         sleeper.awaited -= 1             # <<<<<<<<<<<<<<
  *         self.membership.watchers -= 1
- *         if sleeper.open and not self.membership.closed and not self.membership.mapping.closed:
+ *         if sleeper.usable():
 */
   __pyx_v_sleeper->awaited = (__pyx_v_sleeper->awaited - 1);
 
-  /* "ivshmem/channel/membership.pyx":767
+  /* "ivshmem/channel/membership.pyx":876
  *         sleeper.asleep -= 1
  *         sleeper.awaited -= 1
  *         self.membership.watchers -= 1             # <<<<<<<<<<<<<<
- *         if sleeper.open and not self.membership.closed and not self.membership.mapping.closed:
+ *         if sleeper.usable():
  *             if sleeper.asleep or sleeper.watched:
 */
   __pyx_v_self->membership->watchers = (__pyx_v_self->membership->watchers - 1);
 
-  /* "ivshmem/channel/membership.pyx":768
+  /* "ivshmem/channel/membership.pyx":877
  *         sleeper.awaited -= 1
  *         self.membership.watchers -= 1
- *         if sleeper.open and not self.membership.closed and not self.membership.mapping.closed:             # <<<<<<<<<<<<<<
+ *         if sleeper.usable():             # <<<<<<<<<<<<<<
  *             if sleeper.asleep or sleeper.watched:
  *                 sleeper.begin_sleep()
 */
-  if (__pyx_v_sleeper->open) {
-  } else {
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->usable(__pyx_v_sleeper);
 
-    __pyx_t_2 = __pyx_v_sleeper->open;
-    goto __pyx_L4_bool_binop_done;
-  }
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 768, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 768, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_4 = (!__pyx_t_3);
-
-
-  if (__pyx_t_4) {
-
-  } else {
-
-    __pyx_t_2 = __pyx_t_4;
-
-    goto __pyx_L4_bool_binop_done;
-  }
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 768, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 768, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_3 = (!__pyx_t_4);
-
-
-
-  __pyx_t_2 = __pyx_t_3;
-
-  __pyx_L4_bool_binop_done:;
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":769
+    /* "ivshmem/channel/membership.pyx":878
  *         self.membership.watchers -= 1
- *         if sleeper.open and not self.membership.closed and not self.membership.mapping.closed:
+ *         if sleeper.usable():
  *             if sleeper.asleep or sleeper.watched:             # <<<<<<<<<<<<<<
  *                 sleeper.begin_sleep()
  *             else:
@@ -15842,35 +16926,35 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12_end_wai
 
       __pyx_t_2 = __pyx_t_3;
 
-      goto __pyx_L8_bool_binop_done;
+      goto __pyx_L5_bool_binop_done;
     }
 
     __pyx_t_2 = __pyx_v_sleeper->watched;
-    __pyx_L8_bool_binop_done:;
+    __pyx_L5_bool_binop_done:;
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/membership.pyx":770
- *         if sleeper.open and not self.membership.closed and not self.membership.mapping.closed:
+      /* "ivshmem/channel/membership.pyx":879
+ *         if sleeper.usable():
  *             if sleeper.asleep or sleeper.watched:
  *                 sleeper.begin_sleep()             # <<<<<<<<<<<<<<
  *             else:
  *                 sleeper.end_sleep()
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->begin_sleep(__pyx_v_sleeper); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 770, __pyx_L1_error)
+      __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->begin_sleep(__pyx_v_sleeper); if (unlikely(__pyx_t_4 == ((int)-2))) __PYX_ERR(0, 879, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/membership.pyx":769
+      /* "ivshmem/channel/membership.pyx":878
  *         self.membership.watchers -= 1
- *         if sleeper.open and not self.membership.closed and not self.membership.mapping.closed:
+ *         if sleeper.usable():
  *             if sleeper.asleep or sleeper.watched:             # <<<<<<<<<<<<<<
  *                 sleeper.begin_sleep()
  *             else:
 */
-      goto __pyx_L7;
+      goto __pyx_L4;
     }
 
-    /* "ivshmem/channel/membership.pyx":772
+    /* "ivshmem/channel/membership.pyx":881
  *                 sleeper.begin_sleep()
  *             else:
  *                 sleeper.end_sleep()             # <<<<<<<<<<<<<<
@@ -15880,18 +16964,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12_end_wai
     /*else*/ {
       ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->end_sleep(__pyx_v_sleeper);
     }
-    __pyx_L7:;
+    __pyx_L4:;
 
-    /* "ivshmem/channel/membership.pyx":768
+    /* "ivshmem/channel/membership.pyx":877
  *         sleeper.awaited -= 1
  *         self.membership.watchers -= 1
- *         if sleeper.open and not self.membership.closed and not self.membership.mapping.closed:             # <<<<<<<<<<<<<<
+ *         if sleeper.usable():             # <<<<<<<<<<<<<<
  *             if sleeper.asleep or sleeper.watched:
  *                 sleeper.begin_sleep()
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":762
+  /* "ivshmem/channel/membership.pyx":871
  *         return code != IVSHMEM_AGAIN
  * 
  *     def _end_waiting(self):             # <<<<<<<<<<<<<<
@@ -15913,7 +16997,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12_end_wai
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":774
+/* "ivshmem/channel/membership.pyx":883
  *                 sleeper.end_sleep()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -15969,17 +17053,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
   int __pyx_t_2;
-  PyObject *__pyx_t_3 = NULL;
-  int __pyx_t_4;
-  int __pyx_t_5;
-  PyObject *__pyx_t_6 = NULL;
-  size_t __pyx_t_7;
+  int __pyx_t_3;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  size_t __pyx_t_6;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/membership.pyx":776
+  /* "ivshmem/channel/membership.pyx":885
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -15991,7 +17074,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":777
+    /* "ivshmem/channel/membership.pyx":886
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:
  *             return             # <<<<<<<<<<<<<<
@@ -16008,7 +17091,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":776
+    /* "ivshmem/channel/membership.pyx":885
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -16017,7 +17100,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":778
+  /* "ivshmem/channel/membership.pyx":887
  *         if not self.open:
  *             return
  *         self.open = False             # <<<<<<<<<<<<<<
@@ -16026,7 +17109,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
 */
   __pyx_v_self->open = 0;
 
-  /* "ivshmem/channel/membership.pyx":779
+  /* "ivshmem/channel/membership.pyx":888
  *             return
  *         self.open = False
  *         self.wakeup = None             # <<<<<<<<<<<<<<
@@ -16038,41 +17121,41 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
   __Pyx_GOTREF((PyObject *)__pyx_v_self->wakeup);
   __Pyx_DECREF_SET(__pyx_v_self->wakeup, ((struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)Py_None));
 
-  /* "ivshmem/channel/membership.pyx":780
+  /* "ivshmem/channel/membership.pyx":889
  *         self.open = False
  *         self.wakeup = None
  *         if self.watched:             # <<<<<<<<<<<<<<
  *             self.membership.watchers -= 1
- *         if self.membership.generation == generation and not self.membership.closed:
+ *         if self.membership.usable() and not self.copying:
 */
   if (__pyx_v_self->watched) {
 
-    /* "ivshmem/channel/membership.pyx":781
+    /* "ivshmem/channel/membership.pyx":890
  *         self.wakeup = None
  *         if self.watched:
  *             self.membership.watchers -= 1             # <<<<<<<<<<<<<<
- *         if self.membership.generation == generation and not self.membership.closed:
- *             if not self.membership.mapping.closed:
+ *         if self.membership.usable() and not self.copying:
+ *             self.give_up()
 */
     __pyx_v_self->membership->watchers = (__pyx_v_self->membership->watchers - 1);
 
-    /* "ivshmem/channel/membership.pyx":780
+    /* "ivshmem/channel/membership.pyx":889
  *         self.open = False
  *         self.wakeup = None
  *         if self.watched:             # <<<<<<<<<<<<<<
  *             self.membership.watchers -= 1
- *         if self.membership.generation == generation and not self.membership.closed:
+ *         if self.membership.usable() and not self.copying:
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":782
+  /* "ivshmem/channel/membership.pyx":891
  *         if self.watched:
  *             self.membership.watchers -= 1
- *         if self.membership.generation == generation and not self.membership.closed:             # <<<<<<<<<<<<<<
- *             if not self.membership.mapping.closed:
- *                 self.give_up()
+ *         if self.membership.usable() and not self.copying:             # <<<<<<<<<<<<<<
+ *             self.give_up()
+ *             self.membership.flush()
 */
-  __pyx_t_2 = (__pyx_v_self->membership->generation == __pyx_v_7ivshmem_7channel_10membership_generation);
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->usable(__pyx_v_self->membership);
 
   if (__pyx_t_2) {
 
@@ -16082,105 +17165,95 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
 
     goto __pyx_L6_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 782, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 782, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_4 = (!__pyx_t_2);
+  __pyx_t_2 = (!(__pyx_v_self->copying != 0));
 
 
-
-  __pyx_t_1 = __pyx_t_4;
+  __pyx_t_1 = __pyx_t_2;
 
   __pyx_L6_bool_binop_done:;
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":783
+    /* "ivshmem/channel/membership.pyx":892
  *             self.membership.watchers -= 1
- *         if self.membership.generation == generation and not self.membership.closed:
- *             if not self.membership.mapping.closed:             # <<<<<<<<<<<<<<
- *                 self.give_up()
- *                 self.membership.flush()
+ *         if self.membership.usable() and not self.copying:
+ *             self.give_up()             # <<<<<<<<<<<<<<
+ *             self.membership.flush()
+ *         if self.membership.generation == generation:
 */
-    __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 783, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_1 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 783, __pyx_L1_error)
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __pyx_t_4 = (!__pyx_t_1);
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 892, __pyx_L1_error)
 
 
-    if (__pyx_t_4) {
-
-
-      /* "ivshmem/channel/membership.pyx":784
- *         if self.membership.generation == generation and not self.membership.closed:
- *             if not self.membership.mapping.closed:
- *                 self.give_up()             # <<<<<<<<<<<<<<
- *                 self.membership.flush()
+    /* "ivshmem/channel/membership.pyx":893
+ *         if self.membership.usable() and not self.copying:
+ *             self.give_up()
+ *             self.membership.flush()             # <<<<<<<<<<<<<<
+ *         if self.membership.generation == generation:
  *             self.membership.kick_all()
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 784, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 893, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/membership.pyx":785
- *             if not self.membership.mapping.closed:
- *                 self.give_up()
- *                 self.membership.flush()             # <<<<<<<<<<<<<<
+    /* "ivshmem/channel/membership.pyx":891
+ *         if self.watched:
+ *             self.membership.watchers -= 1
+ *         if self.membership.usable() and not self.copying:             # <<<<<<<<<<<<<<
+ *             self.give_up()
+ *             self.membership.flush()
+*/
+  }
+
+  /* "ivshmem/channel/membership.pyx":894
+ *             self.give_up()
+ *             self.membership.flush()
+ *         if self.membership.generation == generation:             # <<<<<<<<<<<<<<
  *             self.membership.kick_all()
  *         self.membership.ends.discard(self)
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 785, __pyx_L1_error)
+  __pyx_t_1 = (__pyx_v_self->membership->generation == __pyx_v_7ivshmem_7channel_10membership_generation);
+
+  if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/membership.pyx":783
- *             self.membership.watchers -= 1
- *         if self.membership.generation == generation and not self.membership.closed:
- *             if not self.membership.mapping.closed:             # <<<<<<<<<<<<<<
- *                 self.give_up()
- *                 self.membership.flush()
-*/
-    }
-
-    /* "ivshmem/channel/membership.pyx":786
- *                 self.give_up()
- *                 self.membership.flush()
+    /* "ivshmem/channel/membership.pyx":895
+ *             self.membership.flush()
+ *         if self.membership.generation == generation:
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         self.membership.ends.discard(self)
  * 
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 786, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 895, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":782
- *         if self.watched:
- *             self.membership.watchers -= 1
- *         if self.membership.generation == generation and not self.membership.closed:             # <<<<<<<<<<<<<<
- *             if not self.membership.mapping.closed:
- *                 self.give_up()
+    /* "ivshmem/channel/membership.pyx":894
+ *             self.give_up()
+ *             self.membership.flush()
+ *         if self.membership.generation == generation:             # <<<<<<<<<<<<<<
+ *             self.membership.kick_all()
+ *         self.membership.ends.discard(self)
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":787
- *                 self.membership.flush()
+  /* "ivshmem/channel/membership.pyx":896
+ *         if self.membership.generation == generation:
  *             self.membership.kick_all()
  *         self.membership.ends.discard(self)             # <<<<<<<<<<<<<<
  * 
- *     def __enter__(self):
+ *     def __del__(self):
 */
-  __pyx_t_6 = __pyx_v_self->membership->ends;
-  __Pyx_INCREF(__pyx_t_6);
-  __pyx_t_7 = 0;
+  __pyx_t_5 = __pyx_v_self->membership->ends;
+  __Pyx_INCREF(__pyx_t_5);
+  __pyx_t_6 = 0;
   {
-    PyObject *__pyx_callargs[2] = {__pyx_t_6, ((PyObject *)__pyx_v_self)};
-    __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_discard, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 787, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
+    PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self)};
+    __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_discard, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 896, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
   }
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/membership.pyx":774
+  /* "ivshmem/channel/membership.pyx":883
  *                 sleeper.end_sleep()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -16192,8 +17265,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
   __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd.close", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -16202,8 +17275,595 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":789
+/* "ivshmem/channel/membership.pyx":898
  *         self.membership.ends.discard(self)
+ * 
+ *     def __del__(self):             # <<<<<<<<<<<<<<
+ *         if self.open:
+ *             self.close()
+*/
+
+/* Python wrapper */
+static void __pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_17__del__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_17__del__(PyObject *__pyx_v_self) {
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__del__ (wrapper)", 0);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_16__del__(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+}
+
+static void __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_16__del__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  size_t __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__del__", 0);
+
+  /* "ivshmem/channel/membership.pyx":899
+ * 
+ *     def __del__(self):
+ *         if self.open:             # <<<<<<<<<<<<<<
+ *             self.close()
+ * 
+*/
+  if (__pyx_v_self->open) {
+
+    /* "ivshmem/channel/membership.pyx":900
+ *     def __del__(self):
+ *         if self.open:
+ *             self.close()             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int begin_copy(self) except -1:
+*/
+    __pyx_t_2 = ((PyObject *)__pyx_v_self);
+    __Pyx_INCREF(__pyx_t_2);
+    __pyx_t_3 = 0;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
+      __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 900, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_1);
+    }
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+
+    /* "ivshmem/channel/membership.pyx":899
+ * 
+ *     def __del__(self):
+ *         if self.open:             # <<<<<<<<<<<<<<
+ *             self.close()
+ * 
+*/
+  }
+
+  /* "ivshmem/channel/membership.pyx":898
+ *         self.membership.ends.discard(self)
+ * 
+ *     def __del__(self):             # <<<<<<<<<<<<<<
+ *         if self.open:
+ *             self.close()
+*/
+
+  /* function exit code */
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_WriteUnraisable("ivshmem.channel.membership.ChannelEnd.__del__", __pyx_clineno, __pyx_lineno, __pyx_filename, 1, 0);
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+}
+
+/* "ivshmem/channel/membership.pyx":902
+ *             self.close()
+ * 
+ *     cdef int begin_copy(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
+ *         self.membership.mapping.pin()
+*/
+
+static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_copy(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("begin_copy", 0);
+
+  /* "ivshmem/channel/membership.pyx":904
+ *     cdef int begin_copy(self) except -1:
+ *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
+ *         self.membership.mapping.pin()             # <<<<<<<<<<<<<<
+ *         try:
+ *             self.membership.use_memory()
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->pin(__pyx_v_self->membership->mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 904, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/membership.pyx":905
+ *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
+ *         self.membership.mapping.pin()
+ *         try:             # <<<<<<<<<<<<<<
+ *             self.membership.use_memory()
+ *         except BaseException:
+*/
+  {
+    __Pyx_PyThreadState_declare
+    __Pyx_PyThreadState_assign
+    __Pyx_ExceptionSave(&__pyx_t_2, &__pyx_t_3, &__pyx_t_4);
+    __Pyx_XGOTREF(__pyx_t_2);
+    __Pyx_XGOTREF(__pyx_t_3);
+    __Pyx_XGOTREF(__pyx_t_4);
+    /*try:*/ {
+
+      /* "ivshmem/channel/membership.pyx":906
+ *         self.membership.mapping.pin()
+ *         try:
+ *             self.membership.use_memory()             # <<<<<<<<<<<<<<
+ *         except BaseException:
+ *             self.membership.mapping.unpin()
+*/
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->use_memory(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 906, __pyx_L3_error)
+
+
+      /* "ivshmem/channel/membership.pyx":905
+ *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
+ *         self.membership.mapping.pin()
+ *         try:             # <<<<<<<<<<<<<<
+ *             self.membership.use_memory()
+ *         except BaseException:
+*/
+    }
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    goto __pyx_L8_try_end;
+    __pyx_L3_error:;
+
+    /* "ivshmem/channel/membership.pyx":907
+ *         try:
+ *             self.membership.use_memory()
+ *         except BaseException:             # <<<<<<<<<<<<<<
+ *             self.membership.mapping.unpin()
+ *             raise
+*/
+    __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
+    if (__pyx_t_1) {
+      __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd.begin_copy", __pyx_clineno, __pyx_lineno, __pyx_filename);
+      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 907, __pyx_L5_except_error)
+      __Pyx_XGOTREF(__pyx_t_5);
+      __Pyx_XGOTREF(__pyx_t_6);
+      __Pyx_XGOTREF(__pyx_t_7);
+
+      /* "ivshmem/channel/membership.pyx":908
+ *             self.membership.use_memory()
+ *         except BaseException:
+ *             self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
+ *             raise
+ *         self.copying += 1
+*/
+      ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->membership->mapping);
+
+      /* "ivshmem/channel/membership.pyx":909
+ *         except BaseException:
+ *             self.membership.mapping.unpin()
+ *             raise             # <<<<<<<<<<<<<<
+ *         self.copying += 1
+ *         return 0
+*/
+      __Pyx_GIVEREF(__pyx_t_5);
+      __Pyx_GIVEREF(__pyx_t_6);
+      __Pyx_XGIVEREF(__pyx_t_7);
+      __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_6, __pyx_t_7);
+      __pyx_t_5 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
+      __PYX_ERR(0, 909, __pyx_L5_except_error)
+    }
+    goto __pyx_L5_except_error;
+
+    /* "ivshmem/channel/membership.pyx":905
+ *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
+ *         self.membership.mapping.pin()
+ *         try:             # <<<<<<<<<<<<<<
+ *             self.membership.use_memory()
+ *         except BaseException:
+*/
+    __pyx_L5_except_error:;
+    __Pyx_XGIVEREF(__pyx_t_2);
+    __Pyx_XGIVEREF(__pyx_t_3);
+    __Pyx_XGIVEREF(__pyx_t_4);
+    __Pyx_ExceptionReset(__pyx_t_2, __pyx_t_3, __pyx_t_4);
+    goto __pyx_L1_error;
+    __pyx_L8_try_end:;
+  }
+
+  /* "ivshmem/channel/membership.pyx":910
+ *             self.membership.mapping.unpin()
+ *             raise
+ *         self.copying += 1             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+  __pyx_v_self->copying = (__pyx_v_self->copying + 1);
+
+  /* "ivshmem/channel/membership.pyx":911
+ *             raise
+ *         self.copying += 1
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int end_copy(self) except -1:
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/membership.pyx":902
+ *             self.close()
+ * 
+ *     cdef int begin_copy(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
+ *         self.membership.mapping.pin()
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd.begin_copy", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/membership.pyx":913
+ *         return 0
+ * 
+ *     cdef int end_copy(self) except -1:             # <<<<<<<<<<<<<<
+ *         self.copying -= 1
+ *         if not self.open and not self.copying and self.membership.usable():
+*/
+
+static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_end_copy(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/channel/membership.pyx":914
+ * 
+ *     cdef int end_copy(self) except -1:
+ *         self.copying -= 1             # <<<<<<<<<<<<<<
+ *         if not self.open and not self.copying and self.membership.usable():
+ *             self.give_up()  # another thread closed this end during the copy
+*/
+  __pyx_v_self->copying = (__pyx_v_self->copying - 1);
+
+  /* "ivshmem/channel/membership.pyx":915
+ *     cdef int end_copy(self) except -1:
+ *         self.copying -= 1
+ *         if not self.open and not self.copying and self.membership.usable():             # <<<<<<<<<<<<<<
+ *             self.give_up()  # another thread closed this end during the copy
+ *             self.membership.flush()
+*/
+  __pyx_t_2 = (!__pyx_v_self->open);
+
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (!(__pyx_v_self->copying != 0));
+
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->usable(__pyx_v_self->membership);
+
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/membership.pyx":916
+ *         self.copying -= 1
+ *         if not self.open and not self.copying and self.membership.usable():
+ *             self.give_up()  # another thread closed this end during the copy             # <<<<<<<<<<<<<<
+ *             self.membership.flush()
+ *         self.membership.mapping.unpin()
+*/
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 916, __pyx_L1_error)
+
+
+    /* "ivshmem/channel/membership.pyx":917
+ *         if not self.open and not self.copying and self.membership.usable():
+ *             self.give_up()  # another thread closed this end during the copy
+ *             self.membership.flush()             # <<<<<<<<<<<<<<
+ *         self.membership.mapping.unpin()
+ *         return self.membership.end_use()
+*/
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 917, __pyx_L1_error)
+
+
+    /* "ivshmem/channel/membership.pyx":915
+ *     cdef int end_copy(self) except -1:
+ *         self.copying -= 1
+ *         if not self.open and not self.copying and self.membership.usable():             # <<<<<<<<<<<<<<
+ *             self.give_up()  # another thread closed this end during the copy
+ *             self.membership.flush()
+*/
+  }
+
+  /* "ivshmem/channel/membership.pyx":918
+ *             self.give_up()  # another thread closed this end during the copy
+ *             self.membership.flush()
+ *         self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
+ *         return self.membership.end_use()
+ * 
+*/
+  ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->membership->mapping);
+
+  /* "ivshmem/channel/membership.pyx":919
+ *             self.membership.flush()
+ *         self.membership.mapping.unpin()
+ *         return self.membership.end_use()             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int enlist(self) except -1:
+*/
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->end_use(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 919, __pyx_L1_error)
+  {
+    __pyx_r = __pyx_t_3;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/membership.pyx":913
+ *         return 0
+ * 
+ *     cdef int end_copy(self) except -1:             # <<<<<<<<<<<<<<
+ *         self.copying -= 1
+ *         if not self.open and not self.copying and self.membership.usable():
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd.end_copy", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/membership.pyx":921
+ *         return self.membership.end_use()
+ * 
+ *     cdef int enlist(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Make the end known to the membership; if that fails, free its slot."""
+ *         self.open = True
+*/
+
+static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  size_t __pyx_t_6;
+  int __pyx_t_7;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9 = NULL;
+  PyObject *__pyx_t_10 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("enlist", 0);
+
+  /* "ivshmem/channel/membership.pyx":923
+ *     cdef int enlist(self) except -1:
+ *         """Make the end known to the membership; if that fails, free its slot."""
+ *         self.open = True             # <<<<<<<<<<<<<<
+ *         try:
+ *             self.membership.ends.add(self)
+*/
+  __pyx_v_self->open = 1;
+
+  /* "ivshmem/channel/membership.pyx":924
+ *         """Make the end known to the membership; if that fails, free its slot."""
+ *         self.open = True
+ *         try:             # <<<<<<<<<<<<<<
+ *             self.membership.ends.add(self)
+ *             self.membership.flush()
+*/
+  {
+    __Pyx_PyThreadState_declare
+    __Pyx_PyThreadState_assign
+    __Pyx_ExceptionSave(&__pyx_t_1, &__pyx_t_2, &__pyx_t_3);
+    __Pyx_XGOTREF(__pyx_t_1);
+    __Pyx_XGOTREF(__pyx_t_2);
+    __Pyx_XGOTREF(__pyx_t_3);
+    /*try:*/ {
+
+      /* "ivshmem/channel/membership.pyx":925
+ *         self.open = True
+ *         try:
+ *             self.membership.ends.add(self)             # <<<<<<<<<<<<<<
+ *             self.membership.flush()
+ *         except BaseException:
+*/
+      __pyx_t_5 = __pyx_v_self->membership->ends;
+      __Pyx_INCREF(__pyx_t_5);
+      __pyx_t_6 = 0;
+      {
+        PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self)};
+        __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 925, __pyx_L3_error)
+        __Pyx_GOTREF(__pyx_t_4);
+      }
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+      /* "ivshmem/channel/membership.pyx":926
+ *         try:
+ *             self.membership.ends.add(self)
+ *             self.membership.flush()             # <<<<<<<<<<<<<<
+ *         except BaseException:
+ *             self.close()
+*/
+      __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 926, __pyx_L3_error)
+
+
+      /* "ivshmem/channel/membership.pyx":924
+ *         """Make the end known to the membership; if that fails, free its slot."""
+ *         self.open = True
+ *         try:             # <<<<<<<<<<<<<<
+ *             self.membership.ends.add(self)
+ *             self.membership.flush()
+*/
+    }
+    __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+    goto __pyx_L8_try_end;
+    __pyx_L3_error:;
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+
+    /* "ivshmem/channel/membership.pyx":927
+ *             self.membership.ends.add(self)
+ *             self.membership.flush()
+ *         except BaseException:             # <<<<<<<<<<<<<<
+ *             self.close()
+ *             raise
+*/
+    __pyx_t_7 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
+    if (__pyx_t_7) {
+      __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd.enlist", __pyx_clineno, __pyx_lineno, __pyx_filename);
+      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_5, &__pyx_t_8) < 0) __PYX_ERR(0, 927, __pyx_L5_except_error)
+      __Pyx_XGOTREF(__pyx_t_4);
+      __Pyx_XGOTREF(__pyx_t_5);
+      __Pyx_XGOTREF(__pyx_t_8);
+
+      /* "ivshmem/channel/membership.pyx":928
+ *             self.membership.flush()
+ *         except BaseException:
+ *             self.close()             # <<<<<<<<<<<<<<
+ *             raise
+ *         return 0
+*/
+      __pyx_t_10 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_10);
+      __pyx_t_6 = 0;
+      {
+        PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
+        __pyx_t_9 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
+        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 928, __pyx_L5_except_error)
+        __Pyx_GOTREF(__pyx_t_9);
+      }
+      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+
+      /* "ivshmem/channel/membership.pyx":929
+ *         except BaseException:
+ *             self.close()
+ *             raise             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+      __Pyx_GIVEREF(__pyx_t_4);
+      __Pyx_GIVEREF(__pyx_t_5);
+      __Pyx_XGIVEREF(__pyx_t_8);
+      __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_5, __pyx_t_8);
+      __pyx_t_4 = 0;  __pyx_t_5 = 0;  __pyx_t_8 = 0; 
+      __PYX_ERR(0, 929, __pyx_L5_except_error)
+    }
+    goto __pyx_L5_except_error;
+
+    /* "ivshmem/channel/membership.pyx":924
+ *         """Make the end known to the membership; if that fails, free its slot."""
+ *         self.open = True
+ *         try:             # <<<<<<<<<<<<<<
+ *             self.membership.ends.add(self)
+ *             self.membership.flush()
+*/
+    __pyx_L5_except_error:;
+    __Pyx_XGIVEREF(__pyx_t_1);
+    __Pyx_XGIVEREF(__pyx_t_2);
+    __Pyx_XGIVEREF(__pyx_t_3);
+    __Pyx_ExceptionReset(__pyx_t_1, __pyx_t_2, __pyx_t_3);
+    goto __pyx_L1_error;
+    __pyx_L8_try_end:;
+  }
+
+  /* "ivshmem/channel/membership.pyx":930
+ *             self.close()
+ *             raise
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     def __enter__(self):
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/membership.pyx":921
+ *         return self.membership.end_use()
+ * 
+ *     cdef int enlist(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Make the end known to the membership; if that fails, free its slot."""
+ *         self.open = True
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd.enlist", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/membership.pyx":932
+ *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
@@ -16211,16 +17871,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_17__enter__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_19__enter__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_16__enter__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_17__enter__ = {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_17__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_16__enter__};
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_17__enter__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_18__enter__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_19__enter__ = {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_19__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_18__enter__};
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_19__enter__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -16246,19 +17906,19 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__enter__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_16__enter__(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_18__enter__(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_16__enter__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_18__enter__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/membership.pyx":790
+  /* "ivshmem/channel/membership.pyx":933
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -16276,8 +17936,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_16__enter_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":789
- *         self.membership.ends.discard(self)
+  /* "ivshmem/channel/membership.pyx":932
+ *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
@@ -16291,7 +17951,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_16__enter_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":792
+/* "ivshmem/channel/membership.pyx":935
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
@@ -16300,10 +17960,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_16__enter_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_19__exit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_18__exit__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_19__exit__ = {"__exit__", (PyCFunction)(void(*)(void))(PyCFunctionWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_19__exit__, METH_VARARGS|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_18__exit__};
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_19__exit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds) {
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_21__exit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_20__exit__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_21__exit__ = {"__exit__", (PyCFunction)(void(*)(void))(PyCFunctionWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_21__exit__, METH_VARARGS|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_20__exit__};
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_21__exit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds) {
   CYTHON_UNUSED PyObject *__pyx_v_error = 0;
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
@@ -16321,7 +17981,7 @@ static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_19__exit__
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__exit__", __pyx_kwds); return NULL;}
   __Pyx_INCREF(__pyx_args);
   __pyx_v_error = __pyx_args;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_18__exit__(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_error);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_20__exit__(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_error);
 
   /* function exit code */
   __Pyx_DECREF(__pyx_v_error);
@@ -16329,7 +17989,7 @@ static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_19__exit__
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_18__exit__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_error) {
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_20__exit__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_error) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -16340,7 +18000,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_18__exit__
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/membership.pyx":793
+  /* "ivshmem/channel/membership.pyx":936
  * 
  *     def __exit__(self, *error):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -16354,12 +18014,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_18__exit__
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 793, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 936, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":792
+  /* "ivshmem/channel/membership.pyx":935
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
@@ -16381,7 +18041,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_18__exit__
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":795
+/* "ivshmem/channel/membership.pyx":938
  *         self.close()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -16390,21 +18050,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_18__exit__
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_21__repr__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_21__repr__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_23__repr__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_23__repr__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__repr__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_20__repr__(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_22__repr__(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_20__repr__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_22__repr__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
   PyObject *__pyx_v_state = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -16421,7 +18081,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_20__repr__
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/membership.pyx":796
+  /* "ivshmem/channel/membership.pyx":939
  * 
  *     def __repr__(self):
  *         state = ", closed" if not self.open else ""             # <<<<<<<<<<<<<<
@@ -16440,19 +18100,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_20__repr__
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":797
+  /* "ivshmem/channel/membership.pyx":940
  *     def __repr__(self):
  *         state = ", closed" if not self.open else ""
  *         return f"<ivshmem.channel.{type(self).__name__} of {self.name!r}{state}>"             # <<<<<<<<<<<<<<
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name_2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 797, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name_2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 940, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 797, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 940, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 797, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 940, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_4 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 797, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 940, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel;
   __pyx_t_5[1] = __pyx_t_3;
@@ -16469,7 +18129,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_20__repr__
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_5[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_5[4]);
   #endif
   __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 6, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 797, __pyx_L1_error)
+  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 940, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -16485,7 +18145,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_20__repr__
   __pyx_t_8 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":795
+  /* "ivshmem/channel/membership.pyx":938
  *         self.close()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -16508,7 +18168,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_20__repr__
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pxd":72
+/* "ivshmem/channel/membership.pxd":83
  * cdef class ChannelEnd:
  *     cdef Membership membership
  *     cdef readonly object channels  # keeps the membership from being collected             # <<<<<<<<<<<<<<
@@ -16575,7 +18235,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_8channels_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pxd":73
+/* "ivshmem/channel/membership.pxd":84
  *     cdef Membership membership
  *     cdef readonly object channels  # keeps the membership from being collected
  *     cdef readonly str name  # of the channel             # <<<<<<<<<<<<<<
@@ -16655,6 +18315,7 @@ static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_10membership_Wak
   p->__pyx_vtab = __pyx_vtabptr_7ivshmem_7channel_10membership_Wakeup;
   p->membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)Py_None); Py_INCREF(Py_None);
   p->epoll = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)Py_None); Py_INCREF(Py_None);
+  p->kick = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)Py_None); Py_INCREF(Py_None);
   {
     int cinit_result = __pyx_pw_7ivshmem_7channel_10membership_6Wakeup_1__cinit__(o, 
 #if CYTHON_VECTORCALL_TPNEW
@@ -16719,6 +18380,7 @@ static void __pyx_tp_dealloc_7ivshmem_7channel_10membership_Wakeup(PyObject *o) 
   PyObject_GC_UnTrack(o);
   Py_CLEAR(p->membership);
   Py_CLEAR(p->epoll);
+  Py_CLEAR(p->kick);
   PyTypeObject *tp = Py_TYPE(o);
   #if CYTHON_USE_TYPE_SLOTS
   (*tp->tp_free)(o);
@@ -16746,6 +18408,9 @@ static int __pyx_tp_traverse_7ivshmem_7channel_10membership_Wakeup(PyObject *o, 
   if (p->epoll) {
     e = (*v)(((PyObject *)p->epoll), a); if (e) return e;
   }
+  if (p->kick) {
+    e = (*v)(((PyObject *)p->kick), a); if (e) return e;
+  }
   return 0;
 }
 
@@ -16757,6 +18422,9 @@ static int __pyx_tp_clear_7ivshmem_7channel_10membership_Wakeup(PyObject *o) {
   Py_XDECREF(tmp);
   tmp = ((PyObject*)p->epoll);
   p->epoll = ((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)Py_None); Py_INCREF(Py_None);
+  Py_XDECREF(tmp);
+  tmp = ((PyObject*)p->kick);
+  p->kick = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)Py_None); Py_INCREF(Py_None);
   Py_XDECREF(tmp);
   return 0;
 }
@@ -16895,6 +18563,16 @@ static PyObject *__pyx_tp_new_7ivshmem_7channel_10membership_ChannelEnd(PyTypeOb
   return __pyx_tp_new__initialisation_7ivshmem_7channel_10membership_ChannelEnd(o, a, k);
 }
 
+#if CYTHON_USE_TP_FINALIZE
+
+static void __pyx_tp_finalize_7ivshmem_7channel_10membership_ChannelEnd(PyObject *o) {
+  PyObject *etype, *eval, *etb;
+  __Pyx_PyErr_FetchException(&etype, &eval, &etb);
+  __pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_17__del__(o);
+  __Pyx_PyErr_RestoreException(etype, eval, etb);
+}
+#endif
+
 static void __pyx_tp_dealloc_7ivshmem_7channel_10membership_ChannelEnd(PyObject *o) {
   struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *p = (struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)o;
   #if CYTHON_USE_TP_FINALIZE
@@ -16947,24 +18625,6 @@ static int __pyx_tp_traverse_7ivshmem_7channel_10membership_ChannelEnd(PyObject 
   return 0;
 }
 
-static int __pyx_tp_clear_7ivshmem_7channel_10membership_ChannelEnd(PyObject *o) {
-  PyObject* tmp;
-  struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *p = (struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)o;
-  tmp = ((PyObject*)p->membership);
-  p->membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)Py_None); Py_INCREF(Py_None);
-  Py_XDECREF(tmp);
-  tmp = ((PyObject*)p->channels);
-  p->channels = Py_None; Py_INCREF(Py_None);
-  Py_XDECREF(tmp);
-  tmp = ((PyObject*)p->wakeup);
-  p->wakeup = ((struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)Py_None); Py_INCREF(Py_None);
-  Py_XDECREF(tmp);
-  tmp = ((PyObject*)p->spinner);
-  p->spinner = ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)Py_None); Py_INCREF(Py_None);
-  Py_XDECREF(tmp);
-  return 0;
-}
-
 static PyObject *__pyx_getprop_7ivshmem_7channel_10membership_10ChannelEnd_closed(PyObject *o, CYTHON_UNUSED void *x) {
   return __pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_6closed_1__get__(o);
 }
@@ -16985,8 +18645,8 @@ static PyMethodDef __pyx_methods_7ivshmem_7channel_10membership_ChannelEnd[] = {
   {"_begin_waiting", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_11_begin_waiting, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_10_begin_waiting},
   {"_end_waiting", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_13_end_waiting, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_12_end_waiting},
   {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_15close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_14close},
-  {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_17__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_16__enter__},
-  {"__exit__", (PyCFunction)(void(*)(void))(PyCFunctionWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_19__exit__, METH_VARARGS|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_18__exit__},
+  {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_19__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_18__enter__},
+  {"__exit__", (PyCFunction)(void(*)(void))(PyCFunctionWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_21__exit__, METH_VARARGS|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_20__exit__},
   {0, 0, 0, 0}
 };
 
@@ -17005,13 +18665,15 @@ static PyMemberDef __pyx_type_7ivshmem_7channel_10membership_ChannelEnd_members[
 };
 static PyType_Slot __pyx_type_7ivshmem_7channel_10membership_ChannelEnd_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_10membership_ChannelEnd},
-  {Py_tp_repr, (void *)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_21__repr__},
+  {Py_tp_repr, (void *)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_23__repr__},
   {Py_tp_doc, (void *)PyDoc_STR("One end of a channel: what all kinds of ends have in common.\n\n    Calls may come from several threads and from signal handlers; a forked child may close its copy\n    and do nothing else with it.\n    ")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_10membership_ChannelEnd},
-  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7channel_10membership_ChannelEnd},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_10membership_ChannelEnd},
   {Py_tp_getset, (void *)__pyx_getsets_7ivshmem_7channel_10membership_ChannelEnd},
   {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_10membership_ChannelEnd},
+  #if CYTHON_USE_TP_FINALIZE
+  {Py_tp_finalize, (void *)__pyx_tp_finalize_7ivshmem_7channel_10membership_ChannelEnd},
+  #endif
   {Py_tp_members, (void*)__pyx_type_7ivshmem_7channel_10membership_ChannelEnd_members},
   {0, 0},
 };
@@ -17034,7 +18696,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_10membership_ChannelEnd = {
   0, /*tp_getattr*/
   0, /*tp_setattr*/
   0, /*tp_as_async*/
-  __pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_21__repr__, /*tp_repr*/
+  __pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_23__repr__, /*tp_repr*/
   0, /*tp_as_number*/
   0, /*tp_as_sequence*/
   0, /*tp_as_mapping*/
@@ -17047,7 +18709,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_10membership_ChannelEnd = {
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
   PyDoc_STR("One end of a channel: what all kinds of ends have in common.\n\n    Calls may come from several threads and from signal handlers; a forked child may close its copy\n    and do nothing else with it.\n    "), /*tp_doc*/
   __pyx_tp_traverse_7ivshmem_7channel_10membership_ChannelEnd, /*tp_traverse*/
-  __pyx_tp_clear_7ivshmem_7channel_10membership_ChannelEnd, /*tp_clear*/
+  0, /*tp_clear*/
   0, /*tp_richcompare*/
   0, /*tp_weaklistoffset*/
   0, /*tp_iter*/
@@ -17075,7 +18737,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_10membership_ChannelEnd = {
   0, /*tp_del*/
   0, /*tp_version_tag*/
   #if CYTHON_USE_TP_FINALIZE
-  0, /*tp_finalize*/
+  __pyx_tp_finalize_7ivshmem_7channel_10membership_ChannelEnd, /*tp_finalize*/
   #else
   NULL, /*tp_finalize*/
   #endif
@@ -17449,14 +19111,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Wakeup
   __pyx_vtable_7ivshmem_7channel_10membership_Wakeup.wait = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *, int64_t))__pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait;
   __pyx_vtable_7ivshmem_7channel_10membership_Wakeup.clear = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *))__pyx_f_7ivshmem_7channel_10membership_6Wakeup_clear;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_Wakeup_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup)) __PYX_ERR(0, 512, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_Wakeup_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup)) __PYX_ERR(0, 608, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup = &__pyx_type_7ivshmem_7channel_10membership_Wakeup;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup) < (0)) __PYX_ERR(0, 512, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup) < (0)) __PYX_ERR(0, 608, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup);
@@ -17466,9 +19128,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Wakeup
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, __pyx_vtabptr_7ivshmem_7channel_10membership_Wakeup) < (0)) __PYX_ERR(0, 512, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Wakeup, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup) < (0)) __PYX_ERR(0, 512, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup) < (0)) __PYX_ERR(0, 512, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, __pyx_vtabptr_7ivshmem_7channel_10membership_Wakeup) < (0)) __PYX_ERR(0, 608, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Wakeup, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup) < (0)) __PYX_ERR(0, 608, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup) < (0)) __PYX_ERR(0, 608, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -17485,6 +19147,10 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Channe
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_ChannelEnd", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd ---*/
   __pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd = &__pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd;
+  __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.usable = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_usable;
+  __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.begin_copy = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_copy;
+  __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.end_copy = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_end_copy;
+  __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.enlist = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist;
   __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.enter = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter;
   __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.attempt = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_attempt;
   __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_sleep;
@@ -17497,14 +19163,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Channe
   __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.arm = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_arm;
   __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.fail = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, int))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_fail;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_ChannelEnd_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) __PYX_ERR(0, 582, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_ChannelEnd_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) __PYX_ERR(0, 681, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd = &__pyx_type_7ivshmem_7channel_10membership_ChannelEnd;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd) < (0)) __PYX_ERR(0, 582, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd) < (0)) __PYX_ERR(0, 681, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
@@ -17514,8 +19180,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Channe
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd) < (0)) __PYX_ERR(0, 582, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ChannelEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd) < (0)) __PYX_ERR(0, 582, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd) < (0)) __PYX_ERR(0, 681, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ChannelEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd) < (0)) __PYX_ERR(0, 681, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd, __weakref__);
   #endif
@@ -17542,20 +19208,27 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Member
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.release = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_release;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.is_silent = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, struct ivshmem_place))__pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.abandon = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_abandon;
+  __pyx_vtable_7ivshmem_7channel_10membership_Membership.usable = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_usable;
+  __pyx_vtable_7ivshmem_7channel_10membership_Membership.unusable = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_unusable;
+  __pyx_vtable_7ivshmem_7channel_10membership_Membership.lose_place = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_lose_place;
+  __pyx_vtable_7ivshmem_7channel_10membership_Membership.use_memory = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_use_memory;
+  __pyx_vtable_7ivshmem_7channel_10membership_Membership.end_use = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_end_use;
+  __pyx_vtable_7ivshmem_7channel_10membership_Membership.leave = (void (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_leave;
+  __pyx_vtable_7ivshmem_7channel_10membership_Membership.hurry = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_hurry;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.check = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_check;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.flush = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_flush;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.kick_all = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_kick_all;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.wakeup_of_thread = (struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *(*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *))__pyx_f_7ivshmem_7channel_10membership_10Membership_wakeup_of_thread;
   __pyx_vtable_7ivshmem_7channel_10membership_Membership.fail = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, int, struct ivshmem_channel *, PyObject *))__pyx_f_7ivshmem_7channel_10membership_10Membership_fail;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_Membership_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership)) __PYX_ERR(0, 130, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_Membership_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership)) __PYX_ERR(0, 163, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership = &__pyx_type_7ivshmem_7channel_10membership_Membership;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 130, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 163, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership);
@@ -17565,9 +19238,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Member
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_vtabptr_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 130, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Membership, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 130, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 130, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_vtabptr_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 163, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Membership, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 163, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Membership) < (0)) __PYX_ERR(0, 163, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -18123,72 +19796,72 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/channel/membership.pyx":33
+  /* "ivshmem/channel/membership.pyx":39
  * from .header cimport *
  * 
  * import contextlib             # <<<<<<<<<<<<<<
  * import os
  * import secrets
 */
-  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_contextlib, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 33, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_contextlib, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 39, __pyx_L1_error)
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_contextlib, __pyx_t_2) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_contextlib, __pyx_t_2) < (0)) __PYX_ERR(0, 39, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":34
+  /* "ivshmem/channel/membership.pyx":40
  * 
  * import contextlib
  * import os             # <<<<<<<<<<<<<<
  * import secrets
  * import threading
 */
-  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_os, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 34, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_os, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 40, __pyx_L1_error)
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_os, __pyx_t_2) < (0)) __PYX_ERR(0, 34, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_os, __pyx_t_2) < (0)) __PYX_ERR(0, 40, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":35
+  /* "ivshmem/channel/membership.pyx":41
  * import contextlib
  * import os
  * import secrets             # <<<<<<<<<<<<<<
  * import threading
  * import weakref
 */
-  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_secrets, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 35, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_secrets, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 41, __pyx_L1_error)
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_secrets, __pyx_t_2) < (0)) __PYX_ERR(0, 35, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_secrets, __pyx_t_2) < (0)) __PYX_ERR(0, 41, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":36
+  /* "ivshmem/channel/membership.pyx":42
  * import os
  * import secrets
  * import threading             # <<<<<<<<<<<<<<
  * import weakref
  * 
 */
-  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_threading, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 36, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_threading, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 42, __pyx_L1_error)
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_threading, __pyx_t_2) < (0)) __PYX_ERR(0, 36, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_threading, __pyx_t_2) < (0)) __PYX_ERR(0, 42, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":37
+  /* "ivshmem/channel/membership.pyx":43
  * import secrets
  * import threading
  * import weakref             # <<<<<<<<<<<<<<
  * 
  * from ..errors import (
 */
-  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_weakref, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 37, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_weakref, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 43, __pyx_L1_error)
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_weakref, __pyx_t_2) < (0)) __PYX_ERR(0, 37, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_weakref, __pyx_t_2) < (0)) __PYX_ERR(0, 43, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":39
+  /* "ivshmem/channel/membership.pyx":45
  * import weakref
  * 
  * from ..errors import (             # <<<<<<<<<<<<<<
@@ -18197,22 +19870,22 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelCorrupt,__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_IvshmemError,__pyx_mstate_global->__pyx_n_u_NoChannels,__pyx_mstate_global->__pyx_n_u_NoInterrupts,__pyx_mstate_global->__pyx_n_u_RegionError};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 7, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 39, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 7, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 45, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelCorrupt,__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_IvshmemError,__pyx_mstate_global->__pyx_n_u_NoChannels,__pyx_mstate_global->__pyx_n_u_NoInterrupts,__pyx_mstate_global->__pyx_n_u_RegionError};
     for (__pyx_t_3=0; __pyx_t_3 < 7; __pyx_t_3++) {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 39, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 45, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 39, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 45, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":42
+  /* "ivshmem/channel/membership.pyx":48
  *     ChannelCorrupt, ChannelError, ClosedError, IvshmemError, NoChannels, NoInterrupts, RegionError,
  * )
  * from . import identity             # <<<<<<<<<<<<<<
@@ -18221,22 +19894,22 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_identity};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u__2, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_channel_2, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 42, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u__2, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_channel_2, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 48, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_identity};
     __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 42, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 48, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 42, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 48, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":101
+  /* "ivshmem/channel/membership.pyx":134
  * 
  * # Nanoseconds. Where no ring can come, the shortest and the longest pause between two looks.
  * cdef int64_t FIRST_PAUSE = 20_000             # <<<<<<<<<<<<<<
@@ -18245,7 +19918,7 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
 */
   __pyx_v_7ivshmem_7channel_10membership_FIRST_PAUSE = 0x4E20;
 
-  /* "ivshmem/channel/membership.pyx":102
+  /* "ivshmem/channel/membership.pyx":135
  * # Nanoseconds. Where no ring can come, the shortest and the longest pause between two looks.
  * cdef int64_t FIRST_PAUSE = 20_000
  * cdef int64_t LAST_PAUSE = 1_000_000             # <<<<<<<<<<<<<<
@@ -18254,7 +19927,7 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
 */
   __pyx_v_7ivshmem_7channel_10membership_LAST_PAUSE = 0xF4240;
 
-  /* "ivshmem/channel/membership.pyx":108
+  /* "ivshmem/channel/membership.pyx":141
  *     FUTILE = 64
  * 
  * cdef unsigned int generation = 0  # of this process: a forked child has another             # <<<<<<<<<<<<<<
@@ -18263,22 +19936,22 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
 */
   __pyx_v_7ivshmem_7channel_10membership_generation = 0;
 
-  /* "ivshmem/channel/membership.pyx":111
+  /* "ivshmem/channel/membership.pyx":144
  * 
  * 
  * def _after_fork():             # <<<<<<<<<<<<<<
  *     global generation
  *     generation += 1
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_1_after_fork, 0, __pyx_mstate_global->__pyx_n_u_after_fork, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 111, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_1_after_fork, 0, __pyx_mstate_global->__pyx_n_u_after_fork, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 144, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_after_fork, __pyx_t_2) < (0)) __PYX_ERR(0, 111, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_after_fork, __pyx_t_2) < (0)) __PYX_ERR(0, 144, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":116
+  /* "ivshmem/channel/membership.pyx":149
  * 
  * 
  * os.register_at_fork(after_in_child=_after_fork)             # <<<<<<<<<<<<<<
@@ -18286,12 +19959,12 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
  * 
 */
   __pyx_t_4 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 116, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_os); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 149, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_register_at_fork); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 116, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_register_at_fork); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 149, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_after_fork); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 116, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_after_fork); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 149, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_VECTORCALL
   #endif
@@ -18300,13 +19973,13 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
     PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_5};
     #if CYTHON_VECTORCALL
     __pyx_t_8 = __pyx_mstate_global->__pyx_tuple[2];
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 116, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 149, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_8);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_after_in_child};
       __pyx_t_8 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 116, __pyx_L1_error)
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 149, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
     }
     #endif
@@ -18317,69 +19990,69 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 116, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 149, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":285
+  /* "ivshmem/channel/membership.pyx":367
  *     # -- the beat ---------------------------------------------------------------------------------
  * 
  *     def run(self):             # <<<<<<<<<<<<<<
  *         """Beat, until `close`: what the thread of the beat does."""
  *         cdef pollfd one
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_3run, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_run, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 285, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_3run, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_run, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 367, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_run, __pyx_t_2) < (0)) __PYX_ERR(0, 285, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_run, __pyx_t_2) < (0)) __PYX_ERR(0, 367, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":361
+  /* "ivshmem/channel/membership.pyx":449
  *         return self.flush()
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
  *         """Return a list of (index, epoch, state, id, vector, process, name) of all places."""
  *         cdef ivshmem_memory *memory = &self.member.area.memory
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_5places, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_places, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 361, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_5places, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_places, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 449, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_places, __pyx_t_2) < (0)) __PYX_ERR(0, 361, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_places, __pyx_t_2) < (0)) __PYX_ERR(0, 449, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":395
+  /* "ivshmem/channel/membership.pyx":483
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
  *         """Free a place at a user's word; whether it had an owner."""
  *         cdef uint64_t number
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_7free_place, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_free_place, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 395, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_7free_place, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_free_place, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 483, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_free_place, __pyx_t_2) < (0)) __PYX_ERR(0, 395, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_free_place, __pyx_t_2) < (0)) __PYX_ERR(0, 483, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":412
+  /* "ivshmem/channel/membership.pyx":500
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Close all ends, and leave the area. A forked child only forgets what it has.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_9close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 412, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_9close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 500, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 412, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 500, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -18409,34 +20082,34 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":567
+  /* "ivshmem/channel/membership.pyx":666
  *         return 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         """Return the epoll object's descriptor, which stays this object's."""
  *         return self.epoll.epfd
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_6Wakeup_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 567, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_6Wakeup_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 666, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 567, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 666, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":571
+  /* "ivshmem/channel/membership.pyx":670
  *         return self.epoll.epfd
  * 
  *     def clear_rings(self):             # <<<<<<<<<<<<<<
  *         """Do what `clear` does."""
  *         self.clear()
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_6Wakeup_5clear_rings, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup_clear_rings, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 571, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_6Wakeup_5clear_rings, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup_clear_rings, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 670, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, __pyx_mstate_global->__pyx_n_u_clear_rings, __pyx_t_2) < (0)) __PYX_ERR(0, 571, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, __pyx_mstate_global->__pyx_n_u_clear_rings, __pyx_t_2) < (0)) __PYX_ERR(0, 670, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -18466,139 +20139,139 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":592
+  /* "ivshmem/channel/membership.pyx":692
  *         self.name = ""
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: open another one where it is"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 592, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 692, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 592, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 692, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":633
+  /* "ivshmem/channel/membership.pyx":737
  *         return 0
  * 
  *     def wake_others(self):             # <<<<<<<<<<<<<<
  *         """Ring the other sleepers of the channel: a place was freed."""
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_5wake_others, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_wake_others, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 633, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_5wake_others, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_wake_others, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 737, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_wake_others, __pyx_t_2) < (0)) __PYX_ERR(0, 633, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_wake_others, __pyx_t_2) < (0)) __PYX_ERR(0, 737, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":719
+  /* "ivshmem/channel/membership.pyx":826
  *         return code
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def fileno(self):
  *         """Return a descriptor for an event loop, which is readable when there may be something.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_7fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 719, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_7fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 826, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 719, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 826, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":747
+  /* "ivshmem/channel/membership.pyx":855
  *     # For tasks of an asyncio loop (asynchronous.py).
  * 
  *     def _membership(self):             # <<<<<<<<<<<<<<
  *         return self.membership
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_9_membership, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__membership, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 747, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_9_membership, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__membership, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 855, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_membership_2, __pyx_t_2) < (0)) __PYX_ERR(0, 747, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_membership_2, __pyx_t_2) < (0)) __PYX_ERR(0, 855, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":750
+  /* "ivshmem/channel/membership.pyx":858
  *         return self.membership
  * 
  *     def _begin_waiting(self):             # <<<<<<<<<<<<<<
  *         """Say in memory that this end sleeps; whether there is something already."""
  *         cdef int code
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_11_begin_waiting, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__begin_waiting, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 750, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_11_begin_waiting, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__begin_waiting, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 858, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_begin_waiting, __pyx_t_2) < (0)) __PYX_ERR(0, 750, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_begin_waiting, __pyx_t_2) < (0)) __PYX_ERR(0, 858, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":762
+  /* "ivshmem/channel/membership.pyx":871
  *         return code != IVSHMEM_AGAIN
  * 
  *     def _end_waiting(self):             # <<<<<<<<<<<<<<
  *         """End what _begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_13_end_waiting, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__end_waiting, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 762, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_13_end_waiting, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__end_waiting, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 871, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_end_waiting, __pyx_t_2) < (0)) __PYX_ERR(0, 762, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_end_waiting, __pyx_t_2) < (0)) __PYX_ERR(0, 871, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":774
+  /* "ivshmem/channel/membership.pyx":883
  *                 sleeper.end_sleep()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_15close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 774, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_15close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 883, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 774, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 883, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":789
- *         self.membership.ends.discard(self)
+  /* "ivshmem/channel/membership.pyx":932
+ *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_17__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 789, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_19__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 932, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 789, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 932, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":792
+  /* "ivshmem/channel/membership.pyx":935
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
  *         self.close()
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_19__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 792, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_21__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 935, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 792, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 935, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/membership.pyx":1
@@ -18673,21 +20346,21 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/membership.pyx":355
- *             pass  # a device's register that cannot be read now, or an endpoint that is closed
- *         for end in list(self.ends):
+  /* "ivshmem/channel/membership.pyx":443
+ *             if not (<ChannelEnd>end).usable():
+ *                 continue  # another thread has closed it since the list was made
  *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
  *                 (<ChannelEnd>end).mend()
  *                 if code > 0:
 */
   {
     PyObject* __pyx_temp[3] = {Py_None, Py_None, Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 355, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 443, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/channel/membership.pyx":388
+  /* "ivshmem/channel/membership.pyx":476
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
  *                 text.decode(errors="replace"),             # <<<<<<<<<<<<<<
@@ -18696,12 +20369,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 388, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 476, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/membership.pyx":116
+  /* "ivshmem/channel/membership.pyx":149
  * 
  * 
  * os.register_at_fork(after_in_child=_after_fork)             # <<<<<<<<<<<<<<
@@ -18710,7 +20383,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_after_in_child};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 116, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 149, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -18751,41 +20424,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{4},{65},{10},{4},{21},{64},{2},{15},{59},{8},{17},{24},{1},{2},{15},{17},{1},{1},{4},{179},{2},{53},{6},{8},{4},{65},{7},{8},{7},{6},{6},{2},{9},{16},{14},{30},{50},{6},{4},{23},{22},{118},{20},{37},{60},{61},{5},{118},{0},{14},{10},{20},{19},{21},{25},{23},{22},{16},{17},{22},{12},{11},{12},{10},{28},{30},{16},{21},{17},{14},{10},{12},{11},{6},{24},{26},{18},{13},{17},{7},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{11},{14},{16},{12},{13},{11},{3},{14},{18},{2},{4},{11},{18},{5},{6},{4},{10},{10},{6},{7},{3},{8},{5},{6},{8},{6},{5},{10},{3},{6},{1},{8},{5},{5},{26},{5},{4},{5},{5},{7},{7},{10},{6},{4},{4},{9},{6},{6},{3},{2},{4},{5},{6},{3},{8},{6},{16},{7},{3},{7},{4},{10},{6},{6},{7},{8},{4},{9},{6},{6},{11},{6},{7}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{31},{32},{28},{10},{9},{2},{9},{22},{7},{9},{118},{9},{11},{91},{276},{137},{70},{244},{119},{100}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{4},{65},{10},{4},{21},{64},{2},{15},{59},{8},{17},{24},{1},{2},{15},{17},{1},{1},{4},{179},{2},{53},{6},{8},{4},{65},{7},{8},{7},{6},{6},{2},{9},{16},{14},{30},{50},{6},{4},{23},{22},{118},{20},{37},{60},{61},{5},{118},{147},{0},{14},{10},{20},{19},{21},{25},{23},{22},{16},{17},{22},{12},{11},{12},{10},{28},{30},{16},{21},{17},{14},{10},{12},{11},{6},{24},{26},{18},{13},{17},{7},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{11},{14},{16},{12},{13},{11},{3},{14},{18},{2},{4},{11},{18},{5},{6},{4},{10},{5},{10},{6},{7},{3},{8},{5},{6},{8},{6},{5},{10},{3},{6},{1},{8},{5},{5},{26},{5},{4},{5},{5},{7},{7},{10},{6},{4},{4},{9},{6},{6},{3},{2},{4},{5},{6},{3},{8},{6},{16},{7},{3},{7},{4},{10},{6},{6},{7},{8},{4},{9},{6},{6},{11},{6},{7}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{31},{32},{28},{10},{9},{2},{9},{22},{7},{9},{114},{9},{11},{70},{276},{137},{79},{263},{97},{109}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2146 bytes) */
-static const char cstring[] = "x\332\215VKs\024G\022Fk\014\002\211]\r\022F\016\263\0335\010\203\204%9d\264\200\005\354\256,a`\tc\004\204a7v\243\251\351\256\321\364\252\247\253\247\253{\036\013\216\345\250c\037\373X\307>\316q\216:\352\250\343\034\371\t\376\t\376\262\272\347\301\303\021K\240\356\352\254\312\314/3\277\314\032\306#\306l\356\3732b\025\301l\031\270\302a2d\201k\357y\302\331`2\020>\343\330\257\211\220I_\260\026\026\202\271\021s\025\363\205pp\036+\333\223\2124\253\214\376\334\246\252\325E\335\262k0-\274\325\032\013<n\013E{0\304x(8=X\304\367\204\177\213\275,\024X\241\300\\\277*_2\317U\221\"\205\372B{1\n\205`\325\220\357\326\205\037--m0%\353\202\005\241\204]:\204H\020\010k\205n\004\273\322\370\201I\031vX\215+\246\002\351z\2045Z.\300.\023n\267\036H\245\334\212\047\330\3422bs\355\032\022\341I\177W\221\021\345!1\253\033lc\004\233\214\335.\360\256\016\002\374\313_\037!7\217$\271&$[\235\250&}r\340\010\317\255\210\220G\302\3530\025\205\256\035!\2218\344\263\307w\037\257\254\337\\Gv\035\026\212\377\010\033\301\252\270b{\\\251<W\225\330\365\"\327gQ\047\020j\225=\250\262\216\214M\326\t\\\200s\343\n\200\3503%\"\203\365\212)*\217\\\351[Pw\375\335+\314qC8q\233&?\337sO\211U\224\201Ue\270\007\213v\315\365\034V\347\035\224\031XM\222\220\021D\203bS\324\000T\304\2538k\311\320\341\216c\301\211\340\2367\244\310\240 !R\337$\234\300Rh-\023\261\350\333\220!\347\0022Th\300\017l\356\r\030\340\270\212\243*\3027\3170\204\352\256\355\252\374\333y?\377\203osP\025__\027\273_c\215\022\250\232\033\254\006\235\266/Q\224*\217\275\210YV(\234\330\026\226\305\234\330d\305\227\376\n\212\324t\271\207]\333\365\335\310\262r\274\204|,\032e\010\234S\211\304\302w@1?\032u\003IC\261\213\n\230\364\301o(e\235\322=\264\261\201|\357\231n\252tF]\240D\210\032\255\254\014==}\360\317\273/M\372pl\333T\021\274^\265\301\307H,\016\216\335\241cKc^?\206\004\262:\017\002T\206p\300\200\003j\230\212\377_\2076(\214<\037\324m\025jI1\356\340\212z7A\2502gMd\237\354\232\336\240\271\201\256\332\363e\013\211\30101,0\017rj<U\337o_x\265e=\200\305\025\321&\007""\273b\320\256\2345b\201\352Q[\250b`\221\266#\232.`\272\243\361\325\002\267\027C\241d\034\332\342\033\253e/m\345P\267d\030\306AT|\335\365\235\321j\325\2620oDhY\357\312\332D\214wD\003*\215\013+\310\211o\265\270\213.\336\035\337\000[>&\0361uLjj8\366]\305 \363\345\230\240\005\016Y&D5\220R\037l\231\332\233\345\203\234Yf\375\303\320\307h5\202o\233\311eY\357\354a\250(\314\222\217\356\032tc\337\304\207\274c\306\204\371\370\037\023\204\261\377h\020\202z$\037P\212\251\004\352\211a\221\001\372\034a\305A\376\374\020\340P\376\001\270b\307\366\004\017\255\020\031V\205$O\334s\301\367\036\212\3166&1<\361\260C\202\247\002\345|\334i\343\2176\254G\242\035=\021U\313*\306(\352:$\302\240\372\226U\215}\233\336\273\003\010\370W\347\2508\275\245\023{F\342\363\272yc\366X\3051Z6#\032e\264\321\210\271784`\321\007\361\016\005\242M\037\210zhX\215\271\377 \033\226\025\tEhy\225\320\323\260\177\227\226\226#e\210;\317\303,\047\32187-WY\266\014e\214\0171\306NL\376\334\034\314\230{\203\253\216o\273rux\030\363\274\202\3514V\004\333#\033P\210B\220\241\302\355=C\235|B\331\322\021\266D~\333\021\356K;\016C$\333r\035\222\342\047\206\253l\036:\0006\230\262f\320\347\323^4q\264\352\250\274\272U\031\373\316\210\203\250\014\376\007\256\343\272\320\215\334\250\343\302\010\312\047\352\352\375Kd\024\036@+\341\211*\260\324\335\310\2236\367\352\034q\372\242\230P\243\243\371\214\252\307\221\240j\370\300oQ\334~L\007d\265\212z\340\227\201T\001.1\203(o\205@\006!\356\375\212\033\251|n\322SQFydj\024\346\007\321\047H\021f$nx\217\214\025W\227rw}\\\340\024r\244pA\006@\023\007\001\206\233\242\034F\265bh7\271\027\013\3254\027\306\330\230h\231\206h\201\370\241\250\322\245\265\330\224\256\303\256\3427\221\037]_\267\242\245cT3\213hQH\330\342\343\316\217\025\372\225\302\256.\035s`\336\324SV?\272\257\220%\354\275\231\350\037\377\264\177\374lR\246\325\351\375\257\222\2357\233o6\373\223\323\373\337C\206\305\357\367\335\244\321\237\236I&\222\271d\047\021\351\032I\377\260\337\310_Q\202\357\267\223S\373\353\264\354O\237!\325\373\211\261""\360\367\204\367\315\216\321\237J\357d\023\371\367\253tY\333\331\027\335\355\336\361\336\366\301\324!\364\310\322z\362J/f\345\376\314\\r?\335\244\327\303\264\251wr\345o\265\261\3710\211\323\373zS\357\220\327\002\344[\203\343zZ\242\345E}I\3272N\330^\245ez\275N\327r\315\237\311\304\324\376\215\344rz<\335\326\307\365\303\254\335\215z\353\275\350\340\326a\355\350\247\347\004\243\225\324R[\237\007\324\231\363\311k\275\366\026\257\377jc\372\262\346:\312nt\277\3546~9}\354\324\031\362\336\237Df\310\374\335\344\\\302\223(\275\241\277\324\210\267tT*\353\222.\353u\335\312v\273\010\342\\\362/\010(>x\3719\335L_\350\247\331\357\262\205\354\337\275r\357\346\301\265\003\336\237)\365\247g\223\333iCOf\237d\337d\320*%\237#\n\363Z\321\r\240\232F\255\020\353lzO#m\177Jy\332\326*\273x\264\374\267\203\0230\001\375;zB\177\246\303\243\245[\275k=N\272\347\323\t\262=s.\331\351\317\\@\350\247\263rv\273\333\350\317\3741\335I\253\372;\r\337\363\351i\275\2225\272\047\272vo\266\367\0354\315\256\207\2437\273\327\272\225\336\004U\344^\272F\236\337\346\014\370\345\3040\rS\373\327\223\331d;=\231\306H3P^5!\356\034]\276\325[C\225O\036\304\207\233y\371\333D\250\263\311W\260\216:\225\222\013)\002=\263\377\0148?M\377qt\371z\227w\033\240\306\275\203\033\207e\3624\312\326\245\314\351\226\363\260\033(\340=T\343J\257\224\003Y\030T~:GD\244@.\177\223\t\264h\30256\342d+\241p&\217\235\272\250g\26517\r\244\344x\047ut\331\020\233B\234OK\351\245\324\325aV\312L\324\033\310\351\344)\212\347R\342\300\r\350\322\350\237\373\254?w\001\024\236;\017Fl\350g\331\034j9\277\240\327\200\370Zfw\317v\327\372s\237\303T9\375\263\376D\177\233mf\317\273\233\335\347=\243\242\322\205\364)jD\301\256\364\032\007\023\007s\007/\016\237\0346\372\363\227\364\026U;\333\356N\364\347\277H\327\323H\337\314\326\372\027\026\364m\224n\242;\007\246\315_H\177\204lf\026\r\025!\342\271\371t\n\2367\337\026\274\313\003\312\233\0141O\037;UJ\212\306|\235^K\367\000\366\031\014\275\350=\203\337g\207\363G;O\250\005O\2221p\307P\351\\Y\317\351\237\310\313\371\344""\177`\217\211\266h\3426r>s\021\324_\323\333\331\304p\036P\366\210\210D`\270\235\037c\016QB\021\315g\222\323\351e\320w\016]?\232)\324\376\3465MN\006\223\244\360F\311\332\311gE\207\274\221\364\006\031\371\025#\370\341M";
-    PyObject *data = __Pyx_DecompressString(cstring, 2146, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2181 bytes) */
+static const char cstring[] = "x\332\215V\317s\324\310\025\306Y~\0300\301\203\315\342TH\252\215Yl\263\266\267\274v\0011\220\304k\263@\250\260\014PY\222JJ\364H=3\035k$\215Z\232\361d\331\nG\037u\324\261\217:\316q\216>r\364q\216\374\t\374\t\371^K\363\303@\252\226\302\243\326\353\356\367\276\367\276\257_\213\361\2101\233{\236\037\261\212`\266\037H\3410?d\201\264\367\\\341l1?\020\036\343\230\257\213\220\371\236`m\014\004\223\021\223\212yB8X\217\221\355\372\212vV\031\375\311\226\2527D\303\262\353p-\334\265:\013\\n\013Esp\304x(8\375\260\210\357\t\357.{]l`\305\006&\275\252\377\232\271RE\21264\026\366\227\242P\010V\ry\255!\274hyy\213)\277!X\020\372\360K\213\220\t\022a\355PF\360\353\2338p\351\207\035V\347\212\251\300\227.a\215V\n\260+\204[6\002_)Yq\005[ZAn\322\256\243\020\256\357\325\0249Q.\n\263\266\305\266F\260\311\331\275\002\357\332 \301?\376\351)j\363\324\247\320\204d\247\023\325}\217\0028\302\225\025\021\362H\270\035\246\242P\332\021\n\211E\036{\366\340\331\352\346\235MT\327a\241\370\267\260\221\254\212+\266\313\225\312kU\211\245\033I\217E\235@\2505\366\270\312:~l\252N\340\002\254\033\337\000\210\036S\"2X\027\r\251<\222\276ga\273\364j\213\314\221!\202\310\226\251\317\367\334Ub\r4\260\252\037\356\301\243]\227\256\303\032\274\003\232\201\325\024\t\025A6 \233\262\006\240\"_\305Y\333\017\035\3568\026\202\010\356\272C\211\014\010\tQ\372\026\341\004\226b\327\n\t\213\336\215\030r-\240B\305\016\304\201\317\275\201\002\034\2518X\021\236\371\rCl\255\331R\345\357\316\307\365\037\274\233\205\252x\373\246\230\375\006cP\240\3522X\013:\373\236\017R\252<v#fY\241pb[X\026sbS\025\317\367VARKr\027\263\266\364ddY9^B>\226\2152\002\316\245Df\3419\220\230\027\215N\003YCQ\003\003\246|\210\033\372~\203\312=\364\261\205z\357\231\323T\351\214N\201\022!8Z]\035Fz\361\370\037\017^\233\362a\331\256a\021\272^\263\241\307H,\r\226\335\247e\313cQ?\207\004\266\006\017\0020C8\340\300\2014\014\343\277h\321\026\245\221\327\203N[\205\216\244\030\017\260\250\216\027\010,s\326B\365\311\2579\033\3247p\252\366<\277\215\302\240\231\030\025\230""\037\nj\"U?>\276\210j\373\215\000\036W\305>\005\250\211\301q\345\254\031\013\260G\307B\025\r\213v;\242%\001S\216\332W\033\332^\n\205\362\343\320\026\337Zm{y\\\200@\236\047\306\0338\376\307\251n\003\202It\205\030\240Q.\212\245\345\202\024\216\360\355\2348j\223c\360\261C\330<V\206e\362\243\320\207\274h\014\350\250^5.\275\235\374m\307\017\3038\210\212\267\007\2363\032\255Y\026\034\210\320\262\216\333\366I\253\307L\003u\217\033+\240\311\263\332\\\242\261\324\306\047 \340\317\231G\207g\314jd5\366^\245\234\3741C\033\262\266L\325\325\300JGs\307\310\321\014\037\347b7\343\277\016c\214F#\370\266i\246\226ul\016}N\241\275}v\326\240\033{\037\3615f\314o\2441C\030{O\007)\250\247\376c*1Q\240\236\033a\033\240?\"\2558\310\177?\0058\264\177\002\256\230\261]\301C+D\205Ua\311\013\367\243\340{ODg\027\227\003\"\361\260C\206\027\002t>\353\354\343\217&\254\247b?z.\252\226Utv\360:\024\302\200}\313\252\306\236M\317\332\000\002\3765 +\363\364\235\3305\026\2177\314\023\355\320*\226\321\260\025Qw\245\211f\314\335\301\242\201\212>\311wh\020\373\364\202\254\207\216\325X\370O\252aY\221P\204\226W\t=\335?\307ei9\276\037\342\032vq\275\220i\\\233\226T\226\355\207~\214\0271\246N\\F\271;\2701W\031W\035\317\226\376\332p1\256\230\n\032\346\030\t\266K>\260!\n!\206\n\267\367\214t\362\246i\373\216\260}\324w?\302\025n\373\261\027\331q\030\242\342\226th\n\237>R\331<t\200n\320\375\315\005\224\337B\242\205\245UG\345\024W\261\337\031\t\021\364\340\177 \035)\2617\222QG\302\t8\024\r\365\361\3456\312\021\310\225pE\025\200\0322r}\233\273\r\216d=Qt\316\321\322\274\3714\342H\020%\036\222\260(y/\246\005~\265\nR\360\305\342\253\000\227\253A\224\237\207\300\017B|\217Td\244\362~N\277\212\312\312#CT\230/\304aA\235\320\273\361\345\341\222\263\342JU\262\346\341\303\302\2648\205\213;\000\2328\010\320t\025\0252\252\027\227I\213\273\261P-s\221\215\365\212\2669\025m\250?\024U\272L\227Z\276t\330M|\253y\321\255M+Z>A\304Y\244\215\302\302\226\236u~\250\320\327\023\273\271|\302\201{C\252_\375\354\274B\2250\367v\242\177\362T\377\344""\245d\236F\347\016\276N\312o\267\337n\367\047\247\016\276\207\r\203_\037\310\244\331\237\232N&\222\331\244\234\210t\235\254\027\017\232\371#J\360\376~\362\374\301&\r\373S\027h\353\243\304x\370K\302\373f\306\354?\237\336\317&\362\367\237\322E=\243w\263\223\331nw\202\346&\323\211|\311-]\032,Y\321vV\312\255\177\320\306\337\223$N\037\351m]\246\210\005\300\367\006\303\255\264D\303k\372\272\256g\234p\375\224\316\323\343M\272\236\357\374\231\\\234?\270\235,\246pz\361\240\235\324S[_\001\242\351+\311\033\275\376\036\217\377h\343\345\206\346:\312nw\277\3526?\234;q\366\002\005\352O\242\000\344\351Ar9\341I\224\336\326_i\244U:*\315\353\222\236\327\233\272\235\325\272\345\376\324\345\344\2370,e\363\024\345\347t;}\245_d\277\312\026\262\177\365\346{w\0167\016y\177\032\010f\222{iSOf_d\337f\330UJ~\003\300\346\261\252\233@5\005J\220\326L\372P\243\252\277Oy\272\257Uv\355h\345\317\207\247\341\002\373\357\353\t\375\245\016\217\226\357\3666z\234\366^A\025\341{\372rR\356O_Mw\365\271l>\273\327m\366\247\177\227\226\323\252\376N#\366\\zN\257f\315\356\351\256\335\233\351}\207\235f\326\305\322;\335\215n\245\007\037\263\311\303t\235\"\277\317\211\376pzX\206\363\007\267\222\231d7=\223\306\250(P\3364)\226\217n\334\355\255\367v\017\317\034\306\357\266s\n\367I7\227\222\257\341\035\224\224\222\253)\022\275p\360\0228O\245\177?\272q\253\313\273\315\336\311\336\303\303\333\357\346)\322\250Z\3273\247;\237\247\335\324\047\365C\260\261\330+\345@\026\006$O\345\210\210\177\324\362\377\222N\203\026B\217\006\027\017\342d\047\241\274&O\234\275\006%\232\301\024 \023\202r\352\350y#d\312u.-\245\327S\251\303\254\224\231\364\267P\334\311\263\224\330\365\304A<\350\246\331\277\374e\177\366j\272\335\237\275\002il\351\227\331,H\235[\320\353\200\276\221\331\335K\335u\232\213\215{\2417\264\004\003g\220\375\231^\353\360\371a\263?w\035\272~\221\235\312\312\310\014+U\272\220\276\000\177T\210\325^\363p\342p\366\360\325\273\347\357\314\312\035R\2029:s\277M7\323H\337\311\326\373W\027\364=8\235\350\316B\205sW\323\037`\233\236I6""\001\010\261\347\322\363\000\263\375\276\320d\236#x~\224\342\264\177\230:q\266\224\024g\363M\272\221\356\001\377K8z\325{\211\270/\337\315\035\225\237\323I<C\316\240+#\263\313\363zV\377\215\242\\I\376\013e\231\002\014\016?\225\216\344H2F\200\2711\375\2200\024\211}:9\227\336\200\210gu\271?j t\336\315c\n\356\206mc\330\034\246\210\356MS\2372%\360$\355PW!\353m\362\366?-\342\021\244";
+    PyObject *data = __Pyx_DecompressString(cstring, 2181, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2856 bytes) */
-static const char cstring[] = "\377 at  can\377not be c\377opied or\377 pickled\377: open a\376\035\000her one\373 w\006\000e it \177is need-\000\336\007\000clos6\001f \377 of ivsh\277mem_chX\000e\377l.h plac\373es\030\001the a\367rea\001\001 tak_en; `*\004 *\004\377 info` l\337ists .\000m#\377x(tree f\377ragment)\377): some \207proU\000!\001\307\000\306\000 \377write to\3723\001 \201\000ory h\177as spoi\316\000\326\266\000, \247\003,\276\001im\377possiblew (,\331\000ich\206 \357longv\000o s}l\226 .: : \256\006\352I\001<\332\004.\331\005>?N\326\231 Now\001h\321 Cy\357thon\237!del\377iberatel\377y strict\372\306 t\226  PEP-\367484\333 d re\367jec\352\000subc\357lass\246#bui\377ltin typ\377es. If ySou\361\"\336\001p%\000 &\010\276\327 n set\366\002\047~\320Bation_<\000\377ing\047 dir\366b\000iv\233\"Fals\373e.\204@ fork\376\363@child m\003ay\344@\251\000\315B\353@\237`\352@\370\277!\326@\312Dsa wo\277rdadd_\267`e\347all\232f\211Erem#ov\311`\353A\200d,\325a\373A\260\210b\206c\302`\274DatP\001k\336\372Edisa\223@en\376\001\002rror gcKis\n\003d\360-\210Ee%\001\365s\370d/\370d/mem\376\200@ship.py\377xno defa\377ult __re\377duce__ d\275u\261bnon-\242@v\367ial\033\000ciniGt__\252\003\265\204\001\303\010s\274\204\002\\\362\204\003\320\204\001end\340`n\223\205\002\216\014\007reg\377 \375bu\000rgoom\353!\340\204\005s:\355 \355k\311\205\002by\374\204\007ser\366\241@--\346% SIZ\323E`\272\"$\000D\301Bor_y.cre\325`(\215E\205=#\001)\334\205\001o\004\217\206\006\006\013m\337apped\203\002recad\230`\355B\000\": \274 t\272C\352\205\001b\217\206\001eedk\007\363\047s\324\006\335\206\002of a_ vers\203!t\230\205\001\376\264\207\001ot know\273n \311\207\001thi\342\206\001i-s\372`pp\212\002f\257\206\r\262@\377compare-\333ex\323\207\001ge\247\206\005a \047que\273@\211\210\001s\252\210\004\341\207\001\377device i\376\265\210\007way (re\377source2_\357wc)C\233\210\003Cor\357rupt\007\004End\376\000\007.__ente\027r__\006\013x\225a\032\n\303e\3720\tb\374@n_wai\017tingI\t\253`\003\021\240\204\007\370w\010\327\211\002\207\010filen""\375o\230\010wake_o\243th\343 \273\005\255\205\001C\217\212\002E\222\270\205\001I\213\212\003\007\002M\205\205\006\000\007.\332\201\205\006c\265\210\002__\017\nse\177tstate_\013\020<\365\212\002?\010free\254\205\003T\010\274\371\212\003e\010runN\273\005sgNoI\337!\377!sR\254\205\002~\260\002Wakeup\000\003\360\217\017\017\006\214\016+\004clea\177r_rings=\004\376\263#WeakKeywDic\231\211\001ary\r\001\377Set__Pyx\374\001\000\025\001_NextR\357ef__\300\211\004e__\370\200f\217`\371B__fun\345c\025\001g\230%#\000mai}n)\001modul2\002\227nam:\002p\\\000\301#_\346\007\001vt\335\210\001T\001quaal\035\005\211\210\005\200N\243\210\006ex\210\001\311s\256\000Q\005st\010\232N__otest\274\000af\303\204\001\372\351\212\001_\212\204\n_door\177bell_no\246\204\001\375_\221\204\010_is_co\377routine_\216\276\211\007addI\003\351\000\263\213\002a\177syncio.$\006\177satbeat\372(\363cl@\001\232 trac\237eback\260\217\002\264\217\003c\177odecont\364 \377libcurre\337nt_id\022\001de\377discarde\343nd\336\211\005\344\212\002\350\212\003eve\337ntfds\221\205\003fo\307und\372g\227@\232@pi\367dii<\000tity\375iB\000xitems\370\265\216\r\235\213\007\267`selef\377tlimitlo\177calmach\201 \316\270\211\001ing\310\213\007\335\217\003mu\313te\343An\264`\333 at\373nu\357\213\001offse\377toneospe\363er\200\221\002\204\221\003popr\177andbits\235\213\003\272\245\213\001s\344\207\001at_\215\216\001r\375e\256\221\002runsec\217rets\216\000I\001\264\214\004s\277ignals\206\207\001t\377sleepers\277uppresB\000x\367tth\323\212\004valu\377esvector\374\234\207\010\256\207\001upweak\377refint (\377void *, ~\n\00064_t)\000\265\205\001\366\246`ll\013\004 (Py\373Ob\242\220\001 *)\000d\267ead\313Bof\013\022s\377pin_of\200\001\377\330\004\005\330\004\022\220!\376\006\001\n\210+\220Q\200A\177\200A\330\010\014\210F\021\000\376\006\000\016\210i\220q\330\014\377\020\220\001\220\024\220Q\220we\2301\033\001\017\210q\001\003\373t\220\r\000\340\010\013\2104\335\210\010\000\330\014\r7\001H\220\236=\002J\220a\330\025\002;\002\013\357\230=\250""\001\n\003{\230,\377\240c\250\033\260D\270\004\377\270D\300\013\3101\330\014\375\017<\0004\220{\240(\250\377!\330\020\024\220H\230A\276\003\001K\230v\240Qy\001\013\367\2309\240\221\002K\220u\230\257H\240A\240\244\000\340\235\005\340\375\010:\0016\230\021\200A\340\177\010\"\240$\240h\250v\000\277\017\210{\230!\330\030\000|\273\2301\314\001K\220}?\001\013\377\2107\220&\230\004\230D\377\240\004\240K\250x\260t\377\2704\270t\300;\310h\367\320VW\203\001w\220h\230\367c\240\027\250\000\020\027\220|\267\2401\340\004\000z\240V\002&\377\240a\240t\2507\260%\177\260q\360\n\000\t\r\237!\363\330\010\227 \253!E\220\025\220\377a\220t\2307\240%\240\376\255 \021\320\021!\240\021\240\377!\2404\240w\250g\260\216\302\000\025\220\\\016\000\334\001\352\000}\377\230A\230X\240S\250\002\377\250#\250]\270!\2708\377\3003\300a\330\020\021\330\377\014\023\220<\230q\240\010\337\250\003\2502\250\370\000\021\220u\031\303\000\014\003\001-\240q\276 \375\014\251@\2206\230\023\230G\375\240\264 \036\230a\230x\240\377s\250\"\320,@\300\006\374@\000=\000=\240\001\240\026\240\377r\320);\2703\270a\335\3309\000\027\230\001X\001\020\025\337\220Q\330\020\034\370\000\n\250\377!\250<\260q\330\020\035\177\230Q\230f\240B\240y\000\377\030\230\n\240-\250q\260\177\006\260c\270\023\270B7\000\372\031\002l(\0008\2603\260b}\270A\000\024\220G\2301v\001\354\357!\377@\360\006\376\006\013\2106\377\220\023\220D\230\007\230u\364\247@\243\000*\336\002Q\320&;\373\2701\343@\007\300u\310A:\211cx\315a\022\220+y\000\236`\357\021\220\034\230\341@\r\210T\377\220\027\230\005\230Y\320&\3376\260a\260q\230`G\300\3477\310!\331A\244\047$\250d\257\260!\330\014\363\001q\276@G&\213@\047\270\365@\205\001#\362E\267\204\002\342\366At\310!\377A\365R\014\210K\363\220vx\000\273`u\220C\220\376\313\001\010\000\t\"\240\023\240\275A\324\001\014\2104\210\243AQ\317\230d\240!\324\204\002\337\001\030\230\377\021\230$\230i\240r\250\273\021\250\333`\013\210:\321 \010;\t\330\224@$\220d\356`\263`\377q\330\025\026\330\024\034\230\357A\330\024\027\217`:\240T\373""\250\024\311@\030#\2401\240\377G\2503\250c\260\022\260\3571\330\024\031H\000!\2305\377\240\003\2409\250A\250W\337\260A\260W\270.\002s\230\277#\230S\240\n\250\351\001-\377\270q\300\001\300\024\300X\377\310R\310q\330\030$\240\375C\352A\250D\260\001\330\030\377\033\2304\230t\2408\250\2771\330\034#\240<\270@\001{\260\024\347`\030\034\230O\021\000\177\020\023\2204\220t\230f\0007\030\230\013w\000A\340\361d\313\003\376\337\205\003\200A\360\014\000\t\021}\220\222\206\004|\2303\230k\252\000\335TF\000X\270Tu\000T\310\257\030\320QR\374\206\001\007I\001\230\373D\240\306b\025!\240\024\240\035Vb\001\027\220\177\273`\351\002\276\206\004\273x\230\326`\"\240!\353\000D\006\356\206\001\014\210\213\207\002\235a\205\204\001\275\204\001t\000}\030\257h4\210x\220s\343\204\001\177\020\220\n\230&\240\001Y\000\373Q\330\312\207\007\020\220\013\2301\016\377\207\001\014\230A\207\207\003\306\207\001\254\207\004\251!%Q\246\207\003y\334\207\001\305\207\0017A\001";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2856, 3899);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2936 bytes) */
+static const char cstring[] = "\377 at  can\377not be c\377opied or\377 pickled\377: open a\376\035\000her one\373 w\006\000e it \177is need-\000\336\007\000clos6\001f \377 of ivsh\277mem_chX\000e\377l.h plac\373es\030\001the a\367rea\001\001 tak_en; `*\004 *\004\377 info` l\337ists .\000m#\377x(tree f\377ragment)\377): some \207proU\000!\001\307\000\306\000 \377write to\3723\001 \201\000ory h\177as spoi\316\000\326\266\000, \247\003,\276\001im\377possiblew (,\331\000ich\206 \357longv\000o s}l\226 .: : \256\006\352I\001<\332\004.\331\005>?N\326\231 Now\001h\321 Cy\357thon\237!del\377iberatel\377y strict\372\306 t\226  PEP-\367484\333 d re\367jec\352\000subc\357lass\246#bui\377ltin typ\377es. If ySou\361\"\336\001p%\000 &\010\276\327 n set\366\002\047~\320Bation_<\000\377ing\047 dir\366b\000iv\233\"Fals\373e.\204@ fork\376\363@child m\003ay\344@\251\000\315B\353@\237`\352@\370\277!\326@\312Dsa wo\277rdadd_\267`e\347all\232f\211Erem#ov\311`\353A\200d,\325a\373A\260\210b\206c\302`\274DatP\001k\336\372Edisa\223@en\376\001\002rror gcKis\n\003d\360-\210Ee%\001\365s\370d/\370d/mem\376\200@ship.py\377xno defa\377ult __re\377duce__ d\275u\261bnon-\242@v\367ial\033\000ciniGt__\252\003\265\204\001\303\010s\274\204\002\\\362\204\003\320\204\001end\340`n\223\205\002\216\014\007reg\377 \375bu\000rgoom\353!\340\204\005s:\355 \355k\311\205\002by\374\204\007ser\366\241@--\346% SIZ\323E`\272\"$\000D\301Bor_y.cre\325`(\215E\205=#\001)\334\205\001o\004\217\206\006\006\013m\337apped\203\002recad\230`\355B\000\": \274 t\272C\352\205\001b\217\206\001eedk\007\363\047s\324\006\335\206\002of a_ vers\203!t\230\205\001\376\264\207\001ot know\273n \311\207\001thi\342\206\001i-s\372`pp\212\002f\257\206\r\262@\377compare-\333ex\323\207\001ge\247\206\005a \047que\273@\211\210\001s\252\210\004\341\207\001\377device i\376\265\210\007way (re\377source2_\207wc)v\002\275\207\004\267\000\223\204\003a\337mong \336Jwa\377s freed,1 \246@\006\001\217c()\251\211\001\271@?a new \264B\243\211\001|\363\207\010/\000ecaus\257\211\002~D\001sile""nt\236\010~\336FagainC\256\211\003\177Corrupt\007\004\367End\000\007.__e\277nter__\006\013x\360\250\204\001\032\n\326\204\0050\tbegi\377n_waitin\035gI\tend\003\021\263\205\007w\010\324\352\212\002\207\010f\320\001o\230\010wa?ke_oth\366@\273\005*\300\206\001C\242\213\002E\313\206\001I\236\213\003\007\002\251M\230\206\006\000\007.\224\206\006c\310\211\002_\375_\017\nsetsta\007te_\013\020\210\214\002?\010\246GT\010\274\214\214\003e\010runN\273\005sgNoI\337!\377!sR\277\206\002~\260\002Wakeup\000\003\360\217\017\017\006\214\016+\004clea\177r_rings=\004\376\263#WeakKeywDic\254\212\001ary\r\001\377Set__Pyx\374\001\000\025\001_NextR\357ef__\323\212\004e__\370\200f\217`\371B__fun%c\025\001g\230%#\000m\324`)\001\337modul2\002na\245m:\002p\\\000\301#_\007\001vyt\360\211\001T\001qual\035\005X\234\211\005\200N\266\211\006ex\210\001s\256\000\362Q\005st\010\232N__te\233st\274\000af\303\204\001\374\213\001_\376\212\204\n_doorbe_ll_no\246\204\001_\221\204\010\377_is_coro\277utine_\321\212\007a\273ddI\003in_\306\214\002a\177syncio.$\006\177satbeat\372(\373cl@\001in_tr\177aceback\303\220\002\376\307\220\003codecon\375t\364 libcou\377ntcurren\357t_id\027\001ded\377iscarden\361d\366\212\005\374\213\002\200\214\003even\257tfds\226\205\003f=\000d\370\257\207\007\234@\237@pidii\276<\000tityiB\000x\037items\315\217\r\265\214\007\274`\377seleftli\377mitlocal\317mach\206 \320\212\001inyg\340\214\007\365\220\003mute\350Ayn\271`\340 atnu\207\215\001\377offseton\177eospeer\230\222\002\376\234\222\003poprandObits\265\214\003\275\214\001s\351\207\001\267at_\245\217\001re\306\222\002r\377unsecret\361s\216\000I\001\314\215\004sign\373al\335\210\003sleep\377ersuppre\275sB\000xtth\353\213\004v\377aluesvec\347tor\241\207\010\263\207\001upw\377eakrefin\377t (void \367*, \n\00064_t\263)\000\272\205\001\253`ll\013\004 \337(PyOb\272\221\001 *\277)\000dead\320Bo\375f\013\022spin_o\377f\200\001\330\004\005\330\004\367\022\220!\006\001\n\210+\220\377Q\200A\200A\330\010\014\363\210F\021\000\006\000\016\210i""\220\377q\330\014\020\220\001\220\024\277\220Q\220e\2301\033\001\017\333\210q\001\003t\220\r\000\340\010\357\013\2104\210\010\000\330\014\r\3667\001H\220=\002J\220a\330|\025\002;\002\013\230=\250\001\n\003\377{\230\047\240\023\240D\250\337\004\250D\260\001X\001\010\230\276\002\002\013\2306\240\021\033\005,\357\240c\250\021u\001\013\2309\375\240\215\002K\220u\230H\240\353A\240\240\000\340\231\005\340\010\017\376v\0006\230\021\200A\340\010\277\"\240$\240h\250r\000\017\337\210{\230!\330\030\000|\230\3351\310\001K\220}?\001\013\210\3577\220\047\230R\000\017\210w\277\220h\230c\240\027\217\000\020\277\027\220|\2401\340\004\000z\375\240A\002&\240a\240t\250\3777\260%\260q\360\n\000\233\t\r\206!\330\010\376\000\222!E\377\220\025\220a\220t\2307\367\240%\240\224 \021\320\021!\377\240\021\240!\2404\240w\377\250g\260Q\330\014\025\220\375\\\016\000(\250!\330\014\017\377\210}\230A\230X\240S\377\250\002\250#\250]\270!\377\2708\3003\300a\330\020\376\324\000\023\220<\230q\240\010\337\250\003\2502\2503\000\021\220u\031\256\000\014\003\001-\240q\245 \375\014\220@\2206\230\023\230G\377\2401\330\014\036\230a\230\377x\240s\250\"\320,@\373\300\006@\000\014\023\220=\240\377\001\240\026\240r\320);_\2703\270a\3309\000\027\303 \376Y\000\020\025\220Q\330\020\034\377\230D\240\n\250!\250<\377\260q\330\020\035\230Q\230\357f\240B\240y\000\030\230\n\377\240-\250q\260\006\260cO\270\023\270B7\000\031\002l(\000\3778\2603\260b\270\001\330?\020\024\220G\2301v\001\332!\366\346@\360\006\376\006\013\2106\220\177\023\220D\230\007\230u\222@\372\243\000*\336\002Q\320&;\270\3771\270D\300\007\300u\310uA\360Cx\264a\022\220+y\000\336\205`\021\220\034\230\234 \r\210\377T\220\027\230\005\230Y\320\377&6\260a\260q\270\004?\270G\3007\310!\304A\244\047\337$\250d\260!\361\003q\2407\004\240G\213@\047\270\340@\205\001\021#\335E\236\204\002\341At\310!\352A\340R_\014\210K\220vx\000\010\000\006\277\017\210u\220C\220\324\001\010\377\000\t\"\240\023\240A\360\356\006\000\014\2104\253BQ\230d\363\240!\304\204\002\350\001\030\230""\021\230\177$\230i\240r\250\021\320@\357\010\013\210:\332 \010\t\330\316\235@$\220d\342`\274`q\330\377\025\026\330\024\034\230A\330\373\024\027\230`:\240T\250\024\336\322@\030#\2401\270\0003\250_c\260\022\2601\030\001u\214`\177Q\230e\2403\240i\377 \375\007\373\000\007\270v\300R\300\277q\330\030$\240A\245`\005\357\250Q\250aB\001s\230#\363\230S\275@\205!-\270q\300\377\001\300\024\300X\310R\310\362%\002C\206a\266\205\002\030\033\2304\377\230t\2408\2501\330\034\367#\240<\324@\001\260\024\260\277Q\330\030\034\230O\021\000\020\277\023\2204\220t\230y\000\030\033\230\013\212\000A\340\215\204\004\336\003\345@\377H\230A\200A\360\014\000\367\t\021\220\225\206\004|\2303\230uk\275\000TF\000X\270Tu\000\277T\310\030\320QR\377\206\001\007\370I\001\325`\240`\021\330\025!\240w\024\240Vb\001\027\220\177\327`\016\374\002\010\014\210\370\206\002\243a\213\204\001\303\204\001\372^\000\030\265h4\210x\220s\376\351\204\001\020\220\n\230&\240\001\366C\000Q\330\267\207\007\020\220\013\230\0251\354\207\001\014\315 \014\n\001\263\207\001\004\002\252\231\207\001\014\353\206\0014>\000#\313`\020\237\024\220K\230y\322\207\001\201\207\0017\000J\001";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2936, 4041);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3899 bytes) */
-static const char bytes[] = " at  cannot be copied or pickled: open another one where it is needed is closed of  of ivshmem_channel.h places of the area are taken; `ivshmem channel info` lists them#x(tree fragment)): some process that can write to the memory has spoiled it, closed, is impossible (, which belongs to slot .: : the area has <ivshmem.channel.>?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a a forked child may only close what it has of channelsa wordadd_noteall another process removed the channel, or the place of this processat workchannel disableenableerror gcisenabledivshmem.channel.ivshmem.errorsivshmem/channel/membership.pyxno default __reduce__ due to non-trivial __cinit__place the the channels are closedthe endpoint is closedthe region has no room for channels: make it by `ivshmem serve --channels SIZE`, or by Directory.create(channels=SIZE)the region is closedthe region is mapped for reading onlythe region is mapped for reading only: no place can be freedthe region\047s channels are of a version that is not known herethis this mapping of the memory has no compare-exchange, which a queue needs: open the device in another way (resource2_wc)ChannelCorruptChannelEndChannelEnd.__enter__ChannelEnd.__exit__ChannelEnd.__reduce__ChannelEnd._begin_waitingChannelEnd._end_waitingChannelEnd._membershipChannelEnd.closeChannelEnd.filenoChannelEnd.wake_othersChannelErrorClosedErrorIvshmemErrorMembershipMembership.__reduce_cython__Membership.__setstate_cython__Membership.closeMembership.free_placeMembership.placesMembership.runNoChannelsNoInterruptsRegionErrorWakeupWakeup.__reduce_cython__Wakeup.__setstate_cython__Wakeup.clear_ringsWakeup.filenoWeakKeyDictionaryWeakSet__Pyx_PyDict_NextRef__annotate____enter____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____s""etstate____setstate_cython____test___after_fork_begin_waiting_doorbell_nowait_end_waiting_is_coroutine_membershipaddafter_in_childasyncio.coroutinesatbeatclear_ringscline_in_tracebackcloseclosedcodecontextlibcurrent_iddecodediscardendendpointerrorerrorseventfdsfilenofoundfree_placegetgetpidiidentityindexitemsivshmem.channel.membershipleaseleftlimitlocalmachinemappingmembershipmemorymutenamenext_beatnumberoffsetoneospeerplaceplacespoprandbitsregionregister_at_forkreplacerunsecretsselfsetdefaultsignalsilentsleepersuppresstextthreadingvaluesvectorwake_otherswakeupweakrefint (void *, int64_t)\000ring_bellint64_t (PyObject *)\000deadline_ofint64_t (PyObject *)\000spin_of\200\001\330\004\005\330\004\022\220!\200\001\330\004\n\210+\220Q\200A\200A\330\010\014\210F\220!\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\330\010\017\210t\2201\200A\340\010\013\2104\210t\2201\330\014\r\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210q\330\014\020\220\013\230=\250\001\330\010\013\2104\210{\230,\240c\250\033\260D\270\004\270D\300\013\3101\330\014\017\210t\2204\220{\240(\250!\330\020\024\220H\230A\330\020\024\220K\230v\240Q\330\014\020\220\013\2309\240A\330\010\014\210K\220u\230H\240A\240Q\200A\340\010\014\210F\220!\200A\340\010\017\210t\2206\230\021\200A\340\010\"\240$\240h\250a\330\010\017\210{\230!\330\010\017\210|\2301\330\010\014\210K\220}\240A\330\010\013\2107\220&\230\004\230D\240\004\240K\250x\260t\2704\270t\300;\310h\320VW\330\014\017\210w\220h\230c\240\027\250\001\330\020\027\220|\2401\340\020\027\220z\240\021\200A\340\010&\240a\240t\2507\260%\260q\360\n\000\t\r\210F\220!\330\010\020\220\001\330\010\014\210E\220\025\220a\220t\2307\240%\240q\330\014\021\320\021!\240\021\240!\2404\240w\250g\260Q\330\014\025\220\\\240\021\240(\250!\330\014\017\210}\230A\230X\240S\250\002\250#\250]\270!\2708\3003\300a\330\020\021\330\014\023\220<\230q\240\010\250\003\2502\250Q\330\014\021\220\031\230!\330\014\021\220\031\230-\240q""\250\001\330\014\022\220!\2206\230\023\230G\2401\330\014\036\230a\230x\240s\250\"\320,@\300\006\300a\330\014\023\220=\240\001\240\026\240r\320);\2703\270a\330\014\021\220\027\230\001\330\020\021\330\020\025\220Q\330\020\034\230D\240\n\250!\250<\260q\330\020\035\230Q\230f\240B\240a\330\020\030\230\n\240-\250q\260\006\260c\270\023\270B\270a\330\020\035\230Q\230l\250!\2508\2603\260b\270\001\330\020\024\220G\2301\230G\2401\340\010\017\210q\200A\360\006\000\t\r\210F\220!\330\010\013\2106\220\023\220D\230\007\230u\240A\330\014\022\220*\230A\230X\240Q\320&;\2701\270D\300\007\300u\310A\330\010\013\2104\210x\220q\330\014\022\220+\230Q\230a\330\010\021\220\034\230Q\330\014\r\210T\220\027\230\005\230Y\320&6\260a\260q\270\004\270G\3007\310!\340\010\017\210}\230A\230X\240S\250\002\250$\250d\260!\330\014\036\230a\230q\240\004\240G\2507\260\047\270\021\200A\360\006\000\t#\240$\240h\250a\330\010\014\210F\220!\330\010\017\210t\220<\230q\330\010\017\210{\230!\330\010\017\210|\2301\330\010\014\210K\220}\240A\330\010\014\210K\220v\230Q\330\010\017\210u\220C\220q\200A\360\010\000\t\"\240\023\240A\360\006\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\013\2106\220\030\230\021\230$\230i\240r\250\021\250!\330\010\013\210:\220Q\330\010\t\330\014\022\220$\220d\230!\330\020\027\220q\330\025\026\330\024\034\230A\330\024\027\220t\230:\240T\250\024\250Q\330\030#\2401\240G\2503\250c\260\022\2601\330\024\031\230\021\230!\2305\240\003\2409\250A\250W\260A\260W\270A\330\024\027\220s\230#\230S\240\n\250$\250d\260-\270q\300\001\300\024\300X\310R\310q\330\030$\240C\240s\250\"\250D\260\001\330\030\033\2304\230t\2408\2501\330\034#\240<\250q\260\001\260\024\260Q\330\030\034\230O\2501\330\020\023\2204\220t\2301\330\024\030\230\013\2401\240A\340\014\017\210}\230A\230Q\230d\240!\330\020\024\220H\230A\200A\360\014\000\t\021\220\001\330\010\013\2104\210|\2303\230k\250\024\250T\260\024\260X\270T\300\024\300T\310\030\320QR\330\014\020\220\007\220t\2301\230D\240\001\330\020\021\330\025!\240\024\240V""\2501\330\020\027\220\177\240a\330\024\034\230A\330\014\017\210t\2204\220x\230q\330\020\"\240!\2401\240D\250\001\330\010\014\210H\220A\330\010\013\2106\220\027\230\001\330\014\022\220!\200A\360\030\000\t\r\210F\220!\330\010\013\2104\210x\220s\230!\330\014\020\220\n\230&\240\001\240\024\240Q\330\010\013\2104\210t\2201\330\014\020\220\013\2301\330\014\020\220\014\230A\330\014\020\220\013\230=\250\001\330\014\017\210t\2204\220s\230#\230Q\330\020\024\220K\230y\250\001\330\010\017\210t\2207\230&\240\001";
+    #else /* compression: none (4041 bytes) */
+static const char bytes[] = " at  cannot be copied or pickled: open another one where it is needed is closed of  of ivshmem_channel.h places of the area are taken; `ivshmem channel info` lists them#x(tree fragment)): some process that can write to the memory has spoiled it, closed, is impossible (, which belongs to slot .: : the area has <ivshmem.channel.>?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a a forked child may only close what it has of channelsa wordadd_noteall another process removed the channel, or the place of this processat workchannel disableenableerror gcisenabledivshmem.channel.ivshmem.errorsivshmem/channel/membership.pyxno default __reduce__ due to non-trivial __cinit__place the the channels are closedthe endpoint is closedthe region has no room for channels: make it by `ivshmem serve --channels SIZE`, or by Directory.create(channels=SIZE)the region is closedthe region is mapped for reading onlythe region is mapped for reading only: no place can be freedthe region\047s channels are of a version that is not known herethis this mapping of the memory has no compare-exchange, which a queue needs: open the device in another way (resource2_wc)this process\047s place among the channels was freed, by free_place() or by a new server on the memory, because it was silent: open the channels againChannelCorruptChannelEndChannelEnd.__enter__ChannelEnd.__exit__ChannelEnd.__reduce__ChannelEnd._begin_waitingChannelEnd._end_waitingChannelEnd._membershipChannelEnd.closeChannelEnd.filenoChannelEnd.wake_othersChannelErrorClosedErrorIvshmemErrorMembershipMembership.__reduce_cython__Membership.__setstate_cython__Membership.closeMembership.free_placeMembership.placesMembership.runNoChannelsNoInterruptsRegionErrorWakeupWakeup.__reduce_cython__Wakeup.__setstate_cython__Wakeup.clear_ringsWakeup.filenoWeakKeyDictionaryWeakSet__Pyx_PyDict_NextRef__annotate____ent""er____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___after_fork_begin_waiting_doorbell_nowait_end_waiting_is_coroutine_membershipaddafter_in_childasyncio.coroutinesatbeatclear_ringscline_in_tracebackcloseclosedcodecontextlibcountcurrent_iddecodediscardendendpointerrorerrorseventfdsfilenofoundfree_placegetgetpidiidentityindexitemsivshmem.channel.membershipleaseleftlimitlocalmachinemappingmembershipmemorymutenamenext_beatnumberoffsetoneospeerplaceplacespoprandbitsregionregister_at_forkreplacerunsecretsselfsetdefaultsignalsilentsleepersuppresstextthreadingvaluesvectorwake_otherswakeupweakrefint (void *, int64_t)\000ring_bellint64_t (PyObject *)\000deadline_ofint64_t (PyObject *)\000spin_of\200\001\330\004\005\330\004\022\220!\200\001\330\004\n\210+\220Q\200A\200A\330\010\014\210F\220!\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\330\010\017\210t\2201\200A\340\010\013\2104\210t\2201\330\014\r\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210q\330\014\020\220\013\230=\250\001\330\010\013\2104\210{\230\047\240\023\240D\250\004\250D\260\001\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\021\330\010\013\2104\210{\230,\240c\250\021\330\014\020\220\013\2309\240A\330\010\014\210K\220u\230H\240A\240Q\200A\340\010\014\210F\220!\200A\340\010\017\210t\2206\230\021\200A\340\010\"\240$\240h\250a\330\010\017\210{\230!\330\010\017\210|\2301\330\010\014\210K\220}\240A\330\010\013\2107\220\047\230\021\330\014\017\210w\220h\230c\240\027\250\001\330\020\027\220|\2401\340\020\027\220z\240\021\200A\340\010&\240a\240t\2507\260%\260q\360\n\000\t\r\210F\220!\330\010\020\220\001\330\010\014\210E\220\025\220a\220t\2307\240%\240q\330\014\021\320\021!\240\021\240!\2404\240w\250g\260Q\330\014\025\220\\\240\021\240(\250!\330\014\017\210}\230A\230X\240S\250\002\250#\250]\270!\2708\3003\300a""\330\020\021\330\014\023\220<\230q\240\010\250\003\2502\250Q\330\014\021\220\031\230!\330\014\021\220\031\230-\240q\250\001\330\014\022\220!\2206\230\023\230G\2401\330\014\036\230a\230x\240s\250\"\320,@\300\006\300a\330\014\023\220=\240\001\240\026\240r\320);\2703\270a\330\014\021\220\027\230\001\330\020\021\330\020\025\220Q\330\020\034\230D\240\n\250!\250<\260q\330\020\035\230Q\230f\240B\240a\330\020\030\230\n\240-\250q\260\006\260c\270\023\270B\270a\330\020\035\230Q\230l\250!\2508\2603\260b\270\001\330\020\024\220G\2301\230G\2401\340\010\017\210q\200A\360\006\000\t\r\210F\220!\330\010\013\2106\220\023\220D\230\007\230u\240A\330\014\022\220*\230A\230X\240Q\320&;\2701\270D\300\007\300u\310A\330\010\013\2104\210x\220q\330\014\022\220+\230Q\230a\330\010\021\220\034\230Q\330\014\r\210T\220\027\230\005\230Y\320&6\260a\260q\270\004\270G\3007\310!\340\010\017\210}\230A\230X\240S\250\002\250$\250d\260!\330\014\036\230a\230q\240\004\240G\2507\260\047\270\021\200A\360\006\000\t#\240$\240h\250a\330\010\014\210F\220!\330\010\017\210t\220<\230q\330\010\017\210{\230!\330\010\017\210|\2301\330\010\014\210K\220}\240A\330\010\014\210K\220v\230Q\330\010\014\210K\220v\230Q\330\010\017\210u\220C\220q\200A\360\010\000\t\"\240\023\240A\360\010\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\013\2106\220\030\230\021\230$\230i\240r\250\021\250!\330\010\013\210:\220Q\330\010\t\330\014\022\220$\220d\230!\330\020\027\220q\330\025\026\330\024\034\230A\330\024\027\220t\230:\240T\250\024\250Q\330\030#\2401\240G\2503\250c\260\022\2601\330\024\027\220u\230A\230Q\230e\2403\240i\250q\260\007\260q\270\007\270v\300R\300q\330\030$\240A\240S\250\005\250Q\250a\330\024\027\220s\230#\230S\240\n\250$\250d\260-\270q\300\001\300\024\300X\310R\310q\330\030$\240C\240s\250\"\250D\260\001\330\030\033\2304\230t\2408\2501\330\034#\240<\250q\260\001\260\024\260Q\330\030\034\230O\2501\330\020\023\2204\220t\2301\330\024\030\230\013\2401\240A\340\014\017\210}\230A\230Q\230d\240!\330\020\024\220H\230A\200A""\360\014\000\t\021\220\001\330\010\013\2104\210|\2303\230k\250\024\250T\260\024\260X\270T\300\024\300T\310\030\320QR\330\014\020\220\007\220t\2301\230D\240\001\330\020\021\330\025!\240\024\240V\2501\330\020\027\220\177\240a\330\024\034\230A\330\010\014\210H\220A\330\010\013\2106\220\027\230\001\330\014\022\220!\200A\360\030\000\t\r\210F\220!\330\010\013\2104\210x\220s\230!\330\014\020\220\n\230&\240\001\240\024\240Q\330\010\013\2104\210t\2201\330\014\020\220\013\2301\330\014\020\220\014\230A\330\014\020\220\013\230=\250\001\330\014\020\220\013\2306\240\021\330\014\017\210t\2204\220s\230#\230Q\330\020\024\220K\230y\250\001\330\010\017\210t\2207\230&\240\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 173; i++) {
+    for (int i = 0; i < 175; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 49) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 50) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -18793,8 +20466,8 @@ static const char bytes[] = " at  cannot be copied or pickled: open another one 
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 173; i < 193; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-173].length;
+    for (int i = 175; i < 195; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-175].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -18804,14 +20477,14 @@ static const char bytes[] = " at  cannot be copied or pickled: open another one 
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 193; i++) {
+    for (Py_ssize_t i = 0; i < 195; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 173;
+      PyObject **table = stringtab + 175;
       for (Py_ssize_t i=0; i<20; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -18898,29 +20571,29 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 0, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 111};
+    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 0, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 144};
     PyObject* const varnames[] = {0};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_after_fork, __pyx_mstate->__pyx_kp_b_iso88591__6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 285};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_one, __pyx_mstate->__pyx_n_u_left, __pyx_mstate->__pyx_n_u_next_beat, __pyx_mstate->__pyx_n_u_limit, __pyx_mstate->__pyx_n_u_code};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 367};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_one, __pyx_mstate->__pyx_n_u_left, __pyx_mstate->__pyx_n_u_next_beat, __pyx_mstate->__pyx_n_u_limit, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_run, __pyx_mstate->__pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 10, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 361};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 10, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 449};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_memory, __pyx_mstate->__pyx_n_u_at_2, __pyx_mstate->__pyx_n_u_number, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_place_2, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_text, __pyx_mstate->__pyx_n_u_found, __pyx_mstate->__pyx_n_u_mute};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_places, __pyx_mstate->__pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 395};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 483};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_number};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_free_place, __pyx_mstate->__pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 412};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 500};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_error_2, __pyx_mstate->__pyx_n_u_end, __pyx_mstate->__pyx_n_u_one};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4_3k_T_XT_T_QR_t1D_V1_a_A_t4xq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4_3k_T_XT_T_QR_t1D_V1_a_A_HA_6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
@@ -18933,12 +20606,12 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 567};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 666};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_t6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 571};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 670};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_clear_rings, __pyx_mstate->__pyx_kp_b_iso88591_A_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
@@ -18953,47 +20626,47 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 592};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 692};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq_Qe1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 633};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 737};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_wake_others, __pyx_mstate->__pyx_kp_b_iso88591_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 719};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 826};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_t4s_Q_Ky_t7, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_6_t4s_Q_Ky_t7, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 747};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 855};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_membership_2, __pyx_mstate->__pyx_kp_b_iso88591_A_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 750};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 858};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_sleeper};
-    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_begin_waiting, __pyx_mstate->__pyx_kp_b_iso88591_A_ha_F_t_q_1_K_A_KvQ_uCq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_begin_waiting, __pyx_mstate->__pyx_kp_b_iso88591_A_ha_F_t_q_1_K_A_KvQ_KvQ_uCq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 762};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 871};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_sleeper};
-    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_end_waiting, __pyx_mstate->__pyx_kp_b_iso88591_A_ha_1_K_A_7_D_Kxt4t_hVW_whc_1_z, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_end_waiting, __pyx_mstate->__pyx_kp_b_iso88591_A_ha_1_K_A_7_whc_1_z, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 774};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 883};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_4_c_D_D_1_t4_HA_K, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_4_D_D_6_4_c_9A_Ku, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 789};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 932};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 792};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 935};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_error_2};
     __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_F_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
@@ -20792,6 +22465,27 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
 }
 #endif
 
+/* py_dict_pop_ignore */
+static CYTHON_INLINE int __Pyx_PyDict_Pop_ignore(PyObject *d, PyObject *key, PyObject *default_value) {
+#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030d00A2 || defined(PyDict_Pop)
+    int result = PyDict_Pop(d, key, NULL);
+    CYTHON_UNUSED_VAR(default_value);
+    return (unlikely(result == -1)) ? -1 : 0;
+#else
+    PyObject *value;
+    CYTHON_UNUSED_VAR(default_value);
+    #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX < 0x030d0000
+    value = _PyDict_Pop(d, key, Py_None);
+    #else
+    value = __Pyx_CallUnboundCMethod2(&__pyx_mstate_global->__pyx_umethod_PyDict_Type_pop, d, key, Py_None);
+    #endif
+    if (unlikely(value == NULL))
+        return -1;
+    Py_DECREF(value);
+    return 0;
+#endif
+}
+
 /* GetAttr3 */
 #if __PYX_LIMITED_VERSION_HEX < 0x030d0000
 static PyObject *__Pyx_GetAttr3Default(PyObject *d) {
@@ -21796,6 +23490,42 @@ static int __Pyx_CheckKeywordStrings(PyObject *kw) {
     }
     return 0;
 #endif
+}
+
+/* WriteUnraisableException */
+static void __Pyx_WriteUnraisable(const char *name, int clineno,
+                                  int lineno, const char *filename,
+                                  int full_traceback, int nogil) {
+    PyObject *old_exc, *old_val, *old_tb;
+    PyObject *ctx;
+    __Pyx_PyThreadState_declare
+    PyGILState_STATE state;
+    if (nogil)
+        state = PyGILState_Ensure();
+    else state = (PyGILState_STATE)0;
+    CYTHON_UNUSED_VAR(clineno);
+    CYTHON_UNUSED_VAR(lineno);
+    CYTHON_UNUSED_VAR(filename);
+    CYTHON_MAYBE_UNUSED_VAR(nogil);
+    __Pyx_PyThreadState_assign
+    __Pyx_ErrFetch(&old_exc, &old_val, &old_tb);
+    if (full_traceback) {
+        Py_XINCREF(old_exc);
+        Py_XINCREF(old_val);
+        Py_XINCREF(old_tb);
+        __Pyx_ErrRestore(old_exc, old_val, old_tb);
+        PyErr_PrintEx(0);
+    }
+    ctx = PyUnicode_FromString(name);
+    __Pyx_ErrRestore(old_exc, old_val, old_tb);
+    if (!ctx) {
+        PyErr_WriteUnraisable(Py_None);
+    } else {
+        PyErr_WriteUnraisable(ctx);
+        Py_DECREF(ctx);
+    }
+    if (nogil)
+        PyGILState_Release(state);
 }
 
 /* AllocateExtensionType */
@@ -25577,6 +27307,85 @@ static CYTHON_INLINE unsigned int __Pyx_PyLong_As_unsigned_int(PyObject *x) {
 }
 
 /* CIntToPy */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_unsigned_int(unsigned int value) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const unsigned int neg_one = (unsigned int) -1, const_zero = (unsigned int) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        if (sizeof(unsigned int) < sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(unsigned int) <= sizeof(unsigned long)) {
+            return PyLong_FromUnsignedLong((unsigned long) value);
+#if !CYTHON_COMPILING_IN_PYPY
+        } else if (sizeof(unsigned int) <= sizeof(unsigned PY_LONG_LONG)) {
+            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
+#endif
+        }
+    } else {
+        if (sizeof(unsigned int) <= sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(unsigned int) <= sizeof(PY_LONG_LONG)) {
+            return PyLong_FromLongLong((PY_LONG_LONG) value);
+        }
+    }
+    {
+        unsigned char *bytes = (unsigned char *)&value;
+#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
+        if (is_unsigned) {
+            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
+        } else {
+            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
+        }
+#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        return _PyLong_FromByteArray(bytes, sizeof(unsigned int),
+                                     little, !is_unsigned);
+#else
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        PyObject *result = NULL, *kwds = NULL;
+        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(unsigned int));
+        if (!py_bytes) goto limited_bad;
+        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
+        if (!from_bytes_str) goto limited_bad;
+        order_str = PyUnicode_FromString(little ? "little" : "big");
+        if (!order_str) goto limited_bad;
+        {
+            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
+            if (!is_unsigned) {
+                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
+                if (!signed_str) goto limited_bad;
+#if CYTHON_VECTORCALL
+                kwds = PyTuple_Pack(1, signed_str);
+#else
+                {
+                    PyObject *keys[] = {signed_str};
+                    PyObject *values[] = {Py_True};
+                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
+                }
+#endif
+                Py_DECREF(signed_str);
+                if (unlikely(!kwds)) goto limited_bad;
+            }
+            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
+        }
+        limited_bad:
+        Py_XDECREF(kwds);
+        Py_XDECREF(order_str);
+        Py_XDECREF(py_bytes);
+        Py_XDECREF(from_bytes_str);
+        return result;
+#endif
+    }
+}
+
+/* CIntToPy */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint32_t(uint32_t value) {
 #ifdef __Pyx_HAS_GCC_DIAGNOSTIC
 #pragma GCC diagnostic push
@@ -26159,85 +27968,6 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint64_t(uint64_t value) {
         PyObject *result = NULL, *kwds = NULL;
         PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
         py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(uint64_t));
-        if (!py_bytes) goto limited_bad;
-        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
-        if (!from_bytes_str) goto limited_bad;
-        order_str = PyUnicode_FromString(little ? "little" : "big");
-        if (!order_str) goto limited_bad;
-        {
-            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
-            if (!is_unsigned) {
-                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
-                if (!signed_str) goto limited_bad;
-#if CYTHON_VECTORCALL
-                kwds = PyTuple_Pack(1, signed_str);
-#else
-                {
-                    PyObject *keys[] = {signed_str};
-                    PyObject *values[] = {Py_True};
-                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
-                }
-#endif
-                Py_DECREF(signed_str);
-                if (unlikely(!kwds)) goto limited_bad;
-            }
-            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
-        }
-        limited_bad:
-        Py_XDECREF(kwds);
-        Py_XDECREF(order_str);
-        Py_XDECREF(py_bytes);
-        Py_XDECREF(from_bytes_str);
-        return result;
-#endif
-    }
-}
-
-/* CIntToPy */
-static CYTHON_INLINE PyObject* __Pyx_PyLong_From_unsigned_int(unsigned int value) {
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wconversion"
-#endif
-    const unsigned int neg_one = (unsigned int) -1, const_zero = (unsigned int) 0;
-#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
-#pragma GCC diagnostic pop
-#endif
-    const int is_unsigned = neg_one > const_zero;
-    if (is_unsigned) {
-        if (sizeof(unsigned int) < sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(unsigned int) <= sizeof(unsigned long)) {
-            return PyLong_FromUnsignedLong((unsigned long) value);
-#if !CYTHON_COMPILING_IN_PYPY
-        } else if (sizeof(unsigned int) <= sizeof(unsigned PY_LONG_LONG)) {
-            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
-#endif
-        }
-    } else {
-        if (sizeof(unsigned int) <= sizeof(long)) {
-            return PyLong_FromLong((long) value);
-        } else if (sizeof(unsigned int) <= sizeof(PY_LONG_LONG)) {
-            return PyLong_FromLongLong((PY_LONG_LONG) value);
-        }
-    }
-    {
-        unsigned char *bytes = (unsigned char *)&value;
-#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
-        if (is_unsigned) {
-            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
-        } else {
-            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
-        }
-#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        return _PyLong_FromByteArray(bytes, sizeof(unsigned int),
-                                     little, !is_unsigned);
-#else
-        int one = 1; int little = (int)*(unsigned char *)&one;
-        PyObject *result = NULL, *kwds = NULL;
-        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
-        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(unsigned int));
         if (!py_bytes) goto limited_bad;
         from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
         if (!from_bytes_str) goto limited_bad;

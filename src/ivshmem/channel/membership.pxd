@@ -31,8 +31,9 @@ cdef class Membership:
     cdef Doorbells doorbells  # None: a region alone
     cdef readonly Py_ssize_t vector  # -1: this process cannot be rung
     cdef dict bells  # peer << 16 | vector -> Doorbell
-    cdef FdArray kick  # one eventfd, never read: each write is an edge to all Wakeups
-    cdef FdArray ending  # one eventfd, which ends the thread
+    # One eventfd, never read: each write is an edge to all Wakeups. None: the membership has ended.
+    cdef FdArray kick
+    cdef FdArray ending  # one eventfd, which wakes the thread of the beat
     cdef object ends  # a WeakSet of the ends that are open
     cdef object threads  # a threading.local, with the Wakeup of each thread
     cdef readonly object loops  # what each asyncio loop watches (asynchronous.py), by weak keys
@@ -42,6 +43,8 @@ cdef class Membership:
     cdef unsigned int state  # calls without the GIL, and whether it is closed
     cdef unsigned int generation
     cdef bint pinned
+    cdef bint joined  # the place is this process's
+    cdef bint lost  # another process has freed the place
     cdef int64_t beat
 
     cdef int name_peer(self) except -1
@@ -51,6 +54,13 @@ cdef class Membership:
     cdef int release(self) except -1
     cdef bint is_silent(self, ivshmem_place place)
     cdef int abandon(self) except -1
+    cdef bint usable(self) noexcept
+    cdef object unusable(self)
+    cdef int lose_place(self) except -1
+    cdef int use_memory(self) except -1
+    cdef int end_use(self) except -1
+    cdef void leave(self) noexcept
+    cdef int hurry(self) except -1
     cdef int check(self) except -1
     cdef int flush(self) except -1
     cdef int kick_all(self) except -1
@@ -61,6 +71,7 @@ cdef class Membership:
 cdef class Wakeup:
     cdef Membership membership
     cdef Epoll epoll
+    cdef FdArray kick
     cdef int64_t pause
 
     cdef int wait(self, int64_t deadline) except -1
@@ -78,8 +89,13 @@ cdef class ChannelEnd:
     cdef Spinner spinner
     cdef bint watched  # a program watches the descriptor
     cdef bint open
+    cdef int copying  # copies without the GIL into memory of this end
     cdef object __weakref__
 
+    cdef bint usable(self) noexcept
+    cdef int begin_copy(self) except -1
+    cdef int end_copy(self) except -1
+    cdef int enlist(self) except -1
     cdef int enter(self) except -1
     cdef int attempt(self) except -2
     cdef int begin_sleep(self) except -2

@@ -10,6 +10,12 @@ Invariants:
 2. A ring is never waited for, and never relied upon: each sleep ends at the latest after a beat.
 3. The memory stays mapped while the membership is open, also if the region is closed: the thread of
    the beat may be between two of its loads.
+4. A call that may have run other code (another thread, a signal handler, a finalizer) checks the
+   end, by `enter` or `usable`, before it touches the memory again.
+5. The place is given back after the last store that this process can make: after buffers of loans,
+   and copies without the GIL. A forked child stores nothing.
+6. Ends, and what they give out, keep what they refer to during a collection (no_gc_clear): their
+   finalizers and their buffers need it. No cycle is made of them alone.
 """
 
 cimport cython
@@ -44,6 +50,9 @@ from . import identity
 cdef extern from "<sys/epoll.h>":
     enum: EPOLLET
 
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd_read(int fd, uint64_t *value)
+
 
 cdef extern from *:
     """
@@ -76,6 +85,30 @@ cdef extern from *:
         return at == NULL ? 0 : strtoull(at + 1, NULL, 10) & ((UINT64_C(1) << 40) - 1);
     }
 
+    /* Whether a process has ended and its parent has yet to ask how: a zombie without threads. */
+    static int ivshmem_process_is_zombie(uint64_t process)
+    {
+        char path[40], text[512], *at, state = 0;
+        long threads = 0;
+        int fd;
+        ssize_t size;
+        snprintf(path, sizeof path, "/proc/%lu/stat", (unsigned long)process);
+        fd = open(path, O_RDONLY | O_CLOEXEC);
+        if (fd < 0)
+            return 0;
+        size = read(fd, text, sizeof text - 1);
+        close(fd);
+        if (size <= 0)
+            return 0;
+        text[size] = 0;
+        at = strrchr(text, ')');
+        if (at == NULL || sscanf(at + 1, " %c %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s"
+                                 " %*s %*s %*s %ld", &state, &threads) != 2)
+            return 0;
+        /* The first thread of a process can end before the others, which still store. */
+        return (state == 'Z' || state == 'X') && threads <= 1;
+    }
+
     /* Whether a process has ended. kill(2) tells it also where /proc hides other users' processes;
        a number that is in use again has another start. */
     static int ivshmem_process_ended(void *context, uint64_t process, uint64_t started)
@@ -87,7 +120,7 @@ cdef extern from *:
         if (kill((pid_t)process, 0) < 0 && errno == ESRCH)
             return 1;
         now = ivshmem_process_start(process);
-        return now != 0 && started != 0 && now != started;
+        return (now != 0 && started != 0 && now != started) || ivshmem_process_is_zombie(process);
     }
     """
     uint64_t ivshmem_process_start(uint64_t process) nogil
@@ -193,7 +226,7 @@ cdef class Membership:
             raise MemoryError
         self.member.pulses = self.pulses
         self.member.looked = now()
-        self.polls = vector < 0
+        self.polls = vector < 0 or region.fixed  # no peer knows of one that only reads
         if not region.fixed:
             self.member.process = os.getpid()
             self.member.machine = identity.machine()
@@ -205,6 +238,7 @@ cdef class Membership:
             code = ivshmem_join(&self.member, secrets.randbits(64), text)
             if code:
                 raise self.fail(code, NULL, "")
+            self.joined = True
         self.state = 0
 
     cdef int name_peer(self) except -1:
@@ -224,13 +258,52 @@ cdef class Membership:
     def closed(self):
         return ivshmem_state(&self.state) & IVSHMEM_CLOSING != 0
 
+    cdef bint usable(self) noexcept:
+        """Whether this process may store into the memory: neither closed nor a forked child's."""
+        return (
+            self.generation == generation
+            and not ivshmem_state(&self.state) & IVSHMEM_CLOSING
+            and not ivshmem_state(&self.mapping.views) & IVSHMEM_CLOSING
+        )
+
     cdef int check(self) except -1:
+        if not self.usable():
+            raise self.unusable()
+        # A process that was stopped looks before it stores: its slots may be another's. (Uncached
+        # memory is slow to read: there only the thread of the beat looks.)
+        if self.member.area.memory.mapping == 0 and self.joined and ivshmem_load(
+            &self.member.area.memory, ivshmem_place_at(&self.member.area, self.member.place.index)
+        ) != self.member.number:
+            self.lose_place()
+            raise self.unusable()
+        return 0
+
+    cdef object unusable(self):
         if self.generation != generation:
-            raise RuntimeError("a forked child may only close what it has of channels")
-        if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
-            raise ClosedError("the channels are closed")
-        if self.mapping.closed:
-            raise ClosedError("the region is closed")
+            return RuntimeError("a forked child may only close what it has of channels")
+        if self.lost:
+            return ClosedError(
+                "this process's place among the channels was freed, by free_place() or by a new"
+                " server on the memory, because it was silent: open the channels again"
+            )
+        if ivshmem_state(&self.state) & IVSHMEM_CLOSING and not self.mapping.closed:
+            return ClosedError("the channels are closed")
+        return ClosedError("the region is closed")
+
+    cdef int lose_place(self) except -1:
+        self.lost = True
+        self.joined = False
+        return self.abandon()
+
+    cdef int use_memory(self) except -1:
+        """Keep the memory and the place of this process until `end_use`, also after a close()."""
+        if not ivshmem_enter(&self.state):
+            raise self.unusable()
+        return 0
+
+    cdef int end_use(self) except -1:
+        if ivshmem_leave(&self.state):
+            self.release()
         return 0
 
     # -- rings ------------------------------------------------------------------------------------
@@ -264,7 +337,7 @@ cdef class Membership:
                 return 0
             if code != ESHUTDOWN:
                 return 0
-            del self.bells[target]
+            self.bells.pop(target, None)  # perhaps another thread did that
             bell = None
         return 0
 
@@ -277,7 +350,16 @@ cdef class Membership:
 
     cdef int kick_all(self) except -1:
         """Wake what sleeps in this process: it looks again."""
-        self.kick.signal(0)
+        cdef FdArray kick = self.kick
+        if kick is not None:
+            kick.signal(0)
+        return 0
+
+    cdef int hurry(self) except -1:
+        """Let the thread of the beat look now, and from now on often, if nothing rings."""
+        cdef FdArray ending = self.ending
+        if self.polls and self.watchers == 1:
+            ending.signal(0)
         return 0
 
     # -- the beat ---------------------------------------------------------------------------------
@@ -288,6 +370,7 @@ cdef class Membership:
         cdef timespec left
         cdef int64_t next_beat = now()
         cdef int64_t limit
+        cdef uint64_t count
         cdef int code
         if not ivshmem_enter(&self.state):
             return
@@ -300,7 +383,8 @@ cdef class Membership:
                     limit = next_beat
                     if self.watchers and self.polls:
                         limit = min(limit, now() + LAST_PAUSE)
-                    ppoll(&one, 1, time_left(limit, &left), NULL)
+                    if ppoll(&one, 1, time_left(limit, &left), NULL) > 0:
+                        eventfd_read(one.fd, &count)
                     if now() >= next_beat and not ivshmem_state(&self.state) & IVSHMEM_CLOSING:
                         next_beat = now() + self.beat
                         if not self.mapping.fixed:
@@ -316,7 +400,7 @@ cdef class Membership:
         """Find out whether some process at work cannot ring this one: then its sleepers poll."""
         cdef ivshmem_memory *memory = &self.member.area.memory
         cdef uint64_t at, number, peer, process, machine
-        cdef bint polls = self.vector < 0
+        cdef bint polls = self.vector < 0 or memory.readonly
         cdef unsigned i
         for i in range(self.member.area.places):
             if polls:
@@ -344,7 +428,9 @@ cdef class Membership:
 
     cdef int after_beat(self, int code) except -1:
         """Do, with the GIL, what a beat showed to be necessary."""
-        if self.mapping.closed or code == IVSHMEM_CLOSED:
+        if code == IVSHMEM_CLOSED:
+            return self.lose_place()
+        if self.mapping.closed:
             return self.abandon()
         try:
             if self.endpoint is not None and not self.mapping.fixed:
@@ -352,6 +438,8 @@ cdef class Membership:
         except (IvshmemError, OSError):
             pass  # a device's register that cannot be read now, or an endpoint that is closed
         for end in list(self.ends):
+            if not (<ChannelEnd>end).usable():
+                continue  # another thread has closed it since the list was made
             with contextlib.suppress(IvshmemError, OSError):
                 (<ChannelEnd>end).mend()
                 if code > 0:
@@ -422,8 +510,6 @@ cdef class Membership:
                     (<ChannelEnd>end).close()
                 except BufferError as one:
                     error = one
-            if not self.mapping.fixed:
-                ivshmem_leave_area(&self.member)
         self.abandon()
         if error is not None:
             raise error
@@ -436,22 +522,32 @@ cdef class Membership:
         if self.generation == generation:
             self.kick_all()
             ending.signal(0)
-        if ivshmem_shut(&self.state):
-            self.release()
+        if ivshmem_shut(&self.state) or self.generation != generation:
+            self.release()  # a forked child has only one thread
         return 0
 
     cdef int release(self) except -1:
-        self.kick.close()
-        self.ending.close()
+        """Leave the area and let the memory go."""
+        # What still sleeps has the eventfd, too: to close it would take the wake-up back.
+        self.kick = None
+        if self.ending is not None:
+            self.ending.close()
         self.threads = None
         self.loops = None
         if self.pinned:
+            self.leave()
             self.pinned = False
             let_go(self.mapping)
         return 0
 
+    cdef void leave(self) noexcept:
+        if self.joined and self.generation == generation:
+            ivshmem_leave_area(&self.member)
+        self.joined = False
+
     def __dealloc__(self):
         if self.pinned:
+            self.leave()
             let_go(self.mapping)
         free(self.pulses)
 
@@ -524,10 +620,13 @@ cdef class Wakeup:
         self.membership = membership
         self.epoll = Epoll()
         self.pause = FIRST_PAUSE
-        self.epoll.add(place_of(membership.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
-        if membership.vector >= 0:
+        self.kick = membership.kick
+        if self.kick is None:
+            raise membership.unusable()
+        self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
+        if membership.vector >= 0 and doorbells is not None:
             if not membership.told:
-                doorbells.tell_after_waits(place_of(membership.kick, 0)[0])
+                doorbells.tell_after_waits(place_of(self.kick, 0)[0])
                 membership.told = True
             self.epoll.add(
                 place_of(doorbells.own, membership.vector)[0],
@@ -579,6 +678,7 @@ cdef class Wakeup:
         return 0
 
 
+@cython.no_gc_clear
 cdef class ChannelEnd:
     """One end of a channel: what all kinds of ends have in common.
 
@@ -599,6 +699,10 @@ cdef class ChannelEnd:
     def closed(self):
         """Whether close() was called, or the channels or the region were closed."""
         return not self.open or self.membership.closed or self.membership.mapping.closed
+
+    cdef bint usable(self) noexcept:
+        """Whether this end may still be used: what ends a call asks this before it stores."""
+        return self.open and self.membership.usable()
 
     cdef int enter(self) except -1:
         if not self.open:
@@ -644,13 +748,15 @@ cdef class ChannelEnd:
         cdef int64_t deadline
         cdef int64_t n
         cdef int futile = 0
-        cdef int code = self.attempt()
+        cdef int code
         cdef Turn turn
         cdef Wakeup wakeup = None
         cdef ChannelEnd sleeper = self.sleeper()
         cdef Spinner spinner = None
         cdef void *what = NULL
         cdef Probe probe = NULL
+        self.enter()
+        code = self.attempt()
         if code != IVSHMEM_AGAIN:
             return code
         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
@@ -679,6 +785,7 @@ cdef class ChannelEnd:
                 self.enter()
             else:
                 wakeup = self.membership.wakeup_of_thread()
+                self.enter()
                 code = self.begin_sleep()
                 sleeper.asleep += 1
                 try:
@@ -688,7 +795,7 @@ cdef class ChannelEnd:
                         self.enter()
                 finally:
                     sleeper.asleep -= 1
-                    if sleeper.open:
+                    if sleeper.usable():
                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
                         if sleeper.asleep or sleeper.watched:
                             sleeper.begin_sleep()
@@ -735,6 +842,7 @@ cdef class ChannelEnd:
             self.watched = True
             self.awaited += 1
             self.membership.watchers += 1
+            self.membership.hurry()
             if self.arm() == 0:
                 self.membership.kick_all()
         return self.wakeup.epoll.epfd
@@ -756,6 +864,7 @@ cdef class ChannelEnd:
         sleeper.asleep += 1
         sleeper.awaited += 1
         self.membership.watchers += 1
+        self.membership.hurry()
         self.membership.flush()
         return code != IVSHMEM_AGAIN
 
@@ -765,7 +874,7 @@ cdef class ChannelEnd:
         sleeper.asleep -= 1
         sleeper.awaited -= 1
         self.membership.watchers -= 1
-        if sleeper.open and not self.membership.closed and not self.membership.mapping.closed:
+        if sleeper.usable():
             if sleeper.asleep or sleeper.watched:
                 sleeper.begin_sleep()
             else:
@@ -779,12 +888,46 @@ cdef class ChannelEnd:
         self.wakeup = None
         if self.watched:
             self.membership.watchers -= 1
-        if self.membership.generation == generation and not self.membership.closed:
-            if not self.membership.mapping.closed:
-                self.give_up()
-                self.membership.flush()
+        if self.membership.usable() and not self.copying:
+            self.give_up()
+            self.membership.flush()
+        if self.membership.generation == generation:
             self.membership.kick_all()
         self.membership.ends.discard(self)
+
+    def __del__(self):
+        if self.open:
+            self.close()
+
+    cdef int begin_copy(self) except -1:
+        """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
+        self.membership.mapping.pin()
+        try:
+            self.membership.use_memory()
+        except BaseException:
+            self.membership.mapping.unpin()
+            raise
+        self.copying += 1
+        return 0
+
+    cdef int end_copy(self) except -1:
+        self.copying -= 1
+        if not self.open and not self.copying and self.membership.usable():
+            self.give_up()  # another thread closed this end during the copy
+            self.membership.flush()
+        self.membership.mapping.unpin()
+        return self.membership.end_use()
+
+    cdef int enlist(self) except -1:
+        """Make the end known to the membership; if that fails, free its slot."""
+        self.open = True
+        try:
+            self.membership.ends.add(self)
+            self.membership.flush()
+        except BaseException:
+            self.close()
+            raise
+        return 0
 
     def __enter__(self):
         return self

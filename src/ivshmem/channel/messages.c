@@ -2491,6 +2491,8 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
   unsigned int state;
   unsigned int generation;
   int pinned;
+  int joined;
+  int lost;
   int64_t beat;
 };
 
@@ -2507,6 +2509,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup {
   struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *__pyx_vtab;
   struct __pyx_obj_7ivshmem_7channel_10membership_Membership *membership;
   struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *epoll;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *kick;
   int64_t pause;
 };
 
@@ -2531,6 +2534,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd {
   struct __pyx_obj_7ivshmem_6native_4spin_Spinner *spinner;
   int watched;
   int open;
+  int copying;
   PyObject *__weakref__;
 };
 
@@ -2549,10 +2553,11 @@ struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd {
   int times;
   int claims;
   uint64_t missed;
+  int exports;
 };
 
 
-/* "roles.pxd":42
+/* "roles.pxd":43
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2565,6 +2570,7 @@ struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd {
   PyObject *type;
   struct __pyx_t_7ivshmem_7channel_5roles_Held *held;
   uint32_t holding;
+  uint32_t holds;
   uint32_t views;
 };
 
@@ -2599,7 +2605,7 @@ struct __pyx_obj_7ivshmem_7channel_8messages_Loan {
 };
 
 
-/* "ivshmem/channel/messages.pxd":23
+/* "ivshmem/channel/messages.pxd":24
  * 
  * 
  * cdef class Reader(ReaderEnd):             # <<<<<<<<<<<<<<
@@ -2613,7 +2619,7 @@ struct __pyx_obj_7ivshmem_7channel_8messages_Reader {
 };
 
 
-/* "ivshmem/channel/messages.pxd":32
+/* "ivshmem/channel/messages.pxd":34
  * 
  * 
  * cdef class View:             # <<<<<<<<<<<<<<
@@ -2631,7 +2637,7 @@ struct __pyx_obj_7ivshmem_7channel_8messages_View {
 };
 
 
-/* "ivshmem/channel/messages.pxd":42
+/* "ivshmem/channel/messages.pxd":44
  * 
  * 
  * cdef class ValueReader(ReaderEnd):             # <<<<<<<<<<<<<<
@@ -2644,7 +2650,7 @@ struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader {
 };
 
 
-/* "ivshmem/channel/messages.pyx":584
+/* "ivshmem/channel/messages.pyx":606
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
@@ -2897,6 +2903,10 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *__pyx_vtab
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd {
+  int (*usable)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*begin_copy)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*end_copy)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*enlist)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*enter)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*attempt)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*begin_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
@@ -2928,6 +2938,13 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*release)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*is_silent)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, struct ivshmem_place);
   int (*abandon)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*usable)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  PyObject *(*unusable)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*lose_place)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*use_memory)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*end_use)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  void (*leave)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*hurry)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*check)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*flush)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*kick_all)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
@@ -2959,7 +2976,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
 
 
-/* "roles.pxd":42
+/* "roles.pxd":43
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2978,12 +2995,12 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd;
 
 
-/* "ivshmem/channel/messages.pyx":32
- * # -- writers --------------------------------------------------------------------------------------
+/* "ivshmem/channel/messages.pyx":33
  * 
- * cdef class Writer(WriterEnd):             # <<<<<<<<<<<<<<
+ * 
+ * @cython.no_gc_clear             # <<<<<<<<<<<<<<
+ * cdef class Writer(WriterEnd):
  *     """One writer of messages, of a queue or of a value; made by its `writer()`.
- * 
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer {
@@ -2993,44 +3010,47 @@ struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer {
 static struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *__pyx_vtabptr_7ivshmem_7channel_8messages_Writer;
 
 
-/* "ivshmem/channel/messages.pyx":207
+/* "ivshmem/channel/messages.pyx":208
  * 
  * 
- * @cython.final             # <<<<<<<<<<<<<<
+ * @cython.no_gc_clear             # <<<<<<<<<<<<<<
+ * @cython.final
  * cdef class Loan:
- *     """Memory of a message that is being written; made by `loan()` of a writer.
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Loan {
   int (*check)(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *);
+  int (*check_exports)(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Loan *__pyx_vtabptr_7ivshmem_7channel_8messages_Loan;
 static int __pyx_f_7ivshmem_7channel_8messages_4Loan_check(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *);
+static int __pyx_f_7ivshmem_7channel_8messages_4Loan_check_exports(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *);
 
 
-/* "ivshmem/channel/messages.pyx":348
+/* "ivshmem/channel/messages.pyx":358
  * 
  * 
- * cdef class Reader(ReaderEnd):             # <<<<<<<<<<<<<<
+ * @cython.no_gc_clear             # <<<<<<<<<<<<<<
+ * cdef class Reader(ReaderEnd):
  *     """One reader of a channel of messages; made by its `reader()`. It iterates over messages.
- * 
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader {
   struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd __pyx_base;
   int (*take)(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *, PyObject *, PyObject *);
+  int (*take_pending)(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *);
   int (*keep)(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *);
   PyObject *(*copy_out)(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *__pyx_vtabptr_7ivshmem_7channel_8messages_Reader;
 
 
-/* "ivshmem/channel/messages.pyx":609
+/* "ivshmem/channel/messages.pyx":631
  * 
  * 
- * @cython.final             # <<<<<<<<<<<<<<
+ * @cython.no_gc_clear             # <<<<<<<<<<<<<<
+ * @cython.final
  * cdef class View:
- *     """A message where it lies; made by `Reader.view`.
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_8messages_View {
@@ -3040,12 +3060,12 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_8messages_View *__pyx_vtabptr_7
 static int __pyx_f_7ivshmem_7channel_8messages_4View_abandon(struct __pyx_obj_7ivshmem_7channel_8messages_View *);
 
 
-/* "ivshmem/channel/messages.pyx":787
+/* "ivshmem/channel/messages.pyx":818
  * 
  * 
- * cdef class ValueReader(ReaderEnd):             # <<<<<<<<<<<<<<
+ * @cython.no_gc_clear             # <<<<<<<<<<<<<<
+ * cdef class ValueReader(ReaderEnd):
  *     """One reader of a value; made by its `reader()`. It iterates over contents as they change.
- * 
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader {
@@ -3546,6 +3566,16 @@ static void __Pyx_RaiseErrorWithTypes1(PyObject* exc_type, const char *message, 
 /* ExtTypeTest.proto */
 static CYTHON_INLINE int __Pyx_TypeTest(PyObject *obj, PyTypeObject *type);
 
+/* PyObjectLookupSpecial.proto */
+#if CYTHON_USE_PYTYPE_LOOKUP && CYTHON_USE_TYPE_SLOTS
+#define __Pyx_PyObject_LookupSpecialNoError(obj, attr_name)  __Pyx__PyObject_LookupSpecial(obj, attr_name, 0)
+#define __Pyx_PyObject_LookupSpecial(obj, attr_name)  __Pyx__PyObject_LookupSpecial(obj, attr_name, 1)
+static CYTHON_INLINE PyObject* __Pyx__PyObject_LookupSpecial(PyObject* obj, PyObject* attr_name, int with_error);
+#else
+#define __Pyx_PyObject_LookupSpecialNoError(o,n) __Pyx_PyObject_GetAttrStrNoError(o,n)
+#define __Pyx_PyObject_LookupSpecial(o,n) __Pyx_PyObject_GetAttrStr(o,n)
+#endif
+
 /* PyNumberBinop.proto */
 #if CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL || CYTHON_COMPILING_IN_LIMITED_API
 #define __Pyx_PyNumber_Add_int_int(op1, op2)  PyNumber_Add(op1, op2)
@@ -3751,25 +3781,10 @@ static void __Pyx_ArgTypeError(PyObject *obj, PyTypeObject *type, const char *na
 /* ArgTypeTest.proto */
 static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, int none_allowed, const char *name, int exact);
 
-/* HasAttr.proto (used by ImportImpl) */
-#if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
-#define __Pyx_HasAttr(o, n)  PyObject_HasAttrWithError(o, n)
-#else
-static CYTHON_INLINE int __Pyx_HasAttr(PyObject *, PyObject *);
-#endif
-
-/* TupleOrListFromArrayImpl.proto (used by ListFromArray) */
-CYTHON_UNUSED static PyObject *
-__Pyx_PyList_FromArray(PyObject *const *src, Py_ssize_t n);
-
-/* ListFromArray.proto (used by ImportImpl) */
-
-
-/* ImportImpl.export */
-static PyObject *__Pyx__Import(PyObject *name, PyObject *const *imported_names, Py_ssize_t len_imported_names, PyObject *qualname, PyObject *moddict, int level);
-
-/* Import.proto */
-static CYTHON_INLINE PyObject *__Pyx_Import(PyObject *name, PyObject *const *imported_names, Py_ssize_t len_imported_names, PyObject *qualname, int level);
+/* WriteUnraisableException.proto */
+static void __Pyx_WriteUnraisable(const char *name, int clineno,
+                                  int lineno, const char *filename,
+                                  int full_traceback, int nogil);
 
 /* PyBufferError_Check.proto */
 #define __Pyx_PyExc_BufferError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_BufferError)
@@ -3808,6 +3823,26 @@ static CYTHON_INLINE PyObject *__Pyx_Import(PyObject *name, PyObject *const *imp
 #define __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_SharedReferenceInPlaceSafe(left, right)\
     ((unlikely((left) == Py_None) || unlikely((right) == Py_None)) ?\
     PyNumber_InPlaceAdd(left, right) : __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_SharedReferenceInPlace(left, right))
+
+/* HasAttr.proto (used by ImportImpl) */
+#if __PYX_LIMITED_VERSION_HEX >= 0x030d0000
+#define __Pyx_HasAttr(o, n)  PyObject_HasAttrWithError(o, n)
+#else
+static CYTHON_INLINE int __Pyx_HasAttr(PyObject *, PyObject *);
+#endif
+
+/* TupleOrListFromArrayImpl.proto (used by ListFromArray) */
+CYTHON_UNUSED static PyObject *
+__Pyx_PyList_FromArray(PyObject *const *src, Py_ssize_t n);
+
+/* ListFromArray.proto (used by ImportImpl) */
+
+
+/* ImportImpl.export */
+static PyObject *__Pyx__Import(PyObject *name, PyObject *const *imported_names, Py_ssize_t len_imported_names, PyObject *qualname, PyObject *moddict, int level);
+
+/* Import.proto */
+static CYTHON_INLINE PyObject *__Pyx_Import(PyObject *name, PyObject *const *imported_names, Py_ssize_t len_imported_names, PyObject *qualname, int level);
 
 /* PyObjectCompare.proto */
 static CYTHON_INLINE int __Pyx_PyObject_CompareBoolLe_int_object(PyObject *op1, PyObject *op2, int pyop);
@@ -4048,19 +4083,11 @@ static CYTHON_INLINE int __Pyx_IterFinish(void);
 /* UnpackItemEndCheck.proto */
 static int __Pyx_IternextUnpackEndCheck(PyObject *retval, Py_ssize_t expected);
 
-/* WriteUnraisableException.proto */
-static void __Pyx_WriteUnraisable(const char *name, int clineno,
-                                  int lineno, const char *filename,
-                                  int full_traceback, int nogil);
-
 /* CallNextTpDealloc.proto */
 static void __Pyx_call_next_tp_dealloc(PyObject* obj, destructor current_tp_dealloc);
 
 /* CallNextTpTraverse.proto */
 static int __Pyx_call_next_tp_traverse(PyObject* obj, visitproc v, void *a, traverseproc current_tp_traverse);
-
-/* CallNextTpClear.proto */
-static void __Pyx_call_next_tp_clear(PyObject* obj, inquiry current_tp_clear);
 
 /* AllocateExtensionType.proto */
 static PyObject *__Pyx_AllocateExtensionType(PyTypeObject *t, int is_final);
@@ -4448,12 +4475,14 @@ static int __Pyx_State_RemoveModule(void*);
 
 static int __pyx_f_7ivshmem_7channel_8messages_6Writer_announce(struct __pyx_obj_7ivshmem_7channel_8messages_Writer *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_8messages_4Loan_check(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_8messages_4Loan_check_exports(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_8messages_6Reader_attempt(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_8messages_6Reader_begin_sleep(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self); /* proto*/
 static void __pyx_f_7ivshmem_7channel_8messages_6Reader_end_sleep(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self); /* proto*/
 static int64_t __pyx_f_7ivshmem_7channel_8messages_6Reader_probe(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe); /* proto*/
 static int __pyx_f_7ivshmem_7channel_8messages_6Reader_mend(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto*/
+static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take_pending(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_8messages_6Reader_keep(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self); /* proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_8messages_6Reader_copy_out(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_8messages_4View_abandon(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self); /* proto*/
@@ -4510,7 +4539,7 @@ static uint64_t (*__pyx_f_7ivshmem_7channel_5roles_microseconds)(void); /*proto*
 
 /* Module declarations from "ivshmem.channel.messages" */
 static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_reader(void *); /*proto*/
-static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7channel_8messages_view_of(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *); /*proto*/
+static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7channel_8messages_view_of(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message); /*proto*/
 static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_value(void *); /*proto*/
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
@@ -4709,8 +4738,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_items;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
-    __Pyx_CachedCFunction __pyx_umethod_PyMemoryView_Type__release;
-    PyObject *__pyx_tuple[4];
+    PyObject *__pyx_tuple[5];
     PyObject *__pyx_codeobj_tab[42];
     PyObject *__pyx_string_tab[245];
     PyObject *__pyx_number_tab[5];
@@ -4788,44 +4816,44 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_bytes_and_a_row_has __pyx_string_tab[4]
 #define __pyx_kp_u_bytes_and_the_buffer_has __pyx_string_tab[5]
 #define __pyx_kp_u_of_a_writer_were_lost __pyx_string_tab[6]
-#define __pyx_kp_u_of_the_loan_are_in_use __pyx_string_tab[7]
-#define __pyx_kp_u_or_arrays_of_the_loan_are_in_us __pyx_string_tab[8]
-#define __pyx_kp_u_or_arrays_of_the_message_are_in __pyx_string_tab[9]
-#define __pyx_kp_u_takes_one_message_at_a_time __pyx_string_tab[10]
-#define __pyx_kp_u_while_it_was_looked_at_what_was __pyx_string_tab[11]
-#define __pyx_kp_u_tree_fragment __pyx_string_tab[12]
-#define __pyx_kp_u_published_or_dropped __pyx_string_tab[13]
-#define __pyx_kp_u_released __pyx_string_tab[14]
-#define __pyx_kp_u__5 __pyx_string_tab[15]
-#define __pyx_kp_u__4 __pyx_string_tab[16]
-#define __pyx_kp_u_the_writer_overwrote_message __pyx_string_tab[17]
-#define __pyx_kp_u_this_process_was_stopped_and_wr __pyx_string_tab[18]
-#define __pyx_kp_u_ivshmem_channel_Loan_of __pyx_string_tab[19]
-#define __pyx_kp_u_ivshmem_channel_View_of __pyx_string_tab[20]
-#define __pyx_kp_u__3 __pyx_string_tab[21]
-#define __pyx_kp_u_ __pyx_string_tab[22]
-#define __pyx_kp_u_None __pyx_string_tab[23]
-#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[24]
-#define __pyx_kp_u_Pickling_of_struct_members_such __pyx_string_tab[25]
-#define __pyx_kp_u_a_View_is_made_by_Reader_view __pyx_string_tab[26]
-#define __pyx_kp_u_a_message_of __pyx_string_tab[27]
-#define __pyx_kp_u_add_note __pyx_string_tab[28]
-#define __pyx_kp_u_channel __pyx_string_tab[29]
-#define __pyx_kp_u_disable __pyx_string_tab[30]
-#define __pyx_kp_u_enable __pyx_string_tab[31]
-#define __pyx_kp_u_gc __pyx_string_tab[32]
-#define __pyx_kp_u_isenabled __pyx_string_tab[33]
-#define __pyx_kp_u_ivshmem_channel __pyx_string_tab[34]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[35]
-#define __pyx_kp_u_ivshmem_text __pyx_string_tab[36]
-#define __pyx_kp_u_ivshmem_channel_messages_pyx __pyx_string_tab[37]
-#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[38]
-#define __pyx_kp_u_no_message_has __pyx_string_tab[39]
-#define __pyx_kp_u_rows_a_buffer_of_two_dimensions __pyx_string_tab[40]
-#define __pyx_kp_u_self_held_self_reader_cannot_be __pyx_string_tab[41]
-#define __pyx_kp_u_self_writer_cannot_be_converted __pyx_string_tab[42]
-#define __pyx_kp_u_the_loan_was_published_or_droppe __pyx_string_tab[43]
-#define __pyx_kp_u_the_view_was_released __pyx_string_tab[44]
+#define __pyx_kp_u_or_arrays_of_the_loan_are_in_us __pyx_string_tab[7]
+#define __pyx_kp_u_or_arrays_of_the_message_are_in __pyx_string_tab[8]
+#define __pyx_kp_u_takes_one_message_at_a_time __pyx_string_tab[9]
+#define __pyx_kp_u_while_it_was_looked_at_what_was __pyx_string_tab[10]
+#define __pyx_kp_u_tree_fragment __pyx_string_tab[11]
+#define __pyx_kp_u_published_or_dropped __pyx_string_tab[12]
+#define __pyx_kp_u_released __pyx_string_tab[13]
+#define __pyx_kp_u__5 __pyx_string_tab[14]
+#define __pyx_kp_u__4 __pyx_string_tab[15]
+#define __pyx_kp_u_the_writer_overwrote_message __pyx_string_tab[16]
+#define __pyx_kp_u_this_process_was_stopped_and_wr __pyx_string_tab[17]
+#define __pyx_kp_u_ivshmem_channel_Loan_of __pyx_string_tab[18]
+#define __pyx_kp_u_ivshmem_channel_View_of __pyx_string_tab[19]
+#define __pyx_kp_u__3 __pyx_string_tab[20]
+#define __pyx_kp_u_ __pyx_string_tab[21]
+#define __pyx_kp_u_None __pyx_string_tab[22]
+#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[23]
+#define __pyx_kp_u_Pickling_of_struct_members_such __pyx_string_tab[24]
+#define __pyx_kp_u_a_View_is_made_by_Reader_view __pyx_string_tab[25]
+#define __pyx_kp_u_a_message_of __pyx_string_tab[26]
+#define __pyx_kp_u_add_note __pyx_string_tab[27]
+#define __pyx_kp_u_channel __pyx_string_tab[28]
+#define __pyx_kp_u_disable __pyx_string_tab[29]
+#define __pyx_kp_u_enable __pyx_string_tab[30]
+#define __pyx_kp_u_gc __pyx_string_tab[31]
+#define __pyx_kp_u_isenabled __pyx_string_tab[32]
+#define __pyx_kp_u_ivshmem_channel __pyx_string_tab[33]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[34]
+#define __pyx_kp_u_ivshmem_text __pyx_string_tab[35]
+#define __pyx_kp_u_ivshmem_channel_messages_pyx __pyx_string_tab[36]
+#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[37]
+#define __pyx_kp_u_no_message_has __pyx_string_tab[38]
+#define __pyx_kp_u_rows_a_buffer_of_two_dimensions __pyx_string_tab[39]
+#define __pyx_kp_u_self_held_self_reader_cannot_be __pyx_string_tab[40]
+#define __pyx_kp_u_self_writer_cannot_be_converted __pyx_string_tab[41]
+#define __pyx_kp_u_the_loan_was_published_or_droppe __pyx_string_tab[42]
+#define __pyx_kp_u_the_view_was_released __pyx_string_tab[43]
+#define __pyx_kp_u_the_view_was_released_or_the_reg __pyx_string_tab[44]
 #define __pyx_kp_u_u1 __pyx_string_tab[45]
 #define __pyx_n_u__2 __pyx_string_tab[46]
 #define __pyx_n_u_B __pyx_string_tab[47]
@@ -5000,23 +5028,23 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_b_iso88591_A_q __pyx_string_tab[216]
 #define __pyx_kp_b_iso88591_A_t9AV9Cq __pyx_string_tab[217]
 #define __pyx_kp_b_iso88591_A_E_aq_t5_q_4y_uG1_xt6_Jd_waq_d __pyx_string_tab[218]
-#define __pyx_kp_b_iso88591_A_4wc_XWIQ_a_4z_ha_4uAYa_1_wavQd __pyx_string_tab[219]
-#define __pyx_kp_b_iso88591_A_a_Q_F_4vWA_4uG1A_6_z_U_D_y_d_1 __pyx_string_tab[220]
+#define __pyx_kp_b_iso88591_A_4wc_XWIQ_a_4z_ha_4uAYa_1_wavT __pyx_string_tab[219]
+#define __pyx_kp_b_iso88591_A_a_Q_4vWA_4uG1A_6_a_z_U_D_y_d_1 __pyx_string_tab[220]
 #define __pyx_kp_b_iso88591_A_1_F_t7_4uAYa __pyx_string_tab[221]
 #define __pyx_kp_b_iso88591_A_31_Q_Jaq_5_b_AQ_4xs_hgYfCq_Qd __pyx_string_tab[222]
 #define __pyx_kp_b_iso88591_A_31_Jaq_5_b_AQ_V1A_6_4uCy_1_Ba __pyx_string_tab[223]
-#define __pyx_kp_b_iso88591_A_5Q_Qe5_d_t5_AS_a_Qa_AU_Rs_9A_c __pyx_string_tab[224]
+#define __pyx_kp_b_iso88591_A_5Q_Qe5_d_t5_AS_a_1IQ_Q_HA_c_3a __pyx_string_tab[224]
 #define __pyx_kp_b_iso88591_A_5Q_81F_U_1_4uAYa_1_a_7_Jd_Q_q __pyx_string_tab[225]
-#define __pyx_kp_b_iso88591_A_4t_d_fD_D_q_1D_z_jPSST_4q_1_4w __pyx_string_tab[226]
+#define __pyx_kp_b_iso88591_A_4t_d_fD_G7_1D_z_jPSST_4q_1_4wa __pyx_string_tab[226]
 #define __pyx_kp_b_iso88591_A_t6_Cq __pyx_string_tab[227]
 #define __pyx_kp_b_iso88591_A_z_xq_F_q __pyx_string_tab[228]
 #define __pyx_kp_b_iso88591_A_1 __pyx_string_tab[229]
-#define __pyx_kp_b_iso88591_A_4t1_4q_Qb_Zq_HA_4wa_Qat7_4q __pyx_string_tab[230]
+#define __pyx_kp_b_iso88591_A_4t1_N_HA_4wa_Qat7_4q __pyx_string_tab[230]
 #define __pyx_kp_b_iso88591_A_4t1_4q_Q_7_4z_a __pyx_string_tab[231]
-#define __pyx_kp_b_iso88591_A_F_4y_Q_5_1_1_1_e1A_wavQd __pyx_string_tab[232]
+#define __pyx_kp_b_iso88591_A_F_4y_Q_5_1_1_1_e1A_wavT __pyx_string_tab[232]
 #define __pyx_kp_b_iso88591_A_F_t7_Qat9AT __pyx_string_tab[233]
 #define __pyx_kp_b_iso88591_F_5_1_4xwiq_5_A_aq_AXQ_7_D_y_iq __pyx_string_tab[234]
-#define __pyx_kp_b_iso88591_nKq_T_t1_F_4q_Q_7_4z_5_q_t2S_A __pyx_string_tab[235]
+#define __pyx_kp_b_iso88591_nKq_T_t1_F_N_5_q_t2S_A_j_1_Qd_Q __pyx_string_tab[235]
 #define __pyx_kp_b_iso88591_1F_fA __pyx_string_tab[236]
 #define __pyx_kp_b_iso88591_1F_gQ __pyx_string_tab[237]
 #define __pyx_kp_b_iso88591_N_it_YeST __pyx_string_tab[238]
@@ -5079,8 +5107,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
-  Py_CLEAR(clear_module_state->__pyx_umethod_PyMemoryView_Type__release.method);
-  for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
+  for (int i=0; i<5; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<42; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
   for (int i=0; i<245; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<5; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
@@ -5144,8 +5171,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_items.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
-  Py_VISIT(traverse_module_state->__pyx_umethod_PyMemoryView_Type__release.method);
-  for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
+  for (int i=0; i<5; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<42; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
   for (int i=0; i<245; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<5; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
@@ -5899,7 +5925,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/messages.pyx":41
+/* "ivshmem/channel/messages.pyx":43
  *     """
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -5949,24 +5975,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 41, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 43, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 41, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 43, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 41, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 43, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put", 0) < (0)) __PYX_ERR(0, 41, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put", 0) < (0)) __PYX_ERR(0, 43, __pyx_L3_error)
 
-      /* "ivshmem/channel/messages.pyx":42
+      /* "ivshmem/channel/messages.pyx":44
  * 
  *     @cython.critical_section
  *     def put(self, data, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -5976,17 +6002,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put", 0, 1, 2, i); __PYX_ERR(0, 41, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put", 0, 1, 2, i); __PYX_ERR(0, 43, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 41, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 43, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 41, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 43, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -5999,7 +6025,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("put", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 41, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("put", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 43, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6012,7 +6038,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_6Writer_put(((struct __pyx_obj_7ivshmem_7channel_8messages_Writer *)__pyx_v_self), __pyx_v_data, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/messages.pyx":41
+  /* "ivshmem/channel/messages.pyx":43
  *     """
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6036,10 +6062,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_put(struct __pyx_o
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   int __pyx_t_2;
-  int __pyx_t_3;
+  PyObject *__pyx_t_3 = NULL;
   PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
-  size_t __pyx_t_6;
+  size_t __pyx_t_5;
+  int __pyx_t_6;
   PyObject *__pyx_t_7 = NULL;
   PyObject *__pyx_t_8 = NULL;
   PyObject *__pyx_t_9 = NULL;
@@ -6062,119 +6088,119 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_put(struct __pyx_o
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/messages.pyx":61
+        /* "ivshmem/channel/messages.pyx":63
  *         """
  *         cdef Py_buffer view
  *         cdef uint32_t cell = 0             # <<<<<<<<<<<<<<
  *         cdef int code
- *         self.enter()
+ *         if self.type is not None:
 */
         __pyx_v_cell = 0;
 
-        /* "ivshmem/channel/messages.pyx":63
+        /* "ivshmem/channel/messages.pyx":65
  *         cdef uint32_t cell = 0
  *         cdef int code
- *         self.enter()             # <<<<<<<<<<<<<<
- *         if self.type is not None:
- *             data = self.type.encode(data)
-*/
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 63, __pyx_L4_error)
-
-
-        /* "ivshmem/channel/messages.pyx":64
- *         cdef int code
- *         self.enter()
  *         if self.type is not None:             # <<<<<<<<<<<<<<
  *             data = self.type.encode(data)
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
 */
-        __pyx_t_3 = (__pyx_v_self->__pyx_base.type != Py_None);
-        if (__pyx_t_3) {
+        __pyx_t_2 = (__pyx_v_self->__pyx_base.type != Py_None);
+        if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/messages.pyx":65
- *         self.enter()
+          /* "ivshmem/channel/messages.pyx":66
+ *         cdef int code
  *         if self.type is not None:
  *             data = self.type.encode(data)             # <<<<<<<<<<<<<<
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
 */
-          __pyx_t_5 = __pyx_v_self->__pyx_base.type;
-          __Pyx_INCREF(__pyx_t_5);
-          __pyx_t_6 = 0;
+          __pyx_t_4 = __pyx_v_self->__pyx_base.type;
+          __Pyx_INCREF(__pyx_t_4);
+          __pyx_t_5 = 0;
           {
-            PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_v_data};
-            __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_encode, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-            __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 65, __pyx_L4_error)
-            __Pyx_GOTREF(__pyx_t_4);
+            PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_v_data};
+            __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_encode, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 66, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_3);
           }
-          __Pyx_DECREF_SET(__pyx_v_data, __pyx_t_4);
-          __pyx_t_4 = 0;
+          __Pyx_DECREF_SET(__pyx_v_data, __pyx_t_3);
+          __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/messages.pyx":64
+          /* "ivshmem/channel/messages.pyx":65
+ *         cdef uint32_t cell = 0
  *         cdef int code
- *         self.enter()
  *         if self.type is not None:             # <<<<<<<<<<<<<<
  *             data = self.type.encode(data)
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
 */
         }
 
-        /* "ivshmem/channel/messages.pyx":66
+        /* "ivshmem/channel/messages.pyx":67
  *         if self.type is not None:
  *             data = self.type.encode(data)
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
- *             if <uint64_t>view.len > self.channel.record.geometry.limit:
+ *             self.enter()  # last: what stands before can run other threads, which close it
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 66, __pyx_L4_error)
+        __pyx_t_6 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 67, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/messages.pyx":67
+        /* "ivshmem/channel/messages.pyx":68
  *             data = self.type.encode(data)
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
+ *             self.enter()  # last: what stands before can run other threads, which close it
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:
- *                 raise self.too_long(view.len)
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/messages.pyx":68
+          /* "ivshmem/channel/messages.pyx":69
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
+ *             self.enter()  # last: what stands before can run other threads, which close it             # <<<<<<<<<<<<<<
+ *             if <uint64_t>view.len > self.channel.record.geometry.limit:
+ *                 raise self.too_long(view.len)
+*/
+          __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 69, __pyx_L8_error)
+
+
+          /* "ivshmem/channel/messages.pyx":70
+ *         try:
+ *             self.enter()  # last: what stands before can run other threads, which close it
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
  *                 raise self.too_long(view.len)
  *             code = self.ready()
 */
-          __pyx_t_3 = (((uint64_t)__pyx_v_view.len) > __pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit);
+          __pyx_t_2 = (((uint64_t)__pyx_v_view.len) > __pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit);
 
-          if (unlikely(__pyx_t_3)) {
+          if (unlikely(__pyx_t_2)) {
 
 
-            /* "ivshmem/channel/messages.pyx":69
- *         try:
+            /* "ivshmem/channel/messages.pyx":71
+ *             self.enter()  # last: what stands before can run other threads, which close it
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:
  *                 raise self.too_long(view.len)             # <<<<<<<<<<<<<<
  *             code = self.ready()
  *             if code == IVSHMEM_AGAIN:
 */
-            __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_view.len); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 69, __pyx_L8_error)
-            __Pyx_GOTREF(__pyx_t_4);
-            __Pyx_Raise(__pyx_t_4, 0, 0, 0);
-            __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-            __PYX_ERR(0, 69, __pyx_L8_error)
+            __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_view.len); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 71, __pyx_L8_error)
+            __Pyx_GOTREF(__pyx_t_3);
+            __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+            __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+            __PYX_ERR(0, 71, __pyx_L8_error)
 
-            /* "ivshmem/channel/messages.pyx":68
- *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+            /* "ivshmem/channel/messages.pyx":70
  *         try:
+ *             self.enter()  # last: what stands before can run other threads, which close it
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
  *                 raise self.too_long(view.len)
  *             code = self.ready()
 */
           }
 
-          /* "ivshmem/channel/messages.pyx":70
+          /* "ivshmem/channel/messages.pyx":72
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:
  *                 raise self.too_long(view.len)
  *             code = self.ready()             # <<<<<<<<<<<<<<
@@ -6183,54 +6209,54 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_put(struct __pyx_o
 */
           __pyx_v_code = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.ready(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self));
 
-          /* "ivshmem/channel/messages.pyx":71
+          /* "ivshmem/channel/messages.pyx":73
  *                 raise self.too_long(view.len)
  *             code = self.ready()
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                 code = self.wait(timeout, spin)
  *                 if code == IVSHMEM_AGAIN:
 */
-          __pyx_t_3 = (__pyx_v_code == IVSHMEM_AGAIN);
+          __pyx_t_2 = (__pyx_v_code == IVSHMEM_AGAIN);
 
-          if (__pyx_t_3) {
+          if (__pyx_t_2) {
 
 
-            /* "ivshmem/channel/messages.pyx":72
+            /* "ivshmem/channel/messages.pyx":74
  *             code = self.ready()
  *             if code == IVSHMEM_AGAIN:
  *                 code = self.wait(timeout, spin)             # <<<<<<<<<<<<<<
  *                 if code == IVSHMEM_AGAIN:
  *                     raise self.blocked(timeout)
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 72, __pyx_L8_error)
-            __pyx_v_code = __pyx_t_2;
+            __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_6 == ((int)-2))) __PYX_ERR(0, 74, __pyx_L8_error)
+            __pyx_v_code = __pyx_t_6;
 
-            /* "ivshmem/channel/messages.pyx":73
+            /* "ivshmem/channel/messages.pyx":75
  *             if code == IVSHMEM_AGAIN:
  *                 code = self.wait(timeout, spin)
  *                 if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                     raise self.blocked(timeout)
  *             if code:
 */
-            __pyx_t_3 = (__pyx_v_code == IVSHMEM_AGAIN);
+            __pyx_t_2 = (__pyx_v_code == IVSHMEM_AGAIN);
 
-            if (unlikely(__pyx_t_3)) {
+            if (unlikely(__pyx_t_2)) {
 
 
-              /* "ivshmem/channel/messages.pyx":74
+              /* "ivshmem/channel/messages.pyx":76
  *                 code = self.wait(timeout, spin)
  *                 if code == IVSHMEM_AGAIN:
  *                     raise self.blocked(timeout)             # <<<<<<<<<<<<<<
  *             if code:
  *                 raise self.fail(code)
 */
-              __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.blocked(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_timeout); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 74, __pyx_L8_error)
-              __Pyx_GOTREF(__pyx_t_4);
-              __Pyx_Raise(__pyx_t_4, 0, 0, 0);
-              __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-              __PYX_ERR(0, 74, __pyx_L8_error)
+              __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.blocked(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_timeout); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 76, __pyx_L8_error)
+              __Pyx_GOTREF(__pyx_t_3);
+              __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+              __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+              __PYX_ERR(0, 76, __pyx_L8_error)
 
-              /* "ivshmem/channel/messages.pyx":73
+              /* "ivshmem/channel/messages.pyx":75
  *             if code == IVSHMEM_AGAIN:
  *                 code = self.wait(timeout, spin)
  *                 if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6239,7 +6265,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_put(struct __pyx_o
 */
             }
 
-            /* "ivshmem/channel/messages.pyx":71
+            /* "ivshmem/channel/messages.pyx":73
  *                 raise self.too_long(view.len)
  *             code = self.ready()
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6248,32 +6274,32 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_put(struct __pyx_o
 */
           }
 
-          /* "ivshmem/channel/messages.pyx":75
+          /* "ivshmem/channel/messages.pyx":77
  *                 if code == IVSHMEM_AGAIN:
  *                     raise self.blocked(timeout)
  *             if code:             # <<<<<<<<<<<<<<
  *                 raise self.fail(code)
  *             self.loan_cell(&cell)
 */
-          __pyx_t_3 = (__pyx_v_code != 0);
+          __pyx_t_2 = (__pyx_v_code != 0);
 
-          if (unlikely(__pyx_t_3)) {
+          if (unlikely(__pyx_t_2)) {
 
 
-            /* "ivshmem/channel/messages.pyx":76
+            /* "ivshmem/channel/messages.pyx":78
  *                     raise self.blocked(timeout)
  *             if code:
  *                 raise self.fail(code)             # <<<<<<<<<<<<<<
  *             self.loan_cell(&cell)
  *             try:
 */
-            __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 76, __pyx_L8_error)
-            __Pyx_GOTREF(__pyx_t_4);
-            __Pyx_Raise(__pyx_t_4, 0, 0, 0);
-            __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-            __PYX_ERR(0, 76, __pyx_L8_error)
+            __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 78, __pyx_L8_error)
+            __Pyx_GOTREF(__pyx_t_3);
+            __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+            __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+            __PYX_ERR(0, 78, __pyx_L8_error)
 
-            /* "ivshmem/channel/messages.pyx":75
+            /* "ivshmem/channel/messages.pyx":77
  *                 if code == IVSHMEM_AGAIN:
  *                     raise self.blocked(timeout)
  *             if code:             # <<<<<<<<<<<<<<
@@ -6282,17 +6308,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_put(struct __pyx_o
 */
           }
 
-          /* "ivshmem/channel/messages.pyx":77
+          /* "ivshmem/channel/messages.pyx":79
  *             if code:
  *                 raise self.fail(code)
  *             self.loan_cell(&cell)             # <<<<<<<<<<<<<<
  *             try:
  *                 self.copy_in(cell, <const char *>view.buf, view.len)
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.loan_cell(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), (&__pyx_v_cell)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 77, __pyx_L8_error)
+          __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.loan_cell(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), (&__pyx_v_cell)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 79, __pyx_L8_error)
 
 
-          /* "ivshmem/channel/messages.pyx":78
+          /* "ivshmem/channel/messages.pyx":80
  *                 raise self.fail(code)
  *             self.loan_cell(&cell)
  *             try:             # <<<<<<<<<<<<<<
@@ -6308,39 +6334,39 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_put(struct __pyx_o
             __Pyx_XGOTREF(__pyx_t_9);
             /*try:*/ {
 
-              /* "ivshmem/channel/messages.pyx":79
+              /* "ivshmem/channel/messages.pyx":81
  *             self.loan_cell(&cell)
  *             try:
  *                 self.copy_in(cell, <const char *>view.buf, view.len)             # <<<<<<<<<<<<<<
  *                 if view.len >= LARGE:
  *                     self.wait_again(timeout)
 */
-              __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_in(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell, ((char const *)__pyx_v_view.buf), __pyx_v_view.len); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 79, __pyx_L14_error)
+              __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_in(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell, ((char const *)__pyx_v_view.buf), __pyx_v_view.len); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 81, __pyx_L14_error)
 
 
-              /* "ivshmem/channel/messages.pyx":80
+              /* "ivshmem/channel/messages.pyx":82
  *             try:
  *                 self.copy_in(cell, <const char *>view.buf, view.len)
  *                 if view.len >= LARGE:             # <<<<<<<<<<<<<<
  *                     self.wait_again(timeout)
  *             except BaseException:
 */
-              __pyx_t_3 = (__pyx_v_view.len >= __pyx_e_7ivshmem_7channel_5roles_LARGE);
+              __pyx_t_2 = (__pyx_v_view.len >= __pyx_e_7ivshmem_7channel_5roles_LARGE);
 
-              if (__pyx_t_3) {
+              if (__pyx_t_2) {
 
 
-                /* "ivshmem/channel/messages.pyx":81
+                /* "ivshmem/channel/messages.pyx":83
  *                 self.copy_in(cell, <const char *>view.buf, view.len)
  *                 if view.len >= LARGE:
  *                     self.wait_again(timeout)             # <<<<<<<<<<<<<<
  *             except BaseException:
  *                 ivshmem_loan_drop(&self.writer, cell)
 */
-                __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait_again(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_timeout); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 81, __pyx_L14_error)
+                __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait_again(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_timeout); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 83, __pyx_L14_error)
 
 
-                /* "ivshmem/channel/messages.pyx":80
+                /* "ivshmem/channel/messages.pyx":82
  *             try:
  *                 self.copy_in(cell, <const char *>view.buf, view.len)
  *                 if view.len >= LARGE:             # <<<<<<<<<<<<<<
@@ -6349,7 +6375,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_put(struct __pyx_o
 */
               }
 
-              /* "ivshmem/channel/messages.pyx":78
+              /* "ivshmem/channel/messages.pyx":80
  *                 raise self.fail(code)
  *             self.loan_cell(&cell)
  *             try:             # <<<<<<<<<<<<<<
@@ -6362,25 +6388,25 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_put(struct __pyx_o
             __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
             goto __pyx_L19_try_end;
             __pyx_L14_error:;
+            __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-            /* "ivshmem/channel/messages.pyx":82
+            /* "ivshmem/channel/messages.pyx":84
  *                 if view.len >= LARGE:
  *                     self.wait_again(timeout)
  *             except BaseException:             # <<<<<<<<<<<<<<
  *                 ivshmem_loan_drop(&self.writer, cell)
  *                 raise
 */
-            __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
-            if (__pyx_t_2) {
+            __pyx_t_6 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
+            if (__pyx_t_6) {
               __Pyx_AddTraceback("ivshmem.channel.messages.Writer.put", __pyx_clineno, __pyx_lineno, __pyx_filename);
-              if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_5, &__pyx_t_10) < 0) __PYX_ERR(0, 82, __pyx_L16_except_error)
+              if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_4, &__pyx_t_10) < 0) __PYX_ERR(0, 84, __pyx_L16_except_error)
+              __Pyx_XGOTREF(__pyx_t_3);
               __Pyx_XGOTREF(__pyx_t_4);
-              __Pyx_XGOTREF(__pyx_t_5);
               __Pyx_XGOTREF(__pyx_t_10);
 
-              /* "ivshmem/channel/messages.pyx":83
+              /* "ivshmem/channel/messages.pyx":85
  *                     self.wait_again(timeout)
  *             except BaseException:
  *                 ivshmem_loan_drop(&self.writer, cell)             # <<<<<<<<<<<<<<
@@ -6389,23 +6415,23 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_put(struct __pyx_o
 */
               ivshmem_loan_drop((&__pyx_v_self->__pyx_base.writer), __pyx_v_cell);
 
-              /* "ivshmem/channel/messages.pyx":84
+              /* "ivshmem/channel/messages.pyx":86
  *             except BaseException:
  *                 ivshmem_loan_drop(&self.writer, cell)
  *                 raise             # <<<<<<<<<<<<<<
  *             self.send(cell, view.len, 0)
  *             return self.writer.missed
 */
+              __Pyx_GIVEREF(__pyx_t_3);
               __Pyx_GIVEREF(__pyx_t_4);
-              __Pyx_GIVEREF(__pyx_t_5);
               __Pyx_XGIVEREF(__pyx_t_10);
-              __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_5, __pyx_t_10);
-              __pyx_t_4 = 0;  __pyx_t_5 = 0;  __pyx_t_10 = 0; 
-              __PYX_ERR(0, 84, __pyx_L16_except_error)
+              __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_4, __pyx_t_10);
+              __pyx_t_3 = 0;  __pyx_t_4 = 0;  __pyx_t_10 = 0; 
+              __PYX_ERR(0, 86, __pyx_L16_except_error)
             }
             goto __pyx_L16_except_error;
 
-            /* "ivshmem/channel/messages.pyx":78
+            /* "ivshmem/channel/messages.pyx":80
  *                 raise self.fail(code)
  *             self.loan_cell(&cell)
  *             try:             # <<<<<<<<<<<<<<
@@ -6421,24 +6447,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_put(struct __pyx_o
             __pyx_L19_try_end:;
           }
 
-          /* "ivshmem/channel/messages.pyx":85
+          /* "ivshmem/channel/messages.pyx":87
  *                 ivshmem_loan_drop(&self.writer, cell)
  *                 raise
  *             self.send(cell, view.len, 0)             # <<<<<<<<<<<<<<
  *             return self.writer.missed
  *         finally:
 */
-          __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.send(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell, __pyx_v_view.len, 0); if (unlikely(__pyx_t_11 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 85, __pyx_L8_error)
+          __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.send(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell, __pyx_v_view.len, 0); if (unlikely(__pyx_t_11 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 87, __pyx_L8_error)
 
 
-          /* "ivshmem/channel/messages.pyx":86
+          /* "ivshmem/channel/messages.pyx":88
  *                 raise
  *             self.send(cell, view.len, 0)
  *             return self.writer.missed             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_10 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.writer.missed); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 86, __pyx_L8_error)
+          __pyx_t_10 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.writer.missed); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 88, __pyx_L8_error)
           __Pyx_GOTREF(__pyx_t_10);
           {
             PyObject *__pyx_temp;
@@ -6453,7 +6479,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_put(struct __pyx_o
           goto __pyx_L7_return;
         }
 
-        /* "ivshmem/channel/messages.pyx":88
+        /* "ivshmem/channel/messages.pyx":90
  *             return self.writer.missed
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -6467,8 +6493,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_put(struct __pyx_o
             __Pyx_PyThreadState_assign
             __pyx_t_9 = 0; __pyx_t_8 = 0; __pyx_t_7 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0;
             __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
+            __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
              __Pyx_ExceptionSwap(&__pyx_t_14, &__pyx_t_15, &__pyx_t_16);
             if ( unlikely(__Pyx_GetException(&__pyx_t_9, &__pyx_t_8, &__pyx_t_7) < 0)) __Pyx_ErrFetch(&__pyx_t_9, &__pyx_t_8, &__pyx_t_7);
             __Pyx_XGOTREF(__pyx_t_9);
@@ -6477,7 +6503,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_put(struct __pyx_o
             __Pyx_XGOTREF(__pyx_t_14);
             __Pyx_XGOTREF(__pyx_t_15);
             __Pyx_XGOTREF(__pyx_t_16);
-            __pyx_t_2 = __pyx_lineno; __pyx_t_12 = __pyx_clineno; __pyx_t_13 = __pyx_filename;
+            __pyx_t_6 = __pyx_lineno; __pyx_t_12 = __pyx_clineno; __pyx_t_13 = __pyx_filename;
             {
               PyBuffer_Release((&__pyx_v_view));
             }
@@ -6490,7 +6516,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_put(struct __pyx_o
             __Pyx_XGIVEREF(__pyx_t_7);
             __Pyx_ErrRestore(__pyx_t_9, __pyx_t_8, __pyx_t_7);
             __pyx_t_9 = 0; __pyx_t_8 = 0; __pyx_t_7 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0;
-            __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_12; __pyx_filename = __pyx_t_13;
+            __pyx_lineno = __pyx_t_6; __pyx_clineno = __pyx_t_12; __pyx_filename = __pyx_t_13;
             goto __pyx_L4_error;
           }
           __pyx_L7_return: {
@@ -6504,7 +6530,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_put(struct __pyx_o
         }
       }
 
-      /* "ivshmem/channel/messages.pyx":41
+      /* "ivshmem/channel/messages.pyx":43
  *     """
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6533,8 +6559,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_put(struct __pyx_o
   goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_10);
   __Pyx_AddTraceback("ivshmem.channel.messages.Writer.put", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
@@ -6548,7 +6574,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_put(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":90
+/* "ivshmem/channel/messages.pyx":92
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6598,24 +6624,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_parts,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 90, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 92, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 90, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 92, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 90, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 92, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_parts", 0) < (0)) __PYX_ERR(0, 90, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_parts", 0) < (0)) __PYX_ERR(0, 92, __pyx_L3_error)
 
-      /* "ivshmem/channel/messages.pyx":91
+      /* "ivshmem/channel/messages.pyx":93
  * 
  *     @cython.critical_section
  *     def put_parts(self, parts, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -6625,17 +6651,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_parts", 0, 1, 2, i); __PYX_ERR(0, 90, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_parts", 0, 1, 2, i); __PYX_ERR(0, 92, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 90, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 92, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 90, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 92, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -6648,7 +6674,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("put_parts", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 90, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("put_parts", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 92, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6661,7 +6687,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(((struct __pyx_obj_7ivshmem_7channel_8messages_Writer *)__pyx_v_self), __pyx_v_parts, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/messages.pyx":90
+  /* "ivshmem/channel/messages.pyx":92
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6701,11 +6727,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
   PyObject *__pyx_t_13 = NULL;
   PyObject *__pyx_t_14 = NULL;
   PyObject *__pyx_t_15 = NULL;
-  Py_ssize_t __pyx_t_16;
-  int __pyx_t_17;
-  Py_ssize_t __pyx_t_18;
+  PyObject *__pyx_t_16 = NULL;
+  PyObject *__pyx_t_17 = NULL;
+  PyObject *__pyx_t_18 = NULL;
   Py_ssize_t __pyx_t_19;
-  int __pyx_t_20;
+  PyObject *__pyx_t_20 = NULL;
+  int __pyx_t_21;
+  int __pyx_t_22;
+  int __pyx_t_23;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -6717,7 +6746,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/messages.pyx":94
+        /* "ivshmem/channel/messages.pyx":96
  *         """Copy several buffers into one message, one after the other; otherwise as `put`."""
  *         cdef Loan loan
  *         buffers = [memoryview(part).cast("B") for part in parts]             # <<<<<<<<<<<<<<
@@ -6725,16 +6754,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
  *         try:
 */
         { /* enter inner scope */
-          __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 94, __pyx_L8_error)
+          __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 96, __pyx_L8_error)
           __Pyx_GOTREF(__pyx_t_2);
           if (likely(PyList_CheckExact(__pyx_v_parts)) || PyTuple_CheckExact(__pyx_v_parts)) {
             __pyx_t_3 = __pyx_v_parts; __Pyx_INCREF(__pyx_t_3);
             __pyx_t_4 = 0;
             __pyx_t_5 = NULL;
           } else {
-            __pyx_t_4 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_v_parts); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 94, __pyx_L8_error)
+            __pyx_t_4 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_v_parts); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 96, __pyx_L8_error)
             __Pyx_GOTREF(__pyx_t_3);
-            __pyx_t_5 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 94, __pyx_L8_error)
+            __pyx_t_5 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 96, __pyx_L8_error)
           }
           for (;;) {
             if (likely(!__pyx_t_5)) {
@@ -6742,7 +6771,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
                 {
                   Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
                   #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 94, __pyx_L8_error)
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 96, __pyx_L8_error)
                   #endif
                   if (__pyx_t_4 >= __pyx_temp) break;
                 }
@@ -6752,7 +6781,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
                 {
                   Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_3);
                   #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 94, __pyx_L8_error)
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 96, __pyx_L8_error)
                   #endif
                   if (__pyx_t_4 >= __pyx_temp) break;
                 }
@@ -6763,13 +6792,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
                 #endif
                 ++__pyx_t_4;
               }
-              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 94, __pyx_L8_error)
+              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 96, __pyx_L8_error)
             } else {
               __pyx_t_6 = __pyx_t_5(__pyx_t_3);
               if (unlikely(!__pyx_t_6)) {
                 PyObject* exc_type = PyErr_Occurred();
                 if (exc_type) {
-                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 94, __pyx_L8_error)
+                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 96, __pyx_L8_error)
                   PyErr_Clear();
                 }
                 break;
@@ -6778,7 +6807,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
             __Pyx_GOTREF(__pyx_t_6);
             __Pyx_XDECREF_SET(__pyx_7genexpr__pyx_v_part, __pyx_t_6);
             __pyx_t_6 = 0;
-            __pyx_t_8 = PyMemoryView_FromObject(__pyx_7genexpr__pyx_v_part); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 94, __pyx_L8_error)
+            __pyx_t_8 = PyMemoryView_FromObject(__pyx_7genexpr__pyx_v_part); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 96, __pyx_L8_error)
             __Pyx_GOTREF(__pyx_t_8);
             __pyx_t_7 = __pyx_t_8;
             __Pyx_INCREF(__pyx_t_7);
@@ -6788,11 +6817,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
               __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cast, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
               __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 94, __pyx_L8_error)
+              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 96, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_6);
             }
-            if (!(likely(PyMemoryView_Check(__pyx_t_6))||((__pyx_t_6) == Py_None) || __Pyx_RaiseUnexpectedTypeError("memoryview", __pyx_t_6))) __PYX_ERR(0, 94, __pyx_L8_error)
-            if (unlikely(__Pyx_ListComp_Append(__pyx_t_2, __pyx_t_6))) __PYX_ERR(0, 94, __pyx_L8_error)
+            if (!(likely(PyMemoryView_Check(__pyx_t_6))||((__pyx_t_6) == Py_None) || __Pyx_RaiseUnexpectedTypeError("memoryview", __pyx_t_6))) __PYX_ERR(0, 96, __pyx_L8_error)
+            if (unlikely(__Pyx_ListComp_Append(__pyx_t_2, __pyx_t_6))) __PYX_ERR(0, 96, __pyx_L8_error)
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -6806,18 +6835,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
         __pyx_v_buffers = ((PyObject*)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/messages.pyx":95
+        /* "ivshmem/channel/messages.pyx":97
  *         cdef Loan loan
  *         buffers = [memoryview(part).cast("B") for part in parts]
  *         loan = self.loan(sum(map(len, buffers)))             # <<<<<<<<<<<<<<
  *         try:
- *             into = memoryview(loan)
+ *             with memoryview(loan) as into:
 */
         __pyx_t_3 = ((PyObject *)__pyx_v_self);
         __Pyx_INCREF(__pyx_t_3);
         __pyx_t_8 = NULL;
         __pyx_t_10 = NULL;
-        __pyx_t_11 = __Pyx_GetBuiltinName(__pyx_mstate_global->__pyx_n_u_len); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 95, __pyx_L4_error)
+        __pyx_t_11 = __Pyx_GetBuiltinName(__pyx_mstate_global->__pyx_n_u_len); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 97, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_11);
         __pyx_t_9 = 1;
         {
@@ -6825,7 +6854,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
           __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_map, __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
           __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-          if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 95, __pyx_L4_error)
+          if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 97, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
         }
         __pyx_t_9 = 1;
@@ -6834,7 +6863,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
           __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_sum, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
           __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 95, __pyx_L4_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 97, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
         }
         __pyx_t_9 = 0;
@@ -6843,19 +6872,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
           __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_loan, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 95, __pyx_L4_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 97, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
-        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan))))) __PYX_ERR(0, 95, __pyx_L4_error)
+        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan))))) __PYX_ERR(0, 97, __pyx_L4_error)
         __pyx_v_loan = ((struct __pyx_obj_7ivshmem_7channel_8messages_Loan *)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/messages.pyx":96
+        /* "ivshmem/channel/messages.pyx":98
  *         buffers = [memoryview(part).cast("B") for part in parts]
  *         loan = self.loan(sum(map(len, buffers)))
  *         try:             # <<<<<<<<<<<<<<
- *             into = memoryview(loan)
- *             at = 0
+ *             with memoryview(loan) as into:
+ *                 at = 0
 */
         {
           __Pyx_PyThreadState_declare
@@ -6866,136 +6895,230 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
           __Pyx_XGOTREF(__pyx_t_14);
           /*try:*/ {
 
-            /* "ivshmem/channel/messages.pyx":97
+            /* "ivshmem/channel/messages.pyx":99
  *         loan = self.loan(sum(map(len, buffers)))
  *         try:
- *             into = memoryview(loan)             # <<<<<<<<<<<<<<
- *             at = 0
- *             for part in buffers:
+ *             with memoryview(loan) as into:             # <<<<<<<<<<<<<<
+ *                 at = 0
+ *                 for part in buffers:
 */
-            __pyx_t_2 = PyMemoryView_FromObject(((PyObject *)__pyx_v_loan)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 97, __pyx_L13_error)
-            __Pyx_GOTREF(__pyx_t_2);
-            __pyx_v_into = ((PyObject*)__pyx_t_2);
-            __pyx_t_2 = 0;
-
-            /* "ivshmem/channel/messages.pyx":98
- *         try:
- *             into = memoryview(loan)
- *             at = 0             # <<<<<<<<<<<<<<
- *             for part in buffers:
- *                 into[at : at + len(part)] = part
-*/
-            __Pyx_INCREF(__pyx_mstate_global->__pyx_int_0);
-            __pyx_v_at = __pyx_mstate_global->__pyx_int_0;
-
-            /* "ivshmem/channel/messages.pyx":99
- *             into = memoryview(loan)
- *             at = 0
- *             for part in buffers:             # <<<<<<<<<<<<<<
- *                 into[at : at + len(part)] = part
- *                 at += len(part)
-*/
-            __pyx_t_2 = __pyx_v_buffers; __Pyx_INCREF(__pyx_t_2);
-            __pyx_t_4 = 0;
-            for (;;) {
+            /*with:*/ {
+              __pyx_t_2 = PyMemoryView_FromObject(((PyObject *)__pyx_v_loan)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 99, __pyx_L13_error)
+              __Pyx_GOTREF(__pyx_t_2);
+              __pyx_t_15 = __Pyx_PyObject_LookupSpecial(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 99, __pyx_L13_error)
+              __Pyx_GOTREF(__pyx_t_15);
+              __pyx_t_3 = NULL;
+              __pyx_t_7 = __Pyx_PyObject_LookupSpecial(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 99, __pyx_L19_error)
+              __Pyx_GOTREF(__pyx_t_7);
+              __pyx_t_9 = 1;
+              #if CYTHON_UNPACK_METHODS
+              if (likely(PyMethod_Check(__pyx_t_7))) {
+                __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_7);
+                assert(__pyx_t_3);
+                PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_7);
+                __Pyx_INCREF(__pyx_t_3);
+                __Pyx_INCREF(__pyx__function);
+                __Pyx_DECREF_SET(__pyx_t_7, __pyx__function);
+                __pyx_t_9 = 0;
+              }
+              #endif
               {
-                Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_2);
-                #if !CYTHON_ASSUME_SAFE_SIZE
-                if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 99, __pyx_L13_error)
-                #endif
-                if (__pyx_t_4 >= __pyx_temp) break;
+                PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
+                __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_9, (1-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+                __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+                __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+                if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 99, __pyx_L19_error)
+                __Pyx_GOTREF(__pyx_t_6);
               }
-              __pyx_t_6 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_2, __pyx_t_4, __Pyx_ReferenceSharing_OwnStrongReference);
-              ++__pyx_t_4;
-              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 99, __pyx_L13_error)
-              __Pyx_GOTREF(__pyx_t_6);
-              __Pyx_XDECREF_SET(__pyx_v_part, __pyx_t_6);
+              __pyx_t_7 = __pyx_t_6;
               __pyx_t_6 = 0;
+              __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+              /*try:*/ {
+                {
+                  __Pyx_PyThreadState_declare
+                  __Pyx_PyThreadState_assign
+                  __Pyx_ExceptionSave(&__pyx_t_16, &__pyx_t_17, &__pyx_t_18);
+                  __Pyx_XGOTREF(__pyx_t_16);
+                  __Pyx_XGOTREF(__pyx_t_17);
+                  __Pyx_XGOTREF(__pyx_t_18);
+                  /*try:*/ {
+                    __pyx_v_into = __pyx_t_7;
+                    __pyx_t_7 = 0;
 
-              /* "ivshmem/channel/messages.pyx":100
- *             at = 0
- *             for part in buffers:
- *                 into[at : at + len(part)] = part             # <<<<<<<<<<<<<<
- *                 at += len(part)
- *             into.release()
+                    /* "ivshmem/channel/messages.pyx":100
+ *         try:
+ *             with memoryview(loan) as into:
+ *                 at = 0             # <<<<<<<<<<<<<<
+ *                 for part in buffers:
+ *                     into[at : at + len(part)] = part
 */
-              __Pyx_INCREF(__pyx_v_at);
-              __pyx_t_15 = __pyx_v_at;
-              __pyx_t_17 = (__pyx_t_15 == ((PyObject*)Py_None));
-              if (__pyx_t_17) {
+                    __Pyx_INCREF(__pyx_mstate_global->__pyx_int_0);
+                    __pyx_v_at = __pyx_mstate_global->__pyx_int_0;
 
-                __pyx_t_16 = 0;
-              } else {
-                __pyx_t_18 = __Pyx_PyIndex_AsSsize_t(__pyx_t_15); if (unlikely((__pyx_t_18 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 100, __pyx_L13_error)
-                __pyx_t_16 = __pyx_t_18;
-              }
+                    /* "ivshmem/channel/messages.pyx":101
+ *             with memoryview(loan) as into:
+ *                 at = 0
+ *                 for part in buffers:             # <<<<<<<<<<<<<<
+ *                     into[at : at + len(part)] = part
+ *                     at += len(part)
+*/
+                    __pyx_t_7 = __pyx_v_buffers; __Pyx_INCREF(__pyx_t_7);
+                    __pyx_t_4 = 0;
+                    for (;;) {
+                      {
+                        Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_7);
+                        #if !CYTHON_ASSUME_SAFE_SIZE
+                        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 101, __pyx_L23_error)
+                        #endif
+                        if (__pyx_t_4 >= __pyx_temp) break;
+                      }
+                      __pyx_t_2 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_7, __pyx_t_4, __Pyx_ReferenceSharing_OwnStrongReference);
+                      ++__pyx_t_4;
+                      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 101, __pyx_L23_error)
+                      __Pyx_GOTREF(__pyx_t_2);
+                      __Pyx_XDECREF_SET(__pyx_v_part, __pyx_t_2);
+                      __pyx_t_2 = 0;
 
-              __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-              __pyx_t_18 = PyObject_Length(__pyx_v_part); if (unlikely(__pyx_t_18 == ((Py_ssize_t)-1))) __PYX_ERR(0, 100, __pyx_L13_error)
-              __pyx_t_6 = PyLong_FromSsize_t(__pyx_t_18); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 100, __pyx_L13_error)
-              __Pyx_GOTREF(__pyx_t_6);
-
-              __pyx_t_3 = __Pyx_PyNumber_Add_int_int(__pyx_v_at, __pyx_t_6); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 100, __pyx_L13_error)
-              __Pyx_GOTREF(__pyx_t_3);
-              __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-              __pyx_t_17 = (__pyx_t_3 == ((PyObject*)Py_None));
-              if (__pyx_t_17) {
-
-                __pyx_t_18 = PY_SSIZE_T_MAX;
-              } else {
-                __pyx_t_19 = __Pyx_PyIndex_AsSsize_t(__pyx_t_3); if (unlikely((__pyx_t_19 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 100, __pyx_L13_error)
-                __pyx_t_18 = __pyx_t_19;
-              }
-
-              __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-              if (__Pyx_PyObject_SetSlice(__pyx_v_into, __pyx_v_part, __pyx_t_16, __pyx_t_18, NULL, NULL, NULL, 1, 1, 1) < (0)) __PYX_ERR(0, 100, __pyx_L13_error)
-
-
-
-              /* "ivshmem/channel/messages.pyx":101
- *             for part in buffers:
- *                 into[at : at + len(part)] = part
- *                 at += len(part)             # <<<<<<<<<<<<<<
- *             into.release()
+                      /* "ivshmem/channel/messages.pyx":102
+ *                 at = 0
+ *                 for part in buffers:
+ *                     into[at : at + len(part)] = part             # <<<<<<<<<<<<<<
+ *                     at += len(part)
  *         except BaseException:
 */
-              __pyx_t_18 = PyObject_Length(__pyx_v_part); if (unlikely(__pyx_t_18 == ((Py_ssize_t)-1))) __PYX_ERR(0, 101, __pyx_L13_error)
-              __pyx_t_3 = PyLong_FromSsize_t(__pyx_t_18); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 101, __pyx_L13_error)
-              __Pyx_GOTREF(__pyx_t_3);
+                      __pyx_t_19 = PyObject_Length(__pyx_v_part); if (unlikely(__pyx_t_19 == ((Py_ssize_t)-1))) __PYX_ERR(0, 102, __pyx_L23_error)
+                      __pyx_t_2 = PyLong_FromSsize_t(__pyx_t_19); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 102, __pyx_L23_error)
+                      __Pyx_GOTREF(__pyx_t_2);
 
-              __pyx_t_6 = __Pyx_PyNumber_InPlaceAdd_int_int(__pyx_v_at, __pyx_t_3); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 101, __pyx_L13_error)
-              __Pyx_GOTREF(__pyx_t_6);
-              __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-              __Pyx_DECREF_SET(__pyx_v_at, ((PyObject*)__pyx_t_6));
-              __pyx_t_6 = 0;
+                      __pyx_t_6 = __Pyx_PyNumber_Add_int_int(__pyx_v_at, __pyx_t_2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 102, __pyx_L23_error)
+                      __Pyx_GOTREF(__pyx_t_6);
+                      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+                      if (__Pyx_PyObject_SetSlice(__pyx_v_into, __pyx_v_part, 0, 0, &__pyx_v_at, &__pyx_t_6, NULL, 0, 0, 1) < (0)) __PYX_ERR(0, 102, __pyx_L23_error)
+                      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-              /* "ivshmem/channel/messages.pyx":99
- *             into = memoryview(loan)
- *             at = 0
- *             for part in buffers:             # <<<<<<<<<<<<<<
- *                 into[at : at + len(part)] = part
- *                 at += len(part)
-*/
-            }
-            __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-            /* "ivshmem/channel/messages.pyx":102
- *                 into[at : at + len(part)] = part
- *                 at += len(part)
- *             into.release()             # <<<<<<<<<<<<<<
+                      /* "ivshmem/channel/messages.pyx":103
+ *                 for part in buffers:
+ *                     into[at : at + len(part)] = part
+ *                     at += len(part)             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             loan.drop()
 */
-            __pyx_t_2 = __Pyx_CallUnboundCMethod0(&__pyx_mstate_global->__pyx_umethod_PyMemoryView_Type__release, __pyx_v_into); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 102, __pyx_L13_error)
-            __Pyx_GOTREF(__pyx_t_2);
-            __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+                      __pyx_t_19 = PyObject_Length(__pyx_v_part); if (unlikely(__pyx_t_19 == ((Py_ssize_t)-1))) __PYX_ERR(0, 103, __pyx_L23_error)
+                      __pyx_t_6 = PyLong_FromSsize_t(__pyx_t_19); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 103, __pyx_L23_error)
+                      __Pyx_GOTREF(__pyx_t_6);
 
-            /* "ivshmem/channel/messages.pyx":96
+                      __pyx_t_2 = __Pyx_PyNumber_InPlaceAdd_int_int(__pyx_v_at, __pyx_t_6); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 103, __pyx_L23_error)
+                      __Pyx_GOTREF(__pyx_t_2);
+                      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+                      __Pyx_DECREF_SET(__pyx_v_at, ((PyObject*)__pyx_t_2));
+                      __pyx_t_2 = 0;
+
+                      /* "ivshmem/channel/messages.pyx":101
+ *             with memoryview(loan) as into:
+ *                 at = 0
+ *                 for part in buffers:             # <<<<<<<<<<<<<<
+ *                     into[at : at + len(part)] = part
+ *                     at += len(part)
+*/
+                    }
+                    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+
+                    /* "ivshmem/channel/messages.pyx":99
+ *         loan = self.loan(sum(map(len, buffers)))
+ *         try:
+ *             with memoryview(loan) as into:             # <<<<<<<<<<<<<<
+ *                 at = 0
+ *                 for part in buffers:
+*/
+                  }
+                  __Pyx_XDECREF(__pyx_t_16); __pyx_t_16 = 0;
+                  __Pyx_XDECREF(__pyx_t_17); __pyx_t_17 = 0;
+                  __Pyx_XDECREF(__pyx_t_18); __pyx_t_18 = 0;
+                  goto __pyx_L28_try_end;
+                  __pyx_L23_error:;
+                  __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
+                  __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
+                  __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+                  __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+                  __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+                  __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+                  __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
+                  /*except:*/ {
+                    __Pyx_AddTraceback("ivshmem.channel.messages.Writer.put_parts", __pyx_clineno, __pyx_lineno, __pyx_filename);
+                    if (__Pyx_GetException(&__pyx_t_7, &__pyx_t_2, &__pyx_t_6) < 0) __PYX_ERR(0, 99, __pyx_L25_except_error)
+                    __Pyx_XGOTREF(__pyx_t_7);
+                    __Pyx_XGOTREF(__pyx_t_2);
+                    __Pyx_XGOTREF(__pyx_t_6);
+                    {
+                      PyObject* __pyx_temp[3] = {__pyx_t_7, __pyx_t_2, __pyx_t_6};
+                      __pyx_t_3 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 99, __pyx_L25_except_error)
+                      __Pyx_GOTREF(__pyx_t_3);
+                    }
+                    __pyx_t_20 = __Pyx_PyObject_Call(__pyx_t_15, __pyx_t_3, NULL);
+                    __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
+                    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+                    if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 99, __pyx_L25_except_error)
+                    __Pyx_GOTREF(__pyx_t_20);
+                    __pyx_t_21 = __Pyx_PyObject_IsTrue(__pyx_t_20);
+                    __Pyx_DECREF(__pyx_t_20); __pyx_t_20 = 0;
+                    if (__pyx_t_21 < (0)) __PYX_ERR(0, 99, __pyx_L25_except_error)
+                    __pyx_t_22 = (!__pyx_t_21);
+
+
+                    if (unlikely(__pyx_t_22)) {
+
+                      __Pyx_GIVEREF(__pyx_t_7);
+                      __Pyx_GIVEREF(__pyx_t_2);
+                      __Pyx_XGIVEREF(__pyx_t_6);
+                      __Pyx_ErrRestoreWithState(__pyx_t_7, __pyx_t_2, __pyx_t_6);
+                      __pyx_t_7 = 0;  __pyx_t_2 = 0;  __pyx_t_6 = 0; 
+                      __PYX_ERR(0, 99, __pyx_L25_except_error)
+                    }
+                    __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+                    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+                    __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+                    goto __pyx_L24_exception_handled;
+                  }
+                  __pyx_L25_except_error:;
+                  __Pyx_XGIVEREF(__pyx_t_16);
+                  __Pyx_XGIVEREF(__pyx_t_17);
+                  __Pyx_XGIVEREF(__pyx_t_18);
+                  __Pyx_ExceptionReset(__pyx_t_16, __pyx_t_17, __pyx_t_18);
+                  goto __pyx_L13_error;
+                  __pyx_L24_exception_handled:;
+                  __Pyx_XGIVEREF(__pyx_t_16);
+                  __Pyx_XGIVEREF(__pyx_t_17);
+                  __Pyx_XGIVEREF(__pyx_t_18);
+                  __Pyx_ExceptionReset(__pyx_t_16, __pyx_t_17, __pyx_t_18);
+                  __pyx_L28_try_end:;
+                }
+              }
+              /*finally:*/ {
+                /*normal exit:*/{
+                  if (__pyx_t_15) {
+                    __pyx_t_18 = __Pyx_PyObject_Call(__pyx_t_15, __pyx_mstate_global->__pyx_tuple[0], NULL);
+                    __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
+                    if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 99, __pyx_L13_error)
+                    __Pyx_GOTREF(__pyx_t_18);
+                    __Pyx_DECREF(__pyx_t_18); __pyx_t_18 = 0;
+                  }
+                  goto __pyx_L22;
+                }
+                __pyx_L22:;
+              }
+              goto __pyx_L35;
+              __pyx_L19_error:;
+              __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
+              goto __pyx_L13_error;
+              __pyx_L35:;
+            }
+
+            /* "ivshmem/channel/messages.pyx":98
  *         buffers = [memoryview(part).cast("B") for part in parts]
  *         loan = self.loan(sum(map(len, buffers)))
  *         try:             # <<<<<<<<<<<<<<
- *             into = memoryview(loan)
- *             at = 0
+ *             with memoryview(loan) as into:
+ *                 at = 0
 */
           }
           __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -7005,30 +7128,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
           __pyx_L13_error:;
           __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
           __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
-          __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
           __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-          /* "ivshmem/channel/messages.pyx":103
- *                 at += len(part)
- *             into.release()
+          /* "ivshmem/channel/messages.pyx":104
+ *                     into[at : at + len(part)] = part
+ *                     at += len(part)
  *         except BaseException:             # <<<<<<<<<<<<<<
  *             loan.drop()
  *             raise
 */
-          __pyx_t_20 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
-          if (__pyx_t_20) {
+          __pyx_t_23 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
+          if (__pyx_t_23) {
             __Pyx_AddTraceback("ivshmem.channel.messages.Writer.put_parts", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_2, &__pyx_t_6, &__pyx_t_3) < 0) __PYX_ERR(0, 103, __pyx_L15_except_error)
-            __Pyx_XGOTREF(__pyx_t_2);
+            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_2, &__pyx_t_7) < 0) __PYX_ERR(0, 104, __pyx_L15_except_error)
             __Pyx_XGOTREF(__pyx_t_6);
-            __Pyx_XGOTREF(__pyx_t_3);
+            __Pyx_XGOTREF(__pyx_t_2);
+            __Pyx_XGOTREF(__pyx_t_7);
 
-            /* "ivshmem/channel/messages.pyx":104
- *             into.release()
+            /* "ivshmem/channel/messages.pyx":105
+ *                     at += len(part)
  *         except BaseException:
  *             loan.drop()             # <<<<<<<<<<<<<<
  *             raise
@@ -7039,35 +7161,35 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
             __pyx_t_9 = 0;
             {
               PyObject *__pyx_callargs[2] = {__pyx_t_8, NULL};
-              __pyx_t_7 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_drop, __pyx_callargs+__pyx_t_9, (1-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+              __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_drop, __pyx_callargs+__pyx_t_9, (1-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
-              if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 104, __pyx_L15_except_error)
-              __Pyx_GOTREF(__pyx_t_7);
+              if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 105, __pyx_L15_except_error)
+              __Pyx_GOTREF(__pyx_t_3);
             }
-            __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+            __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-            /* "ivshmem/channel/messages.pyx":105
+            /* "ivshmem/channel/messages.pyx":106
  *         except BaseException:
  *             loan.drop()
  *             raise             # <<<<<<<<<<<<<<
  *         return loan.publish(timeout, spin=spin)
  * 
 */
-            __Pyx_GIVEREF(__pyx_t_2);
             __Pyx_GIVEREF(__pyx_t_6);
-            __Pyx_XGIVEREF(__pyx_t_3);
-            __Pyx_ErrRestoreWithState(__pyx_t_2, __pyx_t_6, __pyx_t_3);
-            __pyx_t_2 = 0;  __pyx_t_6 = 0;  __pyx_t_3 = 0; 
-            __PYX_ERR(0, 105, __pyx_L15_except_error)
+            __Pyx_GIVEREF(__pyx_t_2);
+            __Pyx_XGIVEREF(__pyx_t_7);
+            __Pyx_ErrRestoreWithState(__pyx_t_6, __pyx_t_2, __pyx_t_7);
+            __pyx_t_6 = 0;  __pyx_t_2 = 0;  __pyx_t_7 = 0; 
+            __PYX_ERR(0, 106, __pyx_L15_except_error)
           }
           goto __pyx_L15_except_error;
 
-          /* "ivshmem/channel/messages.pyx":96
+          /* "ivshmem/channel/messages.pyx":98
  *         buffers = [memoryview(part).cast("B") for part in parts]
  *         loan = self.loan(sum(map(len, buffers)))
  *         try:             # <<<<<<<<<<<<<<
- *             into = memoryview(loan)
- *             at = 0
+ *             with memoryview(loan) as into:
+ *                 at = 0
 */
           __pyx_L15_except_error:;
           __Pyx_XGIVEREF(__pyx_t_12);
@@ -7078,54 +7200,54 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
           __pyx_L18_try_end:;
         }
 
-        /* "ivshmem/channel/messages.pyx":106
+        /* "ivshmem/channel/messages.pyx":107
  *             loan.drop()
  *             raise
  *         return loan.publish(timeout, spin=spin)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_6 = ((PyObject *)__pyx_v_loan);
-        __Pyx_INCREF(__pyx_t_6);
+        __pyx_t_2 = ((PyObject *)__pyx_v_loan);
+        __Pyx_INCREF(__pyx_t_2);
         #if CYTHON_VECTORCALL
         #endif
         __pyx_t_9 = 0;
         {
-          PyObject *__pyx_callargs[3] = {__pyx_t_6, __pyx_v_timeout, __pyx_v_spin};
+          PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_v_timeout, __pyx_v_spin};
           #if CYTHON_VECTORCALL
-          __pyx_t_2 = __pyx_mstate_global->__pyx_tuple[0];
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 106, __pyx_L4_error)
-          __Pyx_INCREF(__pyx_t_2);
+          __pyx_t_6 = __pyx_mstate_global->__pyx_tuple[1];
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 107, __pyx_L4_error)
+          __Pyx_INCREF(__pyx_t_6);
           #else
           {
             PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_spin};
-            __pyx_t_2 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+2, 1);
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 106, __pyx_L4_error)
-            __Pyx_GOTREF(__pyx_t_2);
+            __pyx_t_6 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+2, 1);
+            if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 107, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_6);
           }
           #endif
-          __pyx_t_3 = __Pyx_Object_VectorcallMethodKwds((PyObject*)__pyx_mstate_global->__pyx_n_u_publish, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET), __pyx_t_2);
-          __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+          __pyx_t_7 = __Pyx_Object_VectorcallMethodKwds((PyObject*)__pyx_mstate_global->__pyx_n_u_publish, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET), __pyx_t_6);
+          __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
           #if CYTHON_VECTORCALL
           #endif
-          __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 106, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_3);
+          __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+          if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 107, __pyx_L4_error)
+          __Pyx_GOTREF(__pyx_t_7);
         }
         {
           PyObject *__pyx_temp;
           {
             __pyx_temp = __pyx_r;
-            __pyx_r = __pyx_t_3;
+            __pyx_r = __pyx_t_7;
           }
           __Pyx_XDECREF(__pyx_temp);
         }
-        __pyx_t_3 = 0;
+        __pyx_t_7 = 0;
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/messages.pyx":90
+      /* "ivshmem/channel/messages.pyx":92
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7161,7 +7283,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
   __Pyx_XDECREF(__pyx_t_8);
   __Pyx_XDECREF(__pyx_t_10);
   __Pyx_XDECREF(__pyx_t_11);
-  __Pyx_XDECREF(__pyx_t_15);
   __Pyx_AddTraceback("ivshmem.channel.messages.Writer.put_parts", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -7176,7 +7297,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":108
+/* "ivshmem/channel/messages.pyx":109
  *         return loan.publish(timeout, spin=spin)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7226,24 +7347,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 108, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 109, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 108, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 109, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 108, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 109, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_rows", 0) < (0)) __PYX_ERR(0, 108, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_rows", 0) < (0)) __PYX_ERR(0, 109, __pyx_L3_error)
 
-      /* "ivshmem/channel/messages.pyx":109
+      /* "ivshmem/channel/messages.pyx":110
  * 
  *     @cython.critical_section
  *     def put_rows(self, rows, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -7253,17 +7374,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_rows", 0, 1, 2, i); __PYX_ERR(0, 108, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_rows", 0, 1, 2, i); __PYX_ERR(0, 109, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 108, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 109, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 108, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 109, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -7276,7 +7397,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("put_rows", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 108, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("put_rows", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 109, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7289,7 +7410,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(((struct __pyx_obj_7ivshmem_7channel_8messages_Writer *)__pyx_v_self), __pyx_v_rows, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/messages.pyx":108
+  /* "ivshmem/channel/messages.pyx":109
  *         return loan.publish(timeout, spin=spin)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7348,7 +7469,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/messages.pyx":125
+        /* "ivshmem/channel/messages.pyx":126
  *         """
  *         cdef Py_buffer view
  *         cdef uint32_t cell = 0             # <<<<<<<<<<<<<<
@@ -7357,7 +7478,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 */
         __pyx_v_cell = 0;
 
-        /* "ivshmem/channel/messages.pyx":128
+        /* "ivshmem/channel/messages.pyx":129
  *         cdef uint64_t size, i, count
  *         cdef uint64_t time
  *         cdef int code = 0             # <<<<<<<<<<<<<<
@@ -7366,33 +7487,33 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 */
         __pyx_v_code = 0;
 
-        /* "ivshmem/channel/messages.pyx":129
+        /* "ivshmem/channel/messages.pyx":130
  *         cdef uint64_t time
  *         cdef int code = 0
  *         cdef object whole = memoryview(rows)             # <<<<<<<<<<<<<<
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
 */
-        __pyx_t_2 = PyMemoryView_FromObject(__pyx_v_rows); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 129, __pyx_L4_error)
+        __pyx_t_2 = PyMemoryView_FromObject(__pyx_v_rows); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 130, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         __pyx_v_whole = __pyx_t_2;
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/messages.pyx":130
+        /* "ivshmem/channel/messages.pyx":131
  *         cdef int code = 0
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:             # <<<<<<<<<<<<<<
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         if self.claims or self.channel.record.geometry.kind == IVSHMEM_VALUE:
 */
-        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_ndim); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 130, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_ndim); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 131, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_3 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_2, __pyx_mstate_global->__pyx_int_2, Py_LT); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 130, __pyx_L4_error)
+        __pyx_t_3 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_2, __pyx_mstate_global->__pyx_int_2, Py_LT); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 131, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/messages.pyx":131
+          /* "ivshmem/channel/messages.pyx":132
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")             # <<<<<<<<<<<<<<
@@ -7405,14 +7526,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
             PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_rows_a_buffer_of_two_dimensions};
             __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 131, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 132, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           __Pyx_Raise(__pyx_t_2, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-          __PYX_ERR(0, 131, __pyx_L4_error)
+          __PYX_ERR(0, 132, __pyx_L4_error)
 
-          /* "ivshmem/channel/messages.pyx":130
+          /* "ivshmem/channel/messages.pyx":131
  *         cdef int code = 0
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:             # <<<<<<<<<<<<<<
@@ -7421,12 +7542,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 */
         }
 
-        /* "ivshmem/channel/messages.pyx":132
+        /* "ivshmem/channel/messages.pyx":133
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         if self.claims or self.channel.record.geometry.kind == IVSHMEM_VALUE:             # <<<<<<<<<<<<<<
  *             raise ChannelTypeError(f"channel {self.name!r} takes one message at a time")
- *         self.enter()
+ *         count = whole.shape[0]
 */
         if (!__pyx_v_self->__pyx_base.claims) {
         } else {
@@ -7443,17 +7564,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/messages.pyx":133
+          /* "ivshmem/channel/messages.pyx":134
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         if self.claims or self.channel.record.geometry.kind == IVSHMEM_VALUE:
  *             raise ChannelTypeError(f"channel {self.name!r} takes one message at a time")             # <<<<<<<<<<<<<<
- *         self.enter()
  *         count = whole.shape[0]
+ *         PyObject_GetBuffer(rows, &view, PyBUF_SIMPLE)
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ChannelTypeError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 133, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ChannelTypeError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 134, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
-          __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 133, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 134, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_channel;
           __pyx_t_9[1] = __pyx_t_8;
@@ -7467,7 +7588,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
           __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]);
           #endif
           __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_9, 3, __pyx_t_10, __pyx_t_11);
-          if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 133, __pyx_L4_error)
+          if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 134, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_12);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
           __pyx_t_5 = 1;
@@ -7488,35 +7609,25 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 133, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 134, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           __Pyx_Raise(__pyx_t_2, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-          __PYX_ERR(0, 133, __pyx_L4_error)
+          __PYX_ERR(0, 134, __pyx_L4_error)
 
-          /* "ivshmem/channel/messages.pyx":132
+          /* "ivshmem/channel/messages.pyx":133
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         if self.claims or self.channel.record.geometry.kind == IVSHMEM_VALUE:             # <<<<<<<<<<<<<<
  *             raise ChannelTypeError(f"channel {self.name!r} takes one message at a time")
- *         self.enter()
+ *         count = whole.shape[0]
 */
         }
 
-        /* "ivshmem/channel/messages.pyx":134
+        /* "ivshmem/channel/messages.pyx":135
  *         if self.claims or self.channel.record.geometry.kind == IVSHMEM_VALUE:
  *             raise ChannelTypeError(f"channel {self.name!r} takes one message at a time")
- *         self.enter()             # <<<<<<<<<<<<<<
- *         count = whole.shape[0]
- *         PyObject_GetBuffer(rows, &view, PyBUF_SIMPLE)
-*/
-        __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 134, __pyx_L4_error)
-
-
-        /* "ivshmem/channel/messages.pyx":135
- *             raise ChannelTypeError(f"channel {self.name!r} takes one message at a time")
- *         self.enter()
  *         count = whole.shape[0]             # <<<<<<<<<<<<<<
  *         PyObject_GetBuffer(rows, &view, PyBUF_SIMPLE)
  *         try:
@@ -7531,11 +7642,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
         __pyx_v_count = __pyx_t_13;
 
         /* "ivshmem/channel/messages.pyx":136
- *         self.enter()
+ *             raise ChannelTypeError(f"channel {self.name!r} takes one message at a time")
  *         count = whole.shape[0]
  *         PyObject_GetBuffer(rows, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
- *             size = view.len // count if count else 0
+ *             self.enter()
 */
         __pyx_t_11 = PyObject_GetBuffer(__pyx_v_rows, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 136, __pyx_L4_error)
 
@@ -7544,14 +7655,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
  *         count = whole.shape[0]
  *         PyObject_GetBuffer(rows, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
+ *             self.enter()
  *             size = view.len // count if count else 0
- *             if size > self.channel.record.geometry.limit:
 */
         /*try:*/ {
 
           /* "ivshmem/channel/messages.pyx":138
  *         PyObject_GetBuffer(rows, &view, PyBUF_SIMPLE)
  *         try:
+ *             self.enter()             # <<<<<<<<<<<<<<
+ *             size = view.len // count if count else 0
+ *             if size > self.channel.record.geometry.limit:
+*/
+          __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 138, __pyx_L11_error)
+
+
+          /* "ivshmem/channel/messages.pyx":139
+ *         try:
+ *             self.enter()
  *             size = view.len // count if count else 0             # <<<<<<<<<<<<<<
  *             if size > self.channel.record.geometry.limit:
  *                 raise self.too_long(size)
@@ -7561,7 +7682,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
           if (__pyx_t_3) {
             if (unlikely(__pyx_v_count == 0)) {
               PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-              __PYX_ERR(0, 138, __pyx_L11_error)
+              __PYX_ERR(0, 139, __pyx_L11_error)
             }
 
             __pyx_t_13 = (__pyx_v_view.len / __pyx_v_count);
@@ -7572,8 +7693,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 
           __pyx_v_size = __pyx_t_13;
 
-          /* "ivshmem/channel/messages.pyx":139
- *         try:
+          /* "ivshmem/channel/messages.pyx":140
+ *             self.enter()
  *             size = view.len // count if count else 0
  *             if size > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
  *                 raise self.too_long(size)
@@ -7584,21 +7705,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
           if (unlikely(__pyx_t_3)) {
 
 
-            /* "ivshmem/channel/messages.pyx":140
+            /* "ivshmem/channel/messages.pyx":141
  *             size = view.len // count if count else 0
  *             if size > self.channel.record.geometry.limit:
  *                 raise self.too_long(size)             # <<<<<<<<<<<<<<
  *             time = microseconds() if self.times else 0
  *             i = 0
 */
-            __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_size); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 140, __pyx_L11_error)
+            __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_size); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 141, __pyx_L11_error)
             __Pyx_GOTREF(__pyx_t_7);
             __Pyx_Raise(__pyx_t_7, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            __PYX_ERR(0, 140, __pyx_L11_error)
+            __PYX_ERR(0, 141, __pyx_L11_error)
 
-            /* "ivshmem/channel/messages.pyx":139
- *         try:
+            /* "ivshmem/channel/messages.pyx":140
+ *             self.enter()
  *             size = view.len // count if count else 0
  *             if size > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
  *                 raise self.too_long(size)
@@ -7606,7 +7727,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 */
           }
 
-          /* "ivshmem/channel/messages.pyx":141
+          /* "ivshmem/channel/messages.pyx":142
  *             if size > self.channel.record.geometry.limit:
  *                 raise self.too_long(size)
  *             time = microseconds() if self.times else 0             # <<<<<<<<<<<<<<
@@ -7622,7 +7743,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
           }
           __pyx_v_time = __pyx_t_13;
 
-          /* "ivshmem/channel/messages.pyx":142
+          /* "ivshmem/channel/messages.pyx":143
  *                 raise self.too_long(size)
  *             time = microseconds() if self.times else 0
  *             i = 0             # <<<<<<<<<<<<<<
@@ -7631,7 +7752,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 */
           __pyx_v_i = 0;
 
-          /* "ivshmem/channel/messages.pyx":143
+          /* "ivshmem/channel/messages.pyx":144
  *             time = microseconds() if self.times else 0
  *             i = 0
  *             while i < count:             # <<<<<<<<<<<<<<
@@ -7644,7 +7765,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 
             if (!__pyx_t_3) break;
 
-            /* "ivshmem/channel/messages.pyx":144
+            /* "ivshmem/channel/messages.pyx":145
  *             i = 0
  *             while i < count:
  *                 code = ivshmem_writer_ready(&self.writer)             # <<<<<<<<<<<<<<
@@ -7653,7 +7774,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 */
             __pyx_v_code = ivshmem_writer_ready((&__pyx_v_self->__pyx_base.writer));
 
-            /* "ivshmem/channel/messages.pyx":145
+            /* "ivshmem/channel/messages.pyx":146
  *             while i < count:
  *                 code = ivshmem_writer_ready(&self.writer)
  *                 if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7665,7 +7786,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/messages.pyx":146
+              /* "ivshmem/channel/messages.pyx":147
  *                 code = ivshmem_writer_ready(&self.writer)
  *                 if code == IVSHMEM_AGAIN:
  *                     if i:             # <<<<<<<<<<<<<<
@@ -7677,17 +7798,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/messages.pyx":147
+                /* "ivshmem/channel/messages.pyx":148
  *                 if code == IVSHMEM_AGAIN:
  *                     if i:
  *                         self.announce()             # <<<<<<<<<<<<<<
  *                     code = self.wait(timeout, spin)
  *                     if code == IVSHMEM_AGAIN:
 */
-                __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->announce(__pyx_v_self); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 147, __pyx_L11_error)
+                __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->announce(__pyx_v_self); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 148, __pyx_L11_error)
 
 
-                /* "ivshmem/channel/messages.pyx":146
+                /* "ivshmem/channel/messages.pyx":147
  *                 code = ivshmem_writer_ready(&self.writer)
  *                 if code == IVSHMEM_AGAIN:
  *                     if i:             # <<<<<<<<<<<<<<
@@ -7696,17 +7817,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 */
               }
 
-              /* "ivshmem/channel/messages.pyx":148
+              /* "ivshmem/channel/messages.pyx":149
  *                     if i:
  *                         self.announce()
  *                     code = self.wait(timeout, spin)             # <<<<<<<<<<<<<<
  *                     if code == IVSHMEM_AGAIN:
  *                         if i:
 */
-              __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_11 == ((int)-2))) __PYX_ERR(0, 148, __pyx_L11_error)
+              __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_11 == ((int)-2))) __PYX_ERR(0, 149, __pyx_L11_error)
               __pyx_v_code = __pyx_t_11;
 
-              /* "ivshmem/channel/messages.pyx":149
+              /* "ivshmem/channel/messages.pyx":150
  *                         self.announce()
  *                     code = self.wait(timeout, spin)
  *                     if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7718,7 +7839,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/messages.pyx":150
+                /* "ivshmem/channel/messages.pyx":151
  *                     code = self.wait(timeout, spin)
  *                     if code == IVSHMEM_AGAIN:
  *                         if i:             # <<<<<<<<<<<<<<
@@ -7730,14 +7851,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
                 if (__pyx_t_3) {
 
 
-                  /* "ivshmem/channel/messages.pyx":151
+                  /* "ivshmem/channel/messages.pyx":152
  *                     if code == IVSHMEM_AGAIN:
  *                         if i:
  *                             return i             # <<<<<<<<<<<<<<
  *                         raise self.blocked(timeout)
  *                 if code:
 */
-                  __pyx_t_7 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 151, __pyx_L11_error)
+                  __pyx_t_7 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 152, __pyx_L11_error)
                   __Pyx_GOTREF(__pyx_t_7);
                   {
                     PyObject *__pyx_temp;
@@ -7751,7 +7872,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
                   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
                   goto __pyx_L10_return;
 
-                  /* "ivshmem/channel/messages.pyx":150
+                  /* "ivshmem/channel/messages.pyx":151
  *                     code = self.wait(timeout, spin)
  *                     if code == IVSHMEM_AGAIN:
  *                         if i:             # <<<<<<<<<<<<<<
@@ -7760,20 +7881,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 */
                 }
 
-                /* "ivshmem/channel/messages.pyx":152
+                /* "ivshmem/channel/messages.pyx":153
  *                         if i:
  *                             return i
  *                         raise self.blocked(timeout)             # <<<<<<<<<<<<<<
  *                 if code:
  *                     raise self.fail(code)
 */
-                __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.blocked(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_timeout); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 152, __pyx_L11_error)
+                __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.blocked(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_timeout); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 153, __pyx_L11_error)
                 __Pyx_GOTREF(__pyx_t_7);
                 __Pyx_Raise(__pyx_t_7, 0, 0, 0);
                 __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-                __PYX_ERR(0, 152, __pyx_L11_error)
+                __PYX_ERR(0, 153, __pyx_L11_error)
 
-                /* "ivshmem/channel/messages.pyx":149
+                /* "ivshmem/channel/messages.pyx":150
  *                         self.announce()
  *                     code = self.wait(timeout, spin)
  *                     if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7782,7 +7903,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 */
               }
 
-              /* "ivshmem/channel/messages.pyx":145
+              /* "ivshmem/channel/messages.pyx":146
  *             while i < count:
  *                 code = ivshmem_writer_ready(&self.writer)
  *                 if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7791,7 +7912,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 */
             }
 
-            /* "ivshmem/channel/messages.pyx":153
+            /* "ivshmem/channel/messages.pyx":154
  *                             return i
  *                         raise self.blocked(timeout)
  *                 if code:             # <<<<<<<<<<<<<<
@@ -7803,20 +7924,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
             if (unlikely(__pyx_t_3)) {
 
 
-              /* "ivshmem/channel/messages.pyx":154
+              /* "ivshmem/channel/messages.pyx":155
  *                         raise self.blocked(timeout)
  *                 if code:
  *                     raise self.fail(code)             # <<<<<<<<<<<<<<
  *                 self.loan_cell(&cell)
  *                 memcpy(self.at(cell), <const char *>view.buf + i * size, size)
 */
-              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 154, __pyx_L11_error)
+              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 155, __pyx_L11_error)
               __Pyx_GOTREF(__pyx_t_7);
               __Pyx_Raise(__pyx_t_7, 0, 0, 0);
               __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-              __PYX_ERR(0, 154, __pyx_L11_error)
+              __PYX_ERR(0, 155, __pyx_L11_error)
 
-              /* "ivshmem/channel/messages.pyx":153
+              /* "ivshmem/channel/messages.pyx":154
  *                             return i
  *                         raise self.blocked(timeout)
  *                 if code:             # <<<<<<<<<<<<<<
@@ -7825,17 +7946,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 */
             }
 
-            /* "ivshmem/channel/messages.pyx":155
+            /* "ivshmem/channel/messages.pyx":156
  *                 if code:
  *                     raise self.fail(code)
  *                 self.loan_cell(&cell)             # <<<<<<<<<<<<<<
  *                 memcpy(self.at(cell), <const char *>view.buf + i * size, size)
  *                 ivshmem_writer_add(&self.writer, cell, <uint32_t>size, time, 0)
 */
-            __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.loan_cell(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), (&__pyx_v_cell)); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 155, __pyx_L11_error)
+            __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.loan_cell(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), (&__pyx_v_cell)); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 156, __pyx_L11_error)
 
 
-            /* "ivshmem/channel/messages.pyx":156
+            /* "ivshmem/channel/messages.pyx":157
  *                     raise self.fail(code)
  *                 self.loan_cell(&cell)
  *                 memcpy(self.at(cell), <const char *>view.buf + i * size, size)             # <<<<<<<<<<<<<<
@@ -7844,7 +7965,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 */
             (void)(memcpy(((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.at(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell), (((char const *)__pyx_v_view.buf) + (__pyx_v_i * __pyx_v_size)), __pyx_v_size));
 
-            /* "ivshmem/channel/messages.pyx":157
+            /* "ivshmem/channel/messages.pyx":158
  *                 self.loan_cell(&cell)
  *                 memcpy(self.at(cell), <const char *>view.buf + i * size, size)
  *                 ivshmem_writer_add(&self.writer, cell, <uint32_t>size, time, 0)             # <<<<<<<<<<<<<<
@@ -7853,7 +7974,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 */
             ivshmem_writer_add((&__pyx_v_self->__pyx_base.writer), __pyx_v_cell, ((uint32_t)__pyx_v_size), __pyx_v_time, 0);
 
-            /* "ivshmem/channel/messages.pyx":158
+            /* "ivshmem/channel/messages.pyx":159
  *                 memcpy(self.at(cell), <const char *>view.buf + i * size, size)
  *                 ivshmem_writer_add(&self.writer, cell, <uint32_t>size, time, 0)
  *                 self.missed += self.writer.missed             # <<<<<<<<<<<<<<
@@ -7862,7 +7983,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 */
             __pyx_v_self->__pyx_base.missed = (__pyx_v_self->__pyx_base.missed + __pyx_v_self->__pyx_base.writer.missed);
 
-            /* "ivshmem/channel/messages.pyx":159
+            /* "ivshmem/channel/messages.pyx":160
  *                 ivshmem_writer_add(&self.writer, cell, <uint32_t>size, time, 0)
  *                 self.missed += self.writer.missed
  *                 i += 1             # <<<<<<<<<<<<<<
@@ -7872,24 +7993,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
             __pyx_v_i = (__pyx_v_i + 1);
           }
 
-          /* "ivshmem/channel/messages.pyx":160
+          /* "ivshmem/channel/messages.pyx":161
  *                 self.missed += self.writer.missed
  *                 i += 1
  *             self.announce()             # <<<<<<<<<<<<<<
  *             return i
  *         finally:
 */
-          __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->announce(__pyx_v_self); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 160, __pyx_L11_error)
+          __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->announce(__pyx_v_self); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 161, __pyx_L11_error)
 
 
-          /* "ivshmem/channel/messages.pyx":161
+          /* "ivshmem/channel/messages.pyx":162
  *                 i += 1
  *             self.announce()
  *             return i             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_7 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 161, __pyx_L11_error)
+          __pyx_t_7 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 162, __pyx_L11_error)
           __Pyx_GOTREF(__pyx_t_7);
           {
             PyObject *__pyx_temp;
@@ -7904,7 +8025,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
           goto __pyx_L10_return;
         }
 
-        /* "ivshmem/channel/messages.pyx":163
+        /* "ivshmem/channel/messages.pyx":164
  *             return i
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -7957,7 +8078,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
         }
       }
 
-      /* "ivshmem/channel/messages.pyx":108
+      /* "ivshmem/channel/messages.pyx":109
  *         return loan.publish(timeout, spin=spin)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8007,7 +8128,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":165
+/* "ivshmem/channel/messages.pyx":166
  *             PyBuffer_Release(&view)
  * 
  *     def put_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -8056,35 +8177,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 165, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 166, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 165, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 166, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 165, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 166, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_async", 0) < (0)) __PYX_ERR(0, 165, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_async", 0) < (0)) __PYX_ERR(0, 166, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_async", 0, 1, 2, i); __PYX_ERR(0, 165, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_async", 0, 1, 2, i); __PYX_ERR(0, 166, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 165, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 166, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 165, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 166, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -8095,7 +8216,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("put_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 165, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("put_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 166, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8129,7 +8250,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_6put_async(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("put_async", 0);
 
-  /* "ivshmem/channel/messages.pyx":167
+  /* "ivshmem/channel/messages.pyx":168
  *     def put_async(self, data, timeout=None):
  *         """The twin of `put` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_in_time(self, self.put, timeout, data)             # <<<<<<<<<<<<<<
@@ -8137,12 +8258,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_6put_async(struct 
  *     def put_parts_async(self, parts, timeout=None):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 167, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 168, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_in_time); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 167, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_in_time); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 168, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_put); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 167, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_put); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 168, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -8162,7 +8283,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_6put_async(struct 
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 167, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 168, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -8176,7 +8297,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_6put_async(struct 
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":165
+  /* "ivshmem/channel/messages.pyx":166
  *             PyBuffer_Release(&view)
  * 
  *     def put_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
@@ -8198,7 +8319,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_6put_async(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":169
+/* "ivshmem/channel/messages.pyx":170
  *         return asynchronous.until_in_time(self, self.put, timeout, data)
  * 
  *     def put_parts_async(self, parts, timeout=None):             # <<<<<<<<<<<<<<
@@ -8247,35 +8368,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_parts,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 169, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 170, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 169, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 170, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 169, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 170, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_parts_async", 0) < (0)) __PYX_ERR(0, 169, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_parts_async", 0) < (0)) __PYX_ERR(0, 170, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_parts_async", 0, 1, 2, i); __PYX_ERR(0, 169, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_parts_async", 0, 1, 2, i); __PYX_ERR(0, 170, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 169, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 170, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 169, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 170, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -8286,7 +8407,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("put_parts_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 169, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("put_parts_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 170, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8320,7 +8441,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_8put_parts_async(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("put_parts_async", 0);
 
-  /* "ivshmem/channel/messages.pyx":171
+  /* "ivshmem/channel/messages.pyx":172
  *     def put_parts_async(self, parts, timeout=None):
  *         """The twin of `put_parts` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_in_time(self, self.put_parts, timeout, parts)             # <<<<<<<<<<<<<<
@@ -8328,12 +8449,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_8put_parts_async(s
  *     def put_rows_async(self, rows, timeout=None):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 171, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 172, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_in_time); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 171, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_in_time); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 172, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_put_parts); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 171, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_put_parts); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 172, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -8353,7 +8474,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_8put_parts_async(s
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 171, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 172, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -8367,7 +8488,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_8put_parts_async(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":169
+  /* "ivshmem/channel/messages.pyx":170
  *         return asynchronous.until_in_time(self, self.put, timeout, data)
  * 
  *     def put_parts_async(self, parts, timeout=None):             # <<<<<<<<<<<<<<
@@ -8389,7 +8510,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_8put_parts_async(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":173
+/* "ivshmem/channel/messages.pyx":174
  *         return asynchronous.until_in_time(self, self.put_parts, timeout, parts)
  * 
  *     def put_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
@@ -8438,35 +8559,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 173, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 174, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 173, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 174, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 173, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 174, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_rows_async", 0) < (0)) __PYX_ERR(0, 173, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_rows_async", 0) < (0)) __PYX_ERR(0, 174, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_rows_async", 0, 1, 2, i); __PYX_ERR(0, 173, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_rows_async", 0, 1, 2, i); __PYX_ERR(0, 174, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 173, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 174, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 173, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 174, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -8477,7 +8598,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("put_rows_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 173, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("put_rows_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 174, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8511,7 +8632,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_10put_rows_async(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("put_rows_async", 0);
 
-  /* "ivshmem/channel/messages.pyx":175
+  /* "ivshmem/channel/messages.pyx":176
  *     def put_rows_async(self, rows, timeout=None):
  *         """The twin of `put_rows` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_in_time(self, self.put_rows, timeout, rows)             # <<<<<<<<<<<<<<
@@ -8519,12 +8640,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_10put_rows_async(s
  *     cdef int announce(self) except -1:
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 175, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 176, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_in_time); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 175, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_in_time); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 176, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_put_rows); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 175, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_put_rows); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 176, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -8544,7 +8665,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_10put_rows_async(s
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 175, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 176, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -8558,7 +8679,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_10put_rows_async(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":173
+  /* "ivshmem/channel/messages.pyx":174
  *         return asynchronous.until_in_time(self, self.put_parts, timeout, parts)
  * 
  *     def put_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
@@ -8580,7 +8701,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_10put_rows_async(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":177
+/* "ivshmem/channel/messages.pyx":178
  *         return asynchronous.until_in_time(self, self.put_rows, timeout, rows)
  * 
  *     cdef int announce(self) except -1:             # <<<<<<<<<<<<<<
@@ -8595,7 +8716,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Writer_announce(struct __pyx_obj
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/messages.pyx":178
+  /* "ivshmem/channel/messages.pyx":179
  * 
  *     cdef int announce(self) except -1:
  *         ivshmem_writer_announce(&self.writer)             # <<<<<<<<<<<<<<
@@ -8604,20 +8725,20 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Writer_announce(struct __pyx_obj
 */
   ivshmem_writer_announce((&__pyx_v_self->__pyx_base.writer));
 
-  /* "ivshmem/channel/messages.pyx":179
+  /* "ivshmem/channel/messages.pyx":180
  *     cdef int announce(self) except -1:
  *         ivshmem_writer_announce(&self.writer)
  *         return self.membership.flush()             # <<<<<<<<<<<<<<
  * 
  *     def loan(self, size=None):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 179, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 180, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":177
+  /* "ivshmem/channel/messages.pyx":178
  *         return asynchronous.until_in_time(self, self.put_rows, timeout, rows)
  * 
  *     cdef int announce(self) except -1:             # <<<<<<<<<<<<<<
@@ -8634,7 +8755,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Writer_announce(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":181
+/* "ivshmem/channel/messages.pyx":182
  *         return self.membership.flush()
  * 
  *     def loan(self, size=None):             # <<<<<<<<<<<<<<
@@ -8682,24 +8803,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 181, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 182, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 181, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 182, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "loan", 0) < (0)) __PYX_ERR(0, 181, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "loan", 0) < (0)) __PYX_ERR(0, 182, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 181, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 182, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -8710,7 +8831,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("loan", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 181, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("loan", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 182, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8751,17 +8872,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_12loan(struct __py
   __Pyx_RefNannySetupContext("loan", 0);
   __Pyx_INCREF(__pyx_v_size);
 
-  /* "ivshmem/channel/messages.pyx":196
+  /* "ivshmem/channel/messages.pyx":197
  *         """
  *         cdef uint64_t wanted
  *         self.enter()             # <<<<<<<<<<<<<<
  *         if size is None:
  *             size = self.channel.record.geometry.limit
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 196, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 197, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/messages.pyx":197
+  /* "ivshmem/channel/messages.pyx":198
  *         cdef uint64_t wanted
  *         self.enter()
  *         if size is None:             # <<<<<<<<<<<<<<
@@ -8772,19 +8893,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_12loan(struct __py
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/messages.pyx":198
+    /* "ivshmem/channel/messages.pyx":199
  *         self.enter()
  *         if size is None:
  *             size = self.channel.record.geometry.limit             # <<<<<<<<<<<<<<
  *         if size < 0:
  *             raise ValueError(f"no message has {size} bytes")
 */
-    __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 198, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 199, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_DECREF_SET(__pyx_v_size, __pyx_t_3);
     __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/messages.pyx":197
+    /* "ivshmem/channel/messages.pyx":198
  *         cdef uint64_t wanted
  *         self.enter()
  *         if size is None:             # <<<<<<<<<<<<<<
@@ -8793,18 +8914,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_12loan(struct __py
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":199
+  /* "ivshmem/channel/messages.pyx":200
  *         if size is None:
  *             size = self.channel.record.geometry.limit
  *         if size < 0:             # <<<<<<<<<<<<<<
  *             raise ValueError(f"no message has {size} bytes")
  *         wanted = min(size, 1 << 40)
 */
-  __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_v_size, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 199, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_v_size, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 200, __pyx_L1_error)
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/messages.pyx":200
+    /* "ivshmem/channel/messages.pyx":201
  *             size = self.channel.record.geometry.limit
  *         if size < 0:
  *             raise ValueError(f"no message has {size} bytes")             # <<<<<<<<<<<<<<
@@ -8812,7 +8933,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_12loan(struct __py
  *         if wanted > self.channel.record.geometry.limit:
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 200, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 201, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_no_message_has;
     __pyx_t_6[1] = __pyx_t_5;
@@ -8826,7 +8947,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_12loan(struct __py
     __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
     #endif
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_1);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 200, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 201, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_9 = 1;
@@ -8835,14 +8956,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_12loan(struct __py
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 200, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 201, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 200, __pyx_L1_error)
+    __PYX_ERR(0, 201, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":199
+    /* "ivshmem/channel/messages.pyx":200
  *         if size is None:
  *             size = self.channel.record.geometry.limit
  *         if size < 0:             # <<<<<<<<<<<<<<
@@ -8851,7 +8972,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_12loan(struct __py
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":201
+  /* "ivshmem/channel/messages.pyx":202
  *         if size < 0:
  *             raise ValueError(f"no message has {size} bytes")
  *         wanted = min(size, 1 << 40)             # <<<<<<<<<<<<<<
@@ -8862,7 +8983,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_12loan(struct __py
   __pyx_t_3 = __pyx_mstate_global->__pyx_int_1099511627776;
   __Pyx_INCREF(__pyx_v_size);
   __pyx_t_8 = __pyx_v_size;
-  __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_object(__pyx_t_3, __pyx_t_8, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 201, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_object(__pyx_t_3, __pyx_t_8, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 202, __pyx_L1_error)
   if (__pyx_t_2) {
     __Pyx_INCREF(__pyx_t_3);
     __pyx_t_4 = __pyx_t_3;
@@ -8873,11 +8994,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_12loan(struct __py
 
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_10 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_10 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 201, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_10 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 202, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_v_wanted = __pyx_t_10;
 
-  /* "ivshmem/channel/messages.pyx":202
+  /* "ivshmem/channel/messages.pyx":203
  *             raise ValueError(f"no message has {size} bytes")
  *         wanted = min(size, 1 << 40)
  *         if wanted > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -8889,20 +9010,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_12loan(struct __py
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/messages.pyx":203
+    /* "ivshmem/channel/messages.pyx":204
  *         wanted = min(size, 1 << 40)
  *         if wanted > self.channel.record.geometry.limit:
  *             raise self.too_long(wanted)             # <<<<<<<<<<<<<<
  *         return Loan(self, wanted)
  * 
 */
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_wanted); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 203, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_wanted); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 204, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 203, __pyx_L1_error)
+    __PYX_ERR(0, 204, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":202
+    /* "ivshmem/channel/messages.pyx":203
  *             raise ValueError(f"no message has {size} bytes")
  *         wanted = min(size, 1 << 40)
  *         if wanted > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -8911,7 +9032,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_12loan(struct __py
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":204
+  /* "ivshmem/channel/messages.pyx":205
  *         if wanted > self.channel.record.geometry.limit:
  *             raise self.too_long(wanted)
  *         return Loan(self, wanted)             # <<<<<<<<<<<<<<
@@ -8919,7 +9040,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_12loan(struct __py
  * 
 */
   __pyx_t_3 = NULL;
-  __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_wanted); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 204, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_wanted); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 205, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __pyx_t_9 = 1;
   {
@@ -8927,7 +9048,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_12loan(struct __py
     __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 204, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 205, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_4);
   }
   {
@@ -8941,7 +9062,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_12loan(struct __py
   __pyx_t_4 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":181
+  /* "ivshmem/channel/messages.pyx":182
  *         return self.membership.flush()
  * 
  *     def loan(self, size=None):             # <<<<<<<<<<<<<<
@@ -9171,7 +9292,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_16__setstate_cytho
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":218
+/* "ivshmem/channel/messages.pyx":220
  *     """
  * 
  *     def __cinit__(self, Writer writer not None, uint32_t size):             # <<<<<<<<<<<<<<
@@ -9218,39 +9339,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_writer,&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 218, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 220, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 218, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 220, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 218, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 220, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 218, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 220, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 218, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 220, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 218, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 220, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 218, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 220, __pyx_L3_error)
     }
     __pyx_v_writer = ((struct __pyx_obj_7ivshmem_7channel_8messages_Writer *)values[0]);
-    __pyx_v_size = __Pyx_PyLong_As_uint32_t(values[1]); if (unlikely((__pyx_v_size == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 218, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyLong_As_uint32_t(values[1]); if (unlikely((__pyx_v_size == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 220, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 218, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 220, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9261,7 +9382,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_writer), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, 0, "writer", 0))) __PYX_ERR(0, 218, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_writer), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, 0, "writer", 0))) __PYX_ERR(0, 220, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4Loan___cinit__(((struct __pyx_obj_7ivshmem_7channel_8messages_Loan *)__pyx_v_self), __pyx_v_writer, __pyx_v_size);
 
   /* function exit code */
@@ -9286,44 +9407,80 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4Loan___cinit__(struct __pyx_obj
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  int __pyx_t_3;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/messages.pyx":219
+  /* "ivshmem/channel/messages.pyx":221
  * 
  *     def __cinit__(self, Writer writer not None, uint32_t size):
  *         self.writer = writer             # <<<<<<<<<<<<<<
  *         self.size = size
- *         writer.loan_cell(&self.cell)
+ *         if size > writer.channel.record.geometry.limit:
 */
   __Pyx_INCREF((PyObject *)__pyx_v_writer);
   __Pyx_GIVEREF((PyObject *)__pyx_v_writer);
   __Pyx_GOTREF((PyObject *)__pyx_v_self->writer);
   __Pyx_DECREF_SET(__pyx_v_self->writer, __pyx_v_writer);
 
-  /* "ivshmem/channel/messages.pyx":220
+  /* "ivshmem/channel/messages.pyx":222
  *     def __cinit__(self, Writer writer not None, uint32_t size):
  *         self.writer = writer
  *         self.size = size             # <<<<<<<<<<<<<<
- *         writer.loan_cell(&self.cell)
- *         self.live = True
+ *         if size > writer.channel.record.geometry.limit:
+ *             raise writer.too_long(size)
 */
   __pyx_v_self->size = __pyx_v_size;
 
-  /* "ivshmem/channel/messages.pyx":221
+  /* "ivshmem/channel/messages.pyx":223
  *         self.writer = writer
  *         self.size = size
+ *         if size > writer.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
+ *             raise writer.too_long(size)
+ *         writer.loan_cell(&self.cell)
+*/
+  __pyx_t_1 = (__pyx_v_size > __pyx_v_writer->__pyx_base.__pyx_base.channel.record.geometry.limit);
+
+  if (unlikely(__pyx_t_1)) {
+
+
+    /* "ivshmem/channel/messages.pyx":224
+ *         self.size = size
+ *         if size > writer.channel.record.geometry.limit:
+ *             raise writer.too_long(size)             # <<<<<<<<<<<<<<
+ *         writer.loan_cell(&self.cell)
+ *         self.live = True
+*/
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 224, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __PYX_ERR(0, 224, __pyx_L1_error)
+
+    /* "ivshmem/channel/messages.pyx":223
+ *         self.writer = writer
+ *         self.size = size
+ *         if size > writer.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
+ *             raise writer.too_long(size)
+ *         writer.loan_cell(&self.cell)
+*/
+  }
+
+  /* "ivshmem/channel/messages.pyx":225
+ *         if size > writer.channel.record.geometry.limit:
+ *             raise writer.too_long(size)
  *         writer.loan_cell(&self.cell)             # <<<<<<<<<<<<<<
  *         self.live = True
  * 
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.loan_cell(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), (&__pyx_v_self->cell)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 221, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.loan_cell(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), (&__pyx_v_self->cell)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 225, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/messages.pyx":222
- *         self.size = size
+  /* "ivshmem/channel/messages.pyx":226
+ *             raise writer.too_long(size)
  *         writer.loan_cell(&self.cell)
  *         self.live = True             # <<<<<<<<<<<<<<
  * 
@@ -9331,7 +9488,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4Loan___cinit__(struct __pyx_obj
 */
   __pyx_v_self->live = 1;
 
-  /* "ivshmem/channel/messages.pyx":218
+  /* "ivshmem/channel/messages.pyx":220
  *     """
  * 
  *     def __cinit__(self, Writer writer not None, uint32_t size):             # <<<<<<<<<<<<<<
@@ -9343,6 +9500,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4Loan___cinit__(struct __pyx_obj
   __pyx_r = 0;
   goto __pyx_L0;
   __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
   __Pyx_AddTraceback("ivshmem.channel.messages.Loan.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
@@ -9351,12 +9509,12 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4Loan___cinit__(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":224
+/* "ivshmem/channel/messages.pyx":228
  *         self.live = True
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
  *         self.check()
- *         self.writer.membership.mapping.pin()
+ *         self.writer.begin_copy()  # by the user, until the buffer is released
 */
 
 /* Python wrapper */
@@ -9397,29 +9555,29 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4Loan_2__getbuffer__(struct __py
   __pyx_v_view->obj = Py_None; __Pyx_INCREF(Py_None);
   __Pyx_GIVEREF(__pyx_v_view->obj);
 
-  /* "ivshmem/channel/messages.pyx":225
+  /* "ivshmem/channel/messages.pyx":229
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         self.check()             # <<<<<<<<<<<<<<
- *         self.writer.membership.mapping.pin()
+ *         self.writer.begin_copy()  # by the user, until the buffer is released
  *         try:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_8messages_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 225, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_8messages_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 229, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/messages.pyx":226
+  /* "ivshmem/channel/messages.pyx":230
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         self.check()
- *         self.writer.membership.mapping.pin()             # <<<<<<<<<<<<<<
+ *         self.writer.begin_copy()  # by the user, until the buffer is released             # <<<<<<<<<<<<<<
  *         try:
  *             PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->writer->__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->writer->__pyx_base.__pyx_base.membership->mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 226, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 230, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/messages.pyx":227
+  /* "ivshmem/channel/messages.pyx":231
  *         self.check()
- *         self.writer.membership.mapping.pin()
+ *         self.writer.begin_copy()  # by the user, until the buffer is released
  *         try:             # <<<<<<<<<<<<<<
  *             PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
  *         except BaseException:
@@ -9433,19 +9591,19 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4Loan_2__getbuffer__(struct __py
     __Pyx_XGOTREF(__pyx_t_4);
     /*try:*/ {
 
-      /* "ivshmem/channel/messages.pyx":228
- *         self.writer.membership.mapping.pin()
+      /* "ivshmem/channel/messages.pyx":232
+ *         self.writer.begin_copy()  # by the user, until the buffer is released
  *         try:
  *             PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)             # <<<<<<<<<<<<<<
  *         except BaseException:
- *             self.writer.membership.mapping.unpin()
+ *             self.writer.end_copy()
 */
-      __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.at(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->writer), __pyx_v_self->cell), __pyx_v_self->size, 0, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 228, __pyx_L3_error)
+      __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.at(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->writer), __pyx_v_self->cell), __pyx_v_self->size, 0, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 232, __pyx_L3_error)
 
 
-      /* "ivshmem/channel/messages.pyx":227
+      /* "ivshmem/channel/messages.pyx":231
  *         self.check()
- *         self.writer.membership.mapping.pin()
+ *         self.writer.begin_copy()  # by the user, until the buffer is released
  *         try:             # <<<<<<<<<<<<<<
  *             PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
  *         except BaseException:
@@ -9457,49 +9615,50 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4Loan_2__getbuffer__(struct __py
     goto __pyx_L8_try_end;
     __pyx_L3_error:;
 
-    /* "ivshmem/channel/messages.pyx":229
+    /* "ivshmem/channel/messages.pyx":233
  *         try:
  *             PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
  *         except BaseException:             # <<<<<<<<<<<<<<
- *             self.writer.membership.mapping.unpin()
+ *             self.writer.end_copy()
  *             raise
 */
     __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_1) {
       __Pyx_AddTraceback("ivshmem.channel.messages.Loan.__getbuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 229, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 233, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_7);
 
-      /* "ivshmem/channel/messages.pyx":230
+      /* "ivshmem/channel/messages.pyx":234
  *             PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
  *         except BaseException:
- *             self.writer.membership.mapping.unpin()             # <<<<<<<<<<<<<<
+ *             self.writer.end_copy()             # <<<<<<<<<<<<<<
  *             raise
  *         self.exports += 1
 */
-      ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->writer->__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->writer->__pyx_base.__pyx_base.membership->mapping);
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 234, __pyx_L5_except_error)
 
-      /* "ivshmem/channel/messages.pyx":231
+
+      /* "ivshmem/channel/messages.pyx":235
  *         except BaseException:
- *             self.writer.membership.mapping.unpin()
+ *             self.writer.end_copy()
  *             raise             # <<<<<<<<<<<<<<
  *         self.exports += 1
- * 
+ *         self.writer.exports += 1
 */
       __Pyx_GIVEREF(__pyx_t_5);
       __Pyx_GIVEREF(__pyx_t_6);
       __Pyx_XGIVEREF(__pyx_t_7);
       __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_6, __pyx_t_7);
       __pyx_t_5 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
-      __PYX_ERR(0, 231, __pyx_L5_except_error)
+      __PYX_ERR(0, 235, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/messages.pyx":227
+    /* "ivshmem/channel/messages.pyx":231
  *         self.check()
- *         self.writer.membership.mapping.pin()
+ *         self.writer.begin_copy()  # by the user, until the buffer is released
  *         try:             # <<<<<<<<<<<<<<
  *             PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
  *         except BaseException:
@@ -9513,21 +9672,30 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4Loan_2__getbuffer__(struct __py
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/messages.pyx":232
- *             self.writer.membership.mapping.unpin()
+  /* "ivshmem/channel/messages.pyx":236
+ *             self.writer.end_copy()
  *             raise
  *         self.exports += 1             # <<<<<<<<<<<<<<
+ *         self.writer.exports += 1
  * 
- *     def __releasebuffer__(self, Py_buffer *view):
 */
   __pyx_v_self->exports = (__pyx_v_self->exports + 1);
 
-  /* "ivshmem/channel/messages.pyx":224
+  /* "ivshmem/channel/messages.pyx":237
+ *             raise
+ *         self.exports += 1
+ *         self.writer.exports += 1             # <<<<<<<<<<<<<<
+ * 
+ *     def __releasebuffer__(self, Py_buffer *view):
+*/
+  __pyx_v_self->writer->__pyx_base.exports = (__pyx_v_self->writer->__pyx_base.exports + 1);
+
+  /* "ivshmem/channel/messages.pyx":228
  *         self.live = True
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
  *         self.check()
- *         self.writer.membership.mapping.pin()
+ *         self.writer.begin_copy()  # by the user, until the buffer is released
 */
 
   /* function exit code */
@@ -9555,12 +9723,12 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4Loan_2__getbuffer__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":234
- *         self.exports += 1
+/* "ivshmem/channel/messages.pyx":239
+ *         self.writer.exports += 1
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
  *         self.exports -= 1
- *         self.writer.membership.mapping.unpin()
+ *         self.writer.exports -= 1
 */
 
 /* Python wrapper */
@@ -9578,39 +9746,57 @@ CYTHON_UNUSED static void __pyx_pw_7ivshmem_7channel_8messages_4Loan_5__releaseb
 }
 
 static void __pyx_pf_7ivshmem_7channel_8messages_4Loan_4__releasebuffer__(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view) {
+  int __pyx_t_1;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/messages.pyx":235
+  /* "ivshmem/channel/messages.pyx":240
  * 
  *     def __releasebuffer__(self, Py_buffer *view):
  *         self.exports -= 1             # <<<<<<<<<<<<<<
- *         self.writer.membership.mapping.unpin()
- * 
+ *         self.writer.exports -= 1
+ *         self.writer.end_copy()
 */
   __pyx_v_self->exports = (__pyx_v_self->exports - 1);
 
-  /* "ivshmem/channel/messages.pyx":236
+  /* "ivshmem/channel/messages.pyx":241
  *     def __releasebuffer__(self, Py_buffer *view):
  *         self.exports -= 1
- *         self.writer.membership.mapping.unpin()             # <<<<<<<<<<<<<<
+ *         self.writer.exports -= 1             # <<<<<<<<<<<<<<
+ *         self.writer.end_copy()
+ * 
+*/
+  __pyx_v_self->writer->__pyx_base.exports = (__pyx_v_self->writer->__pyx_base.exports - 1);
+
+  /* "ivshmem/channel/messages.pyx":242
+ *         self.exports -= 1
+ *         self.writer.exports -= 1
+ *         self.writer.end_copy()             # <<<<<<<<<<<<<<
  * 
  *     def __len__(self):
 */
-  ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->writer->__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->writer->__pyx_base.__pyx_base.membership->mapping);
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 242, __pyx_L1_error)
 
-  /* "ivshmem/channel/messages.pyx":234
- *         self.exports += 1
+
+  /* "ivshmem/channel/messages.pyx":239
+ *         self.writer.exports += 1
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
  *         self.exports -= 1
- *         self.writer.membership.mapping.unpin()
+ *         self.writer.exports -= 1
 */
 
   /* function exit code */
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_WriteUnraisable("ivshmem.channel.messages.Loan.__releasebuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename, 1, 0);
+  __pyx_L0:;
 
 }
 
-/* "ivshmem/channel/messages.pyx":238
- *         self.writer.membership.mapping.unpin()
+/* "ivshmem/channel/messages.pyx":244
+ *         self.writer.end_copy()
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
  *         return self.size
@@ -9635,7 +9821,7 @@ static Py_ssize_t __pyx_pw_7ivshmem_7channel_8messages_4Loan_7__len__(PyObject *
 static Py_ssize_t __pyx_pf_7ivshmem_7channel_8messages_4Loan_6__len__(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self) {
   Py_ssize_t __pyx_r;
 
-  /* "ivshmem/channel/messages.pyx":239
+  /* "ivshmem/channel/messages.pyx":245
  * 
  *     def __len__(self):
  *         return self.size             # <<<<<<<<<<<<<<
@@ -9648,8 +9834,8 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_8messages_4Loan_6__len__(struct __p
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":238
- *         self.writer.membership.mapping.unpin()
+  /* "ivshmem/channel/messages.pyx":244
+ *         self.writer.end_copy()
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
  *         return self.size
@@ -9662,7 +9848,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_8messages_4Loan_6__len__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":241
+/* "ivshmem/channel/messages.pyx":247
  *         return self.size
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -9684,7 +9870,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4Loan_check(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/channel/messages.pyx":242
+  /* "ivshmem/channel/messages.pyx":248
  * 
  *     cdef int check(self) except -1:
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -9696,7 +9882,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4Loan_check(struct __pyx_obj_7ivs
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/messages.pyx":243
+    /* "ivshmem/channel/messages.pyx":249
  *     cdef int check(self) except -1:
  *         if not self.live:
  *             raise ClosedError("the loan was published or dropped")             # <<<<<<<<<<<<<<
@@ -9704,7 +9890,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4Loan_check(struct __pyx_obj_7ivs
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 243, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 249, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9723,14 +9909,14 @@ static int __pyx_f_7ivshmem_7channel_8messages_4Loan_check(struct __pyx_obj_7ivs
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 243, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 249, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 243, __pyx_L1_error)
+    __PYX_ERR(0, 249, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":242
+    /* "ivshmem/channel/messages.pyx":248
  * 
  *     cdef int check(self) except -1:
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -9739,20 +9925,20 @@ static int __pyx_f_7ivshmem_7channel_8messages_4Loan_check(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":244
+  /* "ivshmem/channel/messages.pyx":250
  *         if not self.live:
  *             raise ClosedError("the loan was published or dropped")
  *         return self.writer.enter()             # <<<<<<<<<<<<<<
  * 
- *     @property
+ *     cdef int check_exports(self) except -1:
 */
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 244, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 250, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_6;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":241
+  /* "ivshmem/channel/messages.pyx":247
  *         return self.size
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -9773,8 +9959,151 @@ static int __pyx_f_7ivshmem_7channel_8messages_4Loan_check(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":246
+/* "ivshmem/channel/messages.pyx":252
  *         return self.writer.enter()
+ * 
+ *     cdef int check_exports(self) except -1:             # <<<<<<<<<<<<<<
+ *         if self.exports:
+ *             raise BufferError(
+*/
+
+static int __pyx_f_7ivshmem_7channel_8messages_4Loan_check_exports(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self) {
+  int __pyx_r;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  size_t __pyx_t_8;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("check_exports", 0);
+
+  /* "ivshmem/channel/messages.pyx":253
+ * 
+ *     cdef int check_exports(self) except -1:
+ *         if self.exports:             # <<<<<<<<<<<<<<
+ *             raise BufferError(
+ *                 f"{counted(self.exports, 'memoryview')} or arrays of the loan are in use: release"
+*/
+  __pyx_t_1 = (__pyx_v_self->exports != 0);
+
+  if (unlikely(__pyx_t_1)) {
+
+
+    /* "ivshmem/channel/messages.pyx":254
+ *     cdef int check_exports(self) except -1:
+ *         if self.exports:
+ *             raise BufferError(             # <<<<<<<<<<<<<<
+ *                 f"{counted(self.exports, 'memoryview')} or arrays of the loan are in use: release"
+ *                 " them first (del)"
+*/
+    __pyx_t_3 = NULL;
+
+    /* "ivshmem/channel/messages.pyx":255
+ *         if self.exports:
+ *             raise BufferError(
+ *                 f"{counted(self.exports, 'memoryview')} or arrays of the loan are in use: release"             # <<<<<<<<<<<<<<
+ *                 " them first (del)"
+ *             )
+*/
+    __pyx_t_5 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 255, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 255, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_8 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_6))) {
+      __pyx_t_5 = PyMethod_GET_SELF(__pyx_t_6);
+      assert(__pyx_t_5);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_6);
+      __Pyx_INCREF(__pyx_t_5);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_6, __pyx__function);
+      __pyx_t_8 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[3] = {__pyx_t_5, __pyx_t_7, __pyx_mstate_global->__pyx_n_u_memoryview};
+      __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 255, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+    }
+    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 255, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_or_arrays_of_the_loan_are_in_us); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 255, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __pyx_t_8 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_4};
+      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 254, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+    }
+    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __PYX_ERR(0, 254, __pyx_L1_error)
+
+    /* "ivshmem/channel/messages.pyx":253
+ * 
+ *     cdef int check_exports(self) except -1:
+ *         if self.exports:             # <<<<<<<<<<<<<<
+ *             raise BufferError(
+ *                 f"{counted(self.exports, 'memoryview')} or arrays of the loan are in use: release"
+*/
+  }
+
+  /* "ivshmem/channel/messages.pyx":258
+ *                 " them first (del)"
+ *             )
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     @property
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/messages.pyx":252
+ *         return self.writer.enter()
+ * 
+ *     cdef int check_exports(self) except -1:             # <<<<<<<<<<<<<<
+ *         if self.exports:
+ *             raise BufferError(
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_AddTraceback("ivshmem.channel.messages.Loan.check_exports", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/messages.pyx":260
+ *         return 0
  * 
  *     @property             # <<<<<<<<<<<<<<
  *     def array(self):
@@ -9811,20 +10140,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_5array___get__(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/messages.pyx":253
+  /* "ivshmem/channel/messages.pyx":267
  *         arrays cannot be published.
  *         """
  *         import numpy  # an extra, which only this needs             # <<<<<<<<<<<<<<
  * 
  *         if self.writer.type is not None:
 */
-  __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_numpy, 0, 0, NULL, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 253, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_numpy, 0, 0, NULL, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 267, __pyx_L1_error)
   __pyx_t_1 = __pyx_t_2;
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_numpy = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/messages.pyx":255
+  /* "ivshmem/channel/messages.pyx":269
  *         import numpy  # an extra, which only this needs
  * 
  *         if self.writer.type is not None:             # <<<<<<<<<<<<<<
@@ -9835,7 +10164,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_5array___get__(struc
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/messages.pyx":256
+    /* "ivshmem/channel/messages.pyx":270
  * 
  *         if self.writer.type is not None:
  *             return self.writer.type.array(memoryview(self))             # <<<<<<<<<<<<<<
@@ -9844,7 +10173,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_5array___get__(struc
 */
     __pyx_t_4 = __pyx_v_self->writer->__pyx_base.type;
     __Pyx_INCREF(__pyx_t_4);
-    __pyx_t_5 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 256, __pyx_L1_error)
+    __pyx_t_5 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 270, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 0;
     {
@@ -9852,7 +10181,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_5array___get__(struc
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_array, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 256, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 270, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -9866,7 +10195,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_5array___get__(struc
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/messages.pyx":255
+    /* "ivshmem/channel/messages.pyx":269
  *         import numpy  # an extra, which only this needs
  * 
  *         if self.writer.type is not None:             # <<<<<<<<<<<<<<
@@ -9875,7 +10204,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_5array___get__(struc
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":257
+  /* "ivshmem/channel/messages.pyx":271
  *         if self.writer.type is not None:
  *             return self.writer.type.array(memoryview(self))
  *         return numpy.frombuffer(self, "uint8")             # <<<<<<<<<<<<<<
@@ -9889,7 +10218,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_5array___get__(struc
     PyObject *__pyx_callargs[3] = {__pyx_t_5, ((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_uint8};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_frombuffer, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 257, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 271, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -9903,8 +10232,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_5array___get__(struc
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":246
- *         return self.writer.enter()
+  /* "ivshmem/channel/messages.pyx":260
+ *         return 0
  * 
  *     @property             # <<<<<<<<<<<<<<
  *     def array(self):
@@ -9925,7 +10254,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_5array___get__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":259
+/* "ivshmem/channel/messages.pyx":273
  *         return numpy.frombuffer(self, "uint8")
  * 
  *     def publish(self, timeout=None, *, size=None, spin=None):             # <<<<<<<<<<<<<<
@@ -9975,18 +10304,18 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 259, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 273, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 259, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 273, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "publish", 0) < (0)) __PYX_ERR(0, 259, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "publish", 0) < (0)) __PYX_ERR(0, 273, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
@@ -9994,7 +10323,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 259, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 273, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -10009,7 +10338,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("publish", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 259, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("publish", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 273, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10040,22 +10369,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
   uint32_t __pyx_t_2;
   int __pyx_t_3;
   int __pyx_t_4;
-  PyObject *__pyx_t_5 = NULL;
+  int __pyx_t_5;
   PyObject *__pyx_t_6 = NULL;
   PyObject *__pyx_t_7 = NULL;
   PyObject *__pyx_t_8 = NULL;
-  PyObject *__pyx_t_9 = NULL;
-  size_t __pyx_t_10;
-  int __pyx_t_11;
-  PyObject *__pyx_t_12[3];
-  Py_ssize_t __pyx_t_13;
-  uint64_t __pyx_t_14;
+  PyObject *__pyx_t_9[3];
+  Py_ssize_t __pyx_t_10;
+  PyObject *__pyx_t_11 = NULL;
+  size_t __pyx_t_12;
+  uint64_t __pyx_t_13;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("publish", 0);
 
-  /* "ivshmem/channel/messages.pyx":274
+  /* "ivshmem/channel/messages.pyx":288
  *             TimeoutError: as of `put`. The loan stays.
  *         """
  *         cdef Writer writer = self.writer             # <<<<<<<<<<<<<<
@@ -10067,7 +10395,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
   __pyx_v_writer = ((struct __pyx_obj_7ivshmem_7channel_8messages_Writer *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/messages.pyx":275
+  /* "ivshmem/channel/messages.pyx":289
  *         """
  *         cdef Writer writer = self.writer
  *         cdef uint32_t length = self.size             # <<<<<<<<<<<<<<
@@ -10078,101 +10406,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
 
   __pyx_v_length = __pyx_t_2;
 
-  /* "ivshmem/channel/messages.pyx":277
+  /* "ivshmem/channel/messages.pyx":291
  *         cdef uint32_t length = self.size
  *         cdef int code
  *         self.check()             # <<<<<<<<<<<<<<
- *         if self.exports:
- *             raise BufferError(
+ *         self.check_exports()
+ *         if size is not None:
 */
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_8messages_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 277, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_8messages_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 291, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/messages.pyx":278
+  /* "ivshmem/channel/messages.pyx":292
  *         cdef int code
  *         self.check()
- *         if self.exports:             # <<<<<<<<<<<<<<
- *             raise BufferError(
- *                 f"{counted(self.exports, 'memoryview')} or arrays of the loan are in use: release"
+ *         self.check_exports()             # <<<<<<<<<<<<<<
+ *         if size is not None:
+ *             if not 0 <= size <= self.size:
 */
-  __pyx_t_4 = (__pyx_v_self->exports != 0);
-
-  if (unlikely(__pyx_t_4)) {
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_8messages_4Loan_check_exports(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 292, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/messages.pyx":279
+  /* "ivshmem/channel/messages.pyx":293
  *         self.check()
- *         if self.exports:
- *             raise BufferError(             # <<<<<<<<<<<<<<
- *                 f"{counted(self.exports, 'memoryview')} or arrays of the loan are in use: release"
- *                 " them first (del)"
-*/
-    __pyx_t_5 = NULL;
-
-    /* "ivshmem/channel/messages.pyx":280
- *         if self.exports:
- *             raise BufferError(
- *                 f"{counted(self.exports, 'memoryview')} or arrays of the loan are in use: release"             # <<<<<<<<<<<<<<
- *                 " them first (del)"
- *             )
-*/
-    __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 280, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_9 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 280, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_9);
-    __pyx_t_10 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_8))) {
-      __pyx_t_7 = PyMethod_GET_SELF(__pyx_t_8);
-      assert(__pyx_t_7);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_8);
-      __Pyx_INCREF(__pyx_t_7);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_8, __pyx__function);
-      __pyx_t_10 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[3] = {__pyx_t_7, __pyx_t_9, __pyx_mstate_global->__pyx_n_u_memoryview};
-      __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_10, (3-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 280, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_6);
-    }
-    __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_6, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 280, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_8);
-    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __pyx_t_6 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_8, __pyx_mstate_global->__pyx_kp_u_or_arrays_of_the_loan_are_in_us); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 280, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_6);
-    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_10 = 1;
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_t_6};
-      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 279, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_1);
-    }
-    __Pyx_Raise(__pyx_t_1, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 279, __pyx_L1_error)
-
-    /* "ivshmem/channel/messages.pyx":278
- *         cdef int code
- *         self.check()
- *         if self.exports:             # <<<<<<<<<<<<<<
- *             raise BufferError(
- *                 f"{counted(self.exports, 'memoryview')} or arrays of the loan are in use: release"
-*/
-  }
-
-  /* "ivshmem/channel/messages.pyx":283
- *                 " them first (del)"
- *             )
+ *         self.check_exports()
  *         if size is not None:             # <<<<<<<<<<<<<<
  *             if not 0 <= size <= self.size:
  *                 raise ValueError(f"{size} bytes of a loan of {self.size}")
@@ -10181,27 +10437,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/channel/messages.pyx":284
- *             )
+    /* "ivshmem/channel/messages.pyx":294
+ *         self.check_exports()
  *         if size is not None:
  *             if not 0 <= size <= self.size:             # <<<<<<<<<<<<<<
  *                 raise ValueError(f"{size} bytes of a loan of {self.size}")
  *             length = size
 */
-    __pyx_t_4 = __Pyx_PyObject_CompareBoolLe_int_object(__pyx_mstate_global->__pyx_int_0, __pyx_v_size, Py_LE); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 284, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_CompareBoolLe_int_object(__pyx_mstate_global->__pyx_int_0, __pyx_v_size, Py_LE); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 294, __pyx_L1_error)
     if (__pyx_t_4) {
-      __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->size); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 284, __pyx_L1_error)
+      __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->size); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 294, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
-      __pyx_t_4 = __Pyx_PyObject_CompareBoolLe_object_int(__pyx_v_size, __pyx_t_1, Py_LE); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 284, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_PyObject_CompareBoolLe_object_int(__pyx_v_size, __pyx_t_1, Py_LE); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 294, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     }
-    __pyx_t_11 = (!__pyx_t_4);
+    __pyx_t_5 = (!__pyx_t_4);
 
 
-    if (unlikely(__pyx_t_11)) {
+    if (unlikely(__pyx_t_5)) {
 
 
-      /* "ivshmem/channel/messages.pyx":285
+      /* "ivshmem/channel/messages.pyx":295
  *         if size is not None:
  *             if not 0 <= size <= self.size:
  *                 raise ValueError(f"{size} bytes of a loan of {self.size}")             # <<<<<<<<<<<<<<
@@ -10209,41 +10465,41 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
  *         code = writer.wait(timeout, spin)
 */
       __pyx_t_6 = NULL;
-      __pyx_t_5 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 285, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_8 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 285, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 295, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_7);
+      __pyx_t_8 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 295, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
-      __pyx_t_12[0] = __pyx_t_5;
-      __pyx_t_12[1] = __pyx_mstate_global->__pyx_kp_u_bytes_of_a_loan_of;
-      __pyx_t_12[2] = __pyx_t_8;
-      __pyx_t_13 = 20;
+      __pyx_t_9[0] = __pyx_t_7;
+      __pyx_t_9[1] = __pyx_mstate_global->__pyx_kp_u_bytes_of_a_loan_of;
+      __pyx_t_9[2] = __pyx_t_8;
+      __pyx_t_10 = 20;
       #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-      __pyx_t_13 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_12[0]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_12[2]);
+      __pyx_t_10 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[0]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[2]);
       #endif
       __pyx_t_3 = 0;
       #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-      __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[0]);
+      __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[0]);
       #endif
-      __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_12, 3, __pyx_t_13, __pyx_t_3);
-      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 285, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_9);
-      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 3, __pyx_t_10, __pyx_t_3);
+      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 295, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_11);
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      __pyx_t_10 = 1;
+      __pyx_t_12 = 1;
       {
-        PyObject *__pyx_callargs[2] = {__pyx_t_6, __pyx_t_9};
-        __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        PyObject *__pyx_callargs[2] = {__pyx_t_6, __pyx_t_11};
+        __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-        __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 285, __pyx_L1_error)
+        __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 295, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 285, __pyx_L1_error)
+      __PYX_ERR(0, 295, __pyx_L1_error)
 
-      /* "ivshmem/channel/messages.pyx":284
- *             )
+      /* "ivshmem/channel/messages.pyx":294
+ *         self.check_exports()
  *         if size is not None:
  *             if not 0 <= size <= self.size:             # <<<<<<<<<<<<<<
  *                 raise ValueError(f"{size} bytes of a loan of {self.size}")
@@ -10251,61 +10507,61 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
 */
     }
 
-    /* "ivshmem/channel/messages.pyx":286
+    /* "ivshmem/channel/messages.pyx":296
  *             if not 0 <= size <= self.size:
  *                 raise ValueError(f"{size} bytes of a loan of {self.size}")
  *             length = size             # <<<<<<<<<<<<<<
  *         code = writer.wait(timeout, spin)
  *         if code == IVSHMEM_AGAIN:
 */
-    __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_v_size); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 286, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_v_size); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 296, __pyx_L1_error)
     __pyx_v_length = __pyx_t_2;
 
-    /* "ivshmem/channel/messages.pyx":283
- *                 " them first (del)"
- *             )
+    /* "ivshmem/channel/messages.pyx":293
+ *         self.check()
+ *         self.check_exports()
  *         if size is not None:             # <<<<<<<<<<<<<<
  *             if not 0 <= size <= self.size:
  *                 raise ValueError(f"{size} bytes of a loan of {self.size}")
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":287
+  /* "ivshmem/channel/messages.pyx":297
  *                 raise ValueError(f"{size} bytes of a loan of {self.size}")
  *             length = size
  *         code = writer.wait(timeout, spin)             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_AGAIN:
  *             raise writer.blocked(timeout)
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_writer), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 287, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_writer), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 297, __pyx_L1_error)
   __pyx_v_code = __pyx_t_3;
 
-  /* "ivshmem/channel/messages.pyx":288
+  /* "ivshmem/channel/messages.pyx":298
  *             length = size
  *         code = writer.wait(timeout, spin)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             raise writer.blocked(timeout)
  *         if code:
 */
-  __pyx_t_11 = (__pyx_v_code == IVSHMEM_AGAIN);
+  __pyx_t_5 = (__pyx_v_code == IVSHMEM_AGAIN);
 
-  if (unlikely(__pyx_t_11)) {
+  if (unlikely(__pyx_t_5)) {
 
 
-    /* "ivshmem/channel/messages.pyx":289
+    /* "ivshmem/channel/messages.pyx":299
  *         code = writer.wait(timeout, spin)
  *         if code == IVSHMEM_AGAIN:
  *             raise writer.blocked(timeout)             # <<<<<<<<<<<<<<
  *         if code:
  *             raise writer.fail(code)
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.blocked(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_v_timeout); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 289, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.blocked(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_v_timeout); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 299, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 289, __pyx_L1_error)
+    __PYX_ERR(0, 299, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":288
+    /* "ivshmem/channel/messages.pyx":298
  *             length = size
  *         code = writer.wait(timeout, spin)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -10314,32 +10570,32 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":290
+  /* "ivshmem/channel/messages.pyx":300
  *         if code == IVSHMEM_AGAIN:
  *             raise writer.blocked(timeout)
  *         if code:             # <<<<<<<<<<<<<<
  *             raise writer.fail(code)
  *         self.check()
 */
-  __pyx_t_11 = (__pyx_v_code != 0);
+  __pyx_t_5 = (__pyx_v_code != 0);
 
-  if (unlikely(__pyx_t_11)) {
+  if (unlikely(__pyx_t_5)) {
 
 
-    /* "ivshmem/channel/messages.pyx":291
+    /* "ivshmem/channel/messages.pyx":301
  *             raise writer.blocked(timeout)
  *         if code:
  *             raise writer.fail(code)             # <<<<<<<<<<<<<<
  *         self.check()
- *         self.live = False
+ *         self.check_exports()  # another thread may have made one during the wait
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_writer), __pyx_v_code); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 291, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_writer), __pyx_v_code); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 301, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 291, __pyx_L1_error)
+    __PYX_ERR(0, 301, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":290
+    /* "ivshmem/channel/messages.pyx":300
  *         if code == IVSHMEM_AGAIN:
  *             raise writer.blocked(timeout)
  *         if code:             # <<<<<<<<<<<<<<
@@ -10348,43 +10604,53 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":292
+  /* "ivshmem/channel/messages.pyx":302
  *         if code:
  *             raise writer.fail(code)
  *         self.check()             # <<<<<<<<<<<<<<
+ *         self.check_exports()  # another thread may have made one during the wait
+ *         self.live = False
+*/
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_8messages_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 302, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/messages.pyx":303
+ *             raise writer.fail(code)
+ *         self.check()
+ *         self.check_exports()  # another thread may have made one during the wait             # <<<<<<<<<<<<<<
  *         self.live = False
  *         writer.send(self.cell, length, 0)
 */
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_8messages_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 292, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_8messages_4Loan_check_exports(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 303, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/messages.pyx":293
- *             raise writer.fail(code)
+  /* "ivshmem/channel/messages.pyx":304
  *         self.check()
+ *         self.check_exports()  # another thread may have made one during the wait
  *         self.live = False             # <<<<<<<<<<<<<<
  *         writer.send(self.cell, length, 0)
  *         return writer.writer.missed
 */
   __pyx_v_self->live = 0;
 
-  /* "ivshmem/channel/messages.pyx":294
- *         self.check()
+  /* "ivshmem/channel/messages.pyx":305
+ *         self.check_exports()  # another thread may have made one during the wait
  *         self.live = False
  *         writer.send(self.cell, length, 0)             # <<<<<<<<<<<<<<
  *         return writer.writer.missed
  * 
 */
-  __pyx_t_14 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.send(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_v_self->cell, __pyx_v_length, 0); if (unlikely(__pyx_t_14 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 294, __pyx_L1_error)
+  __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.send(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_v_self->cell, __pyx_v_length, 0); if (unlikely(__pyx_t_13 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 305, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/messages.pyx":295
+  /* "ivshmem/channel/messages.pyx":306
  *         self.live = False
  *         writer.send(self.cell, length, 0)
  *         return writer.writer.missed             # <<<<<<<<<<<<<<
  * 
  *     def publish_async(self, timeout=None, *, size=None):
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_writer->__pyx_base.writer.missed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 295, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_writer->__pyx_base.writer.missed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 306, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -10397,7 +10663,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":259
+  /* "ivshmem/channel/messages.pyx":273
  *         return numpy.frombuffer(self, "uint8")
  * 
  *     def publish(self, timeout=None, *, size=None, spin=None):             # <<<<<<<<<<<<<<
@@ -10408,11 +10674,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
   __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_XDECREF(__pyx_t_11);
   __Pyx_AddTraceback("ivshmem.channel.messages.Loan.publish", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -10424,7 +10689,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":297
+/* "ivshmem/channel/messages.pyx":308
  *         return writer.writer.missed
  * 
  *     def publish_async(self, timeout=None, *, size=None):             # <<<<<<<<<<<<<<
@@ -10473,25 +10738,25 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 297, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 308, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 297, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 308, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "publish_async", 0) < (0)) __PYX_ERR(0, 297, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "publish_async", 0) < (0)) __PYX_ERR(0, 308, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 297, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 308, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -10504,7 +10769,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("publish_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 297, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("publish_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 308, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10539,7 +10804,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_10publish_async(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("publish_async", 0);
 
-  /* "ivshmem/channel/messages.pyx":299
+  /* "ivshmem/channel/messages.pyx":310
  *     def publish_async(self, timeout=None, *, size=None):
  *         """The twin of `publish` for asyncio: a coroutine. If it is cancelled, the loan stays."""
  *         return asynchronous.until_in_time(self.writer, self.publish, timeout, size=size)             # <<<<<<<<<<<<<<
@@ -10547,12 +10812,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_10publish_async(stru
  *     def drop(self):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 299, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 310, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_in_time); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 299, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_in_time); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 310, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_publish); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 299, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_publish); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 310, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_VECTORCALL
   #endif
@@ -10571,14 +10836,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_10publish_async(stru
   {
     PyObject *__pyx_callargs[5] = {__pyx_t_2, ((PyObject *)__pyx_v_self->writer), __pyx_t_3, __pyx_v_timeout, __pyx_v_size};
     #if CYTHON_VECTORCALL
-    __pyx_t_6 = __pyx_mstate_global->__pyx_tuple[1];
-    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 299, __pyx_L1_error)
+    __pyx_t_6 = __pyx_mstate_global->__pyx_tuple[2];
+    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 310, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_6);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_size};
       __pyx_t_6 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+4, 1);
-      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 299, __pyx_L1_error)
+      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 310, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
     }
     #endif
@@ -10589,7 +10854,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_10publish_async(stru
     #endif
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 299, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 310, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -10603,7 +10868,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_10publish_async(stru
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":297
+  /* "ivshmem/channel/messages.pyx":308
  *         return writer.writer.missed
  * 
  *     def publish_async(self, timeout=None, *, size=None):             # <<<<<<<<<<<<<<
@@ -10626,7 +10891,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_10publish_async(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":301
+/* "ivshmem/channel/messages.pyx":312
  *         return asynchronous.until_in_time(self.writer, self.publish, timeout, size=size)
  * 
  *     def drop(self):             # <<<<<<<<<<<<<<
@@ -10681,36 +10946,30 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_12drop(struct __pyx_
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
-  PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
-  PyObject *__pyx_t_6 = NULL;
-  PyObject *__pyx_t_7 = NULL;
-  size_t __pyx_t_8;
+  int __pyx_t_2;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("drop", 0);
 
-  /* "ivshmem/channel/messages.pyx":307
+  /* "ivshmem/channel/messages.pyx":318
  *             BufferError: as of `publish`.
  *         """
  *         if not self.live:             # <<<<<<<<<<<<<<
  *             return
- *         if self.exports:
+ *         self.check_exports()
 */
   __pyx_t_1 = (!__pyx_v_self->live);
 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":308
+    /* "ivshmem/channel/messages.pyx":319
  *         """
  *         if not self.live:
  *             return             # <<<<<<<<<<<<<<
- *         if self.exports:
- *             raise BufferError(f"{counted(self.exports, 'memoryview')} of the loan are in use")
+ *         self.check_exports()
+ *         self.live = False
 */
     {
       PyObject *__pyx_temp;
@@ -10722,100 +10981,36 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_12drop(struct __pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/messages.pyx":307
+    /* "ivshmem/channel/messages.pyx":318
  *             BufferError: as of `publish`.
  *         """
  *         if not self.live:             # <<<<<<<<<<<<<<
  *             return
- *         if self.exports:
+ *         self.check_exports()
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":309
+  /* "ivshmem/channel/messages.pyx":320
  *         if not self.live:
  *             return
- *         if self.exports:             # <<<<<<<<<<<<<<
- *             raise BufferError(f"{counted(self.exports, 'memoryview')} of the loan are in use")
- *         self.live = False
-*/
-  __pyx_t_1 = (__pyx_v_self->exports != 0);
-
-  if (unlikely(__pyx_t_1)) {
-
-
-    /* "ivshmem/channel/messages.pyx":310
- *             return
- *         if self.exports:
- *             raise BufferError(f"{counted(self.exports, 'memoryview')} of the loan are in use")             # <<<<<<<<<<<<<<
+ *         self.check_exports()             # <<<<<<<<<<<<<<
  *         self.live = False
  *         if self.writer.open:
 */
-    __pyx_t_3 = NULL;
-    __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 310, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 310, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_6))) {
-      __pyx_t_5 = PyMethod_GET_SELF(__pyx_t_6);
-      assert(__pyx_t_5);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_6);
-      __Pyx_INCREF(__pyx_t_5);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_6, __pyx__function);
-      __pyx_t_8 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[3] = {__pyx_t_5, __pyx_t_7, __pyx_mstate_global->__pyx_n_u_memoryview};
-      __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 310, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-    }
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 310, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_6);
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_of_the_loan_are_in_use); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 310, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_4);
-    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __pyx_t_8 = 1;
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_4};
-      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 310, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
-    }
-    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 310, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_8messages_4Loan_check_exports(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 320, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":309
- *         if not self.live:
+
+  /* "ivshmem/channel/messages.pyx":321
  *             return
- *         if self.exports:             # <<<<<<<<<<<<<<
- *             raise BufferError(f"{counted(self.exports, 'memoryview')} of the loan are in use")
- *         self.live = False
-*/
-  }
-
-  /* "ivshmem/channel/messages.pyx":311
- *         if self.exports:
- *             raise BufferError(f"{counted(self.exports, 'memoryview')} of the loan are in use")
+ *         self.check_exports()
  *         self.live = False             # <<<<<<<<<<<<<<
  *         if self.writer.open:
  *             ivshmem_loan_drop(&self.writer.writer, self.cell)
 */
   __pyx_v_self->live = 0;
 
-  /* "ivshmem/channel/messages.pyx":312
- *             raise BufferError(f"{counted(self.exports, 'memoryview')} of the loan are in use")
+  /* "ivshmem/channel/messages.pyx":322
+ *         self.check_exports()
  *         self.live = False
  *         if self.writer.open:             # <<<<<<<<<<<<<<
  *             ivshmem_loan_drop(&self.writer.writer, self.cell)
@@ -10823,7 +11018,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_12drop(struct __pyx_
 */
   if (__pyx_v_self->writer->__pyx_base.__pyx_base.open) {
 
-    /* "ivshmem/channel/messages.pyx":313
+    /* "ivshmem/channel/messages.pyx":323
  *         self.live = False
  *         if self.writer.open:
  *             ivshmem_loan_drop(&self.writer.writer, self.cell)             # <<<<<<<<<<<<<<
@@ -10832,8 +11027,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_12drop(struct __pyx_
 */
     ivshmem_loan_drop((&__pyx_v_self->writer->__pyx_base.writer), __pyx_v_self->cell);
 
-    /* "ivshmem/channel/messages.pyx":312
- *             raise BufferError(f"{counted(self.exports, 'memoryview')} of the loan are in use")
+    /* "ivshmem/channel/messages.pyx":322
+ *         self.check_exports()
  *         self.live = False
  *         if self.writer.open:             # <<<<<<<<<<<<<<
  *             ivshmem_loan_drop(&self.writer.writer, self.cell)
@@ -10841,7 +11036,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_12drop(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":301
+  /* "ivshmem/channel/messages.pyx":312
  *         return asynchronous.until_in_time(self.writer, self.publish, timeout, size=size)
  * 
  *     def drop(self):             # <<<<<<<<<<<<<<
@@ -10853,12 +11048,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_12drop(struct __pyx_
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_6);
-  __Pyx_XDECREF(__pyx_t_7);
   __Pyx_AddTraceback("ivshmem.channel.messages.Loan.drop", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -10867,7 +11056,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_12drop(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":315
+/* "ivshmem/channel/messages.pyx":325
  *             ivshmem_loan_drop(&self.writer.writer, self.cell)
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -10923,7 +11112,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_14__enter__(struct _
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/messages.pyx":316
+  /* "ivshmem/channel/messages.pyx":326
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -10941,7 +11130,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_14__enter__(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":315
+  /* "ivshmem/channel/messages.pyx":325
  *             ivshmem_loan_drop(&self.writer.writer, self.cell)
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -10956,7 +11145,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_14__enter__(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":318
+/* "ivshmem/channel/messages.pyx":328
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -11011,33 +11200,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 318, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 328, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 318, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 328, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 1) ? kwd_pos_args : 1;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 318, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 328, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 318, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 328, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 318, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 328, __pyx_L3_error)
     }
     __pyx_v_kind = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 318, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 328, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11072,7 +11261,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_16__exit__(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/messages.pyx":319
+  /* "ivshmem/channel/messages.pyx":329
  * 
  *     def __exit__(self, kind, *error):
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -11084,7 +11273,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_16__exit__(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":320
+    /* "ivshmem/channel/messages.pyx":330
  *     def __exit__(self, kind, *error):
  *         if not self.live:
  *             return             # <<<<<<<<<<<<<<
@@ -11101,7 +11290,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_16__exit__(struct __
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/messages.pyx":319
+    /* "ivshmem/channel/messages.pyx":329
  * 
  *     def __exit__(self, kind, *error):
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -11110,7 +11299,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_16__exit__(struct __
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":321
+  /* "ivshmem/channel/messages.pyx":331
  *         if not self.live:
  *             return
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -11121,7 +11310,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_16__exit__(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":322
+    /* "ivshmem/channel/messages.pyx":332
  *             return
  *         if kind is None:
  *             self.publish()             # <<<<<<<<<<<<<<
@@ -11135,12 +11324,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_16__exit__(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_publish, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 322, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 332, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/messages.pyx":321
+    /* "ivshmem/channel/messages.pyx":331
  *         if not self.live:
  *             return
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -11150,7 +11339,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_16__exit__(struct __
     goto __pyx_L4;
   }
 
-  /* "ivshmem/channel/messages.pyx":323
+  /* "ivshmem/channel/messages.pyx":333
  *         if kind is None:
  *             self.publish()
  *         elif self.exports == 0:             # <<<<<<<<<<<<<<
@@ -11162,7 +11351,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_16__exit__(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":324
+    /* "ivshmem/channel/messages.pyx":334
  *             self.publish()
  *         elif self.exports == 0:
  *             self.drop()             # <<<<<<<<<<<<<<
@@ -11176,12 +11365,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_16__exit__(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_drop, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 324, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 334, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/messages.pyx":323
+    /* "ivshmem/channel/messages.pyx":333
  *         if kind is None:
  *             self.publish()
  *         elif self.exports == 0:             # <<<<<<<<<<<<<<
@@ -11191,7 +11380,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_16__exit__(struct __
   }
   __pyx_L4:;
 
-  /* "ivshmem/channel/messages.pyx":318
+  /* "ivshmem/channel/messages.pyx":328
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -11213,7 +11402,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_16__exit__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":326
+/* "ivshmem/channel/messages.pyx":336
  *             self.drop()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -11238,7 +11427,7 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4Loan_18__del__(struct __pyx_ob
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/messages.pyx":327
+  /* "ivshmem/channel/messages.pyx":337
  * 
  *     def __del__(self):
  *         if self.live and self.writer is not None and self.writer.open:             # <<<<<<<<<<<<<<
@@ -11266,7 +11455,7 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4Loan_18__del__(struct __pyx_ob
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":328
+    /* "ivshmem/channel/messages.pyx":338
  *     def __del__(self):
  *         if self.live and self.writer is not None and self.writer.open:
  *             ivshmem_loan_drop(&self.writer.writer, self.cell)             # <<<<<<<<<<<<<<
@@ -11275,7 +11464,7 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4Loan_18__del__(struct __pyx_ob
 */
     ivshmem_loan_drop((&__pyx_v_self->writer->__pyx_base.writer), __pyx_v_self->cell);
 
-    /* "ivshmem/channel/messages.pyx":327
+    /* "ivshmem/channel/messages.pyx":337
  * 
  *     def __del__(self):
  *         if self.live and self.writer is not None and self.writer.open:             # <<<<<<<<<<<<<<
@@ -11284,7 +11473,7 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4Loan_18__del__(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":326
+  /* "ivshmem/channel/messages.pyx":336
  *             self.drop()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -11296,7 +11485,7 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4Loan_18__del__(struct __pyx_ob
 
 }
 
-/* "ivshmem/channel/messages.pyx":330
+/* "ivshmem/channel/messages.pyx":340
  *             ivshmem_loan_drop(&self.writer.writer, self.cell)
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11334,7 +11523,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_20__repr__(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/messages.pyx":331
+  /* "ivshmem/channel/messages.pyx":341
  * 
  *     def __repr__(self):
  *         state = "" if self.live else ", published or dropped"             # <<<<<<<<<<<<<<
@@ -11351,16 +11540,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_20__repr__(struct __
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/messages.pyx":332
+  /* "ivshmem/channel/messages.pyx":342
  *     def __repr__(self):
  *         state = "" if self.live else ", published or dropped"
  *         return f"<ivshmem.channel.Loan of {self.size} bytes{state}>"             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 332, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 342, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 332, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 342, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_t_3[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel_Loan_of;
   __pyx_t_3[1] = __pyx_t_1;
@@ -11376,7 +11565,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_20__repr__(struct __
   __pyx_t_5 |= __Pyx_PyUnicode_KIND_04(__pyx_t_3[3]);
   #endif
   __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_3, 5, __pyx_t_4, __pyx_t_5);
-  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 332, __pyx_L1_error)
+  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 342, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -11391,7 +11580,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_20__repr__(struct __
   __pyx_t_6 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":330
+  /* "ivshmem/channel/messages.pyx":340
  *             ivshmem_loan_drop(&self.writer.writer, self.cell)
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11701,7 +11890,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_24__setstate_cython_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":337
+/* "ivshmem/channel/messages.pyx":347
  * # -- readers --------------------------------------------------------------------------------------
  * 
  * cdef int64_t probe_reader(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -11718,7 +11907,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_reader(void *__pyx_v_wh
   unsigned int __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/channel/messages.pyx":338
+  /* "ivshmem/channel/messages.pyx":348
  * 
  * cdef int64_t probe_reader(void *what) noexcept nogil:
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what             # <<<<<<<<<<<<<<
@@ -11727,7 +11916,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_reader(void *__pyx_v_wh
 */
   __pyx_v_reader = ((struct ivshmem_reader *)__pyx_v_what);
 
-  /* "ivshmem/channel/messages.pyx":340
+  /* "ivshmem/channel/messages.pyx":350
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what
  *     cdef unsigned i
  *     for i in range(reader.channel.record.geometry.writers):             # <<<<<<<<<<<<<<
@@ -11741,7 +11930,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_reader(void *__pyx_v_wh
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/channel/messages.pyx":343
+    /* "ivshmem/channel/messages.pyx":353
  *         if ivshmem_value(
  *             ivshmem_get(reader.channel, ivshmem_source_head_at(reader, i))
  *         ) != reader.sources[i].next:             # <<<<<<<<<<<<<<
@@ -11751,7 +11940,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_reader(void *__pyx_v_wh
     __pyx_t_4 = (ivshmem_value(ivshmem_get(__pyx_v_reader->channel, ivshmem_source_head_at(__pyx_v_reader, __pyx_v_i))) != (__pyx_v_reader->sources[__pyx_v_i]).next);
 
 
-    /* "ivshmem/channel/messages.pyx":341
+    /* "ivshmem/channel/messages.pyx":351
  *     cdef unsigned i
  *     for i in range(reader.channel.record.geometry.writers):
  *         if ivshmem_value(             # <<<<<<<<<<<<<<
@@ -11761,7 +11950,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_reader(void *__pyx_v_wh
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/messages.pyx":344
+      /* "ivshmem/channel/messages.pyx":354
  *             ivshmem_get(reader.channel, ivshmem_source_head_at(reader, i))
  *         ) != reader.sources[i].next:
  *             return 1             # <<<<<<<<<<<<<<
@@ -11774,7 +11963,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_reader(void *__pyx_v_wh
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/messages.pyx":341
+      /* "ivshmem/channel/messages.pyx":351
  *     cdef unsigned i
  *     for i in range(reader.channel.record.geometry.writers):
  *         if ivshmem_value(             # <<<<<<<<<<<<<<
@@ -11785,7 +11974,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_reader(void *__pyx_v_wh
   }
 
 
-  /* "ivshmem/channel/messages.pyx":345
+  /* "ivshmem/channel/messages.pyx":355
  *         ) != reader.sources[i].next:
  *             return 1
  *     return 0             # <<<<<<<<<<<<<<
@@ -11798,7 +11987,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_reader(void *__pyx_v_wh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":337
+  /* "ivshmem/channel/messages.pyx":347
  * # -- readers --------------------------------------------------------------------------------------
  * 
  * cdef int64_t probe_reader(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -11813,7 +12002,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_reader(void *__pyx_v_wh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":355
+/* "ivshmem/channel/messages.pyx":366
  *     """
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -11845,14 +12034,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4lost___get__(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/messages.pyx":358
+  /* "ivshmem/channel/messages.pyx":369
  *     def lost(self):
  *         """How many messages were overwritten before this reader took them."""
  *         return ivshmem_reader_lost(&self.reader)             # <<<<<<<<<<<<<<
  * 
  *     # As a ChannelEnd.
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(ivshmem_reader_lost((&__pyx_v_self->__pyx_base.reader))); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 358, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(ivshmem_reader_lost((&__pyx_v_self->__pyx_base.reader))); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 369, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -11865,7 +12054,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4lost___get__(stru
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":355
+  /* "ivshmem/channel/messages.pyx":366
  *     """
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -11884,7 +12073,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4lost___get__(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":362
+/* "ivshmem/channel/messages.pyx":373
  *     # As a ChannelEnd.
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -11896,7 +12085,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_attempt(struct __pyx_obj_
   int __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/channel/messages.pyx":363
+  /* "ivshmem/channel/messages.pyx":374
  * 
  *     cdef int attempt(self) except -2:
  *         return 0 if self.pending else ivshmem_take(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -11915,7 +12104,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_attempt(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":362
+  /* "ivshmem/channel/messages.pyx":373
  *     # As a ChannelEnd.
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -11929,7 +12118,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_attempt(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":365
+/* "ivshmem/channel/messages.pyx":376
  *         return 0 if self.pending else ivshmem_take(&self.reader, &self.message)
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -11940,7 +12129,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_attempt(struct __pyx_obj_
 static int __pyx_f_7ivshmem_7channel_8messages_6Reader_begin_sleep(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/messages.pyx":366
+  /* "ivshmem/channel/messages.pyx":377
  * 
  *     cdef int begin_sleep(self) except -2:
  *         return ivshmem_reader_sleep(&self.reader)             # <<<<<<<<<<<<<<
@@ -11953,7 +12142,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_begin_sleep(struct __pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":365
+  /* "ivshmem/channel/messages.pyx":376
  *         return 0 if self.pending else ivshmem_take(&self.reader, &self.message)
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -11967,7 +12156,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_begin_sleep(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":368
+/* "ivshmem/channel/messages.pyx":379
  *         return ivshmem_reader_sleep(&self.reader)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -11978,7 +12167,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_begin_sleep(struct __pyx_
 static void __pyx_f_7ivshmem_7channel_8messages_6Reader_end_sleep(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/channel/messages.pyx":369
+  /* "ivshmem/channel/messages.pyx":380
  * 
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -11990,7 +12179,7 @@ static void __pyx_f_7ivshmem_7channel_8messages_6Reader_end_sleep(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":370
+    /* "ivshmem/channel/messages.pyx":381
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)             # <<<<<<<<<<<<<<
@@ -11999,7 +12188,7 @@ static void __pyx_f_7ivshmem_7channel_8messages_6Reader_end_sleep(struct __pyx_o
 */
     ivshmem_sleep_end((&__pyx_v_self->__pyx_base.__pyx_base.channel), (&__pyx_v_self->__pyx_base.reader.sleep));
 
-    /* "ivshmem/channel/messages.pyx":369
+    /* "ivshmem/channel/messages.pyx":380
  * 
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -12008,7 +12197,7 @@ static void __pyx_f_7ivshmem_7channel_8messages_6Reader_end_sleep(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":368
+  /* "ivshmem/channel/messages.pyx":379
  *         return ivshmem_reader_sleep(&self.reader)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -12020,7 +12209,7 @@ static void __pyx_f_7ivshmem_7channel_8messages_6Reader_end_sleep(struct __pyx_o
 
 }
 
-/* "ivshmem/channel/messages.pyx":372
+/* "ivshmem/channel/messages.pyx":383
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -12031,7 +12220,7 @@ static void __pyx_f_7ivshmem_7channel_8messages_6Reader_end_sleep(struct __pyx_o
 static int64_t __pyx_f_7ivshmem_7channel_8messages_6Reader_probe(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/messages.pyx":373
+  /* "ivshmem/channel/messages.pyx":384
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader             # <<<<<<<<<<<<<<
@@ -12040,7 +12229,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_6Reader_probe(struct __pyx_ob
 */
   (__pyx_v_what[0]) = (&__pyx_v_self->__pyx_base.reader);
 
-  /* "ivshmem/channel/messages.pyx":374
+  /* "ivshmem/channel/messages.pyx":385
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader
  *         probe[0] = probe_reader             # <<<<<<<<<<<<<<
@@ -12049,7 +12238,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_6Reader_probe(struct __pyx_ob
 */
   (__pyx_v_probe[0]) = __pyx_f_7ivshmem_7channel_8messages_probe_reader;
 
-  /* "ivshmem/channel/messages.pyx":375
+  /* "ivshmem/channel/messages.pyx":386
  *         what[0] = &self.reader
  *         probe[0] = probe_reader
  *         return 1             # <<<<<<<<<<<<<<
@@ -12062,7 +12251,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_6Reader_probe(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":372
+  /* "ivshmem/channel/messages.pyx":383
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -12076,7 +12265,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_6Reader_probe(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":377
+/* "ivshmem/channel/messages.pyx":388
  *         return 1
  * 
  *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
@@ -12093,7 +12282,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_mend(struct __pyx_obj_7iv
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/messages.pyx":378
+  /* "ivshmem/channel/messages.pyx":389
  * 
  *     cdef int mend(self) except -1:
  *         ivshmem_reader_beat(&self.reader)             # <<<<<<<<<<<<<<
@@ -12102,7 +12291,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_mend(struct __pyx_obj_7iv
 */
   ivshmem_reader_beat((&__pyx_v_self->__pyx_base.reader));
 
-  /* "ivshmem/channel/messages.pyx":379
+  /* "ivshmem/channel/messages.pyx":390
  *     cdef int mend(self) except -1:
  *         ivshmem_reader_beat(&self.reader)
  *         if self.awaited and (self.pending or probe_reader(&self.reader)):             # <<<<<<<<<<<<<<
@@ -12134,17 +12323,17 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_mend(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":380
+    /* "ivshmem/channel/messages.pyx":391
  *         ivshmem_reader_beat(&self.reader)
  *         if self.awaited and (self.pending or probe_reader(&self.reader)):
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 380, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 391, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/messages.pyx":379
+    /* "ivshmem/channel/messages.pyx":390
  *     cdef int mend(self) except -1:
  *         ivshmem_reader_beat(&self.reader)
  *         if self.awaited and (self.pending or probe_reader(&self.reader)):             # <<<<<<<<<<<<<<
@@ -12153,7 +12342,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_mend(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":381
+  /* "ivshmem/channel/messages.pyx":392
  *         if self.awaited and (self.pending or probe_reader(&self.reader)):
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -12166,7 +12355,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_mend(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":377
+  /* "ivshmem/channel/messages.pyx":388
  *         return 1
  * 
  *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
@@ -12183,7 +12372,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_mend(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":385
+/* "ivshmem/channel/messages.pyx":396
  *     # Reading.
  * 
  *     cdef int take(self, object timeout, object spin) except -2:             # <<<<<<<<<<<<<<
@@ -12193,67 +12382,53 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_mend(struct __pyx_obj_7iv
 
 static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin) {
   int __pyx_v_code;
+  struct ivshmem_message __pyx_v_message;
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
   int __pyx_t_2;
   int __pyx_t_3;
-  PyObject *__pyx_t_4 = NULL;
+  struct ivshmem_message __pyx_t_4;
   PyObject *__pyx_t_5 = NULL;
   PyObject *__pyx_t_6 = NULL;
   PyObject *__pyx_t_7 = NULL;
   PyObject *__pyx_t_8 = NULL;
   PyObject *__pyx_t_9 = NULL;
   PyObject *__pyx_t_10 = NULL;
-  PyObject *__pyx_t_11[5];
-  Py_ssize_t __pyx_t_12;
-  size_t __pyx_t_13;
+  PyObject *__pyx_t_11 = NULL;
+  PyObject *__pyx_t_12[5];
+  Py_ssize_t __pyx_t_13;
+  size_t __pyx_t_14;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take", 0);
 
-  /* "ivshmem/channel/messages.pyx":388
- *         """Take the next message into `self.message`; 0, or IVSHMEM_AGAIN: none came in time."""
+  /* "ivshmem/channel/messages.pyx":400
  *         cdef int code
+ *         cdef ivshmem_message message
  *         self.enter()             # <<<<<<<<<<<<<<
- *         if self.pending:
- *             self.pending = False
-*/
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 388, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/messages.pyx":389
- *         cdef int code
- *         self.enter()
- *         if self.pending:             # <<<<<<<<<<<<<<
- *             self.pending = False
- *             self.forget(self.message.writer, self.message.position)
-*/
-  if (__pyx_v_self->pending) {
-
-    /* "ivshmem/channel/messages.pyx":390
- *         self.enter()
- *         if self.pending:
- *             self.pending = False             # <<<<<<<<<<<<<<
- *             self.forget(self.message.writer, self.message.position)
+ *         if self.take_pending():
  *             return 0
 */
-    __pyx_v_self->pending = 0;
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 400, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":391
- *         if self.pending:
- *             self.pending = False
- *             self.forget(self.message.writer, self.message.position)             # <<<<<<<<<<<<<<
+
+  /* "ivshmem/channel/messages.pyx":401
+ *         cdef ivshmem_message message
+ *         self.enter()
+ *         if self.take_pending():             # <<<<<<<<<<<<<<
  *             return 0
  *         code = ivshmem_take(&self.reader, &self.message)
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.forget(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message.writer, __pyx_v_self->message.position); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 391, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->take_pending(__pyx_v_self);
+
+  if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/messages.pyx":392
- *             self.pending = False
- *             self.forget(self.message.writer, self.message.position)
+    /* "ivshmem/channel/messages.pyx":402
+ *         self.enter()
+ *         if self.take_pending():
  *             return 0             # <<<<<<<<<<<<<<
  *         code = ivshmem_take(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:
@@ -12264,17 +12439,17 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/messages.pyx":389
- *         cdef int code
+    /* "ivshmem/channel/messages.pyx":401
+ *         cdef ivshmem_message message
  *         self.enter()
- *         if self.pending:             # <<<<<<<<<<<<<<
- *             self.pending = False
- *             self.forget(self.message.writer, self.message.position)
+ *         if self.take_pending():             # <<<<<<<<<<<<<<
+ *             return 0
+ *         code = ivshmem_take(&self.reader, &self.message)
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":393
- *             self.forget(self.message.writer, self.message.position)
+  /* "ivshmem/channel/messages.pyx":403
+ *         if self.take_pending():
  *             return 0
  *         code = ivshmem_take(&self.reader, &self.message)             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_AGAIN:
@@ -12282,7 +12457,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
 */
   __pyx_v_code = ivshmem_take((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message));
 
-  /* "ivshmem/channel/messages.pyx":394
+  /* "ivshmem/channel/messages.pyx":404
  *             return 0
  *         code = ivshmem_take(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -12294,7 +12469,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/messages.pyx":395
+    /* "ivshmem/channel/messages.pyx":405
  *         code = ivshmem_take(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:
  *             if timeout is not None and timeout == 0 and not self.watched:             # <<<<<<<<<<<<<<
@@ -12310,7 +12485,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
 
       goto __pyx_L6_bool_binop_done;
     }
-    __pyx_t_3 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 395, __pyx_L1_error)
+    __pyx_t_3 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 405, __pyx_L1_error)
     if (__pyx_t_3) {
 
     } else {
@@ -12328,7 +12503,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/messages.pyx":396
+      /* "ivshmem/channel/messages.pyx":406
  *         if code == IVSHMEM_AGAIN:
  *             if timeout is not None and timeout == 0 and not self.watched:
  *                 return code             # <<<<<<<<<<<<<<
@@ -12341,7 +12516,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/messages.pyx":395
+      /* "ivshmem/channel/messages.pyx":405
  *         code = ivshmem_take(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:
  *             if timeout is not None and timeout == 0 and not self.watched:             # <<<<<<<<<<<<<<
@@ -12350,34 +12525,34 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/channel/messages.pyx":397
+    /* "ivshmem/channel/messages.pyx":407
  *             if timeout is not None and timeout == 0 and not self.watched:
  *                 return code
  *             code = self.wait(timeout, spin)             # <<<<<<<<<<<<<<
  *             if code == IVSHMEM_AGAIN:
  *                 return code
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 397, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 407, __pyx_L1_error)
     __pyx_v_code = __pyx_t_1;
 
-    /* "ivshmem/channel/messages.pyx":398
+    /* "ivshmem/channel/messages.pyx":408
  *                 return code
  *             code = self.wait(timeout, spin)
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                 return code
- *         if self.membership.rings.count:
+ *             if self.take_pending():  # another thread left it
 */
     __pyx_t_2 = (__pyx_v_code == IVSHMEM_AGAIN);
 
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/messages.pyx":399
+      /* "ivshmem/channel/messages.pyx":409
  *             code = self.wait(timeout, spin)
  *             if code == IVSHMEM_AGAIN:
  *                 return code             # <<<<<<<<<<<<<<
- *         if self.membership.rings.count:
- *             self.membership.flush()
+ *             if self.take_pending():  # another thread left it
+ *                 return 0
 */
       {
 
@@ -12385,16 +12560,50 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/messages.pyx":398
+      /* "ivshmem/channel/messages.pyx":408
  *                 return code
  *             code = self.wait(timeout, spin)
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                 return code
+ *             if self.take_pending():  # another thread left it
+*/
+    }
+
+    /* "ivshmem/channel/messages.pyx":410
+ *             if code == IVSHMEM_AGAIN:
+ *                 return code
+ *             if self.take_pending():  # another thread left it             # <<<<<<<<<<<<<<
+ *                 return 0
+ *         if self.membership.rings.count:
+*/
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->take_pending(__pyx_v_self);
+
+    if (__pyx_t_2) {
+
+
+      /* "ivshmem/channel/messages.pyx":411
+ *                 return code
+ *             if self.take_pending():  # another thread left it
+ *                 return 0             # <<<<<<<<<<<<<<
+ *         if self.membership.rings.count:
+ *             message = self.message  # another thread may take one during the flush
+*/
+      {
+
+        __pyx_r = 0;
+      }
+      goto __pyx_L0;
+
+      /* "ivshmem/channel/messages.pyx":410
+ *             if code == IVSHMEM_AGAIN:
+ *                 return code
+ *             if self.take_pending():  # another thread left it             # <<<<<<<<<<<<<<
+ *                 return 0
  *         if self.membership.rings.count:
 */
     }
 
-    /* "ivshmem/channel/messages.pyx":394
+    /* "ivshmem/channel/messages.pyx":404
  *             return 0
  *         code = ivshmem_take(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -12403,40 +12612,70 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":400
- *             if code == IVSHMEM_AGAIN:
- *                 return code
+  /* "ivshmem/channel/messages.pyx":412
+ *             if self.take_pending():  # another thread left it
+ *                 return 0
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
+ *             message = self.message  # another thread may take one during the flush
  *             self.membership.flush()
- *         if code:
 */
   __pyx_t_2 = (__pyx_v_self->__pyx_base.__pyx_base.membership->rings.count != 0);
 
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/messages.pyx":401
- *                 return code
+    /* "ivshmem/channel/messages.pyx":413
+ *                 return 0
  *         if self.membership.rings.count:
+ *             message = self.message  # another thread may take one during the flush             # <<<<<<<<<<<<<<
+ *             self.membership.flush()
+ *             self.enter()
+*/
+    __pyx_t_4 = __pyx_v_self->message;
+
+    __pyx_v_message = __pyx_t_4;
+
+    /* "ivshmem/channel/messages.pyx":414
+ *         if self.membership.rings.count:
+ *             message = self.message  # another thread may take one during the flush
  *             self.membership.flush()             # <<<<<<<<<<<<<<
+ *             self.enter()
+ *             self.message = message
+*/
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 414, __pyx_L1_error)
+
+
+    /* "ivshmem/channel/messages.pyx":415
+ *             message = self.message  # another thread may take one during the flush
+ *             self.membership.flush()
+ *             self.enter()             # <<<<<<<<<<<<<<
+ *             self.message = message
+ *         if code:
+*/
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 415, __pyx_L1_error)
+
+
+    /* "ivshmem/channel/messages.pyx":416
+ *             self.membership.flush()
+ *             self.enter()
+ *             self.message = message             # <<<<<<<<<<<<<<
  *         if code:
  *             raise self.fail(code)
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 401, __pyx_L1_error)
+    __pyx_v_self->message = __pyx_v_message;
 
-
-    /* "ivshmem/channel/messages.pyx":400
- *             if code == IVSHMEM_AGAIN:
- *                 return code
+    /* "ivshmem/channel/messages.pyx":412
+ *             if self.take_pending():  # another thread left it
+ *                 return 0
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
+ *             message = self.message  # another thread may take one during the flush
  *             self.membership.flush()
- *         if code:
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":402
- *         if self.membership.rings.count:
- *             self.membership.flush()
+  /* "ivshmem/channel/messages.pyx":417
+ *             self.enter()
+ *             self.message = message
  *         if code:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
  *         if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
@@ -12446,29 +12685,29 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/messages.pyx":403
- *             self.membership.flush()
+    /* "ivshmem/channel/messages.pyx":418
+ *             self.message = message
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *             self.keep()
 */
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 403, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_4);
-    __Pyx_Raise(__pyx_t_4, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 403, __pyx_L1_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 418, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __Pyx_Raise(__pyx_t_5, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __PYX_ERR(0, 418, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":402
- *         if self.membership.rings.count:
- *             self.membership.flush()
+    /* "ivshmem/channel/messages.pyx":417
+ *             self.enter()
+ *             self.message = message
  *         if code:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
  *         if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":404
+  /* "ivshmem/channel/messages.pyx":419
  *         if code:
  *             raise self.fail(code)
  *         if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
@@ -12483,137 +12722,137 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
 
     __pyx_t_2 = __pyx_t_3;
 
-    goto __pyx_L13_bool_binop_done;
+    goto __pyx_L14_bool_binop_done;
   }
   __pyx_t_3 = (__pyx_v_self->__pyx_base.reader.overflow == IVSHMEM_BLOCK);
 
 
   __pyx_t_2 = __pyx_t_3;
 
-  __pyx_L13_bool_binop_done:;
+  __pyx_L14_bool_binop_done:;
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/messages.pyx":405
+    /* "ivshmem/channel/messages.pyx":420
  *             raise self.fail(code)
  *         if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *             self.keep()             # <<<<<<<<<<<<<<
  *             raise MessagesLost(
  *                 f"channel {self.name!r}: this process was stopped, and writers went on without it:"
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 405, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 420, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/messages.pyx":406
+    /* "ivshmem/channel/messages.pyx":421
  *         if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *             self.keep()
  *             raise MessagesLost(             # <<<<<<<<<<<<<<
  *                 f"channel {self.name!r}: this process was stopped, and writers went on without it:"
  *                 f" {counted(self.message.lost, 'message')} of a writer were lost",
 */
-    __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_MessagesLost); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 406, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_6);
+    __pyx_t_6 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_MessagesLost); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 421, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
 
-    /* "ivshmem/channel/messages.pyx":407
+    /* "ivshmem/channel/messages.pyx":422
  *             self.keep()
  *             raise MessagesLost(
  *                 f"channel {self.name!r}: this process was stopped, and writers went on without it:"             # <<<<<<<<<<<<<<
  *                 f" {counted(self.message.lost, 'message')} of a writer were lost",
  *                 self.message.lost,
 */
-    __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 407, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 422, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
 
-    /* "ivshmem/channel/messages.pyx":408
+    /* "ivshmem/channel/messages.pyx":423
  *             raise MessagesLost(
  *                 f"channel {self.name!r}: this process was stopped, and writers went on without it:"
  *                 f" {counted(self.message.lost, 'message')} of a writer were lost",             # <<<<<<<<<<<<<<
  *                 self.message.lost,
  *             )
 */
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 408, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_9 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.lost); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 408, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 423, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
-    __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 408, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.lost); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 423, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __Pyx_GIVEREF(__pyx_t_9);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_9) != (0)) __PYX_ERR(0, 408, __pyx_L1_error);
+    __pyx_t_11 = PyTuple_New(2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 423, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_11);
+    __Pyx_GIVEREF(__pyx_t_10);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 0, __pyx_t_10) != (0)) __PYX_ERR(0, 423, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_message);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_message);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_mstate_global->__pyx_n_u_message) != (0)) __PYX_ERR(0, 408, __pyx_L1_error);
-    __pyx_t_9 = 0;
-    __pyx_t_9 = __Pyx_PyObject_Call(__pyx_t_8, __pyx_t_10, NULL); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 408, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_9);
-    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-    __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_t_9, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 408, __pyx_L1_error)
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 1, __pyx_mstate_global->__pyx_n_u_message) != (0)) __PYX_ERR(0, 423, __pyx_L1_error);
+    __pyx_t_10 = 0;
+    __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_9, __pyx_t_11, NULL); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 423, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-    __pyx_t_11[0] = __pyx_mstate_global->__pyx_kp_u_channel;
-    __pyx_t_11[1] = __pyx_t_7;
-    __pyx_t_11[2] = __pyx_mstate_global->__pyx_kp_u_this_process_was_stopped_and_wr;
-    __pyx_t_11[3] = __pyx_t_10;
-    __pyx_t_11[4] = __pyx_mstate_global->__pyx_kp_u_of_a_writer_were_lost;
+    __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 423, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_11);
+    __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+    __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_channel;
+    __pyx_t_12[1] = __pyx_t_8;
+    __pyx_t_12[2] = __pyx_mstate_global->__pyx_kp_u_this_process_was_stopped_and_wr;
+    __pyx_t_12[3] = __pyx_t_11;
+    __pyx_t_12[4] = __pyx_mstate_global->__pyx_kp_u_of_a_writer_were_lost;
 
-    /* "ivshmem/channel/messages.pyx":407
+    /* "ivshmem/channel/messages.pyx":422
  *             self.keep()
  *             raise MessagesLost(
  *                 f"channel {self.name!r}: this process was stopped, and writers went on without it:"             # <<<<<<<<<<<<<<
  *                 f" {counted(self.message.lost, 'message')} of a writer were lost",
  *                 self.message.lost,
 */
-    __pyx_t_12 = 90;
+    __pyx_t_13 = 90;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_12 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_11[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_11[3]);
+    __pyx_t_13 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_12[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_12[3]);
     #endif
     __pyx_t_1 = 0;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_11[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_11[3]);
+    __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
     #endif
-    __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_11, 5, __pyx_t_12, __pyx_t_1);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 407, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_9);
-    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+    __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_13, __pyx_t_1);
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 422, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_10);
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
 
-    /* "ivshmem/channel/messages.pyx":409
+    /* "ivshmem/channel/messages.pyx":424
  *                 f"channel {self.name!r}: this process was stopped, and writers went on without it:"
  *                 f" {counted(self.message.lost, 'message')} of a writer were lost",
  *                 self.message.lost,             # <<<<<<<<<<<<<<
  *             )
  *         return 0
 */
-    __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.lost); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 409, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_13 = 1;
+    __pyx_t_11 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.lost); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 424, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_11);
+    __pyx_t_14 = 1;
     #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_6))) {
-      __pyx_t_5 = PyMethod_GET_SELF(__pyx_t_6);
-      assert(__pyx_t_5);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_6);
-      __Pyx_INCREF(__pyx_t_5);
+    if (unlikely(PyMethod_Check(__pyx_t_7))) {
+      __pyx_t_6 = PyMethod_GET_SELF(__pyx_t_7);
+      assert(__pyx_t_6);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_7);
+      __Pyx_INCREF(__pyx_t_6);
       __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_6, __pyx__function);
-      __pyx_t_13 = 0;
+      __Pyx_DECREF_SET(__pyx_t_7, __pyx__function);
+      __pyx_t_14 = 0;
     }
     #endif
     {
-      PyObject *__pyx_callargs[3] = {__pyx_t_5, __pyx_t_9, __pyx_t_10};
-      __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_13, (3-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+      PyObject *__pyx_callargs[3] = {__pyx_t_6, __pyx_t_10, __pyx_t_11};
+      __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_14, (3-__pyx_t_14) | (__pyx_t_14*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 406, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
+      __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 421, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_5);
     }
-    __Pyx_Raise(__pyx_t_4, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 406, __pyx_L1_error)
+    __Pyx_Raise(__pyx_t_5, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __PYX_ERR(0, 421, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":404
+    /* "ivshmem/channel/messages.pyx":419
  *         if code:
  *             raise self.fail(code)
  *         if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
@@ -12622,12 +12861,12 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":411
+  /* "ivshmem/channel/messages.pyx":426
  *                 self.message.lost,
  *             )
  *         return 0             # <<<<<<<<<<<<<<
  * 
- *     cdef int keep(self) except -1:
+ *     cdef bint take_pending(self) noexcept:
 */
   {
 
@@ -12635,7 +12874,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":385
+  /* "ivshmem/channel/messages.pyx":396
  *     # Reading.
  * 
  *     cdef int take(self, object timeout, object spin) except -2:             # <<<<<<<<<<<<<<
@@ -12645,24 +12884,124 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
   __Pyx_XDECREF(__pyx_t_8);
   __Pyx_XDECREF(__pyx_t_9);
   __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_XDECREF(__pyx_t_11);
   __Pyx_AddTraceback("ivshmem.channel.messages.Reader.take", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -2;
   __pyx_L0:;
+
 
 
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":413
+/* "ivshmem/channel/messages.pyx":428
  *         return 0
+ * 
+ *     cdef bint take_pending(self) noexcept:             # <<<<<<<<<<<<<<
+ *         if not self.pending:
+ *             return False
+*/
+
+static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take_pending(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/channel/messages.pyx":429
+ * 
+ *     cdef bint take_pending(self) noexcept:
+ *         if not self.pending:             # <<<<<<<<<<<<<<
+ *             return False
+ *         self.pending = False
+*/
+  __pyx_t_1 = (!__pyx_v_self->pending);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/messages.pyx":430
+ *     cdef bint take_pending(self) noexcept:
+ *         if not self.pending:
+ *             return False             # <<<<<<<<<<<<<<
+ *         self.pending = False
+ *         self.forget(self.message.writer, self.message.position)
+*/
+    {
+
+      __pyx_r = 0;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/messages.pyx":429
+ * 
+ *     cdef bint take_pending(self) noexcept:
+ *         if not self.pending:             # <<<<<<<<<<<<<<
+ *             return False
+ *         self.pending = False
+*/
+  }
+
+  /* "ivshmem/channel/messages.pyx":431
+ *         if not self.pending:
+ *             return False
+ *         self.pending = False             # <<<<<<<<<<<<<<
+ *         self.forget(self.message.writer, self.message.position)
+ *         return True
+*/
+  __pyx_v_self->pending = 0;
+
+  /* "ivshmem/channel/messages.pyx":432
+ *             return False
+ *         self.pending = False
+ *         self.forget(self.message.writer, self.message.position)             # <<<<<<<<<<<<<<
+ *         return True
+ * 
+*/
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.forget(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message.writer, __pyx_v_self->message.position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 432, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/messages.pyx":433
+ *         self.pending = False
+ *         self.forget(self.message.writer, self.message.position)
+ *         return True             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int keep(self) except -1:
+*/
+  {
+
+    __pyx_r = 1;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/messages.pyx":428
+ *         return 0
+ * 
+ *     cdef bint take_pending(self) noexcept:             # <<<<<<<<<<<<<<
+ *         if not self.pending:
+ *             return False
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_WriteUnraisable("ivshmem.channel.messages.Reader.take_pending", __pyx_clineno, __pyx_lineno, __pyx_filename, 1, 0);
+  __pyx_r = 0;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/messages.pyx":435
+ *         return True
  * 
  *     cdef int keep(self) except -1:             # <<<<<<<<<<<<<<
  *         """Leave the message that was taken for the next call."""
@@ -12676,7 +13015,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_keep(struct __pyx_obj_7iv
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/messages.pyx":415
+  /* "ivshmem/channel/messages.pyx":437
  *     cdef int keep(self) except -1:
  *         """Leave the message that was taken for the next call."""
  *         self.pending = True             # <<<<<<<<<<<<<<
@@ -12685,21 +13024,21 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_keep(struct __pyx_obj_7iv
 */
   __pyx_v_self->pending = 1;
 
-  /* "ivshmem/channel/messages.pyx":416
+  /* "ivshmem/channel/messages.pyx":438
  *         """Leave the message that was taken for the next call."""
  *         self.pending = True
  *         return self.hold(&self.message)             # <<<<<<<<<<<<<<
  * 
  *     cdef object copy_out(self):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.hold(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_self->message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 416, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.hold(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_self->message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 438, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":413
- *         return 0
+  /* "ivshmem/channel/messages.pyx":435
+ *         return True
  * 
  *     cdef int keep(self) except -1:             # <<<<<<<<<<<<<<
  *         """Leave the message that was taken for the next call."""
@@ -12715,7 +13054,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_keep(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":418
+/* "ivshmem/channel/messages.pyx":440
  *         return self.hold(&self.message)
  * 
  *     cdef object copy_out(self):             # <<<<<<<<<<<<<<
@@ -12738,7 +13077,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_6Reader_copy_out(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("copy_out", 0);
 
-  /* "ivshmem/channel/messages.pyx":420
+  /* "ivshmem/channel/messages.pyx":442
  *     cdef object copy_out(self):
  *         """Copy the message that was taken; None: it was overwritten."""
  *         cdef ivshmem_message message = self.message             # <<<<<<<<<<<<<<
@@ -12749,29 +13088,29 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_6Reader_copy_out(struct __p
 
   __pyx_v_message = __pyx_t_1;
 
-  /* "ivshmem/channel/messages.pyx":421
+  /* "ivshmem/channel/messages.pyx":443
  *         """Copy the message that was taken; None: it was overwritten."""
  *         cdef ivshmem_message message = self.message
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, message.length)             # <<<<<<<<<<<<<<
  *         cdef int code = self.copy_to(&message, PyBytes_AS_STRING(data))
  *         return data if code == 0 else None
 */
-  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_message.length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 421, __pyx_L1_error)
+  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_message.length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 443, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_data = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/messages.pyx":422
+  /* "ivshmem/channel/messages.pyx":444
  *         cdef ivshmem_message message = self.message
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, message.length)
  *         cdef int code = self.copy_to(&message, PyBytes_AS_STRING(data))             # <<<<<<<<<<<<<<
  *         return data if code == 0 else None
  * 
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 422, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 444, __pyx_L1_error)
   __pyx_v_code = __pyx_t_3;
 
-  /* "ivshmem/channel/messages.pyx":423
+  /* "ivshmem/channel/messages.pyx":445
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, message.length)
  *         cdef int code = self.copy_to(&message, PyBytes_AS_STRING(data))
  *         return data if code == 0 else None             # <<<<<<<<<<<<<<
@@ -12799,7 +13138,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_6Reader_copy_out(struct __p
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":418
+  /* "ivshmem/channel/messages.pyx":440
  *         return self.hold(&self.message)
  * 
  *     cdef object copy_out(self):             # <<<<<<<<<<<<<<
@@ -12821,7 +13160,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_6Reader_copy_out(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":425
+/* "ivshmem/channel/messages.pyx":447
  *         return data if code == 0 else None
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12870,20 +13209,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 425, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 447, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 425, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 447, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get", 0) < (0)) __PYX_ERR(0, 425, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get", 0) < (0)) __PYX_ERR(0, 447, __pyx_L3_error)
 
-      /* "ivshmem/channel/messages.pyx":426
+      /* "ivshmem/channel/messages.pyx":448
  * 
  *     @cython.critical_section
  *     def get(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -12896,7 +13235,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 425, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 447, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -12909,7 +13248,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 425, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 447, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12922,7 +13261,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_6Reader_get(((struct __pyx_obj_7ivshmem_7channel_8messages_Reader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/messages.pyx":425
+  /* "ivshmem/channel/messages.pyx":447
  *         return data if code == 0 else None
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12965,7 +13304,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_get(struct __pyx_o
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/messages.pyx":447
+        /* "ivshmem/channel/messages.pyx":469
  *         """
  *         cdef object data
  *         for _ in range(TRIES):             # <<<<<<<<<<<<<<
@@ -12979,21 +13318,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_get(struct __pyx_o
         for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
           __pyx_v__ = __pyx_t_4;
 
-          /* "ivshmem/channel/messages.pyx":448
+          /* "ivshmem/channel/messages.pyx":470
  *         cdef object data
  *         for _ in range(TRIES):
  *             if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *                 return None
  *             data = self.copy_out()
 */
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 448, __pyx_L4_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 470, __pyx_L4_error)
           __pyx_t_6 = (__pyx_t_5 != 0);
 
 
           if (__pyx_t_6) {
 
 
-            /* "ivshmem/channel/messages.pyx":449
+            /* "ivshmem/channel/messages.pyx":471
  *         for _ in range(TRIES):
  *             if self.take(timeout, spin):
  *                 return None             # <<<<<<<<<<<<<<
@@ -13011,7 +13350,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_get(struct __pyx_o
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L3_return;
 
-            /* "ivshmem/channel/messages.pyx":448
+            /* "ivshmem/channel/messages.pyx":470
  *         cdef object data
  *         for _ in range(TRIES):
  *             if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -13020,19 +13359,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_get(struct __pyx_o
 */
           }
 
-          /* "ivshmem/channel/messages.pyx":450
+          /* "ivshmem/channel/messages.pyx":472
  *             if self.take(timeout, spin):
  *                 return None
  *             data = self.copy_out()             # <<<<<<<<<<<<<<
  *             if data is not None:
  *                 return data if self.type is None else self.type.decode(data)
 */
-          __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->copy_out(__pyx_v_self); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 450, __pyx_L4_error)
+          __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->copy_out(__pyx_v_self); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 472, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
           __Pyx_XDECREF_SET(__pyx_v_data, __pyx_t_7);
           __pyx_t_7 = 0;
 
-          /* "ivshmem/channel/messages.pyx":451
+          /* "ivshmem/channel/messages.pyx":473
  *                 return None
  *             data = self.copy_out()
  *             if data is not None:             # <<<<<<<<<<<<<<
@@ -13043,7 +13382,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_get(struct __pyx_o
           if (__pyx_t_6) {
 
 
-            /* "ivshmem/channel/messages.pyx":452
+            /* "ivshmem/channel/messages.pyx":474
  *             data = self.copy_out()
  *             if data is not None:
  *                 return data if self.type is None else self.type.decode(data)             # <<<<<<<<<<<<<<
@@ -13062,7 +13401,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_get(struct __pyx_o
                 PyObject *__pyx_callargs[2] = {__pyx_t_9, __pyx_v_data};
                 __pyx_t_8 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-                if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 452, __pyx_L4_error)
+                if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 474, __pyx_L4_error)
                 __Pyx_GOTREF(__pyx_t_8);
               }
               __pyx_t_7 = __pyx_t_8;
@@ -13081,7 +13420,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_get(struct __pyx_o
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L3_return;
 
-            /* "ivshmem/channel/messages.pyx":451
+            /* "ivshmem/channel/messages.pyx":473
  *                 return None
  *             data = self.copy_out()
  *             if data is not None:             # <<<<<<<<<<<<<<
@@ -13092,21 +13431,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_get(struct __pyx_o
         }
 
 
-        /* "ivshmem/channel/messages.pyx":453
+        /* "ivshmem/channel/messages.pyx":475
  *             if data is not None:
  *                 return data if self.type is None else self.type.decode(data)
  *         raise self.starved()             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 453, __pyx_L4_error)
+        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 475, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_7);
         __Pyx_Raise(__pyx_t_7, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        __PYX_ERR(0, 453, __pyx_L4_error)
+        __PYX_ERR(0, 475, __pyx_L4_error)
       }
 
-      /* "ivshmem/channel/messages.pyx":425
+      /* "ivshmem/channel/messages.pyx":447
  *         return data if code == 0 else None
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13148,7 +13487,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_get(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":455
+/* "ivshmem/channel/messages.pyx":477
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13198,24 +13537,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 455, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 477, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 455, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 477, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 455, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 477, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 455, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 477, __pyx_L3_error)
 
-      /* "ivshmem/channel/messages.pyx":456
+      /* "ivshmem/channel/messages.pyx":478
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -13225,17 +13564,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 455, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 477, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 455, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 477, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 455, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 477, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -13248,7 +13587,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 455, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 477, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13261,7 +13600,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(((struct __pyx_obj_7ivshmem_7channel_8messages_Reader *)__pyx_v_self), __pyx_v_buffer, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/messages.pyx":455
+  /* "ivshmem/channel/messages.pyx":477
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13318,17 +13657,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/messages.pyx":468
+        /* "ivshmem/channel/messages.pyx":490
  *         cdef Py_buffer view
  *         cdef ivshmem_message message
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
  *         try:
  *             for _ in range(TRIES):
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 468, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 490, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/messages.pyx":469
+        /* "ivshmem/channel/messages.pyx":491
  *         cdef ivshmem_message message
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -13337,7 +13676,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/messages.pyx":470
+          /* "ivshmem/channel/messages.pyx":492
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:
  *             for _ in range(TRIES):             # <<<<<<<<<<<<<<
@@ -13351,21 +13690,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
           for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
             __pyx_v__ = __pyx_t_5;
 
-            /* "ivshmem/channel/messages.pyx":471
+            /* "ivshmem/channel/messages.pyx":493
  *         try:
  *             for _ in range(TRIES):
  *                 if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *                     return None
  *                 message = self.message
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 471, __pyx_L7_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 493, __pyx_L7_error)
             __pyx_t_6 = (__pyx_t_2 != 0);
 
 
             if (__pyx_t_6) {
 
 
-              /* "ivshmem/channel/messages.pyx":472
+              /* "ivshmem/channel/messages.pyx":494
  *             for _ in range(TRIES):
  *                 if self.take(timeout, spin):
  *                     return None             # <<<<<<<<<<<<<<
@@ -13383,7 +13722,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
               __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
               goto __pyx_L6_return;
 
-              /* "ivshmem/channel/messages.pyx":471
+              /* "ivshmem/channel/messages.pyx":493
  *         try:
  *             for _ in range(TRIES):
  *                 if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -13392,7 +13731,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
 */
             }
 
-            /* "ivshmem/channel/messages.pyx":473
+            /* "ivshmem/channel/messages.pyx":495
  *                 if self.take(timeout, spin):
  *                     return None
  *                 message = self.message             # <<<<<<<<<<<<<<
@@ -13403,7 +13742,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
 
             __pyx_v_message = __pyx_t_7;
 
-            /* "ivshmem/channel/messages.pyx":474
+            /* "ivshmem/channel/messages.pyx":496
  *                     return None
  *                 message = self.message
  *                 if message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -13415,7 +13754,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
             if (unlikely(__pyx_t_6)) {
 
 
-              /* "ivshmem/channel/messages.pyx":475
+              /* "ivshmem/channel/messages.pyx":497
  *                 message = self.message
  *                 if message.length > <uint64_t>view.len:
  *                     self.message.lost = 0             # <<<<<<<<<<<<<<
@@ -13424,17 +13763,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
 */
               __pyx_v_self->message.lost = 0;
 
-              /* "ivshmem/channel/messages.pyx":476
+              /* "ivshmem/channel/messages.pyx":498
  *                 if message.length > <uint64_t>view.len:
  *                     self.message.lost = 0
  *                     self.keep()             # <<<<<<<<<<<<<<
  *                     raise MessageTooLong(
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"
 */
-              __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 476, __pyx_L7_error)
+              __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 498, __pyx_L7_error)
 
 
-              /* "ivshmem/channel/messages.pyx":477
+              /* "ivshmem/channel/messages.pyx":499
  *                     self.message.lost = 0
  *                     self.keep()
  *                     raise MessageTooLong(             # <<<<<<<<<<<<<<
@@ -13442,19 +13781,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
  *                     )
 */
               __pyx_t_9 = NULL;
-              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 477, __pyx_L7_error)
+              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 499, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_10);
 
-              /* "ivshmem/channel/messages.pyx":478
+              /* "ivshmem/channel/messages.pyx":500
  *                     self.keep()
  *                     raise MessageTooLong(
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"             # <<<<<<<<<<<<<<
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:
 */
-              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 478, __pyx_L7_error)
+              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 500, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_11);
-              __pyx_t_12 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 478, __pyx_L7_error)
+              __pyx_t_12 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 500, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_12);
               __pyx_t_13[0] = __pyx_mstate_global->__pyx_kp_u_a_message_of;
               __pyx_t_13[1] = __pyx_t_11;
@@ -13466,7 +13805,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
               #endif
               __pyx_t_2 = 0;
               __pyx_t_15 = __Pyx_PyUnicode_Join(__pyx_t_13, 4, __pyx_t_14, __pyx_t_2);
-              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 478, __pyx_L7_error)
+              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 500, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_15);
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
               __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -13488,14 +13827,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
                 __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
                 __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
                 __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-                if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 477, __pyx_L7_error)
+                if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 499, __pyx_L7_error)
                 __Pyx_GOTREF(__pyx_t_8);
               }
               __Pyx_Raise(__pyx_t_8, 0, 0, 0);
               __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-              __PYX_ERR(0, 477, __pyx_L7_error)
+              __PYX_ERR(0, 499, __pyx_L7_error)
 
-              /* "ivshmem/channel/messages.pyx":474
+              /* "ivshmem/channel/messages.pyx":496
  *                     return None
  *                 message = self.message
  *                 if message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -13504,28 +13843,28 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
 */
             }
 
-            /* "ivshmem/channel/messages.pyx":480
+            /* "ivshmem/channel/messages.pyx":502
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:             # <<<<<<<<<<<<<<
  *                     return message.length
  *             raise self.starved()
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 480, __pyx_L7_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 502, __pyx_L7_error)
             __pyx_t_6 = (__pyx_t_2 == 0);
 
 
             if (__pyx_t_6) {
 
 
-              /* "ivshmem/channel/messages.pyx":481
+              /* "ivshmem/channel/messages.pyx":503
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:
  *                     return message.length             # <<<<<<<<<<<<<<
  *             raise self.starved()
  *         finally:
 */
-              __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_message.length); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 481, __pyx_L7_error)
+              __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_message.length); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 503, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_8);
               {
                 PyObject *__pyx_temp;
@@ -13539,7 +13878,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
               __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
               goto __pyx_L6_return;
 
-              /* "ivshmem/channel/messages.pyx":480
+              /* "ivshmem/channel/messages.pyx":502
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:             # <<<<<<<<<<<<<<
@@ -13550,21 +13889,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
           }
 
 
-          /* "ivshmem/channel/messages.pyx":482
+          /* "ivshmem/channel/messages.pyx":504
  *                 if self.copy_to(&message, <char *>view.buf) == 0:
  *                     return message.length
  *             raise self.starved()             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 482, __pyx_L7_error)
+          __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 504, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_Raise(__pyx_t_8, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-          __PYX_ERR(0, 482, __pyx_L7_error)
+          __PYX_ERR(0, 504, __pyx_L7_error)
         }
 
-        /* "ivshmem/channel/messages.pyx":484
+        /* "ivshmem/channel/messages.pyx":506
  *             raise self.starved()
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -13618,7 +13957,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
         }
       }
 
-      /* "ivshmem/channel/messages.pyx":455
+      /* "ivshmem/channel/messages.pyx":477
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13664,7 +14003,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":486
+/* "ivshmem/channel/messages.pyx":508
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13714,24 +14053,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 486, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 508, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 486, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 508, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 486, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 508, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows", 0) < (0)) __PYX_ERR(0, 486, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows", 0) < (0)) __PYX_ERR(0, 508, __pyx_L3_error)
 
-      /* "ivshmem/channel/messages.pyx":487
+      /* "ivshmem/channel/messages.pyx":509
  * 
  *     @cython.critical_section
  *     def get_rows(self, rows, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -13741,17 +14080,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, i); __PYX_ERR(0, 486, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, i); __PYX_ERR(0, 508, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 486, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 508, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 486, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 508, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -13764,7 +14103,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 486, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 508, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13777,7 +14116,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(((struct __pyx_obj_7ivshmem_7channel_8messages_Reader *)__pyx_v_self), __pyx_v_rows, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/messages.pyx":486
+  /* "ivshmem/channel/messages.pyx":508
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13838,7 +14177,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/messages.pyx":505
+        /* "ivshmem/channel/messages.pyx":527
  *         cdef uint64_t size, i, count
  *         cdef int code
  *         cdef int tries = 0             # <<<<<<<<<<<<<<
@@ -13847,33 +14186,33 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
         __pyx_v_tries = 0;
 
-        /* "ivshmem/channel/messages.pyx":507
+        /* "ivshmem/channel/messages.pyx":529
  *         cdef int tries = 0
  *         cdef ivshmem_message message
  *         cdef object whole = memoryview(rows)             # <<<<<<<<<<<<<<
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
 */
-        __pyx_t_2 = PyMemoryView_FromObject(__pyx_v_rows); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 507, __pyx_L4_error)
+        __pyx_t_2 = PyMemoryView_FromObject(__pyx_v_rows); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 529, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         __pyx_v_whole = __pyx_t_2;
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/messages.pyx":508
+        /* "ivshmem/channel/messages.pyx":530
  *         cdef ivshmem_message message
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:             # <<<<<<<<<<<<<<
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         count = whole.shape[0]
 */
-        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_ndim); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 508, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_ndim); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 530, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_3 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_2, __pyx_mstate_global->__pyx_int_2, Py_LT); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 508, __pyx_L4_error)
+        __pyx_t_3 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_2, __pyx_mstate_global->__pyx_int_2, Py_LT); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 530, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/messages.pyx":509
+          /* "ivshmem/channel/messages.pyx":531
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")             # <<<<<<<<<<<<<<
@@ -13886,14 +14225,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
             PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_rows_a_buffer_of_two_dimensions};
             __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 509, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 531, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           __Pyx_Raise(__pyx_t_2, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-          __PYX_ERR(0, 509, __pyx_L4_error)
+          __PYX_ERR(0, 531, __pyx_L4_error)
 
-          /* "ivshmem/channel/messages.pyx":508
+          /* "ivshmem/channel/messages.pyx":530
  *         cdef ivshmem_message message
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:             # <<<<<<<<<<<<<<
@@ -13902,33 +14241,33 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
         }
 
-        /* "ivshmem/channel/messages.pyx":510
+        /* "ivshmem/channel/messages.pyx":532
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         count = whole.shape[0]             # <<<<<<<<<<<<<<
  *         PyObject_GetBuffer(rows, &view, PyBUF_WRITABLE)
  *         try:
 */
-        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_shape); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 510, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_shape); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 532, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_4 = __Pyx_GetItemInt(__pyx_t_2, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 510, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_GetItemInt(__pyx_t_2, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 532, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 510, __pyx_L4_error)
+        __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 532, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
         __pyx_v_count = __pyx_t_6;
 
-        /* "ivshmem/channel/messages.pyx":511
+        /* "ivshmem/channel/messages.pyx":533
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         count = whole.shape[0]
  *         PyObject_GetBuffer(rows, &view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
  *         try:
  *             size = view.len // count if count else 0
 */
-        __pyx_t_7 = PyObject_GetBuffer(__pyx_v_rows, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 511, __pyx_L4_error)
+        __pyx_t_7 = PyObject_GetBuffer(__pyx_v_rows, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 533, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/messages.pyx":512
+        /* "ivshmem/channel/messages.pyx":534
  *         count = whole.shape[0]
  *         PyObject_GetBuffer(rows, &view, PyBUF_WRITABLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -13937,7 +14276,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/messages.pyx":513
+          /* "ivshmem/channel/messages.pyx":535
  *         PyObject_GetBuffer(rows, &view, PyBUF_WRITABLE)
  *         try:
  *             size = view.len // count if count else 0             # <<<<<<<<<<<<<<
@@ -13949,7 +14288,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
           if (__pyx_t_3) {
             if (unlikely(__pyx_v_count == 0)) {
               PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-              __PYX_ERR(0, 513, __pyx_L8_error)
+              __PYX_ERR(0, 535, __pyx_L8_error)
             }
 
             __pyx_t_6 = (__pyx_v_view.len / __pyx_v_count);
@@ -13960,7 +14299,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 
           __pyx_v_size = __pyx_t_6;
 
-          /* "ivshmem/channel/messages.pyx":514
+          /* "ivshmem/channel/messages.pyx":536
  *         try:
  *             size = view.len // count if count else 0
  *             i = 0             # <<<<<<<<<<<<<<
@@ -13969,7 +14308,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
           __pyx_v_i = 0;
 
-          /* "ivshmem/channel/messages.pyx":515
+          /* "ivshmem/channel/messages.pyx":537
  *             size = view.len // count if count else 0
  *             i = 0
  *             while i < count:             # <<<<<<<<<<<<<<
@@ -13982,7 +14321,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 
             if (!__pyx_t_3) break;
 
-            /* "ivshmem/channel/messages.pyx":516
+            /* "ivshmem/channel/messages.pyx":538
  *             i = 0
  *             while i < count:
  *                 if i == 0:             # <<<<<<<<<<<<<<
@@ -13994,21 +14333,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/messages.pyx":517
+              /* "ivshmem/channel/messages.pyx":539
  *             while i < count:
  *                 if i == 0:
  *                     if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *                         return 0
  *                 else:
 */
-              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_7 == ((int)-2))) __PYX_ERR(0, 517, __pyx_L8_error)
+              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_7 == ((int)-2))) __PYX_ERR(0, 539, __pyx_L8_error)
               __pyx_t_3 = (__pyx_t_7 != 0);
 
 
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/messages.pyx":518
+                /* "ivshmem/channel/messages.pyx":540
  *                 if i == 0:
  *                     if self.take(timeout, spin):
  *                         return 0             # <<<<<<<<<<<<<<
@@ -14027,7 +14366,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
                 __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
                 goto __pyx_L7_return;
 
-                /* "ivshmem/channel/messages.pyx":517
+                /* "ivshmem/channel/messages.pyx":539
  *             while i < count:
  *                 if i == 0:
  *                     if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -14036,7 +14375,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
               }
 
-              /* "ivshmem/channel/messages.pyx":516
+              /* "ivshmem/channel/messages.pyx":538
  *             i = 0
  *             while i < count:
  *                 if i == 0:             # <<<<<<<<<<<<<<
@@ -14046,7 +14385,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
               goto __pyx_L12;
             }
 
-            /* "ivshmem/channel/messages.pyx":520
+            /* "ivshmem/channel/messages.pyx":542
  *                         return 0
  *                 else:
  *                     code = ivshmem_take(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -14056,7 +14395,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
             /*else*/ {
               __pyx_v_code = ivshmem_take((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message));
 
-              /* "ivshmem/channel/messages.pyx":521
+              /* "ivshmem/channel/messages.pyx":543
  *                 else:
  *                     code = ivshmem_take(&self.reader, &self.message)
  *                     if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -14068,7 +14407,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/messages.pyx":522
+                /* "ivshmem/channel/messages.pyx":544
  *                     code = ivshmem_take(&self.reader, &self.message)
  *                     if code == IVSHMEM_AGAIN:
  *                         break             # <<<<<<<<<<<<<<
@@ -14077,7 +14416,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
                 goto __pyx_L11_break;
 
-                /* "ivshmem/channel/messages.pyx":521
+                /* "ivshmem/channel/messages.pyx":543
  *                 else:
  *                     code = ivshmem_take(&self.reader, &self.message)
  *                     if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -14086,7 +14425,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
               }
 
-              /* "ivshmem/channel/messages.pyx":523
+              /* "ivshmem/channel/messages.pyx":545
  *                     if code == IVSHMEM_AGAIN:
  *                         break
  *                     if code:             # <<<<<<<<<<<<<<
@@ -14098,20 +14437,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
               if (unlikely(__pyx_t_3)) {
 
 
-                /* "ivshmem/channel/messages.pyx":524
+                /* "ivshmem/channel/messages.pyx":546
  *                         break
  *                     if code:
  *                         raise self.fail(code)             # <<<<<<<<<<<<<<
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *                         self.keep()
 */
-                __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 524, __pyx_L8_error)
+                __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 546, __pyx_L8_error)
                 __Pyx_GOTREF(__pyx_t_4);
                 __Pyx_Raise(__pyx_t_4, 0, 0, 0);
                 __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-                __PYX_ERR(0, 524, __pyx_L8_error)
+                __PYX_ERR(0, 546, __pyx_L8_error)
 
-                /* "ivshmem/channel/messages.pyx":523
+                /* "ivshmem/channel/messages.pyx":545
  *                     if code == IVSHMEM_AGAIN:
  *                         break
  *                     if code:             # <<<<<<<<<<<<<<
@@ -14120,7 +14459,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
               }
 
-              /* "ivshmem/channel/messages.pyx":525
+              /* "ivshmem/channel/messages.pyx":547
  *                     if code:
  *                         raise self.fail(code)
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
@@ -14146,17 +14485,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/messages.pyx":526
+                /* "ivshmem/channel/messages.pyx":548
  *                         raise self.fail(code)
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *                         self.keep()             # <<<<<<<<<<<<<<
  *                         break
  *                 message = self.message
 */
-                __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 526, __pyx_L8_error)
+                __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 548, __pyx_L8_error)
 
 
-                /* "ivshmem/channel/messages.pyx":527
+                /* "ivshmem/channel/messages.pyx":549
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *                         self.keep()
  *                         break             # <<<<<<<<<<<<<<
@@ -14165,7 +14504,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
                 goto __pyx_L11_break;
 
-                /* "ivshmem/channel/messages.pyx":525
+                /* "ivshmem/channel/messages.pyx":547
  *                     if code:
  *                         raise self.fail(code)
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
@@ -14176,7 +14515,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
             }
             __pyx_L12:;
 
-            /* "ivshmem/channel/messages.pyx":528
+            /* "ivshmem/channel/messages.pyx":550
  *                         self.keep()
  *                         break
  *                 message = self.message             # <<<<<<<<<<<<<<
@@ -14187,7 +14526,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 
             __pyx_v_message = __pyx_t_9;
 
-            /* "ivshmem/channel/messages.pyx":529
+            /* "ivshmem/channel/messages.pyx":551
  *                         break
  *                 message = self.message
  *                 if message.length > size:             # <<<<<<<<<<<<<<
@@ -14199,7 +14538,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/messages.pyx":530
+              /* "ivshmem/channel/messages.pyx":552
  *                 message = self.message
  *                 if message.length > size:
  *                     self.message.lost = 0             # <<<<<<<<<<<<<<
@@ -14208,17 +14547,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
               __pyx_v_self->message.lost = 0;
 
-              /* "ivshmem/channel/messages.pyx":531
+              /* "ivshmem/channel/messages.pyx":553
  *                 if message.length > size:
  *                     self.message.lost = 0
  *                     self.keep()             # <<<<<<<<<<<<<<
  *                     if i:
  *                         break
 */
-              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 531, __pyx_L8_error)
+              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 553, __pyx_L8_error)
 
 
-              /* "ivshmem/channel/messages.pyx":532
+              /* "ivshmem/channel/messages.pyx":554
  *                     self.message.lost = 0
  *                     self.keep()
  *                     if i:             # <<<<<<<<<<<<<<
@@ -14230,7 +14569,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/messages.pyx":533
+                /* "ivshmem/channel/messages.pyx":555
  *                     self.keep()
  *                     if i:
  *                         break             # <<<<<<<<<<<<<<
@@ -14239,7 +14578,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
                 goto __pyx_L11_break;
 
-                /* "ivshmem/channel/messages.pyx":532
+                /* "ivshmem/channel/messages.pyx":554
  *                     self.message.lost = 0
  *                     self.keep()
  *                     if i:             # <<<<<<<<<<<<<<
@@ -14248,7 +14587,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
               }
 
-              /* "ivshmem/channel/messages.pyx":534
+              /* "ivshmem/channel/messages.pyx":556
  *                     if i:
  *                         break
  *                     raise MessageTooLong(             # <<<<<<<<<<<<<<
@@ -14256,19 +14595,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
  *                     )
 */
               __pyx_t_2 = NULL;
-              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 534, __pyx_L8_error)
+              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 556, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_10);
 
-              /* "ivshmem/channel/messages.pyx":535
+              /* "ivshmem/channel/messages.pyx":557
  *                         break
  *                     raise MessageTooLong(
  *                         f"a message of {message.length} bytes, and a row has {size}"             # <<<<<<<<<<<<<<
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:
 */
-              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 535, __pyx_L8_error)
+              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 557, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_11);
-              __pyx_t_12 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 535, __pyx_L8_error)
+              __pyx_t_12 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 557, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_12);
               __pyx_t_13[0] = __pyx_mstate_global->__pyx_kp_u_a_message_of;
               __pyx_t_13[1] = __pyx_t_11;
@@ -14280,7 +14619,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
               #endif
               __pyx_t_7 = 0;
               __pyx_t_15 = __Pyx_PyUnicode_Join(__pyx_t_13, 4, __pyx_t_14, __pyx_t_7);
-              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 535, __pyx_L8_error)
+              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 557, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_15);
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
               __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -14302,14 +14641,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
                 __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
                 __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
                 __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-                if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 534, __pyx_L8_error)
+                if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 556, __pyx_L8_error)
                 __Pyx_GOTREF(__pyx_t_4);
               }
               __Pyx_Raise(__pyx_t_4, 0, 0, 0);
               __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-              __PYX_ERR(0, 534, __pyx_L8_error)
+              __PYX_ERR(0, 556, __pyx_L8_error)
 
-              /* "ivshmem/channel/messages.pyx":529
+              /* "ivshmem/channel/messages.pyx":551
  *                         break
  *                 message = self.message
  *                 if message.length > size:             # <<<<<<<<<<<<<<
@@ -14318,21 +14657,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
             }
 
-            /* "ivshmem/channel/messages.pyx":537
+            /* "ivshmem/channel/messages.pyx":559
  *                         f"a message of {message.length} bytes, and a row has {size}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:             # <<<<<<<<<<<<<<
  *                     i += 1
  *                     tries = 0
 */
-            __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), (((char *)__pyx_v_view.buf) + (__pyx_v_i * __pyx_v_size))); if (unlikely(__pyx_t_7 == ((int)-2))) __PYX_ERR(0, 537, __pyx_L8_error)
+            __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), (((char *)__pyx_v_view.buf) + (__pyx_v_i * __pyx_v_size))); if (unlikely(__pyx_t_7 == ((int)-2))) __PYX_ERR(0, 559, __pyx_L8_error)
             __pyx_t_3 = (__pyx_t_7 == 0);
 
 
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/messages.pyx":538
+              /* "ivshmem/channel/messages.pyx":560
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:
  *                     i += 1             # <<<<<<<<<<<<<<
@@ -14341,7 +14680,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
               __pyx_v_i = (__pyx_v_i + 1);
 
-              /* "ivshmem/channel/messages.pyx":539
+              /* "ivshmem/channel/messages.pyx":561
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:
  *                     i += 1
  *                     tries = 0             # <<<<<<<<<<<<<<
@@ -14350,7 +14689,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
               __pyx_v_tries = 0;
 
-              /* "ivshmem/channel/messages.pyx":537
+              /* "ivshmem/channel/messages.pyx":559
  *                         f"a message of {message.length} bytes, and a row has {size}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:             # <<<<<<<<<<<<<<
@@ -14360,7 +14699,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
               goto __pyx_L21;
             }
 
-            /* "ivshmem/channel/messages.pyx":541
+            /* "ivshmem/channel/messages.pyx":563
  *                     tries = 0
  *                 else:
  *                     tries += 1             # <<<<<<<<<<<<<<
@@ -14370,7 +14709,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
             /*else*/ {
               __pyx_v_tries = (__pyx_v_tries + 1);
 
-              /* "ivshmem/channel/messages.pyx":542
+              /* "ivshmem/channel/messages.pyx":564
  *                 else:
  *                     tries += 1
  *                     if tries == TRIES:             # <<<<<<<<<<<<<<
@@ -14382,7 +14721,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/messages.pyx":543
+                /* "ivshmem/channel/messages.pyx":565
  *                     tries += 1
  *                     if tries == TRIES:
  *                         if i:             # <<<<<<<<<<<<<<
@@ -14394,7 +14733,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
                 if (__pyx_t_3) {
 
 
-                  /* "ivshmem/channel/messages.pyx":544
+                  /* "ivshmem/channel/messages.pyx":566
  *                     if tries == TRIES:
  *                         if i:
  *                             break             # <<<<<<<<<<<<<<
@@ -14403,7 +14742,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
                   goto __pyx_L11_break;
 
-                  /* "ivshmem/channel/messages.pyx":543
+                  /* "ivshmem/channel/messages.pyx":565
  *                     tries += 1
  *                     if tries == TRIES:
  *                         if i:             # <<<<<<<<<<<<<<
@@ -14412,20 +14751,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
                 }
 
-                /* "ivshmem/channel/messages.pyx":545
+                /* "ivshmem/channel/messages.pyx":567
  *                         if i:
  *                             break
  *                         raise self.starved()             # <<<<<<<<<<<<<<
  *             return i
  *         finally:
 */
-                __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 545, __pyx_L8_error)
+                __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 567, __pyx_L8_error)
                 __Pyx_GOTREF(__pyx_t_4);
                 __Pyx_Raise(__pyx_t_4, 0, 0, 0);
                 __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-                __PYX_ERR(0, 545, __pyx_L8_error)
+                __PYX_ERR(0, 567, __pyx_L8_error)
 
-                /* "ivshmem/channel/messages.pyx":542
+                /* "ivshmem/channel/messages.pyx":564
  *                 else:
  *                     tries += 1
  *                     if tries == TRIES:             # <<<<<<<<<<<<<<
@@ -14438,14 +14777,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
           }
           __pyx_L11_break:;
 
-          /* "ivshmem/channel/messages.pyx":546
+          /* "ivshmem/channel/messages.pyx":568
  *                             break
  *                         raise self.starved()
  *             return i             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 546, __pyx_L8_error)
+          __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 568, __pyx_L8_error)
           __Pyx_GOTREF(__pyx_t_4);
           {
             PyObject *__pyx_temp;
@@ -14460,7 +14799,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
           goto __pyx_L7_return;
         }
 
-        /* "ivshmem/channel/messages.pyx":548
+        /* "ivshmem/channel/messages.pyx":570
  *             return i
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -14514,7 +14853,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
         }
       }
 
-      /* "ivshmem/channel/messages.pyx":486
+      /* "ivshmem/channel/messages.pyx":508
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -14565,7 +14904,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":550
+/* "ivshmem/channel/messages.pyx":572
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -14614,20 +14953,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 550, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 572, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 550, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 572, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view", 0) < (0)) __PYX_ERR(0, 550, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view", 0) < (0)) __PYX_ERR(0, 572, __pyx_L3_error)
 
-      /* "ivshmem/channel/messages.pyx":551
+      /* "ivshmem/channel/messages.pyx":573
  * 
  *     @cython.critical_section
  *     def view(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -14640,7 +14979,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 550, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 572, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -14653,7 +14992,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("view", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 550, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("view", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 572, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14666,7 +15005,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(((struct __pyx_obj_7ivshmem_7channel_8messages_Reader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/messages.pyx":550
+  /* "ivshmem/channel/messages.pyx":572
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -14710,7 +15049,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/messages.pyx":567
+        /* "ivshmem/channel/messages.pyx":589
  *             MessagesLost, ChannelCorrupt, ClosedError: as of `get`.
  *         """
  *         if self.views >= self.channel.record.geometry.views:             # <<<<<<<<<<<<<<
@@ -14722,7 +15061,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/channel/messages.pyx":568
+          /* "ivshmem/channel/messages.pyx":590
  *         """
  *         if self.views >= self.channel.record.geometry.views:
  *             raise ChannelError(             # <<<<<<<<<<<<<<
@@ -14730,35 +15069,35 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
  *                 " that it was made for: release one"
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 568, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 590, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
 
-          /* "ivshmem/channel/messages.pyx":569
+          /* "ivshmem/channel/messages.pyx":591
  *         if self.views >= self.channel.record.geometry.views:
  *             raise ChannelError(
  *                 f"channel {self.name!r}: {counted(self.views, 'view')} at once, which are all"             # <<<<<<<<<<<<<<
  *                 " that it was made for: release one"
  *             )
 */
-          __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 569, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 591, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
-          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 569, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 591, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
-          __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.views); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 569, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.views); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 591, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = PyTuple_New(2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 569, __pyx_L4_error)
+          __pyx_t_9 = PyTuple_New(2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 591, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_GIVEREF(__pyx_t_8);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 0, __pyx_t_8) != (0)) __PYX_ERR(0, 569, __pyx_L4_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 0, __pyx_t_8) != (0)) __PYX_ERR(0, 591, __pyx_L4_error);
           __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_view);
           __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_view);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 1, __pyx_mstate_global->__pyx_n_u_view) != (0)) __PYX_ERR(0, 569, __pyx_L4_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 1, __pyx_mstate_global->__pyx_n_u_view) != (0)) __PYX_ERR(0, 591, __pyx_L4_error);
           __pyx_t_8 = 0;
-          __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_9, NULL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 569, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_9, NULL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 591, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-          __pyx_t_9 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 569, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 591, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
           __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -14775,7 +15114,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
           __pyx_t_12 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_10[3]);
           #endif
           __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_10, 5, __pyx_t_11, __pyx_t_12);
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 569, __pyx_L4_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 591, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
@@ -14797,14 +15136,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 568, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 590, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_Raise(__pyx_t_3, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __PYX_ERR(0, 568, __pyx_L4_error)
+          __PYX_ERR(0, 590, __pyx_L4_error)
 
-          /* "ivshmem/channel/messages.pyx":567
+          /* "ivshmem/channel/messages.pyx":589
  *             MessagesLost, ChannelCorrupt, ClosedError: as of `get`.
  *         """
  *         if self.views >= self.channel.record.geometry.views:             # <<<<<<<<<<<<<<
@@ -14813,25 +15152,25 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
 */
         }
 
-        /* "ivshmem/channel/messages.pyx":572
+        /* "ivshmem/channel/messages.pyx":594
  *                 " that it was made for: release one"
  *             )
  *         if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *             return None
- *         return view_of(self, &self.message)
+ *         return view_of(self, self.message)
 */
-        __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_12 == ((int)-2))) __PYX_ERR(0, 572, __pyx_L4_error)
+        __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_12 == ((int)-2))) __PYX_ERR(0, 594, __pyx_L4_error)
         __pyx_t_2 = (__pyx_t_12 != 0);
 
 
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/messages.pyx":573
+          /* "ivshmem/channel/messages.pyx":595
  *             )
  *         if self.take(timeout, spin):
  *             return None             # <<<<<<<<<<<<<<
- *         return view_of(self, &self.message)
+ *         return view_of(self, self.message)
  * 
 */
           {
@@ -14845,23 +15184,23 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/messages.pyx":572
+          /* "ivshmem/channel/messages.pyx":594
  *                 " that it was made for: release one"
  *             )
  *         if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *             return None
- *         return view_of(self, &self.message)
+ *         return view_of(self, self.message)
 */
         }
 
-        /* "ivshmem/channel/messages.pyx":574
+        /* "ivshmem/channel/messages.pyx":596
  *         if self.take(timeout, spin):
  *             return None
- *         return view_of(self, &self.message)             # <<<<<<<<<<<<<<
+ *         return view_of(self, self.message)             # <<<<<<<<<<<<<<
  * 
  *     def get_async(self, timeout=None):
 */
-        __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_8messages_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_self->message))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 574, __pyx_L4_error)
+        __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_8messages_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 596, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         {
           PyObject *__pyx_temp;
@@ -14876,7 +15215,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/messages.pyx":550
+      /* "ivshmem/channel/messages.pyx":572
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -14920,8 +15259,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":576
- *         return view_of(self, &self.message)
+/* "ivshmem/channel/messages.pyx":598
+ *         return view_of(self, self.message)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
@@ -14968,24 +15307,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 576, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 598, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 576, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 598, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 576, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 598, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 576, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 598, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -14996,7 +15335,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 576, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 598, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15030,7 +15369,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_8get_async(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_async", 0);
 
-  /* "ivshmem/channel/messages.pyx":578
+  /* "ivshmem/channel/messages.pyx":600
  *     def get_async(self, timeout=None):
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.get, timeout)             # <<<<<<<<<<<<<<
@@ -15038,12 +15377,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_8get_async(struct 
  *     def get_into_async(self, buffer, timeout=None):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 578, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 600, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 578, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 600, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 578, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 600, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -15063,7 +15402,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_8get_async(struct 
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 578, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 600, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -15077,8 +15416,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_8get_async(struct 
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":576
- *         return view_of(self, &self.message)
+  /* "ivshmem/channel/messages.pyx":598
+ *         return view_of(self, self.message)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
@@ -15099,7 +15438,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_8get_async(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":580
+/* "ivshmem/channel/messages.pyx":602
  *         return asynchronous.until_something(self, self.get, timeout)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
@@ -15148,35 +15487,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 580, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 602, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 580, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 602, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 580, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 602, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 580, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 602, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 580, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 602, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 580, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 602, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 580, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 602, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -15187,7 +15526,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 580, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 602, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15221,7 +15560,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_10get_into_async(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_into_async", 0);
 
-  /* "ivshmem/channel/messages.pyx":582
+  /* "ivshmem/channel/messages.pyx":604
  *     def get_into_async(self, buffer, timeout=None):
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)             # <<<<<<<<<<<<<<
@@ -15229,12 +15568,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_10get_into_async(s
  *     async def get_rows_async(self, rows, timeout=None):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 582, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 604, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 582, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 604, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 582, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 604, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -15254,7 +15593,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_10get_into_async(s
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 582, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 604, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -15268,7 +15607,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_10get_into_async(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":580
+  /* "ivshmem/channel/messages.pyx":602
  *         return asynchronous.until_something(self, self.get, timeout)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
@@ -15291,7 +15630,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_10get_into_async(s
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_8messages_6Reader_14generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/messages.pyx":584
+/* "ivshmem/channel/messages.pyx":606
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
@@ -15340,35 +15679,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 584, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 606, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 584, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 606, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 584, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 606, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows_async", 0) < (0)) __PYX_ERR(0, 584, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows_async", 0) < (0)) __PYX_ERR(0, 606, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, i); __PYX_ERR(0, 584, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, i); __PYX_ERR(0, 606, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 584, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 606, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 584, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 606, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -15379,7 +15718,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 584, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 606, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15412,7 +15751,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_12get_rows_async(s
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 584, __pyx_L1_error)
+    __PYX_ERR(0, 606, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -15426,7 +15765,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_12get_rows_async(s
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_timeout);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_timeout);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_8messages_6Reader_14generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages); if (unlikely(!gen)) __PYX_ERR(0, 584, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_8messages_6Reader_14generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages); if (unlikely(!gen)) __PYX_ERR(0, 606, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -15468,10 +15807,10 @@ static PyObject *__pyx_gb_7ivshmem_7channel_8messages_6Reader_14generator(__pyx_
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
-    __PYX_ERR(0, 584, __pyx_L1_error)
+    __PYX_ERR(0, 606, __pyx_L1_error)
   }
 
-  /* "ivshmem/channel/messages.pyx":586
+  /* "ivshmem/channel/messages.pyx":608
  *     async def get_rows_async(self, rows, timeout=None):
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
  *         found = await asynchronous.until_something(self, self._rows_or_none, timeout, rows)             # <<<<<<<<<<<<<<
@@ -15479,12 +15818,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_8messages_6Reader_14generator(__pyx_
  * 
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 586, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 608, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 586, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 608, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_rows_or_none); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 586, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_rows_or_none); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 608, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -15504,7 +15843,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_8messages_6Reader_14generator(__pyx_
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 586, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 608, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __pyx_t_6 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_1, &__pyx_r);
@@ -15518,34 +15857,34 @@ static PyObject *__pyx_gb_7ivshmem_7channel_8messages_6Reader_14generator(__pyx_
     __pyx_generator->resume_label = 1;
     return __pyx_r;
     __pyx_L4_resume_from_await:;
-    if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 586, __pyx_L1_error)
+    if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 608, __pyx_L1_error)
     __pyx_t_1 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_1);
   } else if (likely(__pyx_t_6 == PYGEN_RETURN)) {
     __Pyx_GOTREF(__pyx_r);
     __pyx_t_1 = __pyx_r; __pyx_r = NULL;
   } else {
     __Pyx_XGOTREF(__pyx_r);
-    __PYX_ERR(0, 586, __pyx_L1_error)
+    __PYX_ERR(0, 608, __pyx_L1_error)
   }
   __Pyx_GIVEREF(__pyx_t_1);
   __pyx_cur_scope->__pyx_v_found = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/messages.pyx":587
+  /* "ivshmem/channel/messages.pyx":609
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
  *         found = await asynchronous.until_something(self, self._rows_or_none, timeout, rows)
  *         return found or 0             # <<<<<<<<<<<<<<
  * 
  *     def _rows_or_none(self, rows, timeout):
 */
-  __pyx_t_7 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_found); if (unlikely((__pyx_t_7 < 0))) __PYX_ERR(0, 587, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_found); if (unlikely((__pyx_t_7 < 0))) __PYX_ERR(0, 609, __pyx_L1_error)
   if (!__pyx_t_7) {
   } else {
     __Pyx_INCREF(__pyx_cur_scope->__pyx_v_found);
     __pyx_t_1 = __pyx_cur_scope->__pyx_v_found;
     goto __pyx_L5_bool_binop_done;
   }
-  __pyx_t_4 = __Pyx_PyLong_From_long(0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 587, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From_long(0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 609, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_1 = __pyx_t_4;
   __pyx_t_4 = 0;
@@ -15562,7 +15901,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_8messages_6Reader_14generator(__pyx_
   goto __pyx_L0;
   CYTHON_MAYBE_UNUSED_VAR(__pyx_cur_scope);
 
-  /* "ivshmem/channel/messages.pyx":584
+  /* "ivshmem/channel/messages.pyx":606
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
@@ -15591,7 +15930,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_8messages_6Reader_14generator(__pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":589
+/* "ivshmem/channel/messages.pyx":611
  *         return found or 0
  * 
  *     def _rows_or_none(self, rows, timeout):             # <<<<<<<<<<<<<<
@@ -15640,39 +15979,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 589, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 611, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 589, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 611, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 589, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 611, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_rows_or_none", 0) < (0)) __PYX_ERR(0, 589, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_rows_or_none", 0) < (0)) __PYX_ERR(0, 611, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, i); __PYX_ERR(0, 589, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, i); __PYX_ERR(0, 611, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 589, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 611, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 589, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 611, __pyx_L3_error)
     }
     __pyx_v_rows = values[0];
     __pyx_v_timeout = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 589, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 611, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15706,7 +16045,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_15_rows_or_none(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_rows_or_none", 0);
 
-  /* "ivshmem/channel/messages.pyx":590
+  /* "ivshmem/channel/messages.pyx":612
  * 
  *     def _rows_or_none(self, rows, timeout):
  *         return self.get_rows(rows, timeout) or None             # <<<<<<<<<<<<<<
@@ -15720,10 +16059,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_15_rows_or_none(st
     PyObject *__pyx_callargs[3] = {__pyx_t_3, __pyx_v_rows, __pyx_v_timeout};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get_rows, __pyx_callargs+__pyx_t_4, (3-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 590, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 612, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 590, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 612, __pyx_L1_error)
   if (!__pyx_t_5) {
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   } else {
@@ -15746,7 +16085,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_15_rows_or_none(st
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":589
+  /* "ivshmem/channel/messages.pyx":611
  *         return found or 0
  * 
  *     def _rows_or_none(self, rows, timeout):             # <<<<<<<<<<<<<<
@@ -15767,7 +16106,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_15_rows_or_none(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":592
+/* "ivshmem/channel/messages.pyx":614
  *         return self.get_rows(rows, timeout) or None
  * 
  *     def view_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -15815,24 +16154,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 592, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 614, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 592, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 614, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view_async", 0) < (0)) __PYX_ERR(0, 592, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view_async", 0) < (0)) __PYX_ERR(0, 614, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 592, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 614, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -15843,7 +16182,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("view_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 592, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("view_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 614, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15877,7 +16216,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_17view_async(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("view_async", 0);
 
-  /* "ivshmem/channel/messages.pyx":594
+  /* "ivshmem/channel/messages.pyx":616
  *     def view_async(self, timeout=None):
  *         """The twin of `view` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.view, timeout)             # <<<<<<<<<<<<<<
@@ -15885,12 +16224,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_17view_async(struc
  *     def __iter__(self):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 594, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 616, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 594, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 616, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_view); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 594, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_view); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 616, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -15910,7 +16249,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_17view_async(struc
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 594, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 616, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -15924,7 +16263,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_17view_async(struc
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":592
+  /* "ivshmem/channel/messages.pyx":614
  *         return self.get_rows(rows, timeout) or None
  * 
  *     def view_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -15946,7 +16285,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_17view_async(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":596
+/* "ivshmem/channel/messages.pyx":618
  *         return asynchronous.until_something(self, self.view, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -15974,7 +16313,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_19__iter__(struct 
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/messages.pyx":597
+  /* "ivshmem/channel/messages.pyx":619
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -15992,7 +16331,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_19__iter__(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":596
+  /* "ivshmem/channel/messages.pyx":618
  *         return asynchronous.until_something(self, self.view, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -16007,7 +16346,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_19__iter__(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":599
+/* "ivshmem/channel/messages.pyx":621
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -16041,7 +16380,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_21__next__(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/messages.pyx":600
+  /* "ivshmem/channel/messages.pyx":622
  * 
  *     def __next__(self):
  *         return self.get()             # <<<<<<<<<<<<<<
@@ -16055,7 +16394,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_21__next__(struct 
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 600, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 622, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -16069,7 +16408,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_21__next__(struct 
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":599
+  /* "ivshmem/channel/messages.pyx":621
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -16089,7 +16428,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_21__next__(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":602
+/* "ivshmem/channel/messages.pyx":624
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -16117,7 +16456,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_23__aiter__(struct
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/messages.pyx":603
+  /* "ivshmem/channel/messages.pyx":625
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -16135,7 +16474,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_23__aiter__(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":602
+  /* "ivshmem/channel/messages.pyx":624
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -16150,7 +16489,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_23__aiter__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":605
+/* "ivshmem/channel/messages.pyx":627
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -16184,7 +16523,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_25__anext__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/messages.pyx":606
+  /* "ivshmem/channel/messages.pyx":628
  * 
  *     def __anext__(self):
  *         return self.get_async()             # <<<<<<<<<<<<<<
@@ -16198,7 +16537,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_25__anext__(struct
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 606, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 628, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -16212,7 +16551,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_25__anext__(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":605
+  /* "ivshmem/channel/messages.pyx":627
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -16438,7 +16777,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_29__setstate_cytho
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":627
+/* "ivshmem/channel/messages.pyx":650
  *     """
  * 
  *     def __init__(self, *_, **__):             # <<<<<<<<<<<<<<
@@ -16489,7 +16828,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View___init__(CYTHON_UNUSED str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__init__", 0);
 
-  /* "ivshmem/channel/messages.pyx":628
+  /* "ivshmem/channel/messages.pyx":651
  * 
  *     def __init__(self, *_, **__):
  *         raise TypeError("a View is made by Reader.view")             # <<<<<<<<<<<<<<
@@ -16502,14 +16841,14 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View___init__(CYTHON_UNUSED str
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_View_is_made_by_Reader_view};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 628, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 651, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 628, __pyx_L1_error)
+  __PYX_ERR(0, 651, __pyx_L1_error)
 
-  /* "ivshmem/channel/messages.pyx":627
+  /* "ivshmem/channel/messages.pyx":650
  *     """
  * 
  *     def __init__(self, *_, **__):             # <<<<<<<<<<<<<<
@@ -16528,7 +16867,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View___init__(CYTHON_UNUSED str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":630
+/* "ivshmem/channel/messages.pyx":653
  *         raise TypeError("a View is made by Reader.view")
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -16560,14 +16899,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4size___get__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/messages.pyx":632
+  /* "ivshmem/channel/messages.pyx":655
  *     @property
  *     def size(self):
  *         return self.message.length             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->message.length); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 632, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->message.length); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 655, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -16580,7 +16919,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4size___get__(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":630
+  /* "ivshmem/channel/messages.pyx":653
  *         raise TypeError("a View is made by Reader.view")
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -16599,7 +16938,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4size___get__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":634
+/* "ivshmem/channel/messages.pyx":657
  *         return self.message.length
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -16631,14 +16970,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_6writer___get__(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/messages.pyx":636
+  /* "ivshmem/channel/messages.pyx":659
  *     @property
  *     def writer(self):
  *         return self.message.writer             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_self->message.writer); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 636, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_self->message.writer); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 659, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -16651,7 +16990,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_6writer___get__(stru
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":634
+  /* "ivshmem/channel/messages.pyx":657
  *         return self.message.length
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -16670,7 +17009,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_6writer___get__(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":638
+/* "ivshmem/channel/messages.pyx":661
  *         return self.message.writer
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -16702,14 +17041,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_8position___get__(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/messages.pyx":640
+  /* "ivshmem/channel/messages.pyx":663
  *     @property
  *     def position(self):
  *         return self.message.position             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.position); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 640, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.position); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 663, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -16722,7 +17061,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_8position___get__(st
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":638
+  /* "ivshmem/channel/messages.pyx":661
  *         return self.message.writer
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -16741,7 +17080,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_8position___get__(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":642
+/* "ivshmem/channel/messages.pyx":665
  *         return self.message.position
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -16773,14 +17112,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4lost___get__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/messages.pyx":644
+  /* "ivshmem/channel/messages.pyx":667
  *     @property
  *     def lost(self):
  *         return self.message.lost             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.lost); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 644, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.lost); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 667, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -16793,7 +17132,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4lost___get__(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":642
+  /* "ivshmem/channel/messages.pyx":665
  *         return self.message.position
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -16812,7 +17151,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4lost___get__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":646
+/* "ivshmem/channel/messages.pyx":669
  *         return self.message.lost
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -16847,7 +17186,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/messages.pyx":649
+  /* "ivshmem/channel/messages.pyx":672
  *     def time(self):
  *         cdef uint64_t late, today
  *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:             # <<<<<<<<<<<<<<
@@ -16859,7 +17198,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":650
+    /* "ivshmem/channel/messages.pyx":673
  *         cdef uint64_t late, today
  *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:
  *             return None             # <<<<<<<<<<<<<<
@@ -16876,7 +17215,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/messages.pyx":649
+    /* "ivshmem/channel/messages.pyx":672
  *     def time(self):
  *         cdef uint64_t late, today
  *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:             # <<<<<<<<<<<<<<
@@ -16885,7 +17224,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":652
+  /* "ivshmem/channel/messages.pyx":675
  *             return None
  *         # The message has 44 bits of it, half a year: the rest is that of now.
  *         today = microseconds()             # <<<<<<<<<<<<<<
@@ -16894,7 +17233,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
 */
   __pyx_v_today = __pyx_f_7ivshmem_7channel_5roles_microseconds();
 
-  /* "ivshmem/channel/messages.pyx":653
+  /* "ivshmem/channel/messages.pyx":676
  *         # The message has 44 bits of it, half a year: the rest is that of now.
  *         today = microseconds()
  *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)             # <<<<<<<<<<<<<<
@@ -16903,7 +17242,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
 */
   __pyx_v_late = ((__pyx_v_today - __pyx_v_self->message.time) & ((((uint64_t)1) << 44) - 1));
 
-  /* "ivshmem/channel/messages.pyx":654
+  /* "ivshmem/channel/messages.pyx":677
  *         today = microseconds()
  *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)
  *         if late >= <uint64_t>1 << 43:             # <<<<<<<<<<<<<<
@@ -16915,14 +17254,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":655
+    /* "ivshmem/channel/messages.pyx":678
  *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)
  *         if late >= <uint64_t>1 << 43:
  *             return (today + ((<uint64_t>1 << 44) - late)) / 1e6             # <<<<<<<<<<<<<<
  *         return (today - late) / 1e6
  * 
 */
-    __pyx_t_2 = PyFloat_FromDouble((((double)(__pyx_v_today + ((((uint64_t)1) << 44) - __pyx_v_late))) / 1e6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 655, __pyx_L1_error)
+    __pyx_t_2 = PyFloat_FromDouble((((double)(__pyx_v_today + ((((uint64_t)1) << 44) - __pyx_v_late))) / 1e6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 678, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     {
       PyObject *__pyx_temp;
@@ -16935,7 +17274,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/messages.pyx":654
+    /* "ivshmem/channel/messages.pyx":677
  *         today = microseconds()
  *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)
  *         if late >= <uint64_t>1 << 43:             # <<<<<<<<<<<<<<
@@ -16944,14 +17283,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":656
+  /* "ivshmem/channel/messages.pyx":679
  *         if late >= <uint64_t>1 << 43:
  *             return (today + ((<uint64_t>1 << 44) - late)) / 1e6
  *         return (today - late) / 1e6             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_2 = PyFloat_FromDouble((((double)(__pyx_v_today - __pyx_v_late)) / 1e6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 656, __pyx_L1_error)
+  __pyx_t_2 = PyFloat_FromDouble((((double)(__pyx_v_today - __pyx_v_late)) / 1e6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 679, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -16964,7 +17303,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":646
+  /* "ivshmem/channel/messages.pyx":669
  *         return self.message.lost
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -16985,7 +17324,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":658
+/* "ivshmem/channel/messages.pyx":681
  *         return (today - late) / 1e6
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -17017,14 +17356,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_6offset___get__(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/messages.pyx":661
+  /* "ivshmem/channel/messages.pyx":684
  *     def offset(self):
  *         """Where it lies in the region, in bytes."""
  *         return self.message.offset             # <<<<<<<<<<<<<<
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.offset); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 661, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.offset); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 684, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -17037,7 +17376,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_6offset___get__(stru
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":658
+  /* "ivshmem/channel/messages.pyx":681
  *         return (today - late) / 1e6
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -17056,7 +17395,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_6offset___get__(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":663
+/* "ivshmem/channel/messages.pyx":686
  *         return self.message.offset
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -17105,27 +17444,27 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __py
   __pyx_v_view->obj = Py_None; __Pyx_INCREF(Py_None);
   __Pyx_GIVEREF(__pyx_v_view->obj);
 
-  /* "ivshmem/channel/messages.pyx":665
+  /* "ivshmem/channel/messages.pyx":688
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         cdef char *start
  *         if not self.live:             # <<<<<<<<<<<<<<
  *             raise ClosedError("the view was released")
- *         self.reader.membership.mapping.pin()
+ *         if not self.reader.usable():
 */
   __pyx_t_1 = (!__pyx_v_self->live);
 
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/messages.pyx":666
+    /* "ivshmem/channel/messages.pyx":689
  *         cdef char *start
  *         if not self.live:
  *             raise ClosedError("the view was released")             # <<<<<<<<<<<<<<
- *         self.reader.membership.mapping.pin()
- *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
+ *         if not self.reader.usable():
+ *             raise self.reader.membership.unusable()  # its writer does not wait for it any more
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 666, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 689, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -17144,34 +17483,68 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __py
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 666, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 689, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 666, __pyx_L1_error)
+    __PYX_ERR(0, 689, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":665
+    /* "ivshmem/channel/messages.pyx":688
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         cdef char *start
  *         if not self.live:             # <<<<<<<<<<<<<<
  *             raise ClosedError("the view was released")
+ *         if not self.reader.usable():
+*/
+  }
+
+  /* "ivshmem/channel/messages.pyx":690
+ *         if not self.live:
+ *             raise ClosedError("the view was released")
+ *         if not self.reader.usable():             # <<<<<<<<<<<<<<
+ *             raise self.reader.membership.unusable()  # its writer does not wait for it any more
+ *         self.reader.membership.mapping.pin()
+*/
+  __pyx_t_1 = (!((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->reader->__pyx_base.__pyx_vtab)->__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->reader)));
+
+  if (unlikely(__pyx_t_1)) {
+
+
+    /* "ivshmem/channel/messages.pyx":691
+ *             raise ClosedError("the view was released")
+ *         if not self.reader.usable():
+ *             raise self.reader.membership.unusable()  # its writer does not wait for it any more             # <<<<<<<<<<<<<<
+ *         self.reader.membership.mapping.pin()
+ *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
+*/
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->reader->__pyx_base.membership->__pyx_vtab)->unusable(__pyx_v_self->reader->__pyx_base.membership); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 691, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __PYX_ERR(0, 691, __pyx_L1_error)
+
+    /* "ivshmem/channel/messages.pyx":690
+ *         if not self.live:
+ *             raise ClosedError("the view was released")
+ *         if not self.reader.usable():             # <<<<<<<<<<<<<<
+ *             raise self.reader.membership.unusable()  # its writer does not wait for it any more
  *         self.reader.membership.mapping.pin()
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":667
- *         if not self.live:
- *             raise ClosedError("the view was released")
+  /* "ivshmem/channel/messages.pyx":692
+ *         if not self.reader.usable():
+ *             raise self.reader.membership.unusable()  # its writer does not wait for it any more
  *         self.reader.membership.mapping.pin()             # <<<<<<<<<<<<<<
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:
 */
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->reader->__pyx_base.membership->mapping); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 667, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->reader->__pyx_base.membership->mapping); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 692, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/messages.pyx":668
- *             raise ClosedError("the view was released")
+  /* "ivshmem/channel/messages.pyx":693
+ *             raise self.reader.membership.unusable()  # its writer does not wait for it any more
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset             # <<<<<<<<<<<<<<
  *         try:
@@ -17179,7 +17552,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __py
 */
   __pyx_v_start = (((char *)__pyx_v_self->reader->__pyx_base.channel.area.memory.start) + __pyx_v_self->message.offset);
 
-  /* "ivshmem/channel/messages.pyx":669
+  /* "ivshmem/channel/messages.pyx":694
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:             # <<<<<<<<<<<<<<
@@ -17195,17 +17568,17 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __py
     __Pyx_XGOTREF(__pyx_t_9);
     /*try:*/ {
 
-      /* "ivshmem/channel/messages.pyx":670
+      /* "ivshmem/channel/messages.pyx":695
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:
  *             PyBuffer_FillInfo(view, self, start, self.message.length, True, flags)             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.reader.membership.mapping.unpin()
 */
-      __pyx_t_6 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_start, __pyx_v_self->message.length, 1, __pyx_v_flags); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 670, __pyx_L4_error)
+      __pyx_t_6 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_start, __pyx_v_self->message.length, 1, __pyx_v_flags); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 695, __pyx_L5_error)
 
 
-      /* "ivshmem/channel/messages.pyx":669
+      /* "ivshmem/channel/messages.pyx":694
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:             # <<<<<<<<<<<<<<
@@ -17216,13 +17589,13 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __py
     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-    goto __pyx_L9_try_end;
-    __pyx_L4_error:;
+    goto __pyx_L10_try_end;
+    __pyx_L5_error:;
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-    /* "ivshmem/channel/messages.pyx":671
+    /* "ivshmem/channel/messages.pyx":696
  *         try:
  *             PyBuffer_FillInfo(view, self, start, self.message.length, True, flags)
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -17232,12 +17605,12 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __py
     __pyx_t_6 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_6) {
       __Pyx_AddTraceback("ivshmem.channel.messages.View.__getbuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_2, &__pyx_t_4, &__pyx_t_3) < 0) __PYX_ERR(0, 671, __pyx_L6_except_error)
+      if (__Pyx_GetException(&__pyx_t_2, &__pyx_t_4, &__pyx_t_3) < 0) __PYX_ERR(0, 696, __pyx_L7_except_error)
       __Pyx_XGOTREF(__pyx_t_2);
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_3);
 
-      /* "ivshmem/channel/messages.pyx":672
+      /* "ivshmem/channel/messages.pyx":697
  *             PyBuffer_FillInfo(view, self, start, self.message.length, True, flags)
  *         except BaseException:
  *             self.reader.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -17246,7 +17619,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __py
 */
       ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->reader->__pyx_base.membership->mapping);
 
-      /* "ivshmem/channel/messages.pyx":673
+      /* "ivshmem/channel/messages.pyx":698
  *         except BaseException:
  *             self.reader.membership.mapping.unpin()
  *             raise             # <<<<<<<<<<<<<<
@@ -17258,27 +17631,27 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __py
       __Pyx_XGIVEREF(__pyx_t_3);
       __Pyx_ErrRestoreWithState(__pyx_t_2, __pyx_t_4, __pyx_t_3);
       __pyx_t_2 = 0;  __pyx_t_4 = 0;  __pyx_t_3 = 0; 
-      __PYX_ERR(0, 673, __pyx_L6_except_error)
+      __PYX_ERR(0, 698, __pyx_L7_except_error)
     }
-    goto __pyx_L6_except_error;
+    goto __pyx_L7_except_error;
 
-    /* "ivshmem/channel/messages.pyx":669
+    /* "ivshmem/channel/messages.pyx":694
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:             # <<<<<<<<<<<<<<
  *             PyBuffer_FillInfo(view, self, start, self.message.length, True, flags)
  *         except BaseException:
 */
-    __pyx_L6_except_error:;
+    __pyx_L7_except_error:;
     __Pyx_XGIVEREF(__pyx_t_7);
     __Pyx_XGIVEREF(__pyx_t_8);
     __Pyx_XGIVEREF(__pyx_t_9);
     __Pyx_ExceptionReset(__pyx_t_7, __pyx_t_8, __pyx_t_9);
     goto __pyx_L1_error;
-    __pyx_L9_try_end:;
+    __pyx_L10_try_end:;
   }
 
-  /* "ivshmem/channel/messages.pyx":674
+  /* "ivshmem/channel/messages.pyx":699
  *             self.reader.membership.mapping.unpin()
  *             raise
  *         self.exports += 1             # <<<<<<<<<<<<<<
@@ -17287,7 +17660,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __py
 */
   __pyx_v_self->exports = (__pyx_v_self->exports + 1);
 
-  /* "ivshmem/channel/messages.pyx":663
+  /* "ivshmem/channel/messages.pyx":686
  *         return self.message.offset
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -17321,7 +17694,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":676
+/* "ivshmem/channel/messages.pyx":701
  *         self.exports += 1
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -17345,7 +17718,7 @@ CYTHON_UNUSED static void __pyx_pw_7ivshmem_7channel_8messages_4View_5__releaseb
 
 static void __pyx_pf_7ivshmem_7channel_8messages_4View_4__releasebuffer__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view) {
 
-  /* "ivshmem/channel/messages.pyx":677
+  /* "ivshmem/channel/messages.pyx":702
  * 
  *     def __releasebuffer__(self, Py_buffer *view):
  *         self.exports -= 1             # <<<<<<<<<<<<<<
@@ -17354,7 +17727,7 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4View_4__releasebuffer__(struct
 */
   __pyx_v_self->exports = (__pyx_v_self->exports - 1);
 
-  /* "ivshmem/channel/messages.pyx":678
+  /* "ivshmem/channel/messages.pyx":703
  *     def __releasebuffer__(self, Py_buffer *view):
  *         self.exports -= 1
  *         self.reader.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -17363,7 +17736,7 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4View_4__releasebuffer__(struct
 */
   ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->reader->__pyx_base.membership->mapping);
 
-  /* "ivshmem/channel/messages.pyx":676
+  /* "ivshmem/channel/messages.pyx":701
  *         self.exports += 1
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -17375,7 +17748,7 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4View_4__releasebuffer__(struct
 
 }
 
-/* "ivshmem/channel/messages.pyx":680
+/* "ivshmem/channel/messages.pyx":705
  *         self.reader.membership.mapping.unpin()
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -17401,7 +17774,7 @@ static Py_ssize_t __pyx_pw_7ivshmem_7channel_8messages_4View_7__len__(PyObject *
 static Py_ssize_t __pyx_pf_7ivshmem_7channel_8messages_4View_6__len__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self) {
   Py_ssize_t __pyx_r;
 
-  /* "ivshmem/channel/messages.pyx":681
+  /* "ivshmem/channel/messages.pyx":706
  * 
  *     def __len__(self):
  *         return self.message.length             # <<<<<<<<<<<<<<
@@ -17414,7 +17787,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_8messages_4View_6__len__(struct __p
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":680
+  /* "ivshmem/channel/messages.pyx":705
  *         self.reader.membership.mapping.unpin()
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -17428,7 +17801,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_8messages_4View_6__len__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":683
+/* "ivshmem/channel/messages.pyx":708
  *         return self.message.length
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
@@ -17492,14 +17865,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_8__bytes__(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__bytes__", 0);
 
-  /* "ivshmem/channel/messages.pyx":685
+  /* "ivshmem/channel/messages.pyx":710
  *     def __bytes__(self):
  *         """Return a copy; raise Overtaken if the message was overwritten before the copy ended."""
  *         data = memoryview(self).tobytes()             # <<<<<<<<<<<<<<
  *         self.check()
  *         return data
 */
-  __pyx_t_3 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 685, __pyx_L1_error)
+  __pyx_t_3 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 710, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_2 = __pyx_t_3;
   __Pyx_INCREF(__pyx_t_2);
@@ -17509,14 +17882,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_8__bytes__(struct __
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_tobytes, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 685, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 710, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 685, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 710, __pyx_L1_error)
   __pyx_v_data = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/messages.pyx":686
+  /* "ivshmem/channel/messages.pyx":711
  *         """Return a copy; raise Overtaken if the message was overwritten before the copy ended."""
  *         data = memoryview(self).tobytes()
  *         self.check()             # <<<<<<<<<<<<<<
@@ -17530,12 +17903,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_8__bytes__(struct __
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_check, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 686, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 711, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/messages.pyx":687
+  /* "ivshmem/channel/messages.pyx":712
  *         data = memoryview(self).tobytes()
  *         self.check()
  *         return data             # <<<<<<<<<<<<<<
@@ -17553,7 +17926,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_8__bytes__(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":683
+  /* "ivshmem/channel/messages.pyx":708
  *         return self.message.length
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
@@ -17575,7 +17948,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_8__bytes__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":689
+/* "ivshmem/channel/messages.pyx":714
  *         return data
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -17613,20 +17986,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_5array___get__(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/messages.pyx":692
+  /* "ivshmem/channel/messages.pyx":717
  *     def array(self):
  *         """A numpy array over the message, of the channel's type (without one: of bytes)."""
  *         import numpy  # an extra, which only this needs             # <<<<<<<<<<<<<<
  * 
  *         if self.reader.type is not None:
 */
-  __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_numpy, 0, 0, NULL, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 692, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_numpy, 0, 0, NULL, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 717, __pyx_L1_error)
   __pyx_t_1 = __pyx_t_2;
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_numpy = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/messages.pyx":694
+  /* "ivshmem/channel/messages.pyx":719
  *         import numpy  # an extra, which only this needs
  * 
  *         if self.reader.type is not None:             # <<<<<<<<<<<<<<
@@ -17637,7 +18010,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_5array___get__(struc
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/messages.pyx":695
+    /* "ivshmem/channel/messages.pyx":720
  * 
  *         if self.reader.type is not None:
  *             return self.reader.type.array(memoryview(self))             # <<<<<<<<<<<<<<
@@ -17646,7 +18019,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_5array___get__(struc
 */
     __pyx_t_4 = __pyx_v_self->reader->type;
     __Pyx_INCREF(__pyx_t_4);
-    __pyx_t_5 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 695, __pyx_L1_error)
+    __pyx_t_5 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 720, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 0;
     {
@@ -17654,7 +18027,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_5array___get__(struc
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_array, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 695, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 720, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -17668,7 +18041,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_5array___get__(struc
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/messages.pyx":694
+    /* "ivshmem/channel/messages.pyx":719
  *         import numpy  # an extra, which only this needs
  * 
  *         if self.reader.type is not None:             # <<<<<<<<<<<<<<
@@ -17677,7 +18050,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_5array___get__(struc
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":696
+  /* "ivshmem/channel/messages.pyx":721
  *         if self.reader.type is not None:
  *             return self.reader.type.array(memoryview(self))
  *         return numpy.frombuffer(self, "uint8")             # <<<<<<<<<<<<<<
@@ -17691,7 +18064,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_5array___get__(struc
     PyObject *__pyx_callargs[3] = {__pyx_t_5, ((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_uint8};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_frombuffer, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 696, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 721, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -17705,7 +18078,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_5array___get__(struc
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":689
+  /* "ivshmem/channel/messages.pyx":714
  *         return data
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -17727,7 +18100,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_5array___get__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":698
+/* "ivshmem/channel/messages.pyx":723
  *         return numpy.frombuffer(self, "uint8")
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -17757,95 +18130,112 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
-  PyObject *__pyx_t_2 = NULL;
+  int __pyx_t_2;
   PyObject *__pyx_t_3 = NULL;
   PyObject *__pyx_t_4 = NULL;
-  size_t __pyx_t_5;
-  PyObject *__pyx_t_6 = NULL;
-  PyObject *(*__pyx_t_7)(PyObject *);
+  PyObject *__pyx_t_5 = NULL;
+  size_t __pyx_t_6;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *(*__pyx_t_8)(PyObject *);
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/messages.pyx":701
+  /* "ivshmem/channel/messages.pyx":726
  *     def __array_interface__(self):
  *         """What numpy.asarray and others take: address, shape and type; read-only."""
- *         if not self.live:             # <<<<<<<<<<<<<<
- *             raise ClosedError("the view was released")
+ *         if not self.live or self.reader.membership.mapping.closed:             # <<<<<<<<<<<<<<
+ *             raise ClosedError("the view was released, or the region closed")
  *         kind, shape = ("|u1", (self.message.length,))
 */
-  __pyx_t_1 = (!__pyx_v_self->live);
+  __pyx_t_2 = (!__pyx_v_self->live);
 
+  if (!__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->reader->__pyx_base.membership->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 726, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 726, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/messages.pyx":702
+    /* "ivshmem/channel/messages.pyx":727
  *         """What numpy.asarray and others take: address, shape and type; read-only."""
- *         if not self.live:
- *             raise ClosedError("the view was released")             # <<<<<<<<<<<<<<
+ *         if not self.live or self.reader.membership.mapping.closed:
+ *             raise ClosedError("the view was released, or the region closed")             # <<<<<<<<<<<<<<
  *         kind, shape = ("|u1", (self.message.length,))
  *         if self.reader.type is not None:
 */
-    __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 702, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = 1;
+    __pyx_t_4 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 727, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __pyx_t_6 = 1;
     #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_4))) {
-      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
-      assert(__pyx_t_3);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-      __Pyx_INCREF(__pyx_t_3);
+    if (unlikely(PyMethod_Check(__pyx_t_5))) {
+      __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_5);
+      assert(__pyx_t_4);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
+      __Pyx_INCREF(__pyx_t_4);
       __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-      __pyx_t_5 = 0;
+      __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
+      __pyx_t_6 = 0;
     }
     #endif
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_view_was_released};
-      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 702, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_the_view_was_released_or_the_reg};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 727, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
     }
-    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 702, __pyx_L1_error)
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(0, 727, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":701
+    /* "ivshmem/channel/messages.pyx":726
  *     def __array_interface__(self):
  *         """What numpy.asarray and others take: address, shape and type; read-only."""
- *         if not self.live:             # <<<<<<<<<<<<<<
- *             raise ClosedError("the view was released")
+ *         if not self.live or self.reader.membership.mapping.closed:             # <<<<<<<<<<<<<<
+ *             raise ClosedError("the view was released, or the region closed")
  *         kind, shape = ("|u1", (self.message.length,))
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":703
- *         if not self.live:
- *             raise ClosedError("the view was released")
+  /* "ivshmem/channel/messages.pyx":728
+ *         if not self.live or self.reader.membership.mapping.closed:
+ *             raise ClosedError("the view was released, or the region closed")
  *         kind, shape = ("|u1", (self.message.length,))             # <<<<<<<<<<<<<<
  *         if self.reader.type is not None:
  *             kind, shape = self.reader.type.interface(self.message.length)
 */
-  __pyx_t_2 = __pyx_mstate_global->__pyx_kp_u_u1;
-  __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_4 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->message.length); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 703, __pyx_L1_error)
+  __pyx_t_3 = __pyx_mstate_global->__pyx_kp_u_u1;
+  __Pyx_INCREF(__pyx_t_3);
+  __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 728, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
+  __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 728, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_3 = PyTuple_New(1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 703, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __Pyx_GIVEREF(__pyx_t_4);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_3, 0, __pyx_t_4) != (0)) __PYX_ERR(0, 703, __pyx_L1_error);
-  __pyx_t_4 = 0;
-  __pyx_v_kind = __pyx_t_2;
-  __pyx_t_2 = 0;
-  __pyx_v_shape = __pyx_t_3;
+  __Pyx_GIVEREF(__pyx_t_5);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_t_5) != (0)) __PYX_ERR(0, 728, __pyx_L1_error);
+  __pyx_t_5 = 0;
+  __pyx_v_kind = __pyx_t_3;
   __pyx_t_3 = 0;
+  __pyx_v_shape = __pyx_t_4;
+  __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":704
- *             raise ClosedError("the view was released")
+  /* "ivshmem/channel/messages.pyx":729
+ *             raise ClosedError("the view was released, or the region closed")
  *         kind, shape = ("|u1", (self.message.length,))
  *         if self.reader.type is not None:             # <<<<<<<<<<<<<<
  *             kind, shape = self.reader.type.interface(self.message.length)
@@ -17855,83 +18245,83 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":705
+    /* "ivshmem/channel/messages.pyx":730
  *         kind, shape = ("|u1", (self.message.length,))
  *         if self.reader.type is not None:
  *             kind, shape = self.reader.type.interface(self.message.length)             # <<<<<<<<<<<<<<
  *         address = <size_t>self.reader.channel.area.memory.start + self.message.offset
  *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}
 */
-    __pyx_t_2 = __pyx_v_self->reader->type;
-    __Pyx_INCREF(__pyx_t_2);
-    __pyx_t_4 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->message.length); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 705, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = 0;
+    __pyx_t_3 = __pyx_v_self->reader->type;
+    __Pyx_INCREF(__pyx_t_3);
+    __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 730, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __pyx_t_6 = 0;
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_t_4};
-      __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_interface, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 705, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_3);
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_5};
+      __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_interface, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 730, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
     }
-    if ((likely(PyTuple_CheckExact(__pyx_t_3))) || (PyList_CheckExact(__pyx_t_3))) {
-      PyObject* sequence = __pyx_t_3;
+    if ((likely(PyTuple_CheckExact(__pyx_t_4))) || (PyList_CheckExact(__pyx_t_4))) {
+      PyObject* sequence = __pyx_t_4;
       Py_ssize_t size = __Pyx_PySequence_SIZE(sequence);
       if (unlikely(size != 2)) {
         if (size > 2) __Pyx_RaiseTooManyValuesError(2);
         else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
-        __PYX_ERR(0, 705, __pyx_L1_error)
+        __PYX_ERR(0, 730, __pyx_L1_error)
       }
       #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
       if (likely(PyTuple_CheckExact(sequence))) {
-        __pyx_t_4 = PyTuple_GET_ITEM(sequence, 0);
-        __Pyx_INCREF(__pyx_t_4);
-        __pyx_t_2 = PyTuple_GET_ITEM(sequence, 1);
-        __Pyx_INCREF(__pyx_t_2);
+        __pyx_t_5 = PyTuple_GET_ITEM(sequence, 0);
+        __Pyx_INCREF(__pyx_t_5);
+        __pyx_t_3 = PyTuple_GET_ITEM(sequence, 1);
+        __Pyx_INCREF(__pyx_t_3);
       } else {
-        __pyx_t_4 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 705, __pyx_L1_error)
-        __Pyx_XGOTREF(__pyx_t_4);
-        __pyx_t_2 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 705, __pyx_L1_error)
-        __Pyx_XGOTREF(__pyx_t_2);
+        __pyx_t_5 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 730, __pyx_L1_error)
+        __Pyx_XGOTREF(__pyx_t_5);
+        __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 730, __pyx_L1_error)
+        __Pyx_XGOTREF(__pyx_t_3);
       }
       #else
-      __pyx_t_4 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 705, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_2 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 705, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
+      __pyx_t_5 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 730, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_5);
+      __pyx_t_3 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 730, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
       #endif
-      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     } else {
       Py_ssize_t index = -1;
-      __pyx_t_6 = PyObject_GetIter(__pyx_t_3); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 705, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_6);
-      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __pyx_t_7 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_6);
-      index = 0; __pyx_t_4 = __pyx_t_7(__pyx_t_6); if (unlikely(!__pyx_t_4)) goto __pyx_L5_unpacking_failed;
-      __Pyx_GOTREF(__pyx_t_4);
-      index = 1; __pyx_t_2 = __pyx_t_7(__pyx_t_6); if (unlikely(!__pyx_t_2)) goto __pyx_L5_unpacking_failed;
-      __Pyx_GOTREF(__pyx_t_2);
-      if (__Pyx_IternextUnpackEndCheck(__pyx_t_7(__pyx_t_6), 2) < (0)) __PYX_ERR(0, 705, __pyx_L1_error)
-      __pyx_t_7 = NULL;
-      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      goto __pyx_L6_unpacking_done;
-      __pyx_L5_unpacking_failed:;
-      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      __pyx_t_7 = NULL;
+      __pyx_t_7 = PyObject_GetIter(__pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 730, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_7);
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __pyx_t_8 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_7);
+      index = 0; __pyx_t_5 = __pyx_t_8(__pyx_t_7); if (unlikely(!__pyx_t_5)) goto __pyx_L7_unpacking_failed;
+      __Pyx_GOTREF(__pyx_t_5);
+      index = 1; __pyx_t_3 = __pyx_t_8(__pyx_t_7); if (unlikely(!__pyx_t_3)) goto __pyx_L7_unpacking_failed;
+      __Pyx_GOTREF(__pyx_t_3);
+      if (__Pyx_IternextUnpackEndCheck(__pyx_t_8(__pyx_t_7), 2) < (0)) __PYX_ERR(0, 730, __pyx_L1_error)
+      __pyx_t_8 = NULL;
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+      goto __pyx_L8_unpacking_done;
+      __pyx_L7_unpacking_failed:;
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+      __pyx_t_8 = NULL;
       if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
-      __PYX_ERR(0, 705, __pyx_L1_error)
-      __pyx_L6_unpacking_done:;
+      __PYX_ERR(0, 730, __pyx_L1_error)
+      __pyx_L8_unpacking_done:;
     }
-    __Pyx_DECREF_SET(__pyx_v_kind, __pyx_t_4);
-    __pyx_t_4 = 0;
-    __Pyx_DECREF_SET(__pyx_v_shape, __pyx_t_2);
-    __pyx_t_2 = 0;
+    __Pyx_DECREF_SET(__pyx_v_kind, __pyx_t_5);
+    __pyx_t_5 = 0;
+    __Pyx_DECREF_SET(__pyx_v_shape, __pyx_t_3);
+    __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/messages.pyx":704
- *             raise ClosedError("the view was released")
+    /* "ivshmem/channel/messages.pyx":729
+ *             raise ClosedError("the view was released, or the region closed")
  *         kind, shape = ("|u1", (self.message.length,))
  *         if self.reader.type is not None:             # <<<<<<<<<<<<<<
  *             kind, shape = self.reader.type.interface(self.message.length)
@@ -17939,7 +18329,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":706
+  /* "ivshmem/channel/messages.pyx":731
  *         if self.reader.type is not None:
  *             kind, shape = self.reader.type.interface(self.message.length)
  *         address = <size_t>self.reader.channel.area.memory.start + self.message.offset             # <<<<<<<<<<<<<<
@@ -17948,42 +18338,42 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
 */
   __pyx_v_address = (((size_t)__pyx_v_self->reader->__pyx_base.channel.area.memory.start) + __pyx_v_self->message.offset);
 
-  /* "ivshmem/channel/messages.pyx":707
+  /* "ivshmem/channel/messages.pyx":732
  *             kind, shape = self.reader.type.interface(self.message.length)
  *         address = <size_t>self.reader.channel.area.memory.start + self.message.offset
  *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}             # <<<<<<<<<<<<<<
  * 
  *     def __dlpack__(self, **options):
 */
-  __pyx_t_3 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 707, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_version, __pyx_mstate_global->__pyx_int_3) < (0)) __PYX_ERR(0, 707, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_typestr, __pyx_v_kind) < (0)) __PYX_ERR(0, 707, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_shape, __pyx_v_shape) < (0)) __PYX_ERR(0, 707, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_address); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 707, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_4 = PyTuple_New(2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 707, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 732, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __Pyx_GIVEREF(__pyx_t_2);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 707, __pyx_L1_error);
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_version, __pyx_mstate_global->__pyx_int_3) < (0)) __PYX_ERR(0, 732, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_typestr, __pyx_v_kind) < (0)) __PYX_ERR(0, 732, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_shape, __pyx_v_shape) < (0)) __PYX_ERR(0, 732, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_address); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 732, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_5 = PyTuple_New(2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 732, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
+  __Pyx_GIVEREF(__pyx_t_3);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 732, __pyx_L1_error);
   __Pyx_INCREF(Py_True);
   __Pyx_GIVEREF(Py_True);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 1, Py_True) != (0)) __PYX_ERR(0, 707, __pyx_L1_error);
-  __pyx_t_2 = 0;
-  if (PyDict_SetItem(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_data, __pyx_t_4) < (0)) __PYX_ERR(0, 707, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 1, Py_True) != (0)) __PYX_ERR(0, 732, __pyx_L1_error);
+  __pyx_t_3 = 0;
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_data, __pyx_t_5) < (0)) __PYX_ERR(0, 732, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   {
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_3;
+      __pyx_r = __pyx_t_4;
     }
     __Pyx_XDECREF(__pyx_temp);
   }
-  __pyx_t_3 = 0;
+  __pyx_t_4 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":698
+  /* "ivshmem/channel/messages.pyx":723
  *         return numpy.frombuffer(self, "uint8")
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -17993,10 +18383,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_7);
   __Pyx_AddTraceback("ivshmem.channel.messages.View.__array_interface__.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -18008,7 +18398,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":709
+/* "ivshmem/channel/messages.pyx":734
  *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}
  * 
  *     def __dlpack__(self, **options):             # <<<<<<<<<<<<<<
@@ -18081,21 +18471,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_10__dlpack__(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dlpack__", 0);
 
-  /* "ivshmem/channel/messages.pyx":711
+  /* "ivshmem/channel/messages.pyx":736
  *     def __dlpack__(self, **options):
  *         """Export the message, for numpy.from_dlpack or torch.from_dlpack; needs numpy."""
  *         return self.array.__dlpack__(**options)             # <<<<<<<<<<<<<<
  * 
  *     def __dlpack_device__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_array); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 711, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_array); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 736, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_dlpack); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 711, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_dlpack); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 736, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyDict_Copy(__pyx_v_options); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 711, __pyx_L1_error)
+  __pyx_t_1 = PyDict_Copy(__pyx_v_options); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 736, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_Call(__pyx_t_2, __pyx_mstate_global->__pyx_empty_tuple, __pyx_t_1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 711, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_Call(__pyx_t_2, __pyx_mstate_global->__pyx_empty_tuple, __pyx_t_1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 736, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -18110,7 +18500,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_10__dlpack__(struct 
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":709
+  /* "ivshmem/channel/messages.pyx":734
  *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}
  * 
  *     def __dlpack__(self, **options):             # <<<<<<<<<<<<<<
@@ -18131,7 +18521,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_10__dlpack__(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":713
+/* "ivshmem/channel/messages.pyx":738
  *         return self.array.__dlpack__(**options)
  * 
  *     def __dlpack_device__(self):             # <<<<<<<<<<<<<<
@@ -18187,7 +18577,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_12__dlpack_device__(
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__dlpack_device__", 0);
 
-  /* "ivshmem/channel/messages.pyx":715
+  /* "ivshmem/channel/messages.pyx":740
  *     def __dlpack_device__(self):
  *         """Return DLPack's number of the processor's memory."""
  *         return (1, 0)             # <<<<<<<<<<<<<<
@@ -18198,14 +18588,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_12__dlpack_device__(
     PyObject *__pyx_temp;
     {
       __pyx_temp = __pyx_r;
-      __Pyx_INCREF(__pyx_mstate_global->__pyx_tuple[2]);
-      __pyx_r = __pyx_mstate_global->__pyx_tuple[2];
+      __Pyx_INCREF(__pyx_mstate_global->__pyx_tuple[3]);
+      __pyx_r = __pyx_mstate_global->__pyx_tuple[3];
     }
     __Pyx_XDECREF(__pyx_temp);
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":713
+  /* "ivshmem/channel/messages.pyx":738
  *         return self.array.__dlpack__(**options)
  * 
  *     def __dlpack_device__(self):             # <<<<<<<<<<<<<<
@@ -18220,12 +18610,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_12__dlpack_device__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":717
+/* "ivshmem/channel/messages.pyx":742
  *         return (1, 0)
  * 
  *     def check(self):             # <<<<<<<<<<<<<<
  *         """Raise Overtaken if the message was overwritten since it was taken."""
- *         if not self.overtaken and self.live and not self.reader.closed:
+ *         if not self.overtaken and self.live and self.reader.usable():
 */
 
 /* Python wrapper */
@@ -18277,25 +18667,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_14check(struct __pyx
   int __pyx_t_1;
   int __pyx_t_2;
   PyObject *__pyx_t_3 = NULL;
-  int __pyx_t_4;
+  PyObject *__pyx_t_4 = NULL;
   PyObject *__pyx_t_5 = NULL;
   PyObject *__pyx_t_6 = NULL;
   PyObject *__pyx_t_7 = NULL;
-  PyObject *__pyx_t_8 = NULL;
-  PyObject *__pyx_t_9[5];
-  Py_ssize_t __pyx_t_10;
-  int __pyx_t_11;
-  PyObject *__pyx_t_12 = NULL;
-  size_t __pyx_t_13;
+  PyObject *__pyx_t_8[5];
+  Py_ssize_t __pyx_t_9;
+  int __pyx_t_10;
+  PyObject *__pyx_t_11 = NULL;
+  size_t __pyx_t_12;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/channel/messages.pyx":719
+  /* "ivshmem/channel/messages.pyx":744
  *     def check(self):
  *         """Raise Overtaken if the message was overwritten since it was taken."""
- *         if not self.overtaken and self.live and not self.reader.closed:             # <<<<<<<<<<<<<<
+ *         if not self.overtaken and self.live and self.reader.usable():             # <<<<<<<<<<<<<<
  *             self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
  *         if self.overtaken:
 */
@@ -18315,40 +18704,35 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_14check(struct __pyx
     __pyx_t_1 = __pyx_v_self->live;
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->reader), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 719, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 719, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_4 = (!__pyx_t_2);
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->reader->__pyx_base.__pyx_vtab)->__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->reader));
 
 
-
-  __pyx_t_1 = __pyx_t_4;
+  __pyx_t_1 = __pyx_t_2;
 
   __pyx_L4_bool_binop_done:;
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":720
+    /* "ivshmem/channel/messages.pyx":745
  *         """Raise Overtaken if the message was overwritten since it was taken."""
- *         if not self.overtaken and self.live and not self.reader.closed:
+ *         if not self.overtaken and self.live and self.reader.usable():
  *             self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0             # <<<<<<<<<<<<<<
  *         if self.overtaken:
  *             raise Overtaken(
 */
     __pyx_v_self->overtaken = (ivshmem_check((&__pyx_v_self->reader->__pyx_base.channel), (&__pyx_v_self->message)) != 0);
 
-    /* "ivshmem/channel/messages.pyx":719
+    /* "ivshmem/channel/messages.pyx":744
  *     def check(self):
  *         """Raise Overtaken if the message was overwritten since it was taken."""
- *         if not self.overtaken and self.live and not self.reader.closed:             # <<<<<<<<<<<<<<
+ *         if not self.overtaken and self.live and self.reader.usable():             # <<<<<<<<<<<<<<
  *             self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
  *         if self.overtaken:
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":721
- *         if not self.overtaken and self.live and not self.reader.closed:
+  /* "ivshmem/channel/messages.pyx":746
+ *         if not self.overtaken and self.live and self.reader.usable():
  *             self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
  *         if self.overtaken:             # <<<<<<<<<<<<<<
  *             raise Overtaken(
@@ -18356,89 +18740,89 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_14check(struct __pyx
 */
   if (unlikely(__pyx_v_self->overtaken)) {
 
-    /* "ivshmem/channel/messages.pyx":722
+    /* "ivshmem/channel/messages.pyx":747
  *             self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
  *         if self.overtaken:
  *             raise Overtaken(             # <<<<<<<<<<<<<<
  *                 f"channel {self.reader.name!r}: the writer overwrote message"
  *                 f" {self.message.position} while it was looked at; what was seen may be torn"
 */
-    __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 722, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_6);
+    __pyx_t_4 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 747, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
 
-    /* "ivshmem/channel/messages.pyx":723
+    /* "ivshmem/channel/messages.pyx":748
  *         if self.overtaken:
  *             raise Overtaken(
  *                 f"channel {self.reader.name!r}: the writer overwrote message"             # <<<<<<<<<<<<<<
  *                 f" {self.message.position} while it was looked at; what was seen may be torn"
  *             )
 */
-    __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->reader->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 723, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->reader->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 748, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
 
-    /* "ivshmem/channel/messages.pyx":724
+    /* "ivshmem/channel/messages.pyx":749
  *             raise Overtaken(
  *                 f"channel {self.reader.name!r}: the writer overwrote message"
  *                 f" {self.message.position} while it was looked at; what was seen may be torn"             # <<<<<<<<<<<<<<
  *             )
  * 
 */
-    __pyx_t_8 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 724, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_channel;
-    __pyx_t_9[1] = __pyx_t_7;
-    __pyx_t_9[2] = __pyx_mstate_global->__pyx_kp_u_the_writer_overwrote_message;
-    __pyx_t_9[3] = __pyx_t_8;
-    __pyx_t_9[4] = __pyx_mstate_global->__pyx_kp_u_while_it_was_looked_at_what_was;
+    __pyx_t_7 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 749, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_channel;
+    __pyx_t_8[1] = __pyx_t_6;
+    __pyx_t_8[2] = __pyx_mstate_global->__pyx_kp_u_the_writer_overwrote_message;
+    __pyx_t_8[3] = __pyx_t_7;
+    __pyx_t_8[4] = __pyx_mstate_global->__pyx_kp_u_while_it_was_looked_at_what_was;
 
-    /* "ivshmem/channel/messages.pyx":723
+    /* "ivshmem/channel/messages.pyx":748
  *         if self.overtaken:
  *             raise Overtaken(
  *                 f"channel {self.reader.name!r}: the writer overwrote message"             # <<<<<<<<<<<<<<
  *                 f" {self.message.position} while it was looked at; what was seen may be torn"
  *             )
 */
-    __pyx_t_10 = 89;
+    __pyx_t_9 = 89;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_10 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[3]);
+    __pyx_t_9 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_8[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_8[3]);
     #endif
-    __pyx_t_11 = 0;
+    __pyx_t_10 = 0;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]);
+    __pyx_t_10 |= __Pyx_PyUnicode_KIND_04(__pyx_t_8[1]);
     #endif
-    __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_9, 5, __pyx_t_10, __pyx_t_11);
-    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 723, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_12);
+    __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_8, 5, __pyx_t_9, __pyx_t_10);
+    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 748, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_11);
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_13 = 1;
+    __pyx_t_12 = 1;
     #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_6))) {
-      __pyx_t_5 = PyMethod_GET_SELF(__pyx_t_6);
-      assert(__pyx_t_5);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_6);
-      __Pyx_INCREF(__pyx_t_5);
+    if (unlikely(PyMethod_Check(__pyx_t_5))) {
+      __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_5);
+      assert(__pyx_t_4);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
+      __Pyx_INCREF(__pyx_t_4);
       __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_6, __pyx__function);
-      __pyx_t_13 = 0;
+      __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
+      __pyx_t_12 = 0;
     }
     #endif
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_t_12};
-      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_13, (2-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 722, __pyx_L1_error)
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_11};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 747, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 722, __pyx_L1_error)
+    __PYX_ERR(0, 747, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":721
- *         if not self.overtaken and self.live and not self.reader.closed:
+    /* "ivshmem/channel/messages.pyx":746
+ *         if not self.overtaken and self.live and self.reader.usable():
  *             self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
  *         if self.overtaken:             # <<<<<<<<<<<<<<
  *             raise Overtaken(
@@ -18446,12 +18830,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_14check(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":717
+  /* "ivshmem/channel/messages.pyx":742
  *         return (1, 0)
  * 
  *     def check(self):             # <<<<<<<<<<<<<<
  *         """Raise Overtaken if the message was overwritten since it was taken."""
- *         if not self.overtaken and self.live and not self.reader.closed:
+ *         if not self.overtaken and self.live and self.reader.usable():
 */
 
   /* function exit code */
@@ -18459,11 +18843,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_14check(struct __pyx
   goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
-  __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_XDECREF(__pyx_t_12);
+  __Pyx_XDECREF(__pyx_t_11);
   __Pyx_AddTraceback("ivshmem.channel.messages.View.check", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -18472,7 +18856,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_14check(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":727
+/* "ivshmem/channel/messages.pyx":752
  *             )
  * 
  *     def release(self):             # <<<<<<<<<<<<<<
@@ -18549,7 +18933,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/channel/messages.pyx":734
+  /* "ivshmem/channel/messages.pyx":759
  *             Overtaken: the message was overwritten since it was taken. The View is released.
  *         """
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -18561,7 +18945,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":735
+    /* "ivshmem/channel/messages.pyx":760
  *         """
  *         if not self.live:
  *             return             # <<<<<<<<<<<<<<
@@ -18578,7 +18962,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/messages.pyx":734
+    /* "ivshmem/channel/messages.pyx":759
  *             Overtaken: the message was overwritten since it was taken. The View is released.
  *         """
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -18587,7 +18971,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":736
+  /* "ivshmem/channel/messages.pyx":761
  *         if not self.live:
  *             return
  *         if self.exports:             # <<<<<<<<<<<<<<
@@ -18599,7 +18983,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/messages.pyx":737
+    /* "ivshmem/channel/messages.pyx":762
  *             return
  *         if self.exports:
  *             raise BufferError(             # <<<<<<<<<<<<<<
@@ -18608,7 +18992,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
 */
     __pyx_t_3 = NULL;
 
-    /* "ivshmem/channel/messages.pyx":738
+    /* "ivshmem/channel/messages.pyx":763
  *         if self.exports:
  *             raise BufferError(
  *                 f"{counted(self.exports, 'memoryview')} or arrays of the message are in use:"             # <<<<<<<<<<<<<<
@@ -18616,9 +19000,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
  *             )
 */
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 738, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 763, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 738, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 763, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_8 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -18638,13 +19022,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 738, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 763, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 738, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 763, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_or_arrays_of_the_message_are_in); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 738, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_or_arrays_of_the_message_are_in); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 763, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_8 = 1;
@@ -18653,14 +19037,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 737, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 762, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 737, __pyx_L1_error)
+    __PYX_ERR(0, 762, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":736
+    /* "ivshmem/channel/messages.pyx":761
  *         if not self.live:
  *             return
  *         if self.exports:             # <<<<<<<<<<<<<<
@@ -18669,7 +19053,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":741
+  /* "ivshmem/channel/messages.pyx":766
  *                 " release them first (del)"
  *             )
  *         try:             # <<<<<<<<<<<<<<
@@ -18678,7 +19062,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
 */
   /*try:*/ {
 
-    /* "ivshmem/channel/messages.pyx":742
+    /* "ivshmem/channel/messages.pyx":767
  *             )
  *         try:
  *             self.check()             # <<<<<<<<<<<<<<
@@ -18692,13 +19076,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_check, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 742, __pyx_L6_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 767, __pyx_L6_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   }
 
-  /* "ivshmem/channel/messages.pyx":744
+  /* "ivshmem/channel/messages.pyx":769
  *             self.check()
  *         finally:
  *             self.abandon()             # <<<<<<<<<<<<<<
@@ -18707,7 +19091,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
 */
   /*finally:*/ {
     /*normal exit:*/{
-      __pyx_t_9 = __pyx_f_7ivshmem_7channel_8messages_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 744, __pyx_L1_error)
+      __pyx_t_9 = __pyx_f_7ivshmem_7channel_8messages_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 769, __pyx_L1_error)
 
       goto __pyx_L7;
     }
@@ -18732,7 +19116,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
       __Pyx_XGOTREF(__pyx_t_17);
       __pyx_t_9 = __pyx_lineno; __pyx_t_10 = __pyx_clineno; __pyx_t_11 = __pyx_filename;
       {
-        __pyx_t_18 = __pyx_f_7ivshmem_7channel_8messages_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_18 == ((int)-1))) __PYX_ERR(0, 744, __pyx_L9_error)
+        __pyx_t_18 = __pyx_f_7ivshmem_7channel_8messages_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_18 == ((int)-1))) __PYX_ERR(0, 769, __pyx_L9_error)
 
       }
       __Pyx_XGIVEREF(__pyx_t_15);
@@ -18760,7 +19144,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
     __pyx_L7:;
   }
 
-  /* "ivshmem/channel/messages.pyx":727
+  /* "ivshmem/channel/messages.pyx":752
  *             )
  * 
  *     def release(self):             # <<<<<<<<<<<<<<
@@ -18786,7 +19170,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":746
+/* "ivshmem/channel/messages.pyx":771
  *             self.abandon()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -18842,7 +19226,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_18__enter__(struct _
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/messages.pyx":747
+  /* "ivshmem/channel/messages.pyx":772
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -18860,7 +19244,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_18__enter__(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":746
+  /* "ivshmem/channel/messages.pyx":771
  *             self.abandon()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -18875,7 +19259,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_18__enter__(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":749
+/* "ivshmem/channel/messages.pyx":774
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -18930,33 +19314,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 749, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 774, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 749, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 774, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 1) ? kwd_pos_args : 1;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 749, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 774, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 749, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 774, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 749, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 774, __pyx_L3_error)
     }
     __pyx_v_kind = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 749, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 774, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -18992,7 +19376,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_20__exit__(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/messages.pyx":750
+  /* "ivshmem/channel/messages.pyx":775
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -19003,7 +19387,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_20__exit__(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":751
+    /* "ivshmem/channel/messages.pyx":776
  *     def __exit__(self, kind, *error):
  *         if kind is None:
  *             self.release()             # <<<<<<<<<<<<<<
@@ -19017,12 +19401,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_20__exit__(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_release, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 751, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 776, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/messages.pyx":750
+    /* "ivshmem/channel/messages.pyx":775
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -19032,7 +19416,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_20__exit__(struct __
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/messages.pyx":752
+  /* "ivshmem/channel/messages.pyx":777
  *         if kind is None:
  *             self.release()
  *         elif not self.exports:             # <<<<<<<<<<<<<<
@@ -19044,17 +19428,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_20__exit__(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":753
+    /* "ivshmem/channel/messages.pyx":778
  *             self.release()
  *         elif not self.exports:
  *             self.abandon()             # <<<<<<<<<<<<<<
  * 
  *     cdef int abandon(self) except -1:
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_7channel_8messages_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 753, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_7channel_8messages_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 778, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/messages.pyx":752
+    /* "ivshmem/channel/messages.pyx":777
  *         if kind is None:
  *             self.release()
  *         elif not self.exports:             # <<<<<<<<<<<<<<
@@ -19064,7 +19448,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_20__exit__(struct __
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/messages.pyx":749
+  /* "ivshmem/channel/messages.pyx":774
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -19086,7 +19470,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_20__exit__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":755
+/* "ivshmem/channel/messages.pyx":780
  *             self.abandon()
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -19101,7 +19485,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4View_abandon(struct __pyx_obj_7i
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/messages.pyx":756
+  /* "ivshmem/channel/messages.pyx":781
  * 
  *     cdef int abandon(self) except -1:
  *         if self.live:             # <<<<<<<<<<<<<<
@@ -19110,7 +19494,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4View_abandon(struct __pyx_obj_7i
 */
   if (__pyx_v_self->live) {
 
-    /* "ivshmem/channel/messages.pyx":757
+    /* "ivshmem/channel/messages.pyx":782
  *     cdef int abandon(self) except -1:
  *         if self.live:
  *             self.live = False             # <<<<<<<<<<<<<<
@@ -19119,7 +19503,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4View_abandon(struct __pyx_obj_7i
 */
     __pyx_v_self->live = 0;
 
-    /* "ivshmem/channel/messages.pyx":758
+    /* "ivshmem/channel/messages.pyx":783
  *         if self.live:
  *             self.live = False
  *             self.reader.views -= 1             # <<<<<<<<<<<<<<
@@ -19128,17 +19512,17 @@ static int __pyx_f_7ivshmem_7channel_8messages_4View_abandon(struct __pyx_obj_7i
 */
     __pyx_v_self->reader->views = (__pyx_v_self->reader->views - 1);
 
-    /* "ivshmem/channel/messages.pyx":759
+    /* "ivshmem/channel/messages.pyx":784
  *             self.live = False
  *             self.reader.views -= 1
  *             self.reader.let_go(self.message.writer, self.message.position)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->reader->__pyx_base.__pyx_vtab)->let_go(__pyx_v_self->reader, __pyx_v_self->message.writer, __pyx_v_self->message.position); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 759, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->reader->__pyx_base.__pyx_vtab)->let_go(__pyx_v_self->reader, __pyx_v_self->message.writer, __pyx_v_self->message.position); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 784, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/messages.pyx":756
+    /* "ivshmem/channel/messages.pyx":781
  * 
  *     cdef int abandon(self) except -1:
  *         if self.live:             # <<<<<<<<<<<<<<
@@ -19147,7 +19531,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4View_abandon(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":760
+  /* "ivshmem/channel/messages.pyx":785
  *             self.reader.views -= 1
  *             self.reader.let_go(self.message.writer, self.message.position)
  *         return 0             # <<<<<<<<<<<<<<
@@ -19160,7 +19544,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4View_abandon(struct __pyx_obj_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":755
+  /* "ivshmem/channel/messages.pyx":780
  *             self.abandon()
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -19177,7 +19561,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4View_abandon(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":762
+/* "ivshmem/channel/messages.pyx":787
  *         return 0
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -19204,17 +19588,17 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4View_22__del__(struct __pyx_ob
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/messages.pyx":763
+  /* "ivshmem/channel/messages.pyx":788
  * 
  *     def __del__(self):
  *         self.abandon()             # <<<<<<<<<<<<<<
  * 
  *     def __repr__(self):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_8messages_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 763, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_8messages_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 788, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/messages.pyx":762
+  /* "ivshmem/channel/messages.pyx":787
  *         return 0
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -19230,7 +19614,7 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4View_22__del__(struct __pyx_ob
 
 }
 
-/* "ivshmem/channel/messages.pyx":765
+/* "ivshmem/channel/messages.pyx":790
  *         self.abandon()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -19268,7 +19652,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_24__repr__(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/messages.pyx":766
+  /* "ivshmem/channel/messages.pyx":791
  * 
  *     def __repr__(self):
  *         state = "" if self.live else ", released"             # <<<<<<<<<<<<<<
@@ -19285,16 +19669,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_24__repr__(struct __
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/messages.pyx":767
+  /* "ivshmem/channel/messages.pyx":792
  *     def __repr__(self):
  *         state = "" if self.live else ", released"
  *         return f"<ivshmem.channel.View of {self.message.length} bytes{state}>"             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 767, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 792, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 767, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 792, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_t_3[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel_View_of;
   __pyx_t_3[1] = __pyx_t_1;
@@ -19310,7 +19694,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_24__repr__(struct __
   __pyx_t_5 |= __Pyx_PyUnicode_KIND_04(__pyx_t_3[3]);
   #endif
   __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_3, 5, __pyx_t_4, __pyx_t_5);
-  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 767, __pyx_L1_error)
+  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 792, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -19325,7 +19709,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_24__repr__(struct __
   __pyx_t_6 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":765
+  /* "ivshmem/channel/messages.pyx":790
  *         self.abandon()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -19553,68 +19937,161 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_28__setstate_cython_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":770
+/* "ivshmem/channel/messages.pyx":795
  * 
  * 
- * cdef View view_of(ReaderEnd reader, const ivshmem_message *message):             # <<<<<<<<<<<<<<
- *     cdef View view = View.__new__(View)
- *     reader.hold(message)
+ * cdef View view_of(ReaderEnd reader, ivshmem_message message):             # <<<<<<<<<<<<<<
+ *     # By value: to make an object can run other code, which takes the reader's next message.
+ *     cdef View view
 */
 
-static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7channel_8messages_view_of(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_reader, struct ivshmem_message const *__pyx_v_message) {
+static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7channel_8messages_view_of(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_reader, struct ivshmem_message __pyx_v_message) {
   struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_view = 0;
   struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  int __pyx_t_2;
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("view_of", 0);
 
-  /* "ivshmem/channel/messages.pyx":771
- * 
- * cdef View view_of(ReaderEnd reader, const ivshmem_message *message):
- *     cdef View view = View.__new__(View)             # <<<<<<<<<<<<<<
- *     reader.hold(message)
+  /* "ivshmem/channel/messages.pyx":798
+ *     # By value: to make an object can run other code, which takes the reader's next message.
+ *     cdef View view
+ *     reader.hold(&message)             # <<<<<<<<<<<<<<
+ *     try:
+ *         view = View.__new__(View)
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_vtab)->hold(__pyx_v_reader, (&__pyx_v_message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 798, __pyx_L1_error)
+
+
+  /* "ivshmem/channel/messages.pyx":799
+ *     cdef View view
+ *     reader.hold(&message)
+ *     try:             # <<<<<<<<<<<<<<
+ *         view = View.__new__(View)
+ *     except BaseException:
+*/
+  {
+    __Pyx_PyThreadState_declare
+    __Pyx_PyThreadState_assign
+    __Pyx_ExceptionSave(&__pyx_t_2, &__pyx_t_3, &__pyx_t_4);
+    __Pyx_XGOTREF(__pyx_t_2);
+    __Pyx_XGOTREF(__pyx_t_3);
+    __Pyx_XGOTREF(__pyx_t_4);
+    /*try:*/ {
+
+      /* "ivshmem/channel/messages.pyx":800
+ *     reader.hold(&message)
+ *     try:
+ *         view = View.__new__(View)             # <<<<<<<<<<<<<<
+ *     except BaseException:
+ *         reader.let_go(message.writer, message.position)
+*/
+      __pyx_t_5 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_8messages_View(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 800, __pyx_L3_error)
+      __Pyx_GOTREF(__pyx_t_5);
+      __pyx_v_view = ((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_t_5);
+      __pyx_t_5 = 0;
+
+      /* "ivshmem/channel/messages.pyx":799
+ *     cdef View view
+ *     reader.hold(&message)
+ *     try:             # <<<<<<<<<<<<<<
+ *         view = View.__new__(View)
+ *     except BaseException:
+*/
+    }
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    goto __pyx_L8_try_end;
+    __pyx_L3_error:;
+    __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+
+    /* "ivshmem/channel/messages.pyx":801
+ *     try:
+ *         view = View.__new__(View)
+ *     except BaseException:             # <<<<<<<<<<<<<<
+ *         reader.let_go(message.writer, message.position)
+ *         raise
+*/
+    __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
+    if (__pyx_t_1) {
+      __Pyx_AddTraceback("ivshmem.channel.messages.view_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 801, __pyx_L5_except_error)
+      __Pyx_XGOTREF(__pyx_t_5);
+      __Pyx_XGOTREF(__pyx_t_6);
+      __Pyx_XGOTREF(__pyx_t_7);
+
+      /* "ivshmem/channel/messages.pyx":802
+ *         view = View.__new__(View)
+ *     except BaseException:
+ *         reader.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
+ *         raise
  *     reader.views += 1
 */
-  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_8messages_View(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 771, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __pyx_v_view = ((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_t_1);
-  __pyx_t_1 = 0;
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_vtab)->let_go(__pyx_v_reader, __pyx_v_message.writer, __pyx_v_message.position); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 802, __pyx_L5_except_error)
 
-  /* "ivshmem/channel/messages.pyx":772
- * cdef View view_of(ReaderEnd reader, const ivshmem_message *message):
- *     cdef View view = View.__new__(View)
- *     reader.hold(message)             # <<<<<<<<<<<<<<
+
+      /* "ivshmem/channel/messages.pyx":803
+ *     except BaseException:
+ *         reader.let_go(message.writer, message.position)
+ *         raise             # <<<<<<<<<<<<<<
  *     reader.views += 1
- *     view.message = message[0]
+ *     view.message = message
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_vtab)->hold(__pyx_v_reader, __pyx_v_message); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 772, __pyx_L1_error)
+      __Pyx_GIVEREF(__pyx_t_5);
+      __Pyx_GIVEREF(__pyx_t_6);
+      __Pyx_XGIVEREF(__pyx_t_7);
+      __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_6, __pyx_t_7);
+      __pyx_t_5 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
+      __PYX_ERR(0, 803, __pyx_L5_except_error)
+    }
+    goto __pyx_L5_except_error;
 
+    /* "ivshmem/channel/messages.pyx":799
+ *     cdef View view
+ *     reader.hold(&message)
+ *     try:             # <<<<<<<<<<<<<<
+ *         view = View.__new__(View)
+ *     except BaseException:
+*/
+    __pyx_L5_except_error:;
+    __Pyx_XGIVEREF(__pyx_t_2);
+    __Pyx_XGIVEREF(__pyx_t_3);
+    __Pyx_XGIVEREF(__pyx_t_4);
+    __Pyx_ExceptionReset(__pyx_t_2, __pyx_t_3, __pyx_t_4);
+    goto __pyx_L1_error;
+    __pyx_L8_try_end:;
+  }
 
-  /* "ivshmem/channel/messages.pyx":773
- *     cdef View view = View.__new__(View)
- *     reader.hold(message)
+  /* "ivshmem/channel/messages.pyx":804
+ *         reader.let_go(message.writer, message.position)
+ *         raise
  *     reader.views += 1             # <<<<<<<<<<<<<<
- *     view.message = message[0]
+ *     view.message = message
  *     view.reader = reader
 */
   __pyx_v_reader->views = (__pyx_v_reader->views + 1);
 
-  /* "ivshmem/channel/messages.pyx":774
- *     reader.hold(message)
+  /* "ivshmem/channel/messages.pyx":805
+ *         raise
  *     reader.views += 1
- *     view.message = message[0]             # <<<<<<<<<<<<<<
+ *     view.message = message             # <<<<<<<<<<<<<<
  *     view.reader = reader
  *     view.live = True
 */
-  __pyx_v_view->message = (__pyx_v_message[0]);
+  __pyx_v_view->message = __pyx_v_message;
 
-  /* "ivshmem/channel/messages.pyx":775
+  /* "ivshmem/channel/messages.pyx":806
  *     reader.views += 1
- *     view.message = message[0]
+ *     view.message = message
  *     view.reader = reader             # <<<<<<<<<<<<<<
  *     view.live = True
  *     return view
@@ -19624,8 +20101,8 @@ static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7chan
   __Pyx_GOTREF((PyObject *)__pyx_v_view->reader);
   __Pyx_DECREF_SET(__pyx_v_view->reader, __pyx_v_reader);
 
-  /* "ivshmem/channel/messages.pyx":776
- *     view.message = message[0]
+  /* "ivshmem/channel/messages.pyx":807
+ *     view.message = message
  *     view.reader = reader
  *     view.live = True             # <<<<<<<<<<<<<<
  *     return view
@@ -19633,7 +20110,7 @@ static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7chan
 */
   __pyx_v_view->live = 1;
 
-  /* "ivshmem/channel/messages.pyx":777
+  /* "ivshmem/channel/messages.pyx":808
  *     view.reader = reader
  *     view.live = True
  *     return view             # <<<<<<<<<<<<<<
@@ -19651,17 +20128,19 @@ static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7chan
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":770
+  /* "ivshmem/channel/messages.pyx":795
  * 
  * 
- * cdef View view_of(ReaderEnd reader, const ivshmem_message *message):             # <<<<<<<<<<<<<<
- *     cdef View view = View.__new__(View)
- *     reader.hold(message)
+ * cdef View view_of(ReaderEnd reader, ivshmem_message message):             # <<<<<<<<<<<<<<
+ *     # By value: to make an object can run other code, which takes the reader's next message.
+ *     cdef View view
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
   __Pyx_AddTraceback("ivshmem.channel.messages.view_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = 0;
   __pyx_L0:;
@@ -19671,7 +20150,7 @@ static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7chan
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":782
+/* "ivshmem/channel/messages.pyx":813
  * # -- values ---------------------------------------------------------------------------------------
  * 
  * cdef int64_t probe_value(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -19683,7 +20162,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_value(void *__pyx_v_wha
   struct ivshmem_reader *__pyx_v_reader;
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/messages.pyx":783
+  /* "ivshmem/channel/messages.pyx":814
  * 
  * cdef int64_t probe_value(void *what) noexcept nogil:
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what             # <<<<<<<<<<<<<<
@@ -19692,7 +20171,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_value(void *__pyx_v_wha
 */
   __pyx_v_reader = ((struct ivshmem_reader *)__pyx_v_what);
 
-  /* "ivshmem/channel/messages.pyx":784
+  /* "ivshmem/channel/messages.pyx":815
  * cdef int64_t probe_value(void *what) noexcept nogil:
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what
  *     return ivshmem_value(ivshmem_head(reader.channel, 0)) != reader.sources[0].next             # <<<<<<<<<<<<<<
@@ -19705,7 +20184,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_value(void *__pyx_v_wha
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":782
+  /* "ivshmem/channel/messages.pyx":813
  * # -- values ---------------------------------------------------------------------------------------
  * 
  * cdef int64_t probe_value(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -19719,7 +20198,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_value(void *__pyx_v_wha
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":794
+/* "ivshmem/channel/messages.pyx":826
  *     """
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -19731,7 +20210,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_attempt(struct __py
   int __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/channel/messages.pyx":796
+  /* "ivshmem/channel/messages.pyx":828
  *     cdef int attempt(self) except -2:
  *         """Look for a content that this reader has not seen."""
  *         if not probe_value(&self.reader):             # <<<<<<<<<<<<<<
@@ -19743,7 +20222,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_attempt(struct __py
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":797
+    /* "ivshmem/channel/messages.pyx":829
  *         """Look for a content that this reader has not seen."""
  *         if not probe_value(&self.reader):
  *             return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -19756,7 +20235,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_attempt(struct __py
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/messages.pyx":796
+    /* "ivshmem/channel/messages.pyx":828
  *     cdef int attempt(self) except -2:
  *         """Look for a content that this reader has not seen."""
  *         if not probe_value(&self.reader):             # <<<<<<<<<<<<<<
@@ -19765,7 +20244,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_attempt(struct __py
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":798
+  /* "ivshmem/channel/messages.pyx":830
  *         if not probe_value(&self.reader):
  *             return IVSHMEM_AGAIN
  *         return ivshmem_value_look(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -19778,7 +20257,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_attempt(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":794
+  /* "ivshmem/channel/messages.pyx":826
  *     """
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -19792,7 +20271,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_attempt(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":800
+/* "ivshmem/channel/messages.pyx":832
  *         return ivshmem_value_look(&self.reader, &self.message)
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -19805,7 +20284,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_begin_sleep(struct 
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/messages.pyx":801
+  /* "ivshmem/channel/messages.pyx":833
  * 
  *     cdef int begin_sleep(self) except -2:
  *         if self.reader.slot == IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -19817,7 +20296,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_begin_sleep(struct 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":802
+    /* "ivshmem/channel/messages.pyx":834
  *     cdef int begin_sleep(self) except -2:
  *         if self.reader.slot == IVSHMEM_NO_SLOT:
  *             return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -19830,7 +20309,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_begin_sleep(struct 
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/messages.pyx":801
+    /* "ivshmem/channel/messages.pyx":833
  * 
  *     cdef int begin_sleep(self) except -2:
  *         if self.reader.slot == IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -19839,7 +20318,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_begin_sleep(struct 
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":803
+  /* "ivshmem/channel/messages.pyx":835
  *         if self.reader.slot == IVSHMEM_NO_SLOT:
  *             return IVSHMEM_AGAIN
  *         ivshmem_sleep_begin(&self.channel, &self.reader.sleep)             # <<<<<<<<<<<<<<
@@ -19848,7 +20327,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_begin_sleep(struct 
 */
   ivshmem_sleep_begin((&__pyx_v_self->__pyx_base.__pyx_base.channel), (&__pyx_v_self->__pyx_base.reader.sleep));
 
-  /* "ivshmem/channel/messages.pyx":804
+  /* "ivshmem/channel/messages.pyx":836
  *             return IVSHMEM_AGAIN
  *         ivshmem_sleep_begin(&self.channel, &self.reader.sleep)
  *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -19870,7 +20349,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_begin_sleep(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":800
+  /* "ivshmem/channel/messages.pyx":832
  *         return ivshmem_value_look(&self.reader, &self.message)
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -19884,7 +20363,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_begin_sleep(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":806
+/* "ivshmem/channel/messages.pyx":838
  *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -19895,7 +20374,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_begin_sleep(struct 
 static void __pyx_f_7ivshmem_7channel_8messages_11ValueReader_end_sleep(struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/channel/messages.pyx":807
+  /* "ivshmem/channel/messages.pyx":839
  * 
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -19907,7 +20386,7 @@ static void __pyx_f_7ivshmem_7channel_8messages_11ValueReader_end_sleep(struct _
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":808
+    /* "ivshmem/channel/messages.pyx":840
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)             # <<<<<<<<<<<<<<
@@ -19916,7 +20395,7 @@ static void __pyx_f_7ivshmem_7channel_8messages_11ValueReader_end_sleep(struct _
 */
     ivshmem_sleep_end((&__pyx_v_self->__pyx_base.__pyx_base.channel), (&__pyx_v_self->__pyx_base.reader.sleep));
 
-    /* "ivshmem/channel/messages.pyx":807
+    /* "ivshmem/channel/messages.pyx":839
  * 
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -19925,7 +20404,7 @@ static void __pyx_f_7ivshmem_7channel_8messages_11ValueReader_end_sleep(struct _
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":806
+  /* "ivshmem/channel/messages.pyx":838
  *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -19937,7 +20416,7 @@ static void __pyx_f_7ivshmem_7channel_8messages_11ValueReader_end_sleep(struct _
 
 }
 
-/* "ivshmem/channel/messages.pyx":810
+/* "ivshmem/channel/messages.pyx":842
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -19948,7 +20427,7 @@ static void __pyx_f_7ivshmem_7channel_8messages_11ValueReader_end_sleep(struct _
 static int64_t __pyx_f_7ivshmem_7channel_8messages_11ValueReader_probe(struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/messages.pyx":811
+  /* "ivshmem/channel/messages.pyx":843
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader             # <<<<<<<<<<<<<<
@@ -19957,7 +20436,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_11ValueReader_probe(struct __
 */
   (__pyx_v_what[0]) = (&__pyx_v_self->__pyx_base.reader);
 
-  /* "ivshmem/channel/messages.pyx":812
+  /* "ivshmem/channel/messages.pyx":844
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader
  *         probe[0] = probe_value             # <<<<<<<<<<<<<<
@@ -19966,7 +20445,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_11ValueReader_probe(struct __
 */
   (__pyx_v_probe[0]) = __pyx_f_7ivshmem_7channel_8messages_probe_value;
 
-  /* "ivshmem/channel/messages.pyx":813
+  /* "ivshmem/channel/messages.pyx":845
  *         what[0] = &self.reader
  *         probe[0] = probe_value
  *         return 1             # <<<<<<<<<<<<<<
@@ -19979,7 +20458,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_11ValueReader_probe(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":810
+  /* "ivshmem/channel/messages.pyx":842
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -19993,7 +20472,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_11ValueReader_probe(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":815
+/* "ivshmem/channel/messages.pyx":847
  *         return 1
  * 
  *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
@@ -20010,7 +20489,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_mend(struct __pyx_o
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/messages.pyx":816
+  /* "ivshmem/channel/messages.pyx":848
  * 
  *     cdef int mend(self) except -1:
  *         if self.awaited and probe_value(&self.reader):             # <<<<<<<<<<<<<<
@@ -20036,17 +20515,17 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_mend(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":817
+    /* "ivshmem/channel/messages.pyx":849
  *     cdef int mend(self) except -1:
  *         if self.awaited and probe_value(&self.reader):
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 817, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 849, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/messages.pyx":816
+    /* "ivshmem/channel/messages.pyx":848
  * 
  *     cdef int mend(self) except -1:
  *         if self.awaited and probe_value(&self.reader):             # <<<<<<<<<<<<<<
@@ -20055,7 +20534,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_mend(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":818
+  /* "ivshmem/channel/messages.pyx":850
  *         if self.awaited and probe_value(&self.reader):
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -20068,7 +20547,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_mend(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":815
+  /* "ivshmem/channel/messages.pyx":847
  *         return 1
  * 
  *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
@@ -20085,7 +20564,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_mend(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":820
+/* "ivshmem/channel/messages.pyx":852
  *         return 0
  * 
  *     cdef object latest(self, int code):             # <<<<<<<<<<<<<<
@@ -20112,7 +20591,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
   __Pyx_RefNannySetupContext("latest", 0);
 
 
-  /* "ivshmem/channel/messages.pyx":823
+  /* "ivshmem/channel/messages.pyx":855
  *         """Copy the content that was looked at, or a later one."""
  *         cdef bytes data
  *         for _ in range(TRIES):             # <<<<<<<<<<<<<<
@@ -20126,7 +20605,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v__ = __pyx_t_3;
 
-    /* "ivshmem/channel/messages.pyx":824
+    /* "ivshmem/channel/messages.pyx":856
  *         cdef bytes data
  *         for _ in range(TRIES):
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -20138,7 +20617,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/messages.pyx":825
+      /* "ivshmem/channel/messages.pyx":857
  *         for _ in range(TRIES):
  *             if code == IVSHMEM_AGAIN:
  *                 return None             # <<<<<<<<<<<<<<
@@ -20155,7 +20634,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/messages.pyx":824
+      /* "ivshmem/channel/messages.pyx":856
  *         cdef bytes data
  *         for _ in range(TRIES):
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -20164,7 +20643,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
 */
     }
 
-    /* "ivshmem/channel/messages.pyx":826
+    /* "ivshmem/channel/messages.pyx":858
  *             if code == IVSHMEM_AGAIN:
  *                 return None
  *             if code:             # <<<<<<<<<<<<<<
@@ -20176,20 +20655,20 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
     if (unlikely(__pyx_t_4)) {
 
 
-      /* "ivshmem/channel/messages.pyx":827
+      /* "ivshmem/channel/messages.pyx":859
  *                 return None
  *             if code:
  *                 raise self.fail(code)             # <<<<<<<<<<<<<<
  *             data = PyBytes_FromStringAndSize(NULL, self.message.length)
  *             ivshmem_copy_payload(
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 827, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 859, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_Raise(__pyx_t_5, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __PYX_ERR(0, 827, __pyx_L1_error)
+      __PYX_ERR(0, 859, __pyx_L1_error)
 
-      /* "ivshmem/channel/messages.pyx":826
+      /* "ivshmem/channel/messages.pyx":858
  *             if code == IVSHMEM_AGAIN:
  *                 return None
  *             if code:             # <<<<<<<<<<<<<<
@@ -20198,19 +20677,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
 */
     }
 
-    /* "ivshmem/channel/messages.pyx":828
+    /* "ivshmem/channel/messages.pyx":860
  *             if code:
  *                 raise self.fail(code)
  *             data = PyBytes_FromStringAndSize(NULL, self.message.length)             # <<<<<<<<<<<<<<
  *             ivshmem_copy_payload(
  *                 PyBytes_AS_STRING(data),
 */
-    __pyx_t_5 = PyBytes_FromStringAndSize(NULL, __pyx_v_self->message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 828, __pyx_L1_error)
+    __pyx_t_5 = PyBytes_FromStringAndSize(NULL, __pyx_v_self->message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 860, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_XDECREF_SET(__pyx_v_data, ((PyObject*)__pyx_t_5));
     __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/messages.pyx":829
+    /* "ivshmem/channel/messages.pyx":861
  *                 raise self.fail(code)
  *             data = PyBytes_FromStringAndSize(NULL, self.message.length)
  *             ivshmem_copy_payload(             # <<<<<<<<<<<<<<
@@ -20219,7 +20698,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
 */
     ivshmem_copy_payload(PyBytes_AS_STRING(__pyx_v_data), (__pyx_v_self->__pyx_base.__pyx_base.channel.area.memory.start + __pyx_v_self->message.offset), __pyx_v_self->message.length);
 
-    /* "ivshmem/channel/messages.pyx":834
+    /* "ivshmem/channel/messages.pyx":866
  *                 self.message.length,
  *             )
  *             if ivshmem_check(&self.channel, &self.message) == 0:             # <<<<<<<<<<<<<<
@@ -20231,7 +20710,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/messages.pyx":835
+      /* "ivshmem/channel/messages.pyx":867
  *             )
  *             if ivshmem_check(&self.channel, &self.message) == 0:
  *                 return data if self.type is None else self.type.decode(data)             # <<<<<<<<<<<<<<
@@ -20250,7 +20729,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
           PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_v_data};
           __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 835, __pyx_L1_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 867, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_6);
         }
         __pyx_t_5 = __pyx_t_6;
@@ -20268,7 +20747,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
       __pyx_t_5 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/channel/messages.pyx":834
+      /* "ivshmem/channel/messages.pyx":866
  *                 self.message.length,
  *             )
  *             if ivshmem_check(&self.channel, &self.message) == 0:             # <<<<<<<<<<<<<<
@@ -20277,7 +20756,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
 */
     }
 
-    /* "ivshmem/channel/messages.pyx":836
+    /* "ivshmem/channel/messages.pyx":868
  *             if ivshmem_check(&self.channel, &self.message) == 0:
  *                 return data if self.type is None else self.type.decode(data)
  *             code = ivshmem_value_look(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -20288,20 +20767,20 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
   }
 
 
-  /* "ivshmem/channel/messages.pyx":837
+  /* "ivshmem/channel/messages.pyx":869
  *                 return data if self.type is None else self.type.decode(data)
  *             code = ivshmem_value_look(&self.reader, &self.message)
  *         raise self.starved()             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 837, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 869, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_Raise(__pyx_t_5, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  __PYX_ERR(0, 837, __pyx_L1_error)
+  __PYX_ERR(0, 869, __pyx_L1_error)
 
-  /* "ivshmem/channel/messages.pyx":820
+  /* "ivshmem/channel/messages.pyx":852
  *         return 0
  * 
  *     cdef object latest(self, int code):             # <<<<<<<<<<<<<<
@@ -20325,7 +20804,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":839
+/* "ivshmem/channel/messages.pyx":871
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -20394,24 +20873,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_get(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/messages.pyx":850
+        /* "ivshmem/channel/messages.pyx":882
  *             ChannelCorrupt, ClosedError: as of Reader.get.
  *         """
  *         self.enter()             # <<<<<<<<<<<<<<
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 850, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 882, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/messages.pyx":851
+        /* "ivshmem/channel/messages.pyx":883
  *         """
  *         self.enter()
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, ivshmem_value_look((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 851, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, ivshmem_value_look((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 883, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         {
           PyObject *__pyx_temp;
@@ -20426,7 +20905,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_get(struct _
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/messages.pyx":839
+      /* "ivshmem/channel/messages.pyx":871
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -20464,7 +20943,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_get(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":853
+/* "ivshmem/channel/messages.pyx":885
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -20513,20 +20992,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 853, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 885, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 853, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 885, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed", 0) < (0)) __PYX_ERR(0, 853, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed", 0) < (0)) __PYX_ERR(0, 885, __pyx_L3_error)
 
-      /* "ivshmem/channel/messages.pyx":854
+      /* "ivshmem/channel/messages.pyx":886
  * 
  *     @cython.critical_section
  *     def wait_changed(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -20539,7 +21018,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 853, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 885, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -20552,7 +21031,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait_changed", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 853, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait_changed", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 885, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -20565,7 +21044,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_11ValueReader_2wait_changed(((struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/messages.pyx":853
+  /* "ivshmem/channel/messages.pyx":885
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -20599,25 +21078,25 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_2wait_change
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/messages.pyx":866
+        /* "ivshmem/channel/messages.pyx":898
  *             As of `get`.
  *         """
  *         self.enter()             # <<<<<<<<<<<<<<
  *         return self.latest(self.wait(timeout, spin))
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 866, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 898, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/messages.pyx":867
+        /* "ivshmem/channel/messages.pyx":899
  *         """
  *         self.enter()
  *         return self.latest(self.wait(timeout, spin))             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 867, __pyx_L4_error)
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 867, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 899, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 899, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
 
         {
@@ -20633,7 +21112,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_2wait_change
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/messages.pyx":853
+      /* "ivshmem/channel/messages.pyx":885
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -20671,7 +21150,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_2wait_change
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":869
+/* "ivshmem/channel/messages.pyx":901
  *         return self.latest(self.wait(timeout, spin))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -20742,17 +21221,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_4view(struct
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/messages.pyx":877
+        /* "ivshmem/channel/messages.pyx":909
  *         """
  *         cdef int code
  *         self.enter()             # <<<<<<<<<<<<<<
  *         code = ivshmem_value_look(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 877, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 909, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/messages.pyx":878
+        /* "ivshmem/channel/messages.pyx":910
  *         cdef int code
  *         self.enter()
  *         code = ivshmem_value_look(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -20761,7 +21240,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_4view(struct
 */
         __pyx_v_code = ivshmem_value_look((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message));
 
-        /* "ivshmem/channel/messages.pyx":879
+        /* "ivshmem/channel/messages.pyx":911
  *         self.enter()
  *         code = ivshmem_value_look(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -20773,7 +21252,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_4view(struct
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/messages.pyx":880
+          /* "ivshmem/channel/messages.pyx":912
  *         code = ivshmem_value_look(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:
  *             return None             # <<<<<<<<<<<<<<
@@ -20791,7 +21270,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_4view(struct
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/messages.pyx":879
+          /* "ivshmem/channel/messages.pyx":911
  *         self.enter()
  *         code = ivshmem_value_look(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -20800,48 +21279,48 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_4view(struct
 */
         }
 
-        /* "ivshmem/channel/messages.pyx":881
+        /* "ivshmem/channel/messages.pyx":913
  *         if code == IVSHMEM_AGAIN:
  *             return None
  *         if code:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
- *         return view_of(self, &self.message)
+ *         return view_of(self, self.message)
 */
         __pyx_t_3 = (__pyx_v_code != 0);
 
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/messages.pyx":882
+          /* "ivshmem/channel/messages.pyx":914
  *             return None
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
- *         return view_of(self, &self.message)
+ *         return view_of(self, self.message)
  * 
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 882, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 914, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_4);
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 882, __pyx_L4_error)
+          __PYX_ERR(0, 914, __pyx_L4_error)
 
-          /* "ivshmem/channel/messages.pyx":881
+          /* "ivshmem/channel/messages.pyx":913
  *         if code == IVSHMEM_AGAIN:
  *             return None
  *         if code:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
- *         return view_of(self, &self.message)
+ *         return view_of(self, self.message)
 */
         }
 
-        /* "ivshmem/channel/messages.pyx":883
+        /* "ivshmem/channel/messages.pyx":915
  *         if code:
  *             raise self.fail(code)
- *         return view_of(self, &self.message)             # <<<<<<<<<<<<<<
+ *         return view_of(self, self.message)             # <<<<<<<<<<<<<<
  * 
  *     def wait_changed_async(self, timeout=None):
 */
-        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_8messages_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_self->message))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 883, __pyx_L4_error)
+        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_8messages_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 915, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         {
           PyObject *__pyx_temp;
@@ -20856,7 +21335,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_4view(struct
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/messages.pyx":869
+      /* "ivshmem/channel/messages.pyx":901
  *         return self.latest(self.wait(timeout, spin))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -20895,8 +21374,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_4view(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":885
- *         return view_of(self, &self.message)
+/* "ivshmem/channel/messages.pyx":917
+ *         return view_of(self, self.message)
  * 
  *     def wait_changed_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing."""
@@ -20943,24 +21422,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 885, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 917, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 885, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 917, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed_async", 0) < (0)) __PYX_ERR(0, 885, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed_async", 0) < (0)) __PYX_ERR(0, 917, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 885, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 917, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -20971,7 +21450,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait_changed_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 885, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait_changed_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 917, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -21005,7 +21484,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_6wait_change
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_changed_async", 0);
 
-  /* "ivshmem/channel/messages.pyx":887
+  /* "ivshmem/channel/messages.pyx":919
  *     def wait_changed_async(self, timeout=None):
  *         """The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.wait_changed, timeout)             # <<<<<<<<<<<<<<
@@ -21013,12 +21492,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_6wait_change
  *     def __iter__(self):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 887, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 919, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 887, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 919, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_wait_changed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 887, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_wait_changed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 919, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -21038,7 +21517,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_6wait_change
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 887, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 919, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -21052,8 +21531,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_6wait_change
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":885
- *         return view_of(self, &self.message)
+  /* "ivshmem/channel/messages.pyx":917
+ *         return view_of(self, self.message)
  * 
  *     def wait_changed_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing."""
@@ -21074,7 +21553,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_6wait_change
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":889
+/* "ivshmem/channel/messages.pyx":921
  *         return asynchronous.until_something(self, self.wait_changed, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -21102,7 +21581,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_8__iter__(st
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/messages.pyx":890
+  /* "ivshmem/channel/messages.pyx":922
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -21120,7 +21599,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_8__iter__(st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":889
+  /* "ivshmem/channel/messages.pyx":921
  *         return asynchronous.until_something(self, self.wait_changed, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -21135,7 +21614,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_8__iter__(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":892
+/* "ivshmem/channel/messages.pyx":924
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -21169,7 +21648,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_10__next__(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/messages.pyx":893
+  /* "ivshmem/channel/messages.pyx":925
  * 
  *     def __next__(self):
  *         return self.wait_changed()             # <<<<<<<<<<<<<<
@@ -21183,7 +21662,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_10__next__(s
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_wait_changed, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 893, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 925, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -21197,7 +21676,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_10__next__(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":892
+  /* "ivshmem/channel/messages.pyx":924
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -21217,7 +21696,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_10__next__(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":895
+/* "ivshmem/channel/messages.pyx":927
  *         return self.wait_changed()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -21245,7 +21724,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_12__aiter__(
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/messages.pyx":896
+  /* "ivshmem/channel/messages.pyx":928
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -21263,7 +21742,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_12__aiter__(
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":895
+  /* "ivshmem/channel/messages.pyx":927
  *         return self.wait_changed()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -21278,7 +21757,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_12__aiter__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":898
+/* "ivshmem/channel/messages.pyx":930
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -21311,7 +21790,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_14__anext__(
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/messages.pyx":899
+  /* "ivshmem/channel/messages.pyx":931
  * 
  *     def __anext__(self):
  *         return self.wait_changed_async()             # <<<<<<<<<<<<<<
@@ -21323,7 +21802,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_14__anext__(
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_wait_changed_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 899, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 931, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -21337,7 +21816,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_14__anext__(
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":898
+  /* "ivshmem/channel/messages.pyx":930
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -21626,17 +22105,6 @@ static int __pyx_tp_traverse_7ivshmem_7channel_8messages_Writer(PyObject *o, vis
   return 0;
 }
 
-static int __pyx_tp_clear_7ivshmem_7channel_8messages_Writer(PyObject *o) {
-  #if !CYTHON_USE_MODULE_STATE
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd)) {
-    inquiry clear = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, tp_clear, inquiry);
-    if (clear) clear(o);
-  } else
-  #endif
-  { __Pyx_call_next_tp_clear(o, __pyx_tp_clear_7ivshmem_7channel_8messages_Writer); }
-  return 0;
-}
-
 static PyMethodDef __pyx_methods_7ivshmem_7channel_8messages_Writer[] = {
   {"put", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_6Writer_1put, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_6Writer_put},
   {"put_parts", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_6Writer_3put_parts, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_6Writer_2put_parts},
@@ -21654,7 +22122,6 @@ static PyType_Slot __pyx_type_7ivshmem_7channel_8messages_Writer_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_8messages_Writer},
   {Py_tp_doc, (void *)PyDoc_STR("One writer of messages, of a queue or of a value; made by its `writer()`.\n\n    Attributes:\n        name: of the channel.\n        limit: bytes that a message can have.\n        missed: how often a reader that discards did not get a message.\n    ")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_8messages_Writer},
-  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7channel_8messages_Writer},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_8messages_Writer},
   {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_8messages_Writer},
   {0, 0},
@@ -21691,7 +22158,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_8messages_Writer = {
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
   PyDoc_STR("One writer of messages, of a queue or of a value; made by its `writer()`.\n\n    Attributes:\n        name: of the channel.\n        limit: bytes that a message can have.\n        missed: how often a reader that discards did not get a message.\n    "), /*tp_doc*/
   __pyx_tp_traverse_7ivshmem_7channel_8messages_Writer, /*tp_traverse*/
-  __pyx_tp_clear_7ivshmem_7channel_8messages_Writer, /*tp_clear*/
+  0, /*tp_clear*/
   0, /*tp_richcompare*/
   0, /*tp_weaklistoffset*/
   0, /*tp_iter*/
@@ -21856,15 +22323,6 @@ static int __pyx_tp_traverse_7ivshmem_7channel_8messages_Loan(PyObject *o, visit
   return 0;
 }
 
-static int __pyx_tp_clear_7ivshmem_7channel_8messages_Loan(PyObject *o) {
-  PyObject* tmp;
-  struct __pyx_obj_7ivshmem_7channel_8messages_Loan *p = (struct __pyx_obj_7ivshmem_7channel_8messages_Loan *)o;
-  tmp = ((PyObject*)p->writer);
-  p->writer = ((struct __pyx_obj_7ivshmem_7channel_8messages_Writer *)Py_None); Py_INCREF(Py_None);
-  Py_XDECREF(tmp);
-  return 0;
-}
-
 static PyObject *__pyx_getprop_7ivshmem_7channel_8messages_4Loan_array(PyObject *o, CYTHON_UNUSED void *x) {
   return __pyx_pw_7ivshmem_7channel_8messages_4Loan_5array_1__get__(o);
 }
@@ -21910,7 +22368,6 @@ static PyType_Slot __pyx_type_7ivshmem_7channel_8messages_Loan_slots[] = {
   #endif
   {Py_tp_doc, (void *)PyDoc_STR("Memory of a message that is being written; made by `loan()` of a writer.\n\n    It is a buffer that can be written: memoryview(loan), numpy.asarray(loan). `array` has the\n    channel\047s type. At the end of `with` it is published, or dropped after an exception.\n\n    Attributes:\n        size: bytes.\n    ")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_8messages_Loan},
-  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7channel_8messages_Loan},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_8messages_Loan},
   {Py_tp_getset, (void *)__pyx_getsets_7ivshmem_7channel_8messages_Loan},
   {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_8messages_Loan},
@@ -21980,7 +22437,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_8messages_Loan = {
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
   PyDoc_STR("Memory of a message that is being written; made by `loan()` of a writer.\n\n    It is a buffer that can be written: memoryview(loan), numpy.asarray(loan). `array` has the\n    channel\047s type. At the end of `with` it is published, or dropped after an exception.\n\n    Attributes:\n        size: bytes.\n    "), /*tp_doc*/
   __pyx_tp_traverse_7ivshmem_7channel_8messages_Loan, /*tp_traverse*/
-  __pyx_tp_clear_7ivshmem_7channel_8messages_Loan, /*tp_clear*/
+  0, /*tp_clear*/
   0, /*tp_richcompare*/
   0, /*tp_weaklistoffset*/
   0, /*tp_iter*/
@@ -22097,17 +22554,6 @@ static int __pyx_tp_traverse_7ivshmem_7channel_8messages_Reader(PyObject *o, vis
   return 0;
 }
 
-static int __pyx_tp_clear_7ivshmem_7channel_8messages_Reader(PyObject *o) {
-  #if !CYTHON_USE_MODULE_STATE
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd)) {
-    inquiry clear = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, tp_clear, inquiry);
-    if (clear) clear(o);
-  } else
-  #endif
-  { __Pyx_call_next_tp_clear(o, __pyx_tp_clear_7ivshmem_7channel_8messages_Reader); }
-  return 0;
-}
-
 static PyObject *__pyx_getprop_7ivshmem_7channel_8messages_6Reader_lost(PyObject *o, CYTHON_UNUSED void *x) {
   return __pyx_pw_7ivshmem_7channel_8messages_6Reader_4lost_1__get__(o);
 }
@@ -22157,7 +22603,6 @@ static PyType_Slot __pyx_type_7ivshmem_7channel_8messages_Reader_slots[] = {
   #endif
   {Py_tp_doc, (void *)PyDoc_STR("One reader of a channel of messages; made by its `reader()`. It iterates over messages.\n\n    Attributes:\n        name: of the channel.\n    ")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_8messages_Reader},
-  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7channel_8messages_Reader},
   {Py_tp_iter, (void *)__pyx_pw_7ivshmem_7channel_8messages_6Reader_20__iter__},
   {Py_tp_iternext, (void *)__pyx_pw_7ivshmem_7channel_8messages_6Reader_22__next__},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_8messages_Reader},
@@ -22204,7 +22649,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_8messages_Reader = {
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
   PyDoc_STR("One reader of a channel of messages; made by its `reader()`. It iterates over messages.\n\n    Attributes:\n        name: of the channel.\n    "), /*tp_doc*/
   __pyx_tp_traverse_7ivshmem_7channel_8messages_Reader, /*tp_traverse*/
-  __pyx_tp_clear_7ivshmem_7channel_8messages_Reader, /*tp_clear*/
+  0, /*tp_clear*/
   0, /*tp_richcompare*/
   0, /*tp_weaklistoffset*/
   __pyx_pw_7ivshmem_7channel_8messages_6Reader_20__iter__, /*tp_iter*/
@@ -22321,15 +22766,6 @@ static int __pyx_tp_traverse_7ivshmem_7channel_8messages_View(PyObject *o, visit
   return 0;
 }
 
-static int __pyx_tp_clear_7ivshmem_7channel_8messages_View(PyObject *o) {
-  PyObject* tmp;
-  struct __pyx_obj_7ivshmem_7channel_8messages_View *p = (struct __pyx_obj_7ivshmem_7channel_8messages_View *)o;
-  tmp = ((PyObject*)p->reader);
-  p->reader = ((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)Py_None); Py_INCREF(Py_None);
-  Py_XDECREF(tmp);
-  return 0;
-}
-
 static PyObject *__pyx_getprop_7ivshmem_7channel_8messages_4View_size(PyObject *o, CYTHON_UNUSED void *x) {
   return __pyx_pw_7ivshmem_7channel_8messages_4View_4size_1__get__(o);
 }
@@ -22407,7 +22843,6 @@ static PyType_Slot __pyx_type_7ivshmem_7channel_8messages_View_slots[] = {
   #endif
   {Py_tp_doc, (void *)PyDoc_STR("A message where it lies; made by `Reader.view`.\n\n    It is a buffer that can be read: memoryview(view), numpy.asarray(view); `array` has the\n    channel\047s type. Its bytes are shared memory: any process that can write to the region can change\n    them at any time. Copy (`bytes(view)`) what is to be checked before it is used.\n\n    Release it soon (`with`, or `release()`): it holds memory of the writer.\n\n    Attributes:\n        size: bytes.\n        writer: the number of the writer\047s slot.\n        position: of the message among those of its writer.\n        time: of publication, in seconds since 1970; None if the channel has no times.\n        lost: messages of this writer that were overwritten before this one was taken.\n    ")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_8messages_View},
-  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7channel_8messages_View},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_8messages_View},
   {Py_tp_getset, (void *)__pyx_getsets_7ivshmem_7channel_8messages_View},
   {Py_tp_init, (void *)__pyx_pw_7ivshmem_7channel_8messages_4View_1__init__},
@@ -22473,7 +22908,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_8messages_View = {
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
   PyDoc_STR("A message where it lies; made by `Reader.view`.\n\n    It is a buffer that can be read: memoryview(view), numpy.asarray(view); `array` has the\n    channel\047s type. Its bytes are shared memory: any process that can write to the region can change\n    them at any time. Copy (`bytes(view)`) what is to be checked before it is used.\n\n    Release it soon (`with`, or `release()`): it holds memory of the writer.\n\n    Attributes:\n        size: bytes.\n        writer: the number of the writer\047s slot.\n        position: of the message among those of its writer.\n        time: of publication, in seconds since 1970; None if the channel has no times.\n        lost: messages of this writer that were overwritten before this one was taken.\n    "), /*tp_doc*/
   __pyx_tp_traverse_7ivshmem_7channel_8messages_View, /*tp_traverse*/
-  __pyx_tp_clear_7ivshmem_7channel_8messages_View, /*tp_clear*/
+  0, /*tp_clear*/
   0, /*tp_richcompare*/
   0, /*tp_weaklistoffset*/
   0, /*tp_iter*/
@@ -22590,17 +23025,6 @@ static int __pyx_tp_traverse_7ivshmem_7channel_8messages_ValueReader(PyObject *o
   return 0;
 }
 
-static int __pyx_tp_clear_7ivshmem_7channel_8messages_ValueReader(PyObject *o) {
-  #if !CYTHON_USE_MODULE_STATE
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd)) {
-    inquiry clear = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, tp_clear, inquiry);
-    if (clear) clear(o);
-  } else
-  #endif
-  { __Pyx_call_next_tp_clear(o, __pyx_tp_clear_7ivshmem_7channel_8messages_ValueReader); }
-  return 0;
-}
-
 static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_8messages_11ValueReader_11__next__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
   PyObject *res = __pyx_pw_7ivshmem_7channel_8messages_11ValueReader_11__next__(self);
   if (!res && !PyErr_Occurred()) { PyErr_SetNone(PyExc_StopIteration); }
@@ -22636,7 +23060,6 @@ static PyType_Slot __pyx_type_7ivshmem_7channel_8messages_ValueReader_slots[] = 
   #endif
   {Py_tp_doc, (void *)PyDoc_STR("One reader of a value; made by its `reader()`. It iterates over contents as they change.\n\n    Attributes:\n        name: of the channel.\n    ")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_8messages_ValueReader},
-  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7channel_8messages_ValueReader},
   {Py_tp_iter, (void *)__pyx_pw_7ivshmem_7channel_8messages_11ValueReader_9__iter__},
   {Py_tp_iternext, (void *)__pyx_pw_7ivshmem_7channel_8messages_11ValueReader_11__next__},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_8messages_ValueReader},
@@ -22682,7 +23105,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_8messages_ValueReader = {
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
   PyDoc_STR("One reader of a value; made by its `reader()`. It iterates over contents as they change.\n\n    Attributes:\n        name: of the channel.\n    "), /*tp_doc*/
   __pyx_tp_traverse_7ivshmem_7channel_8messages_ValueReader, /*tp_traverse*/
-  __pyx_tp_clear_7ivshmem_7channel_8messages_ValueReader, /*tp_clear*/
+  0, /*tp_clear*/
   0, /*tp_richcompare*/
   0, /*tp_weaklistoffset*/
   __pyx_pw_7ivshmem_7channel_8messages_11ValueReader_9__iter__, /*tp_iter*/
@@ -23019,11 +23442,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_Writer(__
   __pyx_vtable_7ivshmem_7channel_8messages_Writer.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
   __pyx_vtable_7ivshmem_7channel_8messages_Writer.announce = (int (*)(struct __pyx_obj_7ivshmem_7channel_8messages_Writer *))__pyx_f_7ivshmem_7channel_8messages_6Writer_announce;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 32, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 33, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_8messages_Writer_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer)) __PYX_ERR(0, 32, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer)) __PYX_ERR(0, 33, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer = &__pyx_type_7ivshmem_7channel_8messages_Writer;
   #endif
@@ -23031,7 +23454,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_Writer(__
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer) < (0)) __PYX_ERR(0, 32, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer);
@@ -23041,12 +23464,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_Writer(__
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_vtabptr_7ivshmem_7channel_8messages_Writer) < (0)) __PYX_ERR(0, 32, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Writer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer) < (0)) __PYX_ERR(0, 32, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_vtabptr_7ivshmem_7channel_8messages_Writer) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Writer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_8messages_Writer, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer) < (0)) __PYX_ERR(0, 32, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -23065,8 +23488,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_Loan(__py
   /*--- Exttype __pyx_obj_7ivshmem_7channel_8messages_Loan ---*/
   __pyx_vtabptr_7ivshmem_7channel_8messages_Loan = &__pyx_vtable_7ivshmem_7channel_8messages_Loan;
   __pyx_vtable_7ivshmem_7channel_8messages_Loan.check = (int (*)(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *))__pyx_f_7ivshmem_7channel_8messages_4Loan_check;
+  __pyx_vtable_7ivshmem_7channel_8messages_Loan.check_exports = (int (*)(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *))__pyx_f_7ivshmem_7channel_8messages_4Loan_check_exports;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_8messages_Loan_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan)) __PYX_ERR(0, 207, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_8messages_Loan_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan)) __PYX_ERR(0, 208, __pyx_L1_error)
   #if !CYTHON_COMPILING_IN_LIMITED_API
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan->tp_as_buffer = &__pyx_tp_as_buffer_Loan;
   #elif defined(Py_bf_getbuffer) && defined(Py_bf_releasebuffer)
@@ -23082,7 +23506,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_Loan(__py
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan) < (0)) __PYX_ERR(0, 207, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan) < (0)) __PYX_ERR(0, 208, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan);
@@ -23092,9 +23516,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_Loan(__py
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_vtabptr_7ivshmem_7channel_8messages_Loan) < (0)) __PYX_ERR(0, 207, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Loan, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan) < (0)) __PYX_ERR(0, 207, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan) < (0)) __PYX_ERR(0, 207, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_vtabptr_7ivshmem_7channel_8messages_Loan) < (0)) __PYX_ERR(0, 208, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Loan, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan) < (0)) __PYX_ERR(0, 208, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan) < (0)) __PYX_ERR(0, 208, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -23119,14 +23543,15 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_Reader(__
   __pyx_vtable_7ivshmem_7channel_8messages_Reader.__pyx_base.__pyx_base.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_8messages_6Reader_probe;
   __pyx_vtable_7ivshmem_7channel_8messages_Reader.__pyx_base.__pyx_base.mend = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_8messages_6Reader_mend;
   __pyx_vtable_7ivshmem_7channel_8messages_Reader.take = (int (*)(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *, PyObject *, PyObject *))__pyx_f_7ivshmem_7channel_8messages_6Reader_take;
+  __pyx_vtable_7ivshmem_7channel_8messages_Reader.take_pending = (int (*)(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *))__pyx_f_7ivshmem_7channel_8messages_6Reader_take_pending;
   __pyx_vtable_7ivshmem_7channel_8messages_Reader.keep = (int (*)(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *))__pyx_f_7ivshmem_7channel_8messages_6Reader_keep;
   __pyx_vtable_7ivshmem_7channel_8messages_Reader.copy_out = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *))__pyx_f_7ivshmem_7channel_8messages_6Reader_copy_out;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 348, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 358, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_8messages_Reader_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader)) __PYX_ERR(0, 348, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader)) __PYX_ERR(0, 358, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader = &__pyx_type_7ivshmem_7channel_8messages_Reader;
   #endif
@@ -23134,7 +23559,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_Reader(__
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader) < (0)) __PYX_ERR(0, 348, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader) < (0)) __PYX_ERR(0, 358, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader);
@@ -23144,12 +23569,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_Reader(__
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_vtabptr_7ivshmem_7channel_8messages_Reader) < (0)) __PYX_ERR(0, 348, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Reader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader) < (0)) __PYX_ERR(0, 348, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_vtabptr_7ivshmem_7channel_8messages_Reader) < (0)) __PYX_ERR(0, 358, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Reader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader) < (0)) __PYX_ERR(0, 358, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_8messages_Reader, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader) < (0)) __PYX_ERR(0, 348, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader) < (0)) __PYX_ERR(0, 358, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -23169,7 +23594,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_View(__py
   __pyx_vtabptr_7ivshmem_7channel_8messages_View = &__pyx_vtable_7ivshmem_7channel_8messages_View;
   __pyx_vtable_7ivshmem_7channel_8messages_View.abandon = (int (*)(struct __pyx_obj_7ivshmem_7channel_8messages_View *))__pyx_f_7ivshmem_7channel_8messages_4View_abandon;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_8messages_View_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View)) __PYX_ERR(0, 609, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_8messages_View_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View)) __PYX_ERR(0, 631, __pyx_L1_error)
   #if !CYTHON_COMPILING_IN_LIMITED_API
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View->tp_as_buffer = &__pyx_tp_as_buffer_View;
   #elif defined(Py_bf_getbuffer) && defined(Py_bf_releasebuffer)
@@ -23185,7 +23610,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_View(__py
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View) < (0)) __PYX_ERR(0, 609, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View) < (0)) __PYX_ERR(0, 631, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View);
@@ -23195,9 +23620,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_View(__py
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_vtabptr_7ivshmem_7channel_8messages_View) < (0)) __PYX_ERR(0, 609, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_View, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View) < (0)) __PYX_ERR(0, 609, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View) < (0)) __PYX_ERR(0, 609, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_vtabptr_7ivshmem_7channel_8messages_View) < (0)) __PYX_ERR(0, 631, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_View, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View) < (0)) __PYX_ERR(0, 631, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View) < (0)) __PYX_ERR(0, 631, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -23223,11 +23648,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_ValueRead
   __pyx_vtable_7ivshmem_7channel_8messages_ValueReader.__pyx_base.__pyx_base.mend = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_8messages_11ValueReader_mend;
   __pyx_vtable_7ivshmem_7channel_8messages_ValueReader.latest = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader *, int))__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 787, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 818, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_8messages_ValueReader_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader)) __PYX_ERR(0, 787, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader)) __PYX_ERR(0, 818, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader = &__pyx_type_7ivshmem_7channel_8messages_ValueReader;
   #endif
@@ -23235,7 +23660,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_ValueRead
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader) < (0)) __PYX_ERR(0, 787, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader) < (0)) __PYX_ERR(0, 818, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader);
@@ -23245,12 +23670,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_ValueRead
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_vtabptr_7ivshmem_7channel_8messages_ValueReader) < (0)) __PYX_ERR(0, 787, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ValueReader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader) < (0)) __PYX_ERR(0, 787, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_vtabptr_7ivshmem_7channel_8messages_ValueReader) < (0)) __PYX_ERR(0, 818, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ValueReader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader) < (0)) __PYX_ERR(0, 818, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader) < (0)) __PYX_ERR(0, 787, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader) < (0)) __PYX_ERR(0, 818, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -23268,14 +23693,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages___pyx_sco
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async)) __PYX_ERR(0, 584, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async)) __PYX_ERR(0, 606, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async = &__pyx_type_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async) < (0)) __PYX_ERR(0, 584, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async) < (0)) __PYX_ERR(0, 606, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async);
@@ -23927,179 +24352,179 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/messages.pyx":41
+  /* "ivshmem/channel/messages.pyx":43
  *     """
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def put(self, data, timeout=None, *, spin=None):
  *         """Copy a message into the channel.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 41, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 43, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/messages.pyx":42
+  /* "ivshmem/channel/messages.pyx":44
  * 
  *     @cython.critical_section
  *     def put(self, data, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Copy a message into the channel.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 41, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 43, __pyx_L1_error)
 
-  /* "ivshmem/channel/messages.pyx":41
+  /* "ivshmem/channel/messages.pyx":43
  *     """
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def put(self, data, timeout=None, *, spin=None):
  *         """Copy a message into the channel.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_1put, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 41, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_1put, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 43, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[3]);
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_mstate_global->__pyx_n_u_put, __pyx_t_4) < (0)) __PYX_ERR(0, 41, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_mstate_global->__pyx_n_u_put, __pyx_t_4) < (0)) __PYX_ERR(0, 43, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":90
+  /* "ivshmem/channel/messages.pyx":92
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def put_parts(self, parts, timeout=None, *, spin=None):
  *         """Copy several buffers into one message, one after the other; otherwise as `put`."""
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 90, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 92, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
 
-  /* "ivshmem/channel/messages.pyx":91
+  /* "ivshmem/channel/messages.pyx":93
  * 
  *     @cython.critical_section
  *     def put_parts(self, parts, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Copy several buffers into one message, one after the other; otherwise as `put`."""
  *         cdef Loan loan
 */
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 90, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 92, __pyx_L1_error)
 
-  /* "ivshmem/channel/messages.pyx":90
+  /* "ivshmem/channel/messages.pyx":92
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def put_parts(self, parts, timeout=None, *, spin=None):
  *         """Copy several buffers into one message, one after the other; otherwise as `put`."""
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_3put_parts, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_parts, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 90, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_3put_parts, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_parts, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 92, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[3]);
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[4]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_mstate_global->__pyx_n_u_put_parts, __pyx_t_2) < (0)) __PYX_ERR(0, 90, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_mstate_global->__pyx_n_u_put_parts, __pyx_t_2) < (0)) __PYX_ERR(0, 92, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/messages.pyx":108
+  /* "ivshmem/channel/messages.pyx":109
  *         return loan.publish(timeout, spin=spin)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def put_rows(self, rows, timeout=None, *, spin=None):
  *         """Publish each row of an array as a message, and announce them together.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 108, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 109, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/messages.pyx":109
+  /* "ivshmem/channel/messages.pyx":110
  * 
  *     @cython.critical_section
  *     def put_rows(self, rows, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Publish each row of an array as a message, and announce them together.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 108, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 109, __pyx_L1_error)
 
-  /* "ivshmem/channel/messages.pyx":108
+  /* "ivshmem/channel/messages.pyx":109
  *         return loan.publish(timeout, spin=spin)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def put_rows(self, rows, timeout=None, *, spin=None):
  *         """Publish each row of an array as a message, and announce them together.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_5put_rows, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_rows, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 108, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_5put_rows, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_rows, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 109, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[3]);
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_mstate_global->__pyx_n_u_put_rows, __pyx_t_4) < (0)) __PYX_ERR(0, 108, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_mstate_global->__pyx_n_u_put_rows, __pyx_t_4) < (0)) __PYX_ERR(0, 109, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":165
+  /* "ivshmem/channel/messages.pyx":166
  *             PyBuffer_Release(&view)
  * 
  *     def put_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `put` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_in_time(self, self.put, timeout, data)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_7put_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 165, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_7put_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 166, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[3]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_mstate_global->__pyx_n_u_put_async, __pyx_t_4) < (0)) __PYX_ERR(0, 165, __pyx_L1_error)
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_mstate_global->__pyx_n_u_put_async, __pyx_t_4) < (0)) __PYX_ERR(0, 166, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":169
+  /* "ivshmem/channel/messages.pyx":170
  *         return asynchronous.until_in_time(self, self.put, timeout, data)
  * 
  *     def put_parts_async(self, parts, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `put_parts` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_in_time(self, self.put_parts, timeout, parts)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_9put_parts_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_parts_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 169, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_9put_parts_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_parts_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 170, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[3]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_mstate_global->__pyx_n_u_put_parts_async, __pyx_t_4) < (0)) __PYX_ERR(0, 169, __pyx_L1_error)
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_mstate_global->__pyx_n_u_put_parts_async, __pyx_t_4) < (0)) __PYX_ERR(0, 170, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":173
+  /* "ivshmem/channel/messages.pyx":174
  *         return asynchronous.until_in_time(self, self.put_parts, timeout, parts)
  * 
  *     def put_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `put_rows` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_in_time(self, self.put_rows, timeout, rows)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_11put_rows_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_rows_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 173, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_11put_rows_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_rows_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 174, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[3]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_mstate_global->__pyx_n_u_put_rows_async, __pyx_t_4) < (0)) __PYX_ERR(0, 173, __pyx_L1_error)
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_mstate_global->__pyx_n_u_put_rows_async, __pyx_t_4) < (0)) __PYX_ERR(0, 174, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":181
+  /* "ivshmem/channel/messages.pyx":182
  *         return self.membership.flush()
  * 
  *     def loan(self, size=None):             # <<<<<<<<<<<<<<
  *         """Borrow the memory of a message, to write into it without a copy.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_13loan, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_loan, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 181, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_13loan, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_loan, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 182, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[3]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_mstate_global->__pyx_n_u_loan, __pyx_t_4) < (0)) __PYX_ERR(0, 181, __pyx_L1_error)
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_mstate_global->__pyx_n_u_loan, __pyx_t_4) < (0)) __PYX_ERR(0, 182, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -24129,92 +24554,92 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":259
+  /* "ivshmem/channel/messages.pyx":273
  *         return numpy.frombuffer(self, "uint8")
  * 
  *     def publish(self, timeout=None, *, size=None, spin=None):             # <<<<<<<<<<<<<<
  *         """Publish it; afterwards the memory is the readers'.
  * 
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 259, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 273, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_size, Py_None) < (0)) __PYX_ERR(0, 259, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 259, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4Loan_9publish, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_publish, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 259, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_size, Py_None) < (0)) __PYX_ERR(0, 273, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 273, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4Loan_9publish, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_publish, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 273, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[3]);
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[4]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_mstate_global->__pyx_n_u_publish, __pyx_t_2) < (0)) __PYX_ERR(0, 259, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_mstate_global->__pyx_n_u_publish, __pyx_t_2) < (0)) __PYX_ERR(0, 273, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/messages.pyx":297
+  /* "ivshmem/channel/messages.pyx":308
  *         return writer.writer.missed
  * 
  *     def publish_async(self, timeout=None, *, size=None):             # <<<<<<<<<<<<<<
  *         """The twin of `publish` for asyncio: a coroutine. If it is cancelled, the loan stays."""
  *         return asynchronous.until_in_time(self.writer, self.publish, timeout, size=size)
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 297, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 308, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_size, Py_None) < (0)) __PYX_ERR(0, 297, __pyx_L1_error)
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4Loan_11publish_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_publish_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 297, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_size, Py_None) < (0)) __PYX_ERR(0, 308, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4Loan_11publish_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_publish_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 308, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[3]);
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_mstate_global->__pyx_n_u_publish_async, __pyx_t_4) < (0)) __PYX_ERR(0, 297, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_mstate_global->__pyx_n_u_publish_async, __pyx_t_4) < (0)) __PYX_ERR(0, 308, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":301
+  /* "ivshmem/channel/messages.pyx":312
  *         return asynchronous.until_in_time(self.writer, self.publish, timeout, size=size)
  * 
  *     def drop(self):             # <<<<<<<<<<<<<<
  *         """Give it back without publishing it; may be called twice.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4Loan_13drop, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_drop, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 301, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4Loan_13drop, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_drop, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 312, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_mstate_global->__pyx_n_u_drop, __pyx_t_4) < (0)) __PYX_ERR(0, 301, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_mstate_global->__pyx_n_u_drop, __pyx_t_4) < (0)) __PYX_ERR(0, 312, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":315
+  /* "ivshmem/channel/messages.pyx":325
  *             ivshmem_loan_drop(&self.writer.writer, self.cell)
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4Loan_15__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 315, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4Loan_15__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 325, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_4) < (0)) __PYX_ERR(0, 315, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_4) < (0)) __PYX_ERR(0, 325, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":318
+  /* "ivshmem/channel/messages.pyx":328
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
  *         if not self.live:
  *             return
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4Loan_17__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 318, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4Loan_17__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 328, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_4) < (0)) __PYX_ERR(0, 318, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_4) < (0)) __PYX_ERR(0, 328, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -24244,231 +24669,231 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":425
+  /* "ivshmem/channel/messages.pyx":447
  *         return data if code == 0 else None
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get(self, timeout=None, *, spin=None):
  *         """Return a copy of the next message, of any writer.
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 425, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 447, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
 
-  /* "ivshmem/channel/messages.pyx":426
+  /* "ivshmem/channel/messages.pyx":448
  * 
  *     @cython.critical_section
  *     def get(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Return a copy of the next message, of any writer.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 425, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 447, __pyx_L1_error)
 
-  /* "ivshmem/channel/messages.pyx":425
+  /* "ivshmem/channel/messages.pyx":447
  *         return data if code == 0 else None
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get(self, timeout=None, *, spin=None):
  *         """Return a copy of the next message, of any writer.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_1get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 425, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_1get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 447, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[3]);
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[4]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_2) < (0)) __PYX_ERR(0, 425, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_2) < (0)) __PYX_ERR(0, 447, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/messages.pyx":455
+  /* "ivshmem/channel/messages.pyx":477
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
  *         """Copy the next message into `buffer`; otherwise as `get`.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 455, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 477, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/messages.pyx":456
+  /* "ivshmem/channel/messages.pyx":478
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Copy the next message into `buffer`; otherwise as `get`.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 455, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 477, __pyx_L1_error)
 
-  /* "ivshmem/channel/messages.pyx":455
+  /* "ivshmem/channel/messages.pyx":477
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
  *         """Copy the next message into `buffer`; otherwise as `get`.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 455, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 477, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[3]);
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_4) < (0)) __PYX_ERR(0, 455, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_4) < (0)) __PYX_ERR(0, 477, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":486
+  /* "ivshmem/channel/messages.pyx":508
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_rows(self, rows, timeout=None, *, spin=None):
  *         """Copy the messages that are there into the rows of an array, at most one into each.
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 486, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 508, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
 
-  /* "ivshmem/channel/messages.pyx":487
+  /* "ivshmem/channel/messages.pyx":509
  * 
  *     @cython.critical_section
  *     def get_rows(self, rows, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Copy the messages that are there into the rows of an array, at most one into each.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 486, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 508, __pyx_L1_error)
 
-  /* "ivshmem/channel/messages.pyx":486
+  /* "ivshmem/channel/messages.pyx":508
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_rows(self, rows, timeout=None, *, spin=None):
  *         """Copy the messages that are there into the rows of an array, at most one into each.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_5get_rows, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_rows, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 486, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_5get_rows, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_rows, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 508, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[3]);
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[4]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_rows, __pyx_t_2) < (0)) __PYX_ERR(0, 486, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_rows, __pyx_t_2) < (0)) __PYX_ERR(0, 508, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/messages.pyx":550
+  /* "ivshmem/channel/messages.pyx":572
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def view(self, timeout=None, *, spin=None):
  *         """Return the next message as a View: its memory itself, without a copy.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 550, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 572, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/messages.pyx":551
+  /* "ivshmem/channel/messages.pyx":573
  * 
  *     @cython.critical_section
  *     def view(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Return the next message as a View: its memory itself, without a copy.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 550, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 572, __pyx_L1_error)
 
-  /* "ivshmem/channel/messages.pyx":550
+  /* "ivshmem/channel/messages.pyx":572
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def view(self, timeout=None, *, spin=None):
  *         """Return the next message as a View: its memory itself, without a copy.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_7view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 550, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_7view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 572, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[3]);
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_4) < (0)) __PYX_ERR(0, 550, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_4) < (0)) __PYX_ERR(0, 572, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":576
- *         return view_of(self, &self.message)
+  /* "ivshmem/channel/messages.pyx":598
+ *         return view_of(self, self.message)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.get, timeout)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_9get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 576, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_9get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 598, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[3]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_4) < (0)) __PYX_ERR(0, 576, __pyx_L1_error)
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_4) < (0)) __PYX_ERR(0, 598, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":580
+  /* "ivshmem/channel/messages.pyx":602
  *         return asynchronous.until_something(self, self.get, timeout)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_11get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 580, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_11get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 602, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[3]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_4) < (0)) __PYX_ERR(0, 580, __pyx_L1_error)
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_4) < (0)) __PYX_ERR(0, 602, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":584
+  /* "ivshmem/channel/messages.pyx":606
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
  *         found = await asynchronous.until_something(self, self._rows_or_none, timeout, rows)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_13get_rows_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 584, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_13get_rows_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 606, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[3]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_t_4) < (0)) __PYX_ERR(0, 584, __pyx_L1_error)
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_t_4) < (0)) __PYX_ERR(0, 606, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":589
+  /* "ivshmem/channel/messages.pyx":611
  *         return found or 0
  * 
  *     def _rows_or_none(self, rows, timeout):             # <<<<<<<<<<<<<<
  *         return self.get_rows(rows, timeout) or None
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_16_rows_or_none, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader__rows_or_none, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 589, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_16_rows_or_none, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader__rows_or_none, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 611, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_rows_or_none, __pyx_t_4) < (0)) __PYX_ERR(0, 589, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_rows_or_none, __pyx_t_4) < (0)) __PYX_ERR(0, 611, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":592
+  /* "ivshmem/channel/messages.pyx":614
  *         return self.get_rows(rows, timeout) or None
  * 
  *     def view_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `view` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.view, timeout)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_18view_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 592, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_18view_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 614, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[3]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_view_async, __pyx_t_4) < (0)) __PYX_ERR(0, 592, __pyx_L1_error)
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_view_async, __pyx_t_4) < (0)) __PYX_ERR(0, 614, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -24498,109 +24923,109 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":683
+  /* "ivshmem/channel/messages.pyx":708
  *         return self.message.length
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
  *         """Return a copy; raise Overtaken if the message was overwritten before the copy ended."""
  *         data = memoryview(self).tobytes()
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_9__bytes__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___bytes, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 683, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_9__bytes__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___bytes, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 708, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_bytes_2, __pyx_t_4) < (0)) __PYX_ERR(0, 683, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_bytes_2, __pyx_t_4) < (0)) __PYX_ERR(0, 708, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":709
+  /* "ivshmem/channel/messages.pyx":734
  *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}
  * 
  *     def __dlpack__(self, **options):             # <<<<<<<<<<<<<<
  *         """Export the message, for numpy.from_dlpack or torch.from_dlpack; needs numpy."""
  *         return self.array.__dlpack__(**options)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_11__dlpack__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___dlpack, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[28])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 709, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_11__dlpack__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___dlpack, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[28])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 734, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_dlpack, __pyx_t_4) < (0)) __PYX_ERR(0, 709, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_dlpack, __pyx_t_4) < (0)) __PYX_ERR(0, 734, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":713
+  /* "ivshmem/channel/messages.pyx":738
  *         return self.array.__dlpack__(**options)
  * 
  *     def __dlpack_device__(self):             # <<<<<<<<<<<<<<
  *         """Return DLPack's number of the processor's memory."""
  *         return (1, 0)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_13__dlpack_device__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___dlpack_device, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[29])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 713, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_13__dlpack_device__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___dlpack_device, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[29])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 738, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_dlpack_device, __pyx_t_4) < (0)) __PYX_ERR(0, 713, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_dlpack_device, __pyx_t_4) < (0)) __PYX_ERR(0, 738, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":717
+  /* "ivshmem/channel/messages.pyx":742
  *         return (1, 0)
  * 
  *     def check(self):             # <<<<<<<<<<<<<<
  *         """Raise Overtaken if the message was overwritten since it was taken."""
- *         if not self.overtaken and self.live and not self.reader.closed:
+ *         if not self.overtaken and self.live and self.reader.usable():
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_15check, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View_check, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 717, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_15check, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View_check, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 742, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_check, __pyx_t_4) < (0)) __PYX_ERR(0, 717, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_check, __pyx_t_4) < (0)) __PYX_ERR(0, 742, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":727
+  /* "ivshmem/channel/messages.pyx":752
  *             )
  * 
  *     def release(self):             # <<<<<<<<<<<<<<
  *         """Give the memory back to the writer; may be called twice.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_17release, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View_release, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 727, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_17release, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View_release, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 752, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_release, __pyx_t_4) < (0)) __PYX_ERR(0, 727, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_release, __pyx_t_4) < (0)) __PYX_ERR(0, 752, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":746
+  /* "ivshmem/channel/messages.pyx":771
  *             self.abandon()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_19__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 746, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_19__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 771, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_4) < (0)) __PYX_ERR(0, 746, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_4) < (0)) __PYX_ERR(0, 771, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":749
+  /* "ivshmem/channel/messages.pyx":774
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
  *         if kind is None:
  *             self.release()
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_21__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[33])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 749, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_21__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[33])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 774, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_4) < (0)) __PYX_ERR(0, 749, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_4) < (0)) __PYX_ERR(0, 774, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -24630,87 +25055,87 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":839
+  /* "ivshmem/channel/messages.pyx":871
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get(self):
  *         """Return a copy of the latest content, which is never torn. Never waits.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_11ValueReader_1get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[36])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 839, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_11ValueReader_1get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[36])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 871, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_4) < (0)) __PYX_ERR(0, 839, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_4) < (0)) __PYX_ERR(0, 871, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":853
+  /* "ivshmem/channel/messages.pyx":885
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def wait_changed(self, timeout=None, *, spin=None):
  *         """Wait until the value was set since this reader last looked; return its content.
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 853, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 885, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
 
-  /* "ivshmem/channel/messages.pyx":854
+  /* "ivshmem/channel/messages.pyx":886
  * 
  *     @cython.critical_section
  *     def wait_changed(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Wait until the value was set since this reader last looked; return its content.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 853, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 885, __pyx_L1_error)
 
-  /* "ivshmem/channel/messages.pyx":853
+  /* "ivshmem/channel/messages.pyx":885
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def wait_changed(self, timeout=None, *, spin=None):
  *         """Wait until the value was set since this reader last looked; return its content.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_11ValueReader_3wait_changed, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[37])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 853, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_11ValueReader_3wait_changed, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[37])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 885, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[3]);
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[4]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed, __pyx_t_2) < (0)) __PYX_ERR(0, 853, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed, __pyx_t_2) < (0)) __PYX_ERR(0, 885, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/messages.pyx":869
+  /* "ivshmem/channel/messages.pyx":901
  *         return self.latest(self.wait(timeout, spin))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def view(self):
  *         """Return the latest content as a View; None: it was never set.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_11ValueReader_5view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[38])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 869, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_11ValueReader_5view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[38])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 901, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_2) < (0)) __PYX_ERR(0, 869, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_2) < (0)) __PYX_ERR(0, 901, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/messages.pyx":885
- *         return view_of(self, &self.message)
+  /* "ivshmem/channel/messages.pyx":917
+ *         return view_of(self, self.message)
  * 
  *     def wait_changed_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.wait_changed, timeout)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_11ValueReader_7wait_changed_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[39])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 885, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_11ValueReader_7wait_changed_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[39])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 917, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[3]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed_async, __pyx_t_2) < (0)) __PYX_ERR(0, 885, __pyx_L1_error)
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[4]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed_async, __pyx_t_2) < (0)) __PYX_ERR(0, 917, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -24790,8 +25215,8 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_sum = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_sum); if (!__pyx_builtin_sum) __PYX_ERR(0, 95, __pyx_L1_error)
-  __pyx_builtin_map = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_map); if (!__pyx_builtin_map) __PYX_ERR(0, 95, __pyx_L1_error)
+  __pyx_builtin_sum = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_sum); if (!__pyx_builtin_sum) __PYX_ERR(0, 97, __pyx_L1_error)
+  __pyx_builtin_map = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_map); if (!__pyx_builtin_map) __PYX_ERR(0, 97, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -24800,8 +25225,6 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   __pyx_mstate->__pyx_umethod_PyDict_Type_pop.method_name = &__pyx_mstate->__pyx_n_u_pop;
   __pyx_mstate->__pyx_umethod_PyDict_Type_values.type = (PyObject*)&PyDict_Type;
   __pyx_mstate->__pyx_umethod_PyDict_Type_values.method_name = &__pyx_mstate->__pyx_n_u_values;
-  __pyx_mstate->__pyx_umethod_PyMemoryView_Type__release.type = (PyObject*)(&PyMemoryView_Type);
-  __pyx_mstate->__pyx_umethod_PyMemoryView_Type__release.method_name = &__pyx_mstate->__pyx_n_u_release;
   return 0;
   __pyx_L1_error:;
   return -1;
@@ -24816,7 +25239,21 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/messages.pyx":106
+  /* "ivshmem/channel/messages.pyx":99
+ *         loan = self.loan(sum(map(len, buffers)))
+ *         try:
+ *             with memoryview(loan) as into:             # <<<<<<<<<<<<<<
+ *                 at = 0
+ *                 for part in buffers:
+*/
+  {
+    PyObject* __pyx_temp[3] = {Py_None, Py_None, Py_None};
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 99, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
+  }
+  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
+
+  /* "ivshmem/channel/messages.pyx":107
  *             loan.drop()
  *             raise
  *         return loan.publish(timeout, spin=spin)             # <<<<<<<<<<<<<<
@@ -24825,12 +25262,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_spin};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 106, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 107, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
-  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
+  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/messages.pyx":299
+  /* "ivshmem/channel/messages.pyx":310
  *     def publish_async(self, timeout=None, *, size=None):
  *         """The twin of `publish` for asyncio: a coroutine. If it is cancelled, the loan stays."""
  *         return asynchronous.until_in_time(self.writer, self.publish, timeout, size=size)             # <<<<<<<<<<<<<<
@@ -24839,12 +25276,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_size};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 299, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 310, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
-  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
+  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
 
-  /* "ivshmem/channel/messages.pyx":715
+  /* "ivshmem/channel/messages.pyx":740
  *     def __dlpack_device__(self):
  *         """Return DLPack's number of the processor's memory."""
  *         return (1, 0)             # <<<<<<<<<<<<<<
@@ -24853,12 +25290,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_int_1, __pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 715, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
+    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 740, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[3]);
   }
-  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
+  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[3]);
 
-  /* "ivshmem/channel/messages.pyx":41
+  /* "ivshmem/channel/messages.pyx":43
  *     """
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -24867,14 +25304,14 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 41, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[3]);
+    __pyx_mstate_global->__pyx_tuple[4] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[4])) __PYX_ERR(0, 43, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[4]);
   }
-  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[3]);
+  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[4]);
   #if CYTHON_IMMORTAL_CONSTANTS
   {
     PyObject **table = __pyx_mstate->__pyx_tuple;
-    for (Py_ssize_t i=0; i<4; ++i) {
+    for (Py_ssize_t i=0; i<5; ++i) {
       #if PY_VERSION_HEX >= 0x030F0000
       PyUnstable_SetImmortal(table[i]);
       #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -24908,31 +25345,31 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{57},{6},{20},{22},{27},{22},{23},{59},{62},{28},{50},{15},{22},{10},{1},{2},{31},{60},{25},{25},{1},{1},{4},{179},{100},{29},{13},{8},{8},{7},{6},{2},{9},{16},{14},{12},{28},{50},{15},{68},{73},{63},{33},{21},{3},{0},{1},{12},{16},{11},{4},{14},{13},{22},{24},{9},{12},{18},{14},{12},{9},{6},{24},{26},{20},{10},{16},{15},{21},{15},{21},{11},{17},{11},{29},{31},{15},{16},{24},{30},{4},{14},{15},{22},{14},{13},{22},{24},{10},{12},{6},{24},{26},{11},{10},{16},{16},{22},{15},{21},{1},{20},{12},{9},{9},{10},{17},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{13},{5},{12},{18},{2},{6},{7},{4},{4},{5},{18},{5},{6},{4},{5},{7},{4},{6},{4},{6},{5},{6},{5},{10},{3},{9},{8},{14},{8},{14},{1},{9},{4},{5},{24},{4},{3},{6},{4},{3},{10},{7},{4},{4},{5},{7},{4},{5},{3},{7},{13},{3},{9},{9},{15},{8},{14},{7},{4},{4},{4},{10},{5},{4},{4},{3},{4},{5},{4},{7},{7},{5},{7},{5},{13},{15},{5},{6},{7},{4},{10},{12},{18},{6},{5},{6}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{28},{9},{46},{32},{7},{19},{88},{91},{267},{35},{385},{353},{140},{166},{92},{15},{27},{9},{77},{64},{76},{37},{107},{199},{23},{23},{31},{24},{23},{24},{24},{25},{5}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{57},{6},{20},{22},{27},{22},{59},{62},{28},{50},{15},{22},{10},{1},{2},{31},{60},{25},{25},{1},{1},{4},{179},{100},{29},{13},{8},{8},{7},{6},{2},{9},{16},{14},{12},{28},{50},{15},{68},{73},{63},{33},{21},{43},{3},{0},{1},{12},{16},{11},{4},{14},{13},{22},{24},{9},{12},{18},{14},{12},{9},{6},{24},{26},{20},{10},{16},{15},{21},{15},{21},{11},{17},{11},{29},{31},{15},{16},{24},{30},{4},{14},{15},{22},{14},{13},{22},{24},{10},{12},{6},{24},{26},{11},{10},{16},{16},{22},{15},{21},{1},{20},{12},{9},{9},{10},{17},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{13},{5},{12},{18},{2},{6},{7},{4},{4},{5},{18},{5},{6},{4},{5},{7},{4},{6},{4},{6},{5},{6},{5},{10},{3},{9},{8},{14},{8},{14},{1},{9},{4},{5},{24},{4},{3},{6},{4},{3},{10},{7},{4},{4},{5},{7},{4},{5},{3},{7},{13},{3},{9},{9},{15},{8},{14},{7},{4},{4},{4},{10},{5},{4},{4},{3},{4},{5},{4},{7},{7},{5},{7},{5},{13},{15},{5},{6},{7},{4},{10},{12},{18},{6},{5},{6}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{28},{9},{46},{32},{7},{19},{88},{89},{267},{35},{385},{353},{133},{166},{92},{15},{27},{9},{56},{64},{74},{37},{107},{182},{23},{23},{31},{24},{23},{24},{24},{25},{5}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2759 bytes) */
-static const char cstring[] = "x\332\235VKs\333F\02267\212%\331rLJ\264-Y\266\003\332\262-\305\216RL\344\227\222\315\256\"\331\211\035\307k\332\362k\253\266P#`(\"\002\001\022\017Rt\345\220\243\2168\342\210#\2168\362\310\243\216<\362\250\237\240\237\260_\017\000\212\217M*\265\251\210\236\351\351\351\351\376\372\353nH\314\221LC\341w\245fES*\022\263\270\304t]r*8\320\034\251\311l\251\312T.\225Mk]\262\270\316\231\315q\203K;-\207\333\311\257Y\226\230\244\233\314\240U,\273+1C\205\3242\233R\005F\006\245N\005\327\335r\231[\361\221\270\336\2644\007\202&\207\007\272i;$%Ea\226\334\322\014\311\245\267-\354,\326\262\377@\341\304K\034V\245\262f\301\326\262\312\365\225\361\253Un\333l\227\377\265\333\016\333\243P\215\201k\016\374v\264*\047\360t\236\342\245\233\346\036G\354\316\267\220\263Xfsn\000\310\226\264\003\313\246e,;\026\007\250\026\333\255r\303Y\271+\325\334\035]\263+\270\007/U\313\254\325\270z7uF]]\227\326\205\307\tJf\203[M\313tN|\241c\315\226j\226\251@\022\277\351$V\010\363\370\"\016\360\034\202\220\232\232S1]\312\361\272\364\235\326\260+U^]U*\3140\270\276\372<I\345\330\301[\2157\351\340\373\177\274\000\020/\310\001\301\224\315\026\254\031\022\034\000T\332\016\267\230\303\365\026<\2604\205\374\205\222!\275|\374\362\313\265\207k\302\035\213\377\312\025\007>\272;\212\316l;&\321\216\253\351\016\022\341\264j\334^\225\236\226\245\226\351J\006\007*\216)\325\2407x\001x\030\000\326\021\300\334\206\203\246\303\034\3154d\\\327\214\335\333\222\252YxDk\020\344\322\023\246\333|\365\245\246\354\3518\244\327\340\235\2538@\260\272C\310\330.\361\237R\245\227WSX\253.\362\217\234\361\375\232\256)\232\203\240,^w\271\355\300\047\302P\372\047s\035S\256\221]\276\274m\271|\205I\002&-\251\234\235\226\364\212ca\2556 f\375\214\021\353UU\206\327<\201\027\016\333lG\007U\350wW\321\354x\245\216\246!\335s\3132-;\3359|\337I\326_%\232_%\217\331\253\265\326\276a\";e\346\352\216$\313\026W]\205\313\262\244\272\002\036\3034\276D\266\032\032\323q\252h\206\346\310\360\255\357-\025*j\331^\007\345\223\332\245\"j\302&\n\300\260\201\273M!S\262\210s""T\047T\373\350\033\022g@6\365\204\320\255p]\275+V\226@FRD\366\010h\3054\300m\047\3168\223^\306\3042w\210.\302X-\311\240\270\236\224\303\377q\275\3379\250R\376W\361\221\002%L(\244u\370\233[\374a3\206\3661a\237\254\267\301\327x\217\316\305U\261\244\032\242\277UYF\311qK\226\323\335>A\233l\2224(\302\317\276\024\244\266\301\345\02199&\026\211\273\203k\231\331-C\371%\306x\3334\237\233\306n\262\263\237\243\233\376\213PA\0033b*&\204\034{\277/\037\363 =!\016\310\246\005j\030<\221\355r\347d\025;2\260\327\014\307\034\331\216\351\220\321\221\355\220\016\345a`\031\237\275e\272\233\2700\260\034\217i\370p,\260\301c<>\270\245\267\006\367M\206\314Qe\355r\365\217\344\211ot\023\177xP\314=<\023\357T\275\306\224\275\321\255\312\033\032\025c\"M\370\222\356\004_\222\315hl\261t<(\222+\025\256\354\211UB\337w\242Z\342\337q[}\371\230\265\344\204\312%Y\326\\\347d\025\207<\260\2571\313\261G\367cZ\224\345\221m\254#\313\362\313\326>\376\2660<\344\027\350j\257xY\226\223\006\017\230\260\026\220\313}tO\200\035\303\264\017g\212\244,\227]\361\210\274\233\006\212\377\252L3\304\277\246\352\352Bb\260\252\370\027\235SN\324h\331p\250%\323A\335ez\252\224\266\3231T\373\002\276O\033`\3337l\017<?\206\271,#0\362V\263e\305\2640\2525\203\017U\237\370\224\021\200U,\3230][\2545s\265\257n3\047n\325\361\257\2550\333Q\270\256\013b(:\031D\320\216\305\024\276\303H\202\346%~T\305T\271b\272\206#~\270\2522\207\221\004\255\035M\210\033\264\022\303\047\236@eh\251e\313\254\306\017\001\327~\047Hk~\270\366\323*\037\256vM\243L\225\341\016i\202\031U{t\362\245SdO3T\235\033\370\037\235\234\210Ye5\350\231V\213\2126\32120\232\014\320\307p\253\265\226Y\243o\003\233\270(\370XC\227\217{\347P\013\005\025\373\224\356sw\204\304)]\207i\233\024\031\th6av\253\310j2q\355\n\303\047\215\366\221\333\3704\261\335*\315j\007yk\322\347#\375!c\216)\330\214)\214\037\372\002\302\367\t\200x\210\014h\272\310\024\364\342\215m\342V\005c\254AmH\374\330\350\3604\205)\376\223&9\330\232\306\333T\223Qr\233\025S\347\361$\245\367\356\257\311\370\344m\230\232\272r""\252\252)\026\221\302D,\277gz\023g\016\356x\245\3377zSg\017\326\016\034\257\330\2339G\353{\336\047\264\316zS~\246w.\347-\3707\374\022\355?M\265G5\362^)\331\321\371\371\203z\374\217\343=\3627\374\267\301\243p3$\321\345\3450s\374\305\251\351s\007\217\275\013\036\363\352\275\031R\272\347g\374\205\240\320\313^\"\311\234\267\346\265\202\014\035\271\336\217~\221\304\373\276\023\334\017\347\302g\221\332\276\331nvX\247\336\233\372\354@\365\226\375\002\354.\256\204\271c\351\324\364\014\302hz\212\237\367\337\007\357\302\247\021\234\232\365\356\372\254\227\275\354\027\3745\377c\230\013oG\271h)\252\264\331\361\351\370\202\353mx\037\240\203\207\213\344t\023\2165\374\222\257\006dZZ\r\331\361\255S\323\327\374\322\321\324\314\301\023\257\020\243\325\360\336\371\033\261\263\256\377cP\014\0200=r?\310\005\267\302Loj\232\002\370\010W\336\004\327\203\255p*\232\214Z\235L/{\321S\375\025\350oAI\\o\020\266\024\353&\242G\254\216\177/\310\004\013!\360\230\0034\237\000\201\374e\177\311\257\004,\020\200\325c#7\375:\241\224\365\316\340\331\"9s\256\227\315{?\t\304\277\217\362\321\333\366Z\273NF\310\305M\277\336\313\317\373g\205\247s\371^\266\000G\013\301Z\320\212\340T.\311\256W\366\267\202\323\001\213=k\372\354h\346\n\354\225|\006(n\024\243\334\361<eO\240@\231{ `u\203\215\340CH*7\277\211\212\224\010\240E\360.\200\035SW\374g\302sA\233\323\336\016d\310\312\027d6\206r\337\263Ex\273\341\207\250\334\336\204\3173\263\335\331\353\360n=,\205j\204\267\022\340\311\307\267\"\3261\254\323([\341\331\250\030\343\371\003@Z\016n\207\013\260\320\207]\344\354;\277\021l\207W\"AZ\341\316uh\203&\227\272\227\356\204\305p#\334\216r\003\360\023/\347\257\370O\203R/\277x\0220\035\304\310\316/B\355\312\215\240\330\233\277\006\342,\207\205\260H\367\223\324q\3610\222\363\314g\"kp\207!\321\337`\333\014\214h\253\375i\373U\333\352\314v\356\037\342]\n\235\0102\035]\214>v.v\032\207%\272\3743\212\340\001\321\342B\\m\323~N\220v0G\"\001K\247\246/\373\271\243?G\376\257c9\014\321\234\367\265\367\032\226\362\203L\235\377\334\257\037""\001\232\357\202z\230\t\363H$\213\234vq\000\240\205\004E\202\347&i\305\006\036\242\254\363@\373R\373L\347F\247D(?\016r\244\236%\340\304{\017\220\305\353\300\017\364\235\n\246\350\346\274\377)B\210\r.\020\304\253\220\316\337\206\331\311\356W\277\034\226\016\331\221\240\375>\201\r\007\227Q\361\274\375\265\300\370b\307>,\364\362\013\000/\017\334\216\362WcS\r\3775\022\023\047\362j?\215c\000\337\276\027\tj\317y\005o\0352\036\334C\304\027@\323\345vR\024\324\316\346p\001\366\202\013\250\245\030RRF]\345\274\\\3327\221\322\r\357\rz\353+\337F\306\037\205\033\304\013\305\317\371\205T\345|6)L\321\231\311\370C\244\354i\360&,\244\276\240 \027\221\277\207`\314\023\370K\217\321\2157\324\024\322\342\337\360?\300\217<\3056\n\3533Q`c\320\016C\372\252\373\352u\367\365\273\356\273\367\343\270\306\025\013\333\017\320\301A\223%\2572\3246\216\222\341\362-\000]\n\312\341V4\001\276OR\225g\275s\376\177\250T \234\004\323s\235\245\316\257\335\227xj;\356\014\324\t\274\225\330kj4\315@x^\364\266\340n\206l\023$\367\375\305`3\250\307\333\217\200\357\246\277O\254\237I\373\2248\312\322\310\372}\343x&\356\372\047\323.y\346\016\334\335AT\227\004\201\377\035\t\003?y\311p\304P\350\315\\\245\210D\021\256Dk\021\254\036\177\366\307\306z\331YP\344A:w\2103g(\344\323\036\320IF\345q\366\244\233v\317\017tdt\357\322\300\234\025\223\351\354A1\306\227\307U;2\251\216/\216v\346\356\342\227\350\237,t\242G\355\215\366v\047\327\235\230\3673\307\327\372z\003\366)\247\315@\013\223f\3617\257\220\264\212\356U\014@\022\023Y\337\307-\373\001z\001e`R\014\017\341\223&\332\232x\271\350=\301\333\023\327|#\3749\252\323s\327\374m\324\364\324\347\200\25684D\377\004\253\031x1\231~ P\307\231\n&\002Q \277\"I\263A\261\273\364\367v\251\255v\340(\365C<\335\020\244\177\024\014~\241\314z\267\210*\364|\202\337-\"8* \365#I\362g\007\\\360j2\346\316\371x\300w\047\244 C\264\372\255\273H\203\341\211 <\304\310\325\210x\267]\352N,\005/\242\2028\360\277\307\267\306R\250\241\r\256w>\034rp\272;q+`\047\207\267P\010O\332+\235bw\002\237/#\326\314\016\254a""3\254\376s\273u\230\351N \255\303\362\347\235\351\303\334\211\374\304\314^g\341\260\320=\203\301\375_\314\304\2256";
-    PyObject *data = __Pyx_DecompressString(cstring, 2759, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2758 bytes) */
+static const char cstring[] = "x\332\235V\317w\023G\022\306\033\0036\230`\331\002l\014d\004\006\354\304q\236\022\203\301\311f\343\330@B\010\213\301\201p\3307\257=\323\262&\036\315\310\363C\262x9\344\350\343\034\3478\3079\316QG\035}\324QG\377\t\376\023\366\253\356\031Y?\222\274}\233\027\344\356\352\352\352\252\257\276\252\032\205y\212mi|I\251\227\r\255\2540\207+\3144\025\257\214\003\303S\352\314U*L\347J\311v\326\024\207\233\234\271\0347\270\262\323\360\270\233\376\332%\205)\246\315,ZI\331\222\302,\035R\307\256+e\030\351\225ze\\\367K%\356\310#q\275\356\030\036\004u\016\017L\333\205[\016\274qXC\230\247+\342\001r\320\260\024\337\345\247\356\340\260\242\224\014\007\227\026tn.\016_\255p\327e\273\374\177\273\355\261=\212\311\352\271\346\301A\317\250pB\311\344\0310\246m\357q\004\351}\r9\2232\227s\013\2105\224\035X\266\035k\301s8\320s\330n\205[\336\342\222R\365wL\303-\343\036\274\324\035\273Z\345\372R\346\214\276\274\246\254\t\217S8\354\032w\352\216\355\235\372B\307\206\253T\035[\203D\276\351\245V\010\\y\021\007x\016A(u\303+\333>%sM\371\306\250\271\345\n\257,kefY\334\\~\221\346l\350\340\255\301\353t\360\355\277^\002\210\227\344\200\240\304F\003\326,\005\016\000*c\207;\314\343f\003\0368\206F\376B\311R^=y\365\371\312\243\025\341\216\303\177\343\232\007\037\375\035\315d\256+\331\262\343\033\246\207Dx\215*w\227\225\037KJ\303\366\025\213\003\025\317V\252\320\353\275\000<,\000\353\t`\356\303A\333c\236a[*\256\033\326\356}E7\034<b\324\010r\345)3]\276\374\312\320\366L\034\322k\360\316\327< X\331!d\\\237\210N\2512K\313\031\254\025\037\371G\316\370A\32544\303CP\016\337\367\271\353\301\047\302P\371\216\371\236\255V\311._\330v|\276\310\024\001\223\221\226\310NCy\315\261p\226k\020\263n\306\210\336\272\256\302k\236\302\013\207]\266c\202*\364\273\253\031\256\\\351\203i\310\366\334ql\307\315v\036?\360\322\365\027\251\346\027\351c\356r\265q`\331\310N\211\371\246\247\250\252\303u_\343\252\252\350\276\200\307\262\255\317\221\255\232\301L\234j\206ex*|\353zK\025\211\242u\327@\371\264H\251\210\352\260\211\002\260\\\340\356R""\310\224,\342\034\325\t\0259\032\204\302\031\220\315<!t\313\334\324\227\304\312\021\310(\232\310\036\001\255\331\026\270\355\311\2143\345\225$\226\275Ct\021\306\252i\006\305\365\264\034\376\217\353\335\316A\225\362g\305G\n\2240\241\220\325\341\237\n\227\350\026\2358|\0270(\032\372\024\327\177\367\213\337o\310,<\2414\245\353mP[\356\205\226XR\271\321\277eUEurGU\263\335\001e!\335\244\031\323DH])\370\357\202\366\003r\212A,\322\310z\327*s\033\226\366\263L\307\266m\277\260\255\335t\347\276@\207\3757\001\210^gI\326\246\334\035z\277+\037\362 ;!\272\250\266\003\026Y<\225\355r\357t%\035\351\331\033\226g\017l\207t\310\350\300\266O\207\262\323\263\224go\231\351\247.\364,\207c\352?\034\n\254\367\030\217\367n\351\255\336}\235!sT\204\273\\\377+y\352\033\335\304?<(f!\236\221;\335\2542mop\253\363\232Au\233JS\276d;\301\227t3\030\233\224\016\007Er\255\314\265=\261JI\375N\024\226\374\035\266\325\225\017YKO\250\262\322e\325\367NW2\344\236}\2259\236;\270\037\322\242,\017l\245\216\252\252\257\032\007\370\267\2119\243\276D\003|\315K\252\232\316\002\300\204\265\200\\\355\242{\n\354\020\246]83$U\265\344\213G\324\335,P\374Wa\206%\376\332\272o\n\211\305*\342/\232\254\232\252\321\262\346Q\367\246\203}\237\231\231R\326y\207P\355\n\370\001m\200m\327\260\333\363\374\020\346\252\212\300\310[\303U5\333\301T7,\336W}\342\253G\000Vvl\313\366]\2616\354\345\256\272\313<\331\325\345\257\2531\327\323\270i\nbh&\031D\320\236\3034\276\303H\202\346%\373\234f\353\\\263}\313\023?\\\327\231\307H\202)\200&\304-Z\2119%\207U\tZz\311\261+\362!\340\332\355\004Y\315\367\327~V\345\375\325n\030\224\251\022\334!M0\243\342\016\016\311l\340\354\031\226nr\013\377\243\351\0231+\254\n=\333iP\321\246Z\026\246\230\005\372X~\245\332\260\253\364\031\341\022\027\005\037\253\030\010\262w\366\265PP\261K\351.w\007H\234\321\265\237\266i\221\221\200\306\030\306\274\216\254\246\303\331-3|\375\030\037\270\213\257\030\327\257\320X\367\220\267:}i\322?d\314\263\005\2331\260\361C\037K\370\224\001\020\217\220\001\303\024\231\202\236\334\2706n""\2251\361j\324\206\304\217\213\016O\003\233\342?m\222\275\255i\270M\325\031%\267^\266M.\207.\275\367pE\305\327q\3156\364\3053\025Cs\210\0246b\371c\2443z\341\360\263`\353\217\365\316\330\305\303\225C/(v&.\321\372A\360\021\255\047\203\261p\244s)\027\314\206w\302-\332\237\315\264\0075\362\301V\272\243\363\313\207\373\362\217\027<\016\327\303\267\321\343x#&\321\365\205x\344\344\3233\343\227\016\237\004W\002\026\354w&H\351A8\022\316F\205\316\3445\222L\007+A#\032\241#?x\026\026I|\020z\321\303x:~\236\350\315\273\315z\213\265\366;c\037\037\352\301BX\200\335\271\3058w\242\234\031\237@\030\365@\013\363\341\257\321\273\370\307\004NM\005K!\353L^\017\013\341J\370!\316\305\367\223\\2\237\224\233\354\344\234\274\340\007\353\301{\350\340\341\"9]\207c\265p;\312\301\260\262\034\263\223{g\306o\205[\307\002\244Z\360.\\\227>\372\341\263\250\030!N\262\3750\312E\367\342\221\316\3308\341p.`\344\376\0078\362Kt;\332\214\307\222\363I\2435\322\231\274\032\350\341\"\256mBWX\251\021\262\024\351\006bG\244^\370 \032\211fc\2401\r`>B\374\371\353\341|X\216X$\340\332\227F\356\206\373\204\321dp\001\257\027\311\247K\235\311|\360\203\300\373\333$\237\274m\2564\367\311\010y\272\021\356w\3623\341E\341\360t\2763Y\200\277\205h%j$p*\227\3466(\205\233\321\271\210I\317\352!;\236\270\001{[!\003\024w\212I\356d\206r\3674(\310\344\256\nP\375h=z\037\223\312\335\257\222\"\245\001h\021\270\263\340\306\330\215\360\271\360\\\220\346\\\260\003\031r\362)\231\225\264;\010\\\021\336n\374>)57\340\363\304T{\3526\274[\213\267b=\301[\344\334[\021\344_a\235E\331\210/&E\211\347\367\000i!\272\037\317\302B\027v\221\272o\302Z\264\035\337H\004e\205;\267\241\r\222\\k_\373,.\306\353\361v\222\353\201\237X9s#\3741\332\352\344\347N\003\246\003\211\354\314\034\324n\334\211\212\235\231[\241\036-\304\205\270H\367\323\324q\3610\222\363<d\"kp\207!\321_a[\217\254d\263y\266\371\272\351\264\246Z\017\217\360.\205N\004\031O\256&\037ZW[\265\243-\272\374\023J`\225hqE\326\332x\230\023\224\355\315\221H\300\374\231\361\353a\356\370\357\221\377\033H\007""\260\354\207h:\3702x\003K\371^\246\316|\022\356\037\003\232o\242\375x$\316#\221,\361\232\305\036\200fS\024\t\236\273\244%\r<BQ\347\201\366\265\346\205\326\235\326\026\241\374$\312\221\372$\001\047\336[E\026o\003?\320w,\032\243\2333\341Y\204 \r\316\022\304\313\220\316\334\207\331\363\355/~>\332:b\307\202\366\007\0046\034\\@\275\363\346\227\002\343\253-\367\250\320\311\317\002\274<p;\316\337\224\246j\341\033$F&\362f7\215C\000\337\177\220\010jO\007\205`\r2\036=@\304W@\323\205fZ\024\324\314\246q\001\366\242+\250%@\232\203YA\037\221;Y\245\024\306Hx%\324\242\251\350+\344\211\n\021\241\334\241\207:\227\047\323\212\024\r\231\254>\022\026~\211\013\231\023\250\3049$\356\021\250\362\024\216\312Z8\033\374B\335 \253\372\365\360=\034\310SP\203x>\027\2255\204i?\226\257\333\257\337\264\337\274k\277\373u\030PY\252\260\275\212\306\r~\314\007\345\276~q\234\316\224\257\201\344|T\2127\223\321\344Ys\265U ?/\205\377\241\032\201\360<(\236k\315\267~k\277\302S\333\262%P\013\010\026\245\327\324a\352\221\360\274\030l\302\335\021\262M\220<\014\347\242\215h_n?\2049\264\304\003\242\373D\326\240\304\321$M\252?\326O&d\263\317\206\334\304\341\313\260@\177~\010\322\361W\247>r\223\234\027\205\266\230\254$0p\362q\377\275\256{\237\001\256\311)\320`5\233,\304\213\013iG:\316\206\341\311\344i\307l_\356\351\272\350\320[=\223T\314\236\213\207E\t%\227\225\3317\213N\256\016\366\336\366\334\347\350\220,\366\222\307\315\365\346v+\327\036\005\247Nnu\365z\254S\362\352\221\021\247\355\340\037A!m\006\355\233\030q$\316c\014\376*\233\362*\252\235\240>/X)<2D\343\022/\027\203\247x{\364Vh\305?%\373\364\334-\362\2603\366\t\200+\036g\370\247\010\323k\347\263AO\275c,\032\245nx5\370\r\\\232\212\212\355\371\1776\267\232:\021\203\252\003O\324\004\213\037G\275_\032S\301=\312==\223\242t\217\030\013J\017\274\227f\364\343C.\370r^r\342\262\034\334\355Q%\032!\272\374\336\236\243N\377T\020\031b$f@\274\333\334j\217\316G/\223\2028\010\277\305\247\303|l\240\257\255\265\336\037qp\265=z/b\247\207\367@\360\247\315\305V\261=\212\257\221""\001kv\013\326\260\351W\377\251\3318\032i\217\"\213\375\362\027\255\361\243\334\251\374\324\314^k\366\250\320\276\200I\374_\201\256\212\363";
+    PyObject *data = __Pyx_DecompressString(cstring, 2758, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (3725 bytes) */
-static const char cstring[] = "\377 at once\377, which \377are all \373th\026\000it wa\377s made f\377or: rele\367ase/\000e by\367tes\000\003 of ?a loan\006\001\024\003\337, and\023\000rogw hB\000\n\tth<\000\237uffer\025\003:\002w\267rit\016\000we\177\000l+os\224\000f\203\000eQ\003\223\001\257in ux\001r\242\000r\007aysr\001F\001s\002\027\007\234\007\276d\000m firI\000(\277del) o+\rm\177essage \031\"\367tak\356\000one z.\006t\364\000time\271!\367le \251$look\255e\371\000t;\322 a\276#s\367een\306 y be\377 torn(tr\375e\322 ragmen\377t), publ\347ish5\000\243\000dro\337pped,\351%d.\347: :\211\"\237$ove\237rwrot\202\007\033\001i?s proc\322\000\263B\343st?\004\206A\331#s w\374l\000\357@ witho\373ut\261\000: <iv\377shmem.ch\177annel.L\304D\336\010\016View\352A>?eN\206 N}\001\245bCyK\000\363n ~\000\346 iber\377ately st\347ric\322A\314`n P\277EP-484\224br\377ejects s\177ubclass\326!\177f built\345@\377types. I\377f you ne\036\313 to p%\000%\t\304`_n set\242b\047\267\000\377otation_\376<\000ing\047 di\355rb\000iv\357! Fa\377lse.Pickql\032\000\257\204\001\233\000uct\313@\341m\256\000\207\001\374\204\001\220\000elf\275.\222emust\260Ae\177xplicit\322\000\177request\337@\376\300! @auto_\375pT\001e(True\327)a \242\"i\263\205\004by\377 Reader.\345v\273 a\265f\261\205\001dd_\361n\303@\361$\256\000sabl\374\250`\002\001gcisen\362\014\001d\220M\250Eerro{rs\266Etext\303D\365/\303D/\333\204\004s.py\377xno defa\377ult __re\377duce__ d\275u\232\"non-\253@v\367ial\033\000cini\343t_\231\000\343\204\006\300\206\001row\317s: a\244@\267\206\002of\367 twQ\000imen\005s\365 s\374A\251A\266\204\001\244\205\001\370\206\001\377for each\372\255\205\005s\332!held,\232\005\002r\225\" c\271B\231\205\001c\277onvert\354Ca\233 P\323cob\253a\201\210\001 \001p\273DD\002\256\207\004\0140\261\207\006\336\210\001\351\205\021\360\241\210\001\255A\376\210\002\362\210\004d|u1\313BC\237\205\003E\370!\005\004Ty\373pe\n\003losed\370\026\002\300\205\001\304\205\001.__en_ter__\006\005x\327!\344\024\004\200Dc\273\205\002\032\006set?state_\013\n\222""\207\001\370M\002\245\207\004\000\t_asyn\373cM\312\210\003TooLo\373ng\007\004sLost=O\321!aken\205\204\003\212\204\004\300\376Fx\005\017\006q\016*\005\200a_o\353r_\255`e\320\204\004getx\000\007\203\003\005\010into\000\014\000\023\016\325a8\010_\002\314\002\256\205\010\271\205\010\347\003OValu|\004\000\010.\303\016\200\017\013\312.0\t\307\000?\t\254\206\001O\tw\357ait_\240\211\001ged\034\000\025\225\004iew\250\211\001\372@\243\215\002\373__\007\004dlpac}k\000\014_devi\211\206\001\000,\004\251d\006\005\253bG\004\241l]\004\303\017\377iew.chec\tk\201\002\261\216\004W\336\215\002\000\003\226/\017\006p\355n+\004\335\216\0016\004put\000\007|\366c\005\010parts\000\r\360\025\016\312\207\001:\010\353G___P\373yx\001\000Dict_wNex\334`f__\332\212\004\215e\034\000_a\206B&\000\327$_\341_\321%\001\006\314%\366\205\006__e~\365\205\002__funcB\001yg\337\205\005o\000mainV\001\337modul_\002na\245mg\002p\211\000\210\206\003_\007\001vyt\237\212\001\201\001qual\035\005\330\307\211\005\301\205\016\341\211\006ex\265\001se\313t_Q\005st\010\341\206\016__\357test\210 is_\377coroutin\373e_\362\205\tarray\376\362\206\002hronous\356\376\206\002io.&\006sat\371b\342\221\002\000\003scastocell\224bclM\001\376\362\000traceba\347ckc\271\210\001\000\002dco\177decount\000\002\277eddata\016\001d\215e\227\220\001en\034\001\370\213\002\374\213\003f\276(\000dfromi\003g\007etg\345\000\216\210\002\005\001\377\206\001\000\005a_\r\006\312\213\001#\001\344\206\007ii\245\211\001\371f\214\000\261\207\001items\374\212\220\r\310\214\005kindle\335n\000\000gth\366\223\001ma\177pmemory\341\215\001\376\321\222\004ndimnex\377tnumpyopr\230\217\001s\230\204\001\233\204\002pop\355\221\004\374\364\221\004\275\211\003putput\002\003\006_&\003\017\000\320\204\002\016\007\210\215\001%\001\360\242\210\007\226\225\004\241\215\001\341\214\001send\367set\353\215\004shap\377esizespi\257nsum\250\216\001t\265@w|\273\223\001\277\223\001outto\317\225\002\337tries\375\220\002tr\337uint8\204@il\335_\246Aime\007\003so\377methingv<\201\211\001""\000\002sver\202\216\001\341\217\001\340\345\217\001\214\213\003\247\210\t\263\210\t\026\005nte?dwhole\371\225\003l\001\37764_t (vo\377id)\000micr\363os\210`\311\000\200\001\330\004\377\n\210+\220Q\200A\330\377\010\013\2104\210t\2201w\330\014\r\010\0015\220\003\010\001\377\020\220\010\230\001\330\r\021\377\220\031\230#\230Q\330\014g\020\220\005&\005\022\r\024\220\033\002\334-\000J\001\017\210q\001\003t\220\3779\230A\230V\2409\250\373C\250\017\001\032(\250\001\360\377*\000\t\r\210E\220\025\177\220a\220q\330\014\017u\000\3775\230\001\230\031\240!\330\373\020\027\016\001\023\2204\220y\373\240\001\027\001u\220G\2301\376\023\001x\230t\2406\250\023\377\250J\260d\270%\270w\377\300a\300q\330\010\016\210\337d\220(\230!\275\000\033)\177\250\021\360 \000\t\014\304\000\377w\220c\230\024\230X\240\357W\250I\260\262\000\022\220,\377\230a\330\020\032\230!\230\3774\230z\250\021\250\047\260\377\021\260$\260h\270a\360}\006+\003u\220A\220Y!\000{\014\023\376\000\010\017\210w\226\000\277v\230Q\230d\240W\001 \377.\250a\360&\000\t\036\377\230Q\340\010\014\210F\220\375!\250#v\220W\230A\330\3761\0004\220u\230G\2401\371\240\303 a\0016\240\021\240&_\250\001\330\010\t\330\001z\210\000\377U\240\"\240D\250\010\260\377\007\260y\300\001\330\020\026/\220d\230)-\000D\"\000:\002\344i\000\346\003C\215 \200 t\2305\337\240\001\240\031\250\215 \023\220\3675\230\003\377\000\024\032\230$_\230h\240a\240\254\"q?\003w%\230q\242!\020\220\n\331\000\3751\211\001\r\330\020\024\220H\376\355\">\260\024\260V\2704\371\270)\000\314!u\230C\230q\337\330\024\030\230\013\245\002\023\024\367\330\020!\246\000!\2404\240\353y\260\222\000\021\327D\220f\230\337D\240\006\240a\323\003w\230\357a\340\014\034\277@Q\230a~\243`#1\260\021\360\030\272A\364\201\"\266A7\322\"u\240A\240{Y\250\037\001%3\2601\205A\364\253 \333!\031\275`\010\034\230J|\265\002\342`5\220\006\220b\321`\317\014\022\220*S\001\363cx\220\375s\332\002g\250Y\260f\270\375C\261\000\014\022\320\022\"\240\377!\240:\250Q\250d\260X\357 \362$\376aV\230\350\001\010\334-\276""\336\005y\250\013\2601\266cB>\347 (\240\047\250\031?\000\356&\376\257B<\230v\240T\250\034\366\234a\020\220\347`\022\220\"\220\373B\220\244`\027\320\027+\250\3771\250A\250T\260\021\330\371\020\366&\224\204\001\030\034\230I\240\317Q\330\024\033\305`\352\004\330\024\373\027\220\324#\030\033\2301\330\177\034#\2401\330\030\036\266`\337(\250!\2501<\0011\330r\266Be\233b\232@J\230a\261B\276\203`a\220t\2303\014\000w\377\240n\260D\270\005\270R\177\270r\300\022\3006\310u\000\372\367\0011\261`\t\260\026\260z\277\300\026\300v\310Q\326AK\257\230t\2407\223a\025\350\205\003\t\235\230\264@\023\2201\230I\374\"$?\000\t\032\230\021\340\334;\242\201\047\376\225+\023\2202\220S\230\001|\370\001\240\204\007\030\037\230q\340\230 \177<\240q\250\001\250\024\306@_a\260t\2701\226(\031\251!\345q\231#%\"\001;\0038\2406\376,\000T\260\027\270\n\300#\367\300Q\330\343 E\240\021\330\353\030\031\257\206\001$\266\206\001\023\2207\277\230(\240\"\240A\273\204\001\010\367\240\010\250x\000\030\230\005\230\371QJ\004V\000\032\230.\250\001\367\330\030\047z\000\007\320/M\337\310Q\310a\340\272@4\220\375x\237\205\001\240\031\250(\260$\357\260e\2702\337\"\026\300s\337\310!\330\024\031\272 \024\034\337\230A\340\024\035E\003v\230\023S\240B\000\304B\035\276F\336\206\001\324*\357\0475\260Q\266\207\001\023\220!\377\220:\230Q\230e\2405\376\357\000\025\250d\260(\270!\273\330\010\307\210\005\023\230AL\001\240\327\025\240a\206\207\002\023(\002a\330\347\014\021\220\347\205\002\326\211\001\020\024\220\377A\220U\230#\230R\230\177s\240!\2409\250A\232\207\001\237c\230\021\230!\351\211\001\371\211\001\017\361\020\360\211\004\225\212\002\250\211\0018\2301\230\317I\240U\250\363\210\001\207\002\030\000\377\t\033\230!\2308\2401O\240F\250!\363\207\002\245\212\001U\221\207\001|\277\204\001\234\210\001A\230Y\240a\267\204\001u1\306.J\334\205\002\024\030\230\315+\376\305+R\320RS\320SW\347\320WX\306/\254\206\003\024\033\230\3737\240\264\000\022\220$\220h\372\252\207\n\340\326\213\004;\230d\240$\377\240f\250D\260\004\260D\373\270\007\342""\206\001\020\220\r\230]\374\247\205\001\022\000\007\260z\300\021\300_$\300j\320Ph\000T\215\214\003?q\330\014\022\220)\377\212\001\272\212\003\267w\240a\321\205\002\220D\254\000\001\367\200A\340\353\"6\230\033\240\327C\240q\t\003z\274 %\230\317x\240q\330\246\212\005\211\214\002\340\010=\020\321\214\001\200A\360\014\241\213\003\344\214\007\3734\210b\002+\230Q\230bo\240\001\240\027\274\204\002Z\260<\002\373H\220\226\215\004w\220a\330\014\366\247`\230a\200\206\002)\2604\260uqJ\000\0163\027\330\020\022\240`\3517\360\213\005\352\213\001\n\300\215\001\006\220a\323\340\014\326\215\002\212\000\020\304\211\007\320\017\236\207\212\010\260\024\260Q\377\215\010\225\214\002\013;\2101\213!$\220e\374\210\003\233\214\014\373\360\026\212\212\r\320\033-\250Q\377\250a\250t\2609\270A\377\270T\300\021\320\004\030\2307\001\360\036\271\212\006\013\210\343\216\004\357\215\001\177x\230w\240i\250q\372\216\003\373\002\220\307B*\230A\320\035\335.@\000q\330\010\251\204\001X\230\256\221\0027\220\"\375\"\007\270\213\002\014\362\360Ai\210\214\002\372\204\0021\220F\230\377!\320\004\036\230n\250K\373\260qk\001\036\230T\240\021\177\330\010\037\230t\2401\270\215\n\224\361%\2310\014\231\000\007\231\217\005\356\207\001\010\367\240\004\240\234\205\002j\240\001\240\377\022\2401\320$=\270Q\277\270d\300!\330\014\214\211\001\010/\017\210v\220\361\204\0019\206\216\001\321\006G\022\220&\247a{\001\271$&\270\207\001\333\230a\226f\014\210\340B\016\210\227e\2201\325`\007\266cJ\001W\336\373\000\004 \240\001\342a|\320\375\033\225\213\001F\260$\260f\270\277A\320\004!\240\021\010\014g\377\270Q\320\004$\240N\260\375!+\002\230>\250\021\250$\377\250i\260t\270:\300Y\377\310e\320ST\320\004&\373\240a\023\007&\260\004\260F\377\270)\3001\320\004)\250v>\ro\300K\000+\2501!\013\177K\270y\310\001\320\004\324@>9\013L\300\t\310\021\016\007\242\007\377k\300\031\310!\320\n1\003\260\021";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 3725, 5658);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (3716 bytes) */
+static const char cstring[] = "\377 at once\377, which \377are all \373th\026\000it wa\377s made f\377or: rele\367ase/\000e by\367tes\000\003 of ?a loan\006\001\024\003\337, and\023\000rogw hB\000\n\tth<\000\237uffer\025\003:\002w\267rit\016\000we\177\000l\353os\224\000r\213\000ray\341s[\001/\001\\\002\235\001in \347use\205\007M\000m f\373ir2\000(del)\373 o+\rmessawge \031\"tak\327\000\257one .\006t\335\000twime\242!le \222$\337looke\342\000t;z\273 a\247#seen\257 \377y be tor\337n(tre\273 ra\377gment), \177publish5\000\376\243\000dropped},\322%d.: :\372 \374f\000\211#overwr\363ot\202\007\033\001is pgroc\322\000\234Bst?\004\234\357!\302#s wl\000\330@ \177without\261\000\377: <ivshm\377em.chann\317el.L\255D\010\016Vi\273ew\323A>?N\206 Nl}\001\216bCyK\000n ~\000\376\346 iberate\377ly stric\374\273A\265`n PEP-\367484\375Breje\377cts subc\357lass\326!f b\357uilt\304@typ\377es. If y\337ou ne\313 to\343 p%\000%\t\255`n s\353et\224\"\047\267\000ota\337tion_<\000in\277g\047 dirb\000i\375v\357! False?.Pickl\032\000\230\204\001.\233\000uct\313@m\256\000\207\001\274\345\204\001\220\000elf.\222em\371u\360`\261@expli\367cit\322\000requ\347est\337@\300! @a\337uto_pT\001e(\177True)a \242\"\375i\234\205\004by Rea_der.v\273 a\265f\036\232\205\001dd_n\303@\361$\256\000\317sabl\250`\002\001gc/isen\014\001d\220M\250E\277errors\266EtWext\303D/\303D/\333\204\004\377s.pyxno \377default \377__reduce\337__ du\232\"no{n-\253@vial\033\000?cinit_\231\000\343\204\006\376\251\206\001rows: a|\244@\240\206\002of twQ\000_imens\365 s\374A\360\251A\266\204\001\244\205\001\341\206\001for \257each\255\205\005s\332!h\257eld,\005\002r\225\" \371c\271B\231\205\001conve\273rt\354Ca P\323co\031b\253a\352\207\001 p\273DD\002\227\207\004\000\0140\261\207\006\307\210\001\351\205\021\212\210\001\255A\347\210\002\333\210\004\345d\000\022,\325\207\001\271\210\001reg\376\374` closed_|u1BC\312\205\003E\243A\036\005\004Type\n\003!\002\026\002\374\353\205\001\357\205\001.__ent/er__\006\005x\202A\024\004\362\253Dc\346\205\002\032\006sets\037tate_""\013\n\275\207\001M\002\374\320\207\004\000\t_async\375M\365\210\003TooLon\375g\007\004sLostO\036\374!aken\260\204\003\265\204\004\251f\340x\005\017\006q\016*\005\253a_oru_\330`e\373\204\004get\000\007<\203\003\005\010into\000\014\023\016\200\200\204\0018\010_\002\314\002\331\205\010\344\205\010\347\003V\047alu|\004\000\010.\303\016\017\013\300\312.0\t\307\000?\t\327\206\001O\twawit_\313\211\001ged\000\025\216\225\004iew\323\211\001\372@\267\215\002_\375_\007\004dlpack>\000\014_devi\264\206\001,\004\200\251d\006\005\253bG\004\241l]\004\303\017i\377ew.check\004\201\002\305\216\004W\362\215\002\000\003\226/\017\006\355n8+\004\361\216\0016\004put\000\007\366c>\005\010parts\000\r\025\016\370\365\207\001:\010\353G___Py\375x\001\000Dict_N\273ex\334`f__\205\213\004e\306\034\000_a\206B&\000\327$__p\321%\001\006\314%\366\205\006__e\365\205\002\277__funcB\001g\274\337\205\005o\000mainV\001m\357odul_\002nam\322g\002p\211\000\210\206\003_\007\001vt<\312\212\001\201\001qual\035\005\362\211\005\354\301\205\016\214\212\006ex\265\001set\345_Q\005st\010\341\206\016__t\367est\210 is_c\377oroutine}_\362\205\tarray\362\206\002\177hronous\376\206\002\367io.&\006satb\374\366\221\002\000\003scastc7ell\224bclM\001\362\000\377tracebac\371k\336\210\002\342\210\003codec\357ount\000\002edd\267ata\016\001de\302\220\001e\321n\034\001\243\214\002\247\214\003f(\000df\367romi\003getg \345\000\216\210\002\005\001\377\206\001\000\005_\r\006\365\213\001,#\001\344\206\007ii\245\211\001f\214\000\261\207\001\237items\265\220\r\363\214\005k\277indlen\000\000g\373th\212\224\001mapme\317mory\214\216\001\374\222\004nd\377imnextnu_mpyop\303\217\001s\230\204\001\216\233\204\002pop\230\222\004\237\222\004\275\211\003p_utput\003\006_&\003\000\017\000\320\204\002\016\007\263\215\001%\001\242\210\007\252\225\004\314\215\001\376\214\215\001sendset\376\226\216\004shapesi\377zespinsu\225m\323\216\001t\265@w\346\223\001\352\223\001o\357utto\343\225\002tri\373es\250\221\002truin\273t8\204@il_\246Ai\373me\007\003somet""\237hingv\201\211\001\000\002s\007ver\255\216\001\214\220\001\220\220\001\214\213\003\247\210\t\374\263\210\t\026\005ntedwh\347ole\215\226\003l\00164_\377t (void)\177\000micros\210`\376\311\000\200\001\330\004\n\210+\377\220Q\200A\330\010\013\210\3774\210t\2201\330\014\r\356\010\0015\220\003\010\001\020\220\010\377\230\001\330\r\021\220\031\230\377#\230Q\330\014\020\220\005\214&\005\022\r\024\220\033\002-\000J\001\017\373\210q\001\003t\2209\230A\177\230V\2409\250C\250\017\001\377\032(\250\001\360*\000\t\377\r\210E\220\025\220a\220\357q\330\014\017u\0005\230\001\177\230\031\240!\330\020\027\016\001\177\023\2204\220y\240\001\027\001\337u\220G\2301\023\001x\230\377t\2406\250\023\250J\260\377d\270%\270w\300a\300\377q\330\010\016\210d\220(\373\230!\275\000\033)\250\021\360\357 \000\t\014\304\000w\220c\377\230\024\230X\240W\250I\375\260\262\000\022\220,\230a\330\377\020\032\230!\2304\230z\377\250\021\250\047\260\021\260$\277\260h\270a\360\006+\003uo\220A\220Y!\000\014\023\376\000\357\010\017\210w\226\000v\230T\373\240\021\226  .\250a\360\177&\000\t\036\230Q\340\240\"\277v\220W\230A\330(\0004\177\220u\230G\2401\240\272 \376X\0016\240\021\240&\250\001w\330\010\t\244!\006\220a\326\001\375z\206\000U\240\"\240D\250\377\010\260\007\260y\300\001\330\277\020\026\220d\230)4\000D\364)\000A\002v\326!\017\210u\220\371C\213 \376\000t\2305\240\001\367\240\031\250\213 \023\2205\230\375\003\375\000\024\032\230$\230h\327\240a\240\252\"q?\003%\230]q\240!\020\220\n\327\0001\220\001\277\r\330\020\024\220H\353\">\177\260\024\260V\2704\270)\000\376\312!u\230C\230q\330\024\367\030\230\013\254\002\023\024\330\020\375!\255\000!\2404\240y\260\372\222\000\021\325D\220f\230D\240\367\006\240a\332\003w\230a\340\273\014\034\275@Q\230a\241`#\3371\260\021\360\030\270AF\220\273!\330\245 t\2207\320\"u\337\240A\240Y\250\037\001%3\243\2601\203A\253 \331!\031\273`\010\347\034\230J\265\002\340`5\220\006{\220b\317`\014\022\220*S\001\356\361cx\220s\332\002g\250Y\357\260f\270C\261\000\014\022\320\377\022\"\240!""\240:\250Qg\250d\260i\000\365aV\230\341\001\371\010\3254\336\005y\250\013\2601\372\264cB\347 (\240\047\250\031\370?\000\356&\266B<\230v\240T\333\250\034\232a\020\220\345`\022\220\367\"\220B\257@\020\027\320\027\377+\2501\250A\250T\260\347\021\330\020\366&\222\204\001\030\034\230?I\240Q\330\024\033\303`\352\004\357\330\024\027\220\324#\030\033\230\3771\330\034#\2401\330\030\377\036\230d\240(\250!\250-1<\0011\330\266Be\242b\232@\347J\230a\261B\203`a\220t\373\2303\014\000w\240n\260D\377\270\005\270R\270r\300\022\247\3006\310u\000\367\0011\261`\t\377\260\026\260z\300\026\300v\373\310Q\326AK\230t\2407\332\223a\025\346\205\003\t\230\264@\023\220\3711\230I\374\"$\000\t\032\230\303\021\340\334;\2708\275,\225+\023\220\2372\220S\230\001\370\001\240\204\007\030\357\037\230q\340\230 <\240q\357\250\001\250\024\306@a\260t\253\2701\226(\031\251!q\231#%\334\"\001;\0038\2406,\000T\260\377\027\270\n\300#\300Q\330~\343 E\240\021\330\030\031\255\206\001\365$\264\206\001\023\342`(\240\"\240\275A\273\204\001\010\240\010\250x\000\030\317\230\005\230QJ\004V\000\032\230\277.\250\001\330\030\047z\000\007\377\320/M\310Q\310a\340\356\272@4\220x\237\205\001\240\031\250\177(\260$\260e\2702\337\"\377\026\300s\310!\330\024\031\376\272 \024\034\230A\340\024\035\236E\003v\230S\240B\000\304B\035x\276F\345\206\001\324*\0475\260Q\264\207\001\377\023\220!\220:\230Q\230\367e\2405\357\000\025\250d\260s(\270\216\205\004\311\210\001\023\230AL\001/\240\025\240a\216\207\001\021\235`\272b\361\020\270A\240\206\003\213\206\001\001\230\025\230\177c\240\022\2403\240a\204\206\002\373\024\032\345\211\001\230a\330\017\020\270\347\211\004\214\212\002\237\211\0018\2301\376`U\371\250\352\210\001\200\002\030\000\t\033\230\377!\2308\2401\240F\250\035!\361\207\004\005\220U\212\207\001\270\204\001\234\210\001_A\230Y\240a\260\204\0011\277.\235J\325\205\002\024\030\230\306+\276+R\377\320RS\320SW\320W\371X\277/\245\206\003\024\033\2307\240\377!\330\014\022\220$\220h\374\243\207\n\251\211\003t\220;\230d\240\377$\240f\250D\260""\004\260\357G\2707\300*\000\020\220\r\363\230]\240\205\001\022\000\007\260z\300\177\021\300$\300j\320Ph\000\225T\204\214\003qM\001)\366\212\001\261\212\003w\333\240a\312\205\002\220D\254\000\001\200\373A\340\371\207\0026\230\033\240C\373\240q\t\003z\230\021\230%\377\230x\240q\330\010\014\210\364\232\210\004\026\002\020\310\214\001\200A\360\014|\230\213\003\335\214\005\014\210N\230!(\001\313H\220\370\214\004w\260\212\001\213`\230a\276\344\205\002)\2604\260q5\000\016\370*\013\245\215\001\232\002+\230Q\330\020\245\022\204`7\322\213\005\314\213\001\n\367\212\004\340i\014\270\215\002u\000\020\250\211\007\320\017\353\211\010\317\260\024\260Q\341\215\010\367\213\002\013\210e1\305#e\347\210\003\377\213\n\360\026\354\211\r\377\320\033-\250Q\250a\250\377t\2609\270A\270T\300\377\021\320\004\030\230\001\360\036\346\233\212\006\013\210\303\216\004\317\215\001x\230wo\240i\250q\332\216\003\002\220\260B\277*\230A\320\035.@\000q\377\330\010\024\220A\220X\230.\217\0027\220\"\346\"\007\232\213\002\330B\371i\352\213\002\361\212\0021\220F\230!\377\320\004\036\230n\250K\260\365qk\001\036\252\215\001\330\010\037\230\217t\2401\340\370%\333$\200\001\007|\341\216\005\270\207\001\010\240\004\240A\205\215\001\377j\240\001\240\022\2401\320?$=\270Q\270d\225a\326\210\001/\010\017\210v\301\204\0029\327\215\001\271\0067\022\220&\370A\240\021\250\220\001\241\"\335&\202\207\001\230a\330a\014\014\210\276\315B\016\210e\2201\255`\007\364\216cQ\001W\352\000\004 \240\001\356\272a|\320\033\346\212\001F\260$\377\260f\270A\320\004!\240\375\021\010\014g\270Q\320\004$\357\240N\260!+\002\230>\250\377\021\250$\250i\260t\270\377:\300Y\310e\320ST\337\320\004&\240a\023\007&\260\377\004\260F\270)\3001\320\267\004)\250>\ro\300K\000+\373\2501!\013K\270y\310\001\363\320\004\303@9\013L\300\t\310\371\021\016\007\242\007k\300\031\310!\037\320\n1\260\021";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 3716, 5629);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (5658 bytes) */
-static const char bytes[] = " at once, which are all that it was made for: release one bytes bytes of a loan of  bytes, and a row has  bytes, and the buffer has  of a writer were lost of the loan are in use or arrays of the loan are in use: release them first (del) or arrays of the message are in use: release them first (del) takes one message at a time while it was looked at; what was seen may be torn(tree fragment), published or dropped, released.: : the writer overwrote message : this process was stopped, and writers went on without it: <ivshmem.channel.Loan of <ivshmem.channel.View of >?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.Pickling of struct members such as self.message must be explicitly requested with @auto_pickle(True)a View is made by Reader.viewa message of add_notechannel disableenablegcisenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/messages.pyxno default __reduce__ due to non-trivial __cinit__no message has rows: a buffer of two dimensions is needed, one row for each messageself.held,self.reader cannot be converted to a Python object for picklingself.writer cannot be converted to a Python object for picklingthe loan was published or droppedthe view was released|u1BChannelErrorChannelTypeErrorClosedErrorLoanLoan.__enter__Loan.__exit__Loan.__reduce_cython__Loan.__setstate_cython__Loan.dropLoan.publishLoan.publish_asyncMessageTooLongMessagesLostOvertakenReaderReader.__reduce_cython__Reader.__setstate_cython__Reader._rows_or_noneReader.getReader.get_asyncReader.get_intoReader.get_into_asyncReader.get_rowsReader.get_rows_asyncReader.viewReader.view_asyncValueReaderValueReader.__reduce_cython__ValueReader.__setstate_cython__ValueReader.getValueReader.viewValueReader.wait_changedValueReader.wait_changed_asyncViewView.__bytes__View.__dlpack__View.__dlpack_device__View.__enter__View.__exit__View.__reduce_cython__View.__sets""tate_cython__View.checkView.releaseWriterWriter.__reduce_cython__Writer.__setstate_cython__Writer.loanWriter.putWriter.put_asyncWriter.put_partsWriter.put_parts_asyncWriter.put_rowsWriter.put_rows_async___Pyx_PyDict_NextRef__annotate____await____bytes____dlpack____dlpack_device____enter____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutine_rows_or_nonearrayasynchronousasyncio.coroutinesatbufferbufferscastcellcheckcline_in_tracebackcloseclosedcodecountcounteddatadecodedropencodeerrorerrorsfoundfrombuffergetget_asyncget_intoget_into_asyncget_rowsget_rows_asynciinterfaceintoitemsivshmem.channel.messageskindlenlengthloanmapmemoryviewmessagendimnextnumpyoptionspartpartspoppublishpublish_asyncputput_asyncput_partsput_parts_asyncput_rowsput_rows_asyncreleaserowsselfsendsetdefaultshapesizespinsumtextthrowtimetimeouttobytestriestypestruint8until_in_timeuntil_somethingvaluevaluesversionviewview_asyncwait_changedwait_changed_asyncwantedwholewriteruint64_t (void)\000microseconds\200\001\330\004\n\210+\220Q\200A\330\010\013\2104\210t\2201\330\014\r\330\010\013\2105\220\003\2201\330\014\020\220\010\230\001\330\r\021\220\031\230#\230Q\330\014\020\220\005\220Q\200A\330\010\013\2105\220\003\2201\330\014\020\220\010\230\001\330\r\021\220\024\220Q\330\014\020\220\010\230\001\200A\330\010\017\210q\200A\330\010\017\210t\2209\230A\230V\2409\250C\250q\200A\330\032(\250\001\360*\000\t\r\210E\220\025\220a\220q\330\014\017\210t\2205\230\001\230\031\240!\330\020\027\220q\330\014\023\2204\220y\240\001\330\014\017\210u\220G\2301\330\020\027\220x\230t\2406\250\023\250J\260d\270%\270w\300a\300q\330\010\016\210d\220(\230!\200A\330\033)\250\021\360 \000\t\014\2104\210w\220c\230\024\230X\240W\250I\260Q\330\014\022\220,\230a\330\020\032\230!\2304\230z\250\021\250\047\260\021\260$\260h\270a\360\006\000\t\014\2104\210u\220A\220Y\230a\330\014\023\2201\330\010""\017\210w\220a\220v\230Q\230d\240!\200A\330 .\250a\360&\000\t\036\230Q\340\010\014\210F\220!\330\010\013\2104\210v\220W\230A\330\014\023\2204\220u\230G\2401\240A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\017\210z\230\024\230U\240\"\240D\250\010\260\007\260y\300\001\330\020\026\220d\230)\2401\240D\250\001\330\014\023\2204\220v\230Q\330\014\017\210u\220C\220q\330\020\027\220t\2305\240\001\240\031\250!\330\020\023\2205\230\003\2301\330\024\032\230$\230h\240a\240q\330\014\017\210q\330\020\026\220d\230%\230q\240\001\330\014\020\220\n\230!\2301\230A\330\014\r\330\020\024\220H\230A\230V\240>\260\024\260V\2704\270q\330\020\023\2204\220u\230C\230q\330\024\030\230\013\2401\240A\330\023\024\330\020!\240\021\240!\2404\240y\260\001\330\020\021\330\014\020\220\005\220Q\220f\230D\240\006\240a\330\014\023\2204\220w\230a\340\014\034\230A\230Q\230a\200A\330#1\260\021\360\030\000\t\r\210F\220!\330\010\017\210t\2207\230!\2304\230u\240A\240Y\250a\200A\330%3\2601\360 \000\t\036\230Q\360\006\000\t\031\230\001\330\010\034\230J\240a\240q\330\010\013\2105\220\006\220b\230\001\330\014\022\220*\230A\230Q\330\010\013\2104\210x\220s\230$\230h\240g\250Y\260f\270C\270q\330\014\022\320\022\"\240!\240:\250Q\250d\260!\330\010\014\210F\220!\330\010\020\220\005\220V\2301\230A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\023\2204\220u\230C\230y\250\013\2601\330\014\017\210u\220B\220d\230(\240\047\250\031\260!\330\020\026\220d\230)\2401\240A\330\014\023\220<\230v\240T\250\034\260Q\330\014\020\220\001\330\014\022\220\"\220B\220a\330\020\027\320\027+\2501\250A\250T\260\021\330\020\023\2205\230\003\2301\330\024\027\220q\330\030\034\230I\240Q\330\024\033\2304\230u\240A\240Y\250a\330\024\027\220u\230C\230q\330\030\033\2301\330\034#\2401\330\030\036\230d\240(\250!\2501\330\020\023\2201\330\024\032\230$\230e\2401\240A\330\020\024\220J\230a\230q\240\001\330\020\026\220a\220t\2303\230a\230w\240n\260D\270\005\270R\270r\300\022\3006\310\021\330\020\"\240!\2401\240D\250\t\260\026""\260z\300\026\300v\310Q\330\020\024\220K\230t\2407\250!\330\020\025\220Q\330\014\020\220\t\230\021\330\014\023\2201\340\014\034\230A\230Q\230a\200A\330%3\2601\360$\000\t\032\230\021\340\010\034\230J\240a\240q\330\010\013\2105\220\006\220b\230\001\330\014\022\220*\230A\230Q\330\010\020\220\005\220V\2301\230A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\023\2204\220u\230C\230y\250\013\2601\330\014\020\220\001\330\014\022\220\"\220B\220a\330\020\023\2202\220S\230\001\330\024\027\220t\2305\240\001\240\031\250!\330\030\037\230q\340\024\033\230<\240q\250\001\250\024\250Y\260a\260t\2701\330\024\027\220u\230C\230q\330\030\031\330\024\027\220q\330\030\036\230d\240%\240q\250\001\330\024\027\220t\2308\2406\250\024\250T\260\027\270\n\300#\300Q\330\030\034\230E\240\021\330\030\031\330\020\032\230$\230a\330\020\023\2207\230(\240\"\240A\330\024\030\230\010\240\010\250\001\330\024\030\230\005\230Q\330\024\027\220q\330\030\031\330\024\032\230.\250\001\330\030\047\240q\250\007\320/M\310Q\310a\340\020\023\2204\220x\230q\240\001\240\031\250(\260$\260e\2702\270R\270r\300\026\300s\310!\330\024\031\230\021\330\024\034\230A\340\024\035\230Q\330\024\027\220v\230S\240\001\330\030\033\2301\330\034\035\330\030\036\230d\240(\250!\330\014\023\2201\340\014\034\230A\230Q\230a\200A\330\0475\260Q\360\006\000\t\023\220!\220:\230Q\230e\2405\250\001\250\025\250d\260(\270!\330\010\017\210t\2205\230\001\230\023\230A\230S\240\001\240\025\240a\330\010\t\330\014\023\220:\230Q\230a\330\014\021\220\021\330\014\020\220\010\230\001\330\020\024\220A\220U\230#\230R\230s\240!\2409\250A\330\020\026\220c\230\021\230!\330\014\020\220\010\230\001\330\017\020\330\014\020\220\005\220Q\330\014\r\330\010\017\210t\2208\2301\230I\240U\250!\200A\330\0475\260Q\360\030\000\t\033\230!\2308\2401\240F\250!\330\010\t\330\014\020\220\005\220U\230!\2301\330\020\023\2204\220u\230A\230Y\240a\330\024\033\2301\330\020\032\230$\230a\330\020\023\2207\230(\240\"\240J\250d\260!\330\024\030\230\010\240\010\250\001\330\024""\030\230\005\230Q\330\024\032\230.\250\001\330\030\047\240q\250\007\320/R\320RS\320SW\320WX\340\020\023\2204\220x\230q\240\001\240\031\250(\260$\260f\270C\270q\330\024\033\2307\240!\330\014\022\220$\220h\230a\340\014\034\230A\230Q\230a\200A\340\010\013\2104\210t\220;\230d\240$\240f\250D\260\004\260D\270\007\270q\330\014\020\220\r\230]\250!\2501\250D\260\007\260z\300\021\300$\300j\320PS\320ST\330\010\013\2104\210q\330\014\022\220)\2301\330\020\032\230!\2304\230w\240a\330\020\023\2201\220D\230\010\240\001\200A\340\010\017\210t\2206\230\033\240C\240q\200A\340\010\017\210z\230\021\230%\230x\240q\330\010\014\210F\220!\330\010\017\210q\200A\340\010\020\220\003\2201\200A\360\014\000\t\014\2104\210t\2201\330\014\r\330\010\013\2104\210q\330\014\022\220+\230Q\230b\240\001\240\027\250\001\250\024\250Z\260q\330\010\014\210H\220A\330\010\013\2104\210w\220a\330\014\035\230Q\230a\230t\2407\250)\2604\260q\200A\360\016\000\t\014\2104\210t\2201\330\014\r\330\010\013\2104\210q\330\014\022\220+\230Q\330\020\022\220!\2207\230!\2304\230z\250\021\360\006\000\t\n\330\014\020\220\006\220a\340\014\020\220\010\230\001\200A\360\020\000\t\r\210F\220!\330\010\017\320\017!\240\021\240!\2404\240y\260\001\260\024\260Q\330\010\013\2105\220\003\2201\330\014\023\2201\330\010\013\2101\330\014\022\220$\220e\2301\230A\330\010\017\210w\220a\220v\230Q\230d\240!\200A\360\026\000\t\r\210F\220!\330\010\017\210t\2207\230!\320\033-\250Q\250a\250t\2609\270A\270T\300\021\320\004\030\230\001\360\036\000\t\r\210F\220!\330\010\013\2105\220\003\2201\330\014\023\2204\220x\230w\240i\250q\330\010\013\2105\220\002\220!\330\014\022\220*\230A\320\035.\250a\250q\330\010\024\220A\220X\230Q\330\010\013\2107\220\"\220D\230\010\240\007\240y\260\001\330\014\022\220$\220i\230q\240\001\330\010\017\210t\2201\220F\230!\320\004\036\230n\250K\260q\360\036\000\t\036\230T\240\021\330\010\037\230t\2401\340\010\014\210F\220!\330\010\013\2104\210q\330\014\022\220+\230Q\330\020\022\220!\2207\230!\2304\230z\250\021\360\006\000\t\014\2105""\220\007\220q\330\014\017\210t\2202\220S\230\010\240\004\240A\330\020\026\220j\240\001\240\022\2401\320$=\270Q\270d\300!\330\014\025\220Q\330\010\017\210v\220U\230!\2309\240A\330\010\013\2105\220\003\2201\330\014\022\220&\230\010\240\001\240\021\330\010\013\2101\330\014\022\220&\230\005\230Q\230a\330\010\014\210F\220!\330\010\014\210H\220A\330\010\016\210e\2201\220D\230\007\230x\240q\330\010\017\210v\220W\230A\320\004 \240\001\340\010\017\210|\320\033+\2501\250F\260$\260f\270A\320\004!\240\021\340\010\017\210|\320\033+\2501\250F\260$\260g\270Q\320\004$\240N\260!\340\010\017\210|\230>\250\021\250$\250i\260t\270:\300Y\310e\320ST\320\004&\240a\340\010\017\210|\230>\250\021\250&\260\004\260F\270)\3001\320\004)\250\021\340\010\017\210|\320\033+\2501\250F\260$\260o\300Q\320\004+\2501\340\010\017\210|\230>\250\021\250&\260\004\260K\270y\310\001\320\004-\250Q\340\010\017\210|\230>\250\021\250&\260\004\260L\300\t\310\021\320\004-\250Q\340\010\017\210|\320\033+\2501\250F\260$\260k\300\031\310!\320\n1\260\021";
+    #else /* compression: none (5629 bytes) */
+static const char bytes[] = " at once, which are all that it was made for: release one bytes bytes of a loan of  bytes, and a row has  bytes, and the buffer has  of a writer were lost or arrays of the loan are in use: release them first (del) or arrays of the message are in use: release them first (del) takes one message at a time while it was looked at; what was seen may be torn(tree fragment), published or dropped, released.: : the writer overwrote message : this process was stopped, and writers went on without it: <ivshmem.channel.Loan of <ivshmem.channel.View of >?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.Pickling of struct members such as self.message must be explicitly requested with @auto_pickle(True)a View is made by Reader.viewa message of add_notechannel disableenablegcisenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/messages.pyxno default __reduce__ due to non-trivial __cinit__no message has rows: a buffer of two dimensions is needed, one row for each messageself.held,self.reader cannot be converted to a Python object for picklingself.writer cannot be converted to a Python object for picklingthe loan was published or droppedthe view was releasedthe view was released, or the region closed|u1BChannelErrorChannelTypeErrorClosedErrorLoanLoan.__enter__Loan.__exit__Loan.__reduce_cython__Loan.__setstate_cython__Loan.dropLoan.publishLoan.publish_asyncMessageTooLongMessagesLostOvertakenReaderReader.__reduce_cython__Reader.__setstate_cython__Reader._rows_or_noneReader.getReader.get_asyncReader.get_intoReader.get_into_asyncReader.get_rowsReader.get_rows_asyncReader.viewReader.view_asyncValueReaderValueReader.__reduce_cython__ValueReader.__setstate_cython__ValueReader.getValueReader.viewValueReader.wait_changedValueReader.wait_changed_asyncViewView.__bytes__View.__dlpack__View.__dlpack_device__View.__enter__View.__exit__View.__reduce""_cython__View.__setstate_cython__View.checkView.releaseWriterWriter.__reduce_cython__Writer.__setstate_cython__Writer.loanWriter.putWriter.put_asyncWriter.put_partsWriter.put_parts_asyncWriter.put_rowsWriter.put_rows_async___Pyx_PyDict_NextRef__annotate____await____bytes____dlpack____dlpack_device____enter____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutine_rows_or_nonearrayasynchronousasyncio.coroutinesatbufferbufferscastcellcheckcline_in_tracebackcloseclosedcodecountcounteddatadecodedropencodeerrorerrorsfoundfrombuffergetget_asyncget_intoget_into_asyncget_rowsget_rows_asynciinterfaceintoitemsivshmem.channel.messageskindlenlengthloanmapmemoryviewmessagendimnextnumpyoptionspartpartspoppublishpublish_asyncputput_asyncput_partsput_parts_asyncput_rowsput_rows_asyncreleaserowsselfsendsetdefaultshapesizespinsumtextthrowtimetimeouttobytestriestypestruint8until_in_timeuntil_somethingvaluevaluesversionviewview_asyncwait_changedwait_changed_asyncwantedwholewriteruint64_t (void)\000microseconds\200\001\330\004\n\210+\220Q\200A\330\010\013\2104\210t\2201\330\014\r\330\010\013\2105\220\003\2201\330\014\020\220\010\230\001\330\r\021\220\031\230#\230Q\330\014\020\220\005\220Q\200A\330\010\013\2105\220\003\2201\330\014\020\220\010\230\001\330\r\021\220\024\220Q\330\014\020\220\010\230\001\200A\330\010\017\210q\200A\330\010\017\210t\2209\230A\230V\2409\250C\250q\200A\330\032(\250\001\360*\000\t\r\210E\220\025\220a\220q\330\014\017\210t\2205\230\001\230\031\240!\330\020\027\220q\330\014\023\2204\220y\240\001\330\014\017\210u\220G\2301\330\020\027\220x\230t\2406\250\023\250J\260d\270%\270w\300a\300q\330\010\016\210d\220(\230!\200A\330\033)\250\021\360 \000\t\014\2104\210w\220c\230\024\230X\240W\250I\260Q\330\014\022\220,\230a\330\020\032\230!\2304\230z\250\021\250\047\260\021\260$\260h\270a\360\006\000\t\014\2104\210u\220A\220Y\230a\330\014""\023\2201\330\010\017\210w\220a\220v\230T\240\021\200A\330 .\250a\360&\000\t\036\230Q\340\010\013\2104\210v\220W\230A\330\014\023\2204\220u\230G\2401\240A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\020\220\006\220a\330\014\017\210z\230\024\230U\240\"\240D\250\010\260\007\260y\300\001\330\020\026\220d\230)\2401\240D\250\001\330\014\023\2204\220v\230Q\330\014\017\210u\220C\220q\330\020\027\220t\2305\240\001\240\031\250!\330\020\023\2205\230\003\2301\330\024\032\230$\230h\240a\240q\330\014\017\210q\330\020\026\220d\230%\230q\240\001\330\014\020\220\n\230!\2301\230A\330\014\r\330\020\024\220H\230A\230V\240>\260\024\260V\2704\270q\330\020\023\2204\220u\230C\230q\330\024\030\230\013\2401\240A\330\023\024\330\020!\240\021\240!\2404\240y\260\001\330\020\021\330\014\020\220\005\220Q\220f\230D\240\006\240a\330\014\023\2204\220w\230a\340\014\034\230A\230Q\230a\200A\330#1\260\021\360\030\000\t\r\210F\220!\330\010\017\210t\2207\230!\2304\230u\240A\240Y\250a\200A\330%3\2601\360 \000\t\036\230Q\360\006\000\t\031\230\001\330\010\034\230J\240a\240q\330\010\013\2105\220\006\220b\230\001\330\014\022\220*\230A\230Q\330\010\013\2104\210x\220s\230$\230h\240g\250Y\260f\270C\270q\330\014\022\320\022\"\240!\240:\250Q\250d\260!\330\010\020\220\005\220V\2301\230A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\020\220\006\220a\330\014\023\2204\220u\230C\230y\250\013\2601\330\014\017\210u\220B\220d\230(\240\047\250\031\260!\330\020\026\220d\230)\2401\240A\330\014\023\220<\230v\240T\250\034\260Q\330\014\020\220\001\330\014\022\220\"\220B\220a\330\020\027\320\027+\2501\250A\250T\260\021\330\020\023\2205\230\003\2301\330\024\027\220q\330\030\034\230I\240Q\330\024\033\2304\230u\240A\240Y\250a\330\024\027\220u\230C\230q\330\030\033\2301\330\034#\2401\330\030\036\230d\240(\250!\2501\330\020\023\2201\330\024\032\230$\230e\2401\240A\330\020\024\220J\230a\230q\240\001\330\020\026\220a\220t\2303\230a\230w\240n\260D\270\005\270R\270r\300\022\3006\310\021\330\020\"\240!\2401""\240D\250\t\260\026\260z\300\026\300v\310Q\330\020\024\220K\230t\2407\250!\330\020\025\220Q\330\014\020\220\t\230\021\330\014\023\2201\340\014\034\230A\230Q\230a\200A\330%3\2601\360$\000\t\032\230\021\340\010\034\230J\240a\240q\330\010\013\2105\220\006\220b\230\001\330\014\022\220*\230A\230Q\330\010\020\220\005\220V\2301\230A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\023\2204\220u\230C\230y\250\013\2601\330\014\020\220\001\330\014\022\220\"\220B\220a\330\020\023\2202\220S\230\001\330\024\027\220t\2305\240\001\240\031\250!\330\030\037\230q\340\024\033\230<\240q\250\001\250\024\250Y\260a\260t\2701\330\024\027\220u\230C\230q\330\030\031\330\024\027\220q\330\030\036\230d\240%\240q\250\001\330\024\027\220t\2308\2406\250\024\250T\260\027\270\n\300#\300Q\330\030\034\230E\240\021\330\030\031\330\020\032\230$\230a\330\020\023\2207\230(\240\"\240A\330\024\030\230\010\240\010\250\001\330\024\030\230\005\230Q\330\024\027\220q\330\030\031\330\024\032\230.\250\001\330\030\047\240q\250\007\320/M\310Q\310a\340\020\023\2204\220x\230q\240\001\240\031\250(\260$\260e\2702\270R\270r\300\026\300s\310!\330\024\031\230\021\330\024\034\230A\340\024\035\230Q\330\024\027\220v\230S\240\001\330\030\033\2301\330\034\035\330\030\036\230d\240(\250!\330\014\023\2201\340\014\034\230A\230Q\230a\200A\330\0475\260Q\360\006\000\t\023\220!\220:\230Q\230e\2405\250\001\250\025\250d\260(\270!\330\010\017\210t\2205\230\001\230\023\230A\230S\240\001\240\025\240a\330\010\t\330\021\033\2301\230I\240Q\330\020\025\220Q\330\020\024\220H\230A\330\024\030\230\001\230\025\230c\240\022\2403\240a\240y\260\001\330\024\032\230#\230Q\230a\330\017\020\330\014\020\220\005\220Q\330\014\r\330\010\017\210t\2208\2301\230I\240U\250!\200A\330\0475\260Q\360\030\000\t\033\230!\2308\2401\240F\250!\330\010\t\330\014\020\220\005\220U\230!\2301\330\020\023\2204\220u\230A\230Y\240a\330\024\033\2301\330\020\032\230$\230a\330\020\023\2207\230(\240\"\240J\250d\260!\330\024\030\230\010\240\010\250\001\330\024\030\230\005""\230Q\330\024\032\230.\250\001\330\030\047\240q\250\007\320/R\320RS\320SW\320WX\340\020\023\2204\220x\230q\240\001\240\031\250(\260$\260f\270C\270q\330\024\033\2307\240!\330\014\022\220$\220h\230a\340\014\034\230A\230Q\230a\200A\340\010\013\2104\210t\220;\230d\240$\240f\250D\260\004\260G\2707\300!\330\014\020\220\r\230]\250!\2501\250D\260\007\260z\300\021\300$\300j\320PS\320ST\330\010\013\2104\210q\330\014\022\220)\2301\330\020\032\230!\2304\230w\240a\330\020\023\2201\220D\230\010\240\001\200A\340\010\017\210t\2206\230\033\240C\240q\200A\340\010\017\210z\230\021\230%\230x\240q\330\010\014\210F\220!\330\010\017\210q\200A\340\010\020\220\003\2201\200A\360\014\000\t\014\2104\210t\2201\330\014\r\330\010\014\210N\230!\330\010\014\210H\220A\330\010\013\2104\210w\220a\330\014\035\230Q\230a\230t\2407\250)\2604\260q\200A\360\016\000\t\014\2104\210t\2201\330\014\r\330\010\013\2104\210q\330\014\022\220+\230Q\330\020\022\220!\2207\230!\2304\230z\250\021\360\006\000\t\n\330\014\020\220\006\220a\340\014\020\220\010\230\001\200A\360\020\000\t\r\210F\220!\330\010\017\320\017!\240\021\240!\2404\240y\260\001\260\024\260Q\330\010\013\2105\220\003\2201\330\014\023\2201\330\010\013\2101\330\014\022\220$\220e\2301\230A\330\010\017\210w\220a\220v\230T\240\021\200A\360\026\000\t\r\210F\220!\330\010\017\210t\2207\230!\320\033-\250Q\250a\250t\2609\270A\270T\300\021\320\004\030\230\001\360\036\000\t\r\210F\220!\330\010\013\2105\220\003\2201\330\014\023\2204\220x\230w\240i\250q\330\010\013\2105\220\002\220!\330\014\022\220*\230A\320\035.\250a\250q\330\010\024\220A\220X\230Q\330\010\013\2107\220\"\220D\230\010\240\007\240y\260\001\330\014\022\220$\220i\230q\240\001\330\010\017\210t\2201\220F\230!\320\004\036\230n\250K\260q\360\036\000\t\036\230T\240\021\330\010\037\230t\2401\340\010\014\210F\220!\330\010\014\210N\230!\330\010\013\2105\220\007\220q\330\014\017\210t\2202\220S\230\010\240\004\240A\330\020\026\220j\240\001\240\022\2401\320$=\270Q\270d\300!\330\014\025\220Q\330\010\017\210v\220U""\230!\2309\240A\330\010\013\2105\220\003\2201\330\014\022\220&\230\010\240\001\240\021\330\010\013\2101\330\014\022\220&\230\005\230Q\230a\330\010\014\210F\220!\330\010\014\210N\230!\330\010\014\210H\220A\330\010\016\210e\2201\220D\230\007\230x\240q\330\010\017\210v\220W\230A\320\004 \240\001\340\010\017\210|\320\033+\2501\250F\260$\260f\270A\320\004!\240\021\340\010\017\210|\320\033+\2501\250F\260$\260g\270Q\320\004$\240N\260!\340\010\017\210|\230>\250\021\250$\250i\260t\270:\300Y\310e\320ST\320\004&\240a\340\010\017\210|\230>\250\021\250&\260\004\260F\270)\3001\320\004)\250\021\340\010\017\210|\320\033+\2501\250F\260$\260o\300Q\320\004+\2501\340\010\017\210|\230>\250\021\250&\260\004\260K\270y\310\001\320\004-\250Q\340\010\017\210|\230>\250\021\250&\260\004\260L\300\t\310\021\320\004-\250Q\340\010\017\210|\320\033+\2501\250F\260$\260k\300\031\310!\320\n1\260\021";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -25056,42 +25493,42 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 584};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 606};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_found};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_get_rows_async, __pyx_mstate->__pyx_kp_b_iso88591_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 41};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 43};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_cell, __pyx_mstate->__pyx_n_u_code};
-    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_put, __pyx_mstate->__pyx_kp_b_iso88591_A_a_Q_F_4vWA_4uG1A_6_z_U_D_y_d_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_put, __pyx_mstate->__pyx_kp_b_iso88591_A_a_Q_4vWA_4uG1A_6_a_z_U_D_y_d_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 10, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 90};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 10, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 92};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_parts, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_loan, __pyx_mstate->__pyx_n_u_buffers, __pyx_mstate->__pyx_n_u_into, __pyx_mstate->__pyx_n_u_at, __pyx_mstate->__pyx_n_u_part, __pyx_mstate->__pyx_n_u_part};
-    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_put_parts, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_Qe5_d_t5_AS_a_Qa_AU_Rs_9A_c, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_put_parts, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_Qe5_d_t5_AS_a_1IQ_Q_HA_c_3a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 108};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 109};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_cell, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_time, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_whole};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_put_rows, __pyx_mstate->__pyx_kp_b_iso88591_A_31_Q_Jaq_5_b_AQ_4xs_hgYfCq_Qd, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 165};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 166};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_put_async, __pyx_mstate->__pyx_kp_b_iso88591_a_F_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 169};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 170};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_parts, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_put_parts_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_L, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 173};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 174};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_put_rows_async, __pyx_mstate->__pyx_kp_b_iso88591_1_Ky, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 181};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 182};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_wanted};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_loan, __pyx_mstate->__pyx_kp_b_iso88591_F_5_1_4xwiq_5_A_aq_AXQ_7_D_y_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
@@ -25106,27 +25543,27 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 2, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 259};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 2, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 273};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_writer, __pyx_mstate->__pyx_n_u_length, __pyx_mstate->__pyx_n_u_code};
-    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_publish, __pyx_mstate->__pyx_kp_b_iso88591_nKq_T_t1_F_4q_Q_7_4z_5_q_t2S_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_publish, __pyx_mstate->__pyx_kp_b_iso88591_nKq_T_t1_F_N_5_q_t2S_A_j_1_Qd_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 297};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 308};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_size};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_publish_async, __pyx_mstate->__pyx_kp_b_iso88591_N_it_YeST, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 301};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 312};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_drop, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_4q_Qb_Zq_HA_4wa_Qat7_4q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_drop, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_N_HA_4wa_Qat7_4q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 315};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 325};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 318};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 328};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_kind, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_5_1_Q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
@@ -25141,42 +25578,42 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 425};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 447};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u__6};
     __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_get, __pyx_mstate->__pyx_kp_b_iso88591_A_E_aq_t5_q_4y_uG1_xt6_Jd_waq_d, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 455};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 477};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_message, __pyx_mstate->__pyx_n_u__6};
     __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_get_into, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_81F_U_1_4uAYa_1_a_7_Jd_Q_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 486};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 508};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_tries, __pyx_mstate->__pyx_n_u_message, __pyx_mstate->__pyx_n_u_whole};
     __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_get_rows, __pyx_mstate->__pyx_kp_b_iso88591_A_31_Jaq_5_b_AQ_V1A_6_4uCy_1_Ba, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 550};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 572};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin};
-    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_kp_b_iso88591_A_4wc_XWIQ_a_4z_ha_4uAYa_1_wavQd, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_kp_b_iso88591_A_4wc_XWIQ_a_4z_ha_4uAYa_1_wavT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 576};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 598};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_get_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_fA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 580};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 602};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_get_into_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_1F_k, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 589};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 611};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_rows_or_none, __pyx_mstate->__pyx_kp_b_iso88591_A_t9AV9Cq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 592};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 614};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_view_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_gQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }
@@ -25191,37 +25628,37 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[26] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[26])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 683};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 708};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data};
     __pyx_mstate_global->__pyx_codeobj_tab[27] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_bytes_2, __pyx_mstate->__pyx_kp_b_iso88591_A_z_xq_F_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[27])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARKEYWORDS), 709};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARKEYWORDS), 734};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_options};
     __pyx_mstate_global->__pyx_codeobj_tab[28] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_dlpack, __pyx_mstate->__pyx_kp_b_iso88591_A_t6_Cq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[28])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 713};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 738};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[29] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_dlpack_device, __pyx_mstate->__pyx_kp_b_iso88591_A_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[29])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 717};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 742};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[30] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_check, __pyx_mstate->__pyx_kp_b_iso88591_A_4t_d_fD_D_q_1D_z_jPSST_4q_1_4w, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[30])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[30] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_check, __pyx_mstate->__pyx_kp_b_iso88591_A_4t_d_fD_G7_1D_z_jPSST_4q_1_4wa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[30])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 727};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 752};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[31] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_release, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_4q_Q_7_4z_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[31])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 746};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 771};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[32] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[32])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 749};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 774};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_kind, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[33] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_5_1_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[33])) goto bad;
   }
@@ -25236,22 +25673,22 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[35] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[35])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 839};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 871};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[36] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_get, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t7_Qat9AT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[36])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 853};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 885};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin};
     __pyx_mstate_global->__pyx_codeobj_tab[37] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_wait_changed, __pyx_mstate->__pyx_kp_b_iso88591_A_1_F_t7_4uAYa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[37])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 869};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 901};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_code};
-    __pyx_mstate_global->__pyx_codeobj_tab[38] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4y_Q_5_1_1_1_e1A_wavQd, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[38])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[38] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4y_Q_5_1_1_1_e1A_wavT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[38])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 885};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 917};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[39] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_wait_changed_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_oQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[39])) goto bad;
   }
@@ -27075,6 +27512,26 @@ static CYTHON_INLINE int __Pyx_TypeTest(PyObject *obj, PyTypeObject *type) {
     return 0;
 }
 
+/* PyObjectLookupSpecial */
+#if CYTHON_USE_PYTYPE_LOOKUP && CYTHON_USE_TYPE_SLOTS
+static CYTHON_INLINE PyObject* __Pyx__PyObject_LookupSpecial(PyObject* obj, PyObject* attr_name, int with_error) {
+    PyObject *res;
+    PyTypeObject *tp = Py_TYPE(obj);
+    res = _PyType_Lookup(tp, attr_name);
+    if (likely(res)) {
+        descrgetfunc f = Py_TYPE(res)->tp_descr_get;
+        if (!f) {
+            Py_INCREF(res);
+        } else {
+            res = f(res, obj, (PyObject *)tp);
+        }
+    } else if (with_error) {
+        PyErr_SetObject(PyExc_AttributeError, attr_name);
+    }
+    return res;
+}
+#endif
+
 /* PyNumberBinop */
 #if !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL || CYTHON_COMPILING_IN_LIMITED_API)
 #if CYTHON_USE_TYPE_SLOTS || __PYX_LIMITED_VERSION_HEX >= 0x030A0000
@@ -28225,6 +28682,111 @@ static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, in
     return 0;
 }
 
+/* WriteUnraisableException */
+static void __Pyx_WriteUnraisable(const char *name, int clineno,
+                                  int lineno, const char *filename,
+                                  int full_traceback, int nogil) {
+    PyObject *old_exc, *old_val, *old_tb;
+    PyObject *ctx;
+    __Pyx_PyThreadState_declare
+    PyGILState_STATE state;
+    if (nogil)
+        state = PyGILState_Ensure();
+    else state = (PyGILState_STATE)0;
+    CYTHON_UNUSED_VAR(clineno);
+    CYTHON_UNUSED_VAR(lineno);
+    CYTHON_UNUSED_VAR(filename);
+    CYTHON_MAYBE_UNUSED_VAR(nogil);
+    __Pyx_PyThreadState_assign
+    __Pyx_ErrFetch(&old_exc, &old_val, &old_tb);
+    if (full_traceback) {
+        Py_XINCREF(old_exc);
+        Py_XINCREF(old_val);
+        Py_XINCREF(old_tb);
+        __Pyx_ErrRestore(old_exc, old_val, old_tb);
+        PyErr_PrintEx(0);
+    }
+    ctx = PyUnicode_FromString(name);
+    __Pyx_ErrRestore(old_exc, old_val, old_tb);
+    if (!ctx) {
+        PyErr_WriteUnraisable(Py_None);
+    } else {
+        PyErr_WriteUnraisable(ctx);
+        Py_DECREF(ctx);
+    }
+    if (nogil)
+        PyGILState_Release(state);
+}
+
+/* UnicodeConcatInPlace */
+# if CYTHON_COMPILING_IN_CPYTHON
+static int
+__Pyx_unicode_modifiable(PyObject *unicode, int unsafe_shared)
+{
+    if (!__Pyx_IS_UNIQUELY_REFERENCED(unicode, unsafe_shared))
+        return 0;
+#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX > 0x030F0000
+    if (PyUnstable_Unicode_GET_CACHED_HASH(unicode) != -1)
+        return 0;
+#endif
+    if (!PyUnicode_CheckExact(unicode))
+        return 0;
+    if (PyUnicode_CHECK_INTERNED(unicode))
+        return 0;
+    return 1;
+}
+static CYTHON_INLINE PyObject *__Pyx_PyUnicode_ConcatInPlaceImpl(PyObject **p_left, PyObject *right, int unsafe_shared
+        #if CYTHON_REFNANNY
+        , void* __pyx_refnanny
+        #endif
+    ) {
+    PyObject *left = *p_left;
+    Py_ssize_t left_len, right_len, new_len;
+    if (unlikely(__Pyx_PyUnicode_READY(left) == -1))
+        return NULL;
+    if (unlikely(__Pyx_PyUnicode_READY(right) == -1))
+        return NULL;
+    left_len = PyUnicode_GET_LENGTH(left);
+    if (left_len == 0) {
+        Py_INCREF(right);
+        return right;
+    }
+    right_len = PyUnicode_GET_LENGTH(right);
+    if (right_len == 0) {
+        Py_INCREF(left);
+        return left;
+    }
+    if (unlikely(left_len > PY_SSIZE_T_MAX - right_len)) {
+        PyErr_SetString(PyExc_OverflowError,
+                        "strings are too large to concat");
+        return NULL;
+    }
+    new_len = left_len + right_len;
+    if (left != right
+            && __Pyx_unicode_modifiable(left, unsafe_shared)
+            && PyUnicode_CheckExact(right)
+            && PyUnicode_KIND(right) <= PyUnicode_KIND(left)
+            && !(PyUnicode_IS_ASCII(left) && !PyUnicode_IS_ASCII(right))) {
+        int ret;
+        __Pyx_GIVEREF(*p_left);
+        ret = PyUnicode_Resize(p_left, new_len);
+        __Pyx_GOTREF(*p_left);
+        if (unlikely(ret != 0))
+            return NULL;
+        #if PY_VERSION_HEX >= 0x030d0000
+        if (unlikely(PyUnicode_CopyCharacters(*p_left, left_len, right, 0, right_len) < 0)) return NULL;
+        #else
+        _PyUnicode_FastCopyCharacters(*p_left, left_len, right, 0, right_len);
+        #endif
+        __Pyx_INCREF(*p_left);
+        __Pyx_GIVEREF(*p_left);
+        return *p_left;
+    } else {
+        return __Pyx_PyUnicode_Concat(left, right);
+    }
+  }
+#endif
+
 /* HasAttr (used by ImportImpl) */
 #if __PYX_LIMITED_VERSION_HEX < 0x030d0000
 static CYTHON_INLINE int __Pyx_HasAttr(PyObject *o, PyObject *n) {
@@ -28378,75 +28940,6 @@ bad:
 static PyObject *__Pyx_Import(PyObject *name, PyObject *const *imported_names, Py_ssize_t len_imported_names, PyObject *qualname, int level) {
     return __Pyx__Import(name, imported_names, len_imported_names, qualname, __pyx_mstate_global->__pyx_d, level);
 }
-
-/* UnicodeConcatInPlace */
-# if CYTHON_COMPILING_IN_CPYTHON
-static int
-__Pyx_unicode_modifiable(PyObject *unicode, int unsafe_shared)
-{
-    if (!__Pyx_IS_UNIQUELY_REFERENCED(unicode, unsafe_shared))
-        return 0;
-#if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX > 0x030F0000
-    if (PyUnstable_Unicode_GET_CACHED_HASH(unicode) != -1)
-        return 0;
-#endif
-    if (!PyUnicode_CheckExact(unicode))
-        return 0;
-    if (PyUnicode_CHECK_INTERNED(unicode))
-        return 0;
-    return 1;
-}
-static CYTHON_INLINE PyObject *__Pyx_PyUnicode_ConcatInPlaceImpl(PyObject **p_left, PyObject *right, int unsafe_shared
-        #if CYTHON_REFNANNY
-        , void* __pyx_refnanny
-        #endif
-    ) {
-    PyObject *left = *p_left;
-    Py_ssize_t left_len, right_len, new_len;
-    if (unlikely(__Pyx_PyUnicode_READY(left) == -1))
-        return NULL;
-    if (unlikely(__Pyx_PyUnicode_READY(right) == -1))
-        return NULL;
-    left_len = PyUnicode_GET_LENGTH(left);
-    if (left_len == 0) {
-        Py_INCREF(right);
-        return right;
-    }
-    right_len = PyUnicode_GET_LENGTH(right);
-    if (right_len == 0) {
-        Py_INCREF(left);
-        return left;
-    }
-    if (unlikely(left_len > PY_SSIZE_T_MAX - right_len)) {
-        PyErr_SetString(PyExc_OverflowError,
-                        "strings are too large to concat");
-        return NULL;
-    }
-    new_len = left_len + right_len;
-    if (left != right
-            && __Pyx_unicode_modifiable(left, unsafe_shared)
-            && PyUnicode_CheckExact(right)
-            && PyUnicode_KIND(right) <= PyUnicode_KIND(left)
-            && !(PyUnicode_IS_ASCII(left) && !PyUnicode_IS_ASCII(right))) {
-        int ret;
-        __Pyx_GIVEREF(*p_left);
-        ret = PyUnicode_Resize(p_left, new_len);
-        __Pyx_GOTREF(*p_left);
-        if (unlikely(ret != 0))
-            return NULL;
-        #if PY_VERSION_HEX >= 0x030d0000
-        if (unlikely(PyUnicode_CopyCharacters(*p_left, left_len, right, 0, right_len) < 0)) return NULL;
-        #else
-        _PyUnicode_FastCopyCharacters(*p_left, left_len, right, 0, right_len);
-        #endif
-        __Pyx_INCREF(*p_left);
-        __Pyx_GIVEREF(*p_left);
-        return *p_left;
-    } else {
-        return __Pyx_PyUnicode_Concat(left, right);
-    }
-  }
-#endif
 
 /* PyObjectCompare */
 #ifndef __Pyx_DEFINED_PyObject_CompareIntFloatBoolLe
@@ -31049,42 +31542,6 @@ static int __Pyx_IternextUnpackEndCheck(PyObject *retval, Py_ssize_t expected) {
     return __Pyx_IterFinish();
 }
 
-/* WriteUnraisableException */
-static void __Pyx_WriteUnraisable(const char *name, int clineno,
-                                  int lineno, const char *filename,
-                                  int full_traceback, int nogil) {
-    PyObject *old_exc, *old_val, *old_tb;
-    PyObject *ctx;
-    __Pyx_PyThreadState_declare
-    PyGILState_STATE state;
-    if (nogil)
-        state = PyGILState_Ensure();
-    else state = (PyGILState_STATE)0;
-    CYTHON_UNUSED_VAR(clineno);
-    CYTHON_UNUSED_VAR(lineno);
-    CYTHON_UNUSED_VAR(filename);
-    CYTHON_MAYBE_UNUSED_VAR(nogil);
-    __Pyx_PyThreadState_assign
-    __Pyx_ErrFetch(&old_exc, &old_val, &old_tb);
-    if (full_traceback) {
-        Py_XINCREF(old_exc);
-        Py_XINCREF(old_val);
-        Py_XINCREF(old_tb);
-        __Pyx_ErrRestore(old_exc, old_val, old_tb);
-        PyErr_PrintEx(0);
-    }
-    ctx = PyUnicode_FromString(name);
-    __Pyx_ErrRestore(old_exc, old_val, old_tb);
-    if (!ctx) {
-        PyErr_WriteUnraisable(Py_None);
-    } else {
-        PyErr_WriteUnraisable(ctx);
-        Py_DECREF(ctx);
-    }
-    if (nogil)
-        PyGILState_Release(state);
-}
-
 /* CallNextTpDealloc */
 static void __Pyx_call_next_tp_dealloc(PyObject* obj, destructor current_tp_dealloc) {
     PyTypeObject* type = Py_TYPE(obj);
@@ -31108,18 +31565,6 @@ static int __Pyx_call_next_tp_traverse(PyObject* obj, visitproc v, void *a, trav
     if (type && tp_traverse)
         return tp_traverse(obj, v, a);
     return 0;
-}
-
-/* CallNextTpClear */
-static void __Pyx_call_next_tp_clear(PyObject* obj, inquiry current_tp_clear) {
-    PyTypeObject* type = Py_TYPE(obj);
-    inquiry tp_clear = NULL;
-    while (type && __Pyx_PyType_GetSlot(type, tp_clear, inquiry) != current_tp_clear)
-        type = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
-    while (type && (tp_clear = __Pyx_PyType_GetSlot(type, tp_clear, inquiry)) == current_tp_clear)
-        type = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
-    if (type && tp_clear)
-        tp_clear(obj);
 }
 
 /* AllocateExtensionType */

@@ -18,6 +18,7 @@ cdef class Loan:
     cdef bint live
 
     cdef int check(self) except -1
+    cdef int check_exports(self) except -1
 
 
 cdef class Reader(ReaderEnd):
@@ -25,6 +26,7 @@ cdef class Reader(ReaderEnd):
     cdef bint pending  # the message was taken, and is for the next call
 
     cdef int take(self, object timeout, object spin) except -2
+    cdef bint take_pending(self) noexcept
     cdef int keep(self) except -1
     cdef object copy_out(self)
 

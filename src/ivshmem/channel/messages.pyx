@@ -29,6 +29,8 @@ from . import asynchronous
 
 # -- writers --------------------------------------------------------------------------------------
 
+
+@cython.no_gc_clear
 cdef class Writer(WriterEnd):
     """One writer of messages, of a queue or of a value; made by its `writer()`.
 
@@ -60,11 +62,11 @@ cdef class Writer(WriterEnd):
         cdef Py_buffer view
         cdef uint32_t cell = 0
         cdef int code
-        self.enter()
         if self.type is not None:
             data = self.type.encode(data)
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
+            self.enter()  # last: what stands before can run other threads, which close it
             if <uint64_t>view.len > self.channel.record.geometry.limit:
                 raise self.too_long(view.len)
             code = self.ready()
@@ -94,12 +96,11 @@ cdef class Writer(WriterEnd):
         buffers = [memoryview(part).cast("B") for part in parts]
         loan = self.loan(sum(map(len, buffers)))
         try:
-            into = memoryview(loan)
-            at = 0
-            for part in buffers:
-                into[at : at + len(part)] = part
-                at += len(part)
-            into.release()
+            with memoryview(loan) as into:
+                at = 0
+                for part in buffers:
+                    into[at : at + len(part)] = part
+                    at += len(part)
         except BaseException:
             loan.drop()
             raise
@@ -131,10 +132,10 @@ cdef class Writer(WriterEnd):
             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
         if self.claims or self.channel.record.geometry.kind == IVSHMEM_VALUE:
             raise ChannelTypeError(f"channel {self.name!r} takes one message at a time")
-        self.enter()
         count = whole.shape[0]
         PyObject_GetBuffer(rows, &view, PyBUF_SIMPLE)
         try:
+            self.enter()
             size = view.len // count if count else 0
             if size > self.channel.record.geometry.limit:
                 raise self.too_long(size)
@@ -204,6 +205,7 @@ cdef class Writer(WriterEnd):
         return Loan(self, wanted)
 
 
+@cython.no_gc_clear
 @cython.final
 cdef class Loan:
     """Memory of a message that is being written; made by `loan()` of a writer.
@@ -218,22 +220,26 @@ cdef class Loan:
     def __cinit__(self, Writer writer not None, uint32_t size):
         self.writer = writer
         self.size = size
+        if size > writer.channel.record.geometry.limit:
+            raise writer.too_long(size)
         writer.loan_cell(&self.cell)
         self.live = True
 
     def __getbuffer__(self, Py_buffer *view, int flags):
         self.check()
-        self.writer.membership.mapping.pin()
+        self.writer.begin_copy()  # by the user, until the buffer is released
         try:
             PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
         except BaseException:
-            self.writer.membership.mapping.unpin()
+            self.writer.end_copy()
             raise
         self.exports += 1
+        self.writer.exports += 1
 
     def __releasebuffer__(self, Py_buffer *view):
         self.exports -= 1
-        self.writer.membership.mapping.unpin()
+        self.writer.exports -= 1
+        self.writer.end_copy()
 
     def __len__(self):
         return self.size
@@ -242,6 +248,14 @@ cdef class Loan:
         if not self.live:
             raise ClosedError("the loan was published or dropped")
         return self.writer.enter()
+
+    cdef int check_exports(self) except -1:
+        if self.exports:
+            raise BufferError(
+                f"{counted(self.exports, 'memoryview')} or arrays of the loan are in use: release"
+                " them first (del)"
+            )
+        return 0
 
     @property
     def array(self):
@@ -275,11 +289,7 @@ cdef class Loan:
         cdef uint32_t length = self.size
         cdef int code
         self.check()
-        if self.exports:
-            raise BufferError(
-                f"{counted(self.exports, 'memoryview')} or arrays of the loan are in use: release"
-                " them first (del)"
-            )
+        self.check_exports()
         if size is not None:
             if not 0 <= size <= self.size:
                 raise ValueError(f"{size} bytes of a loan of {self.size}")
@@ -290,6 +300,7 @@ cdef class Loan:
         if code:
             raise writer.fail(code)
         self.check()
+        self.check_exports()  # another thread may have made one during the wait
         self.live = False
         writer.send(self.cell, length, 0)
         return writer.writer.missed
@@ -306,8 +317,7 @@ cdef class Loan:
         """
         if not self.live:
             return
-        if self.exports:
-            raise BufferError(f"{counted(self.exports, 'memoryview')} of the loan are in use")
+        self.check_exports()
         self.live = False
         if self.writer.open:
             ivshmem_loan_drop(&self.writer.writer, self.cell)
@@ -345,6 +355,7 @@ cdef int64_t probe_reader(void *what) noexcept nogil:
     return 0
 
 
+@cython.no_gc_clear
 cdef class Reader(ReaderEnd):
     """One reader of a channel of messages; made by its `reader()`. It iterates over messages.
 
@@ -385,10 +396,9 @@ cdef class Reader(ReaderEnd):
     cdef int take(self, object timeout, object spin) except -2:
         """Take the next message into `self.message`; 0, or IVSHMEM_AGAIN: none came in time."""
         cdef int code
+        cdef ivshmem_message message
         self.enter()
-        if self.pending:
-            self.pending = False
-            self.forget(self.message.writer, self.message.position)
+        if self.take_pending():
             return 0
         code = ivshmem_take(&self.reader, &self.message)
         if code == IVSHMEM_AGAIN:
@@ -397,8 +407,13 @@ cdef class Reader(ReaderEnd):
             code = self.wait(timeout, spin)
             if code == IVSHMEM_AGAIN:
                 return code
+            if self.take_pending():  # another thread left it
+                return 0
         if self.membership.rings.count:
+            message = self.message  # another thread may take one during the flush
             self.membership.flush()
+            self.enter()
+            self.message = message
         if code:
             raise self.fail(code)
         if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
@@ -409,6 +424,13 @@ cdef class Reader(ReaderEnd):
                 self.message.lost,
             )
         return 0
+
+    cdef bint take_pending(self) noexcept:
+        if not self.pending:
+            return False
+        self.pending = False
+        self.forget(self.message.writer, self.message.position)
+        return True
 
     cdef int keep(self) except -1:
         """Leave the message that was taken for the next call."""
@@ -571,7 +593,7 @@ cdef class Reader(ReaderEnd):
             )
         if self.take(timeout, spin):
             return None
-        return view_of(self, &self.message)
+        return view_of(self, self.message)
 
     def get_async(self, timeout=None):
         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
@@ -606,6 +628,7 @@ cdef class Reader(ReaderEnd):
         return self.get_async()
 
 
+@cython.no_gc_clear
 @cython.final
 cdef class View:
     """A message where it lies; made by `Reader.view`.
@@ -664,6 +687,8 @@ cdef class View:
         cdef char *start
         if not self.live:
             raise ClosedError("the view was released")
+        if not self.reader.usable():
+            raise self.reader.membership.unusable()  # its writer does not wait for it any more
         self.reader.membership.mapping.pin()
         start = <char *>self.reader.channel.area.memory.start + self.message.offset
         try:
@@ -698,8 +723,8 @@ cdef class View:
     @property
     def __array_interface__(self):
         """What numpy.asarray and others take: address, shape and type; read-only."""
-        if not self.live:
-            raise ClosedError("the view was released")
+        if not self.live or self.reader.membership.mapping.closed:
+            raise ClosedError("the view was released, or the region closed")
         kind, shape = ("|u1", (self.message.length,))
         if self.reader.type is not None:
             kind, shape = self.reader.type.interface(self.message.length)
@@ -716,7 +741,7 @@ cdef class View:
 
     def check(self):
         """Raise Overtaken if the message was overwritten since it was taken."""
-        if not self.overtaken and self.live and not self.reader.closed:
+        if not self.overtaken and self.live and self.reader.usable():
             self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
         if self.overtaken:
             raise Overtaken(
@@ -767,11 +792,17 @@ cdef class View:
         return f"<ivshmem.channel.View of {self.message.length} bytes{state}>"
 
 
-cdef View view_of(ReaderEnd reader, const ivshmem_message *message):
-    cdef View view = View.__new__(View)
-    reader.hold(message)
+cdef View view_of(ReaderEnd reader, ivshmem_message message):
+    # By value: to make an object can run other code, which takes the reader's next message.
+    cdef View view
+    reader.hold(&message)
+    try:
+        view = View.__new__(View)
+    except BaseException:
+        reader.let_go(message.writer, message.position)
+        raise
     reader.views += 1
-    view.message = message[0]
+    view.message = message
     view.reader = reader
     view.live = True
     return view
@@ -784,6 +815,7 @@ cdef int64_t probe_value(void *what) noexcept nogil:
     return ivshmem_value(ivshmem_head(reader.channel, 0)) != reader.sources[0].next
 
 
+@cython.no_gc_clear
 cdef class ValueReader(ReaderEnd):
     """One reader of a value; made by its `reader()`. It iterates over contents as they change.
 
@@ -880,7 +912,7 @@ cdef class ValueReader(ReaderEnd):
             return None
         if code:
             raise self.fail(code)
-        return view_of(self, &self.message)
+        return view_of(self, self.message)
 
     def wait_changed_async(self, timeout=None):
         """The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing."""

@@ -2500,6 +2500,8 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
   unsigned int state;
   unsigned int generation;
   int pinned;
+  int joined;
+  int lost;
   int64_t beat;
 };
 
@@ -2516,6 +2518,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup {
   struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *__pyx_vtab;
   struct __pyx_obj_7ivshmem_7channel_10membership_Membership *membership;
   struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *epoll;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *kick;
   int64_t pause;
 };
 
@@ -2540,6 +2543,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd {
   struct __pyx_obj_7ivshmem_6native_4spin_Spinner *spinner;
   int watched;
   int open;
+  int copying;
   PyObject *__weakref__;
 };
 
@@ -2558,10 +2562,11 @@ struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd {
   int times;
   int claims;
   uint64_t missed;
+  int exports;
 };
 
 
-/* "roles.pxd":42
+/* "roles.pxd":43
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2574,6 +2579,7 @@ struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd {
   PyObject *type;
   struct __pyx_t_7ivshmem_7channel_5roles_Held *held;
   uint32_t holding;
+  uint32_t holds;
   uint32_t views;
 };
 
@@ -2593,7 +2599,7 @@ struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd {
 };
 
 
-/* "ivshmem/channel/queues.pxd":16
+/* "ivshmem/channel/queues.pxd":20
  * 
  * 
  * cdef class QueueReader(ClaimingEnd):             # <<<<<<<<<<<<<<
@@ -2605,7 +2611,7 @@ struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader {
 };
 
 
-/* "ivshmem/channel/queues.pxd":20
+/* "ivshmem/channel/queues.pxd":24
  * 
  * 
  * cdef class Taken:             # <<<<<<<<<<<<<<
@@ -2859,6 +2865,10 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *__pyx_vtab
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd {
+  int (*usable)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*begin_copy)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*end_copy)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*enlist)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*enter)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*attempt)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*begin_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
@@ -2890,6 +2900,13 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*release)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*is_silent)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, struct ivshmem_place);
   int (*abandon)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*usable)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  PyObject *(*unusable)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*lose_place)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*use_memory)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*end_use)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  void (*leave)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*hurry)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*check)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*flush)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*kick_all)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
@@ -2921,7 +2938,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
 
 
-/* "roles.pxd":42
+/* "roles.pxd":43
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2943,25 +2960,27 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *__pyx_vtabptr
 /* "ivshmem/channel/queues.pyx":33
  * 
  * 
- * cdef class ClaimingEnd(ReaderEnd):             # <<<<<<<<<<<<<<
+ * @cython.no_gc_clear             # <<<<<<<<<<<<<<
+ * cdef class ClaimingEnd(ReaderEnd):
  *     """A reader that claims what it takes: of a queue, or a server of calls."""
- * 
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd {
   struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd __pyx_base;
-  int (*claim)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, enum ivshmem_claim, PyObject *, PyObject *);
+  int (*claim)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, enum ivshmem_claim, PyObject *, PyObject *, struct ivshmem_taken *);
+  int (*claim_as)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, enum ivshmem_claim, struct ivshmem_taken *);
+  int (*undo)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *);
   int (*after_sleep)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd;
 
 
-/* "ivshmem/channel/queues.pyx":83
- *         return code
+/* "ivshmem/channel/queues.pyx":106
  * 
- * cdef class QueueReader(ClaimingEnd):             # <<<<<<<<<<<<<<
+ * 
+ * @cython.no_gc_clear             # <<<<<<<<<<<<<<
+ * cdef class QueueReader(ClaimingEnd):
  *     """One reader of a queue; made by its `reader()`. It iterates over messages.
- * 
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader {
@@ -2971,12 +2990,12 @@ struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader {
 static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *__pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader;
 
 
-/* "ivshmem/channel/queues.pyx":215
+/* "ivshmem/channel/queues.pyx":241
  * 
  * 
- * cdef class Taken:             # <<<<<<<<<<<<<<
+ * @cython.no_gc_clear             # <<<<<<<<<<<<<<
+ * cdef class Taken:
  *     """A message of a queue that this reader has; made by `QueueReader.take`.
- * 
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken {
@@ -3402,12 +3421,8 @@ static CYTHON_INLINE int __Pyx_ParseKeywords(
     int ignore_unknown_kwargs
 );
 
-/* PyObjectFastCallMethod.proto */
-#if CYTHON_VECTORCALL
-#define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
-#else
-static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf);
-#endif
+/* PyMemoryError_Check.proto */
+#define __Pyx_PyExc_MemoryError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_MemoryError)
 
 /* GivenExceptionMatches.proto (used by PyErrExceptionMatches) */
 #if CYTHON_COMPILING_IN_CPYTHON
@@ -3421,12 +3436,19 @@ static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObj
 #endif
 #define __Pyx_PyErr_ExceptionMatches2(err1, err2)  __Pyx_PyErr_GivenExceptionMatches2(__Pyx_PyErr_CurrentExceptionType(), err1, err2)
 
-/* PyErrExceptionMatches.proto (used by PyObjectGetAttrStrNoError) */
+/* PyErrExceptionMatches.proto */
 #if CYTHON_FAST_THREAD_STATE
 #define __Pyx_PyErr_ExceptionMatches(err) __Pyx_PyErr_ExceptionMatchesInState(__pyx_tstate, err)
 static CYTHON_INLINE int __Pyx_PyErr_ExceptionMatchesInState(PyThreadState* tstate, PyObject* err);
 #else
 #define __Pyx_PyErr_ExceptionMatches(err)  PyErr_ExceptionMatches(err)
+#endif
+
+/* PyObjectFastCallMethod.proto */
+#if CYTHON_VECTORCALL
+#define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
+#else
+static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf);
 #endif
 
 /* PyObjectGetAttrStrNoError.proto (used by GetBuiltinName) */
@@ -3527,11 +3549,25 @@ static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count,
 static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatSimpleAndDecref(PyObject* s, PyObject* f);
 static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObject* f);
 
-/* ArgTypeTestError.export */
-static void __Pyx_ArgTypeError(PyObject *obj, PyTypeObject *type, const char *name, int exact);
+/* KeywordStringCheck.proto */
+static CYTHON_INLINE int __Pyx_CheckKeywordStrings(PyObject *kw);
 
-/* ArgTypeTest.proto */
-static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, int none_allowed, const char *name, int exact);
+/* PyObjectFormatSimple.proto */
+#if CYTHON_COMPILING_IN_PYPY
+    #define __Pyx_PyObject_FormatSimple(s, f) (\
+        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
+        PyObject_Format(s, f))
+#elif CYTHON_USE_TYPE_SLOTS
+    #define __Pyx_PyObject_FormatSimple(s, f) (\
+        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
+        likely(PyLong_CheckExact(s)) ? PyLong_Type.tp_repr(s) :\
+        likely(PyFloat_CheckExact(s)) ? PyFloat_Type.tp_repr(s) :\
+        PyObject_Format(s, f))
+#else
+    #define __Pyx_PyObject_FormatSimple(s, f) (\
+        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
+        PyObject_Format(s, f))
+#endif
 
 /* PyBaseException_Check.proto */
 #define __Pyx_PyExc_BaseException_Check(obj)  PyExceptionInstance_Check(obj)
@@ -3566,23 +3602,6 @@ static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj);
 
 /* PyBufferError_Check.proto */
 #define __Pyx_PyExc_BufferError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_BufferError)
-
-/* PyObjectFormatSimple.proto */
-#if CYTHON_COMPILING_IN_PYPY
-    #define __Pyx_PyObject_FormatSimple(s, f) (\
-        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
-        PyObject_Format(s, f))
-#elif CYTHON_USE_TYPE_SLOTS
-    #define __Pyx_PyObject_FormatSimple(s, f) (\
-        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
-        likely(PyLong_CheckExact(s)) ? PyLong_Type.tp_repr(s) :\
-        likely(PyFloat_CheckExact(s)) ? PyFloat_Type.tp_repr(s) :\
-        PyObject_Format(s, f))
-#else
-    #define __Pyx_PyObject_FormatSimple(s, f) (\
-        likely(PyUnicode_CheckExact(s)) ? (Py_INCREF(s), s) :\
-        PyObject_Format(s, f))
-#endif
 
 /* UnicodeConcatInPlace.proto */
 # if CYTHON_COMPILING_IN_CPYTHON
@@ -3645,12 +3664,19 @@ static void __Pyx_WriteUnraisable(const char *name, int clineno,
 /* PyUnicode_Unicode.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyUnicode_Unicode(PyObject *obj);
 
-/* RaiseErrorWithObjectTypes.proto */
+/* tp_new.proto */
+#define __Pyx_tp_new(type_obj, args) __Pyx_tp_new_kwargs(type_obj, args, NULL)
+static CYTHON_INLINE PyObject* __Pyx_tp_new_kwargs(PyObject* type_obj, PyObject* args, PyObject* kwargs);
+
+/* RaiseErrorWithObjectTypes.proto (used by ExtTypeTest) */
 #define __Pyx_RaiseErrorWithObjectTypes1(exc_type, message, arg, obj1, obj2) __Pyx_RaiseErrorWithTypes1(exc_type, message, arg, Py_TYPE(obj1), Py_TYPE(obj2))
 #define __Pyx_RaiseTypeErrorWithObjectTypes(message, obj1, obj2) __Pyx_RaiseTypeErrorWithTypes(message, Py_TYPE(obj1), Py_TYPE(obj2))
 #define __Pyx_RaiseTypeErrorWithTypes(message, type_obj1, type_obj2) __Pyx_RaiseErrorWithTypes1(PyExc_TypeError, "%.1s" message, "", type_obj1, type_obj2)
 CYTHON_UNUSED
 static void __Pyx_RaiseErrorWithTypes1(PyObject* exc_type, const char *message, const char *arg, PyTypeObject *type_obj1, PyTypeObject *type_obj2);
+
+/* ExtTypeTest.proto */
+static CYTHON_INLINE int __Pyx_TypeTest(PyObject *obj, PyTypeObject *type);
 
 /* CallNextTpDealloc.proto */
 static void __Pyx_call_next_tp_dealloc(PyObject* obj, destructor current_tp_dealloc);
@@ -3665,28 +3691,14 @@ static int __Pyx_call_next_tp_traverse(PyObject* obj, visitproc v, void *a, trav
 static int __Pyx_call_type_traverse(PyObject *o, int always_call, visitproc visit, void *arg);
 #endif
 
-/* CallNextTpClear.proto */
-static void __Pyx_call_next_tp_clear(PyObject* obj, inquiry current_tp_clear);
-
 /* AllocateExtensionType.proto */
 static PyObject *__Pyx_AllocateExtensionType(PyTypeObject *t, int is_final);
 
-/* CallSlotAsVectorcall.proto */
-#if CYTHON_VECTORCALL_TPNEW
-typedef PyObject * (*__Pyx_tpnewvectorcallfunc)(PyTypeObject* o, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames);
-static PyObject * __Pyx_CallTpnewAsVectorcall(__Pyx_tpnewvectorcallfunc f, PyTypeObject* o, PyObject *a, PyObject *k);
-#endif
+/* FunctionExport.proto */
+static int __Pyx_ExportFunction(PyObject *api_dict, const char *name, void (*f)(void), const char *sig);
 
-/* RaiseErrorWithObjectType.proto (used by CallNewInitFromVectorcall) */
-#define __Pyx_RaiseTypeErrorWithObjectType(message, obj)  __Pyx_RaiseErrorWithObjectType(PyExc_TypeError, message, obj)
-#define __Pyx_RaiseErrorWithObjectType(exc_type, message, obj)  __Pyx_RaiseErrorWithType(exc_type, message, Py_TYPE(obj))
-CYTHON_UNUSED
-static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, PyTypeObject *type_obj);
-
-/* CallNewInitFromVectorcall.proto */
-#if CYTHON_VECTORCALL_TPNEW
-static PyObject *__Pyx_CallNewInitFromVectorcall(PyTypeObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames);
-#endif
+/* GetApiDict.proto */
+static PyObject *__Pyx_ApiExport_GetApiDict(void);
 
 /* TypeImport.proto */
 #ifndef __PYX_HAVE_RT_ImportType_proto_3_3_1
@@ -3717,6 +3729,12 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_CallMethod0(PyObject* obj, PyObjec
 #if !CYTHON_USE_TYPE_SLOTS
 CYTHON_UNUSED static Py_ssize_t __Pyx_GetTypeDictOffset(PyObject *tp, int require_cython_valid_result);
 #endif
+
+/* RaiseErrorWithObjectType.proto (used by ValidateBasesTuple) */
+#define __Pyx_RaiseTypeErrorWithObjectType(message, obj)  __Pyx_RaiseErrorWithObjectType(PyExc_TypeError, message, obj)
+#define __Pyx_RaiseErrorWithObjectType(exc_type, message, obj)  __Pyx_RaiseErrorWithType(exc_type, message, Py_TYPE(obj))
+CYTHON_UNUSED
+static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, PyTypeObject *type_obj);
 
 /* ValidateBasesTuple.proto (used by PyType_Ready) */
 #if CYTHON_COMPILING_IN_CPYTHON || CYTHON_COMPILING_IN_LIMITED_API || CYTHON_USE_TYPE_SPECS
@@ -4094,8 +4112,10 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_begin_sleep(struct __
 static void __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_end_sleep(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self); /* proto*/
 static int64_t __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe); /* proto*/
 static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_mend(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim_as(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, enum ivshmem_claim __pyx_v_how, struct ivshmem_taken *__pyx_v_taken); /* proto*/
+static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_undo(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, struct ivshmem_taken const *__pyx_v_taken); /* proto*/
 static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self); /* proto*/
-static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, enum ivshmem_claim __pyx_v_how, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto*/
+static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, enum ivshmem_claim __pyx_v_how, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin, struct ivshmem_taken *__pyx_v_taken); /* proto*/
 static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, struct ivshmem_taken const *__pyx_v_taken, char *__pyx_v_into); /* proto*/
 static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto*/
@@ -4144,6 +4164,7 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 /* Module declarations from "cpython.bytes" */
 
 /* Module declarations from "ivshmem.channel.queues" */
+static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7channel_6queues_taken_of(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *); /*proto*/
 static int64_t __pyx_f_7ivshmem_7channel_6queues_probe_queue(void *); /*proto*/
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
@@ -4170,51 +4191,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__aiter__(st
 static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__anext__(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_20__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_22__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
-static int __pyx_pf_7ivshmem_7channel_6queues_5Taken___cinit__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_reader); /* proto */
+static int __pyx_pf_7ivshmem_7channel_6queues_5Taken___init__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v__, CYTHON_UNUSED PyObject *__pyx_v___); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2__reduce__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4size___get__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_11redelivered___get__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6writer___get__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8position___get__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
-static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_2__getbuffer__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags); /* proto */
-static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_4__releasebuffer__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view); /* proto */
-static Py_ssize_t __pyx_pf_7ivshmem_7channel_6queues_5Taken_6__len__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8__bytes__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10get(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12done(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14give_back(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16__enter__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__exit__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, PyObject *__pyx_v_kind, CYTHON_UNUSED PyObject *__pyx_v_error); /* proto */
-static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_20__del__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_22__repr__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_24__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_26__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_4__getbuffer__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags); /* proto */
+static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_6__releasebuffer__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view); /* proto */
+static Py_ssize_t __pyx_pf_7ivshmem_7channel_6queues_5Taken_8__len__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__bytes__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12get(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16give_back(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__enter__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_20__exit__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, PyObject *__pyx_v_kind, CYTHON_UNUSED PyObject *__pyx_v_error); /* proto */
+static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_22__del__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_24__repr__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self); /* proto */
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_6queues_ClaimingEnd(PyObject *o, PyObject *a, PyObject *k); /*proto*/
 static PyObject *__pyx_tp_new_7ivshmem_7channel_6queues_ClaimingEnd(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_6queues_QueueReader(PyObject *o, PyObject *a, PyObject *k); /*proto*/
 static PyObject *__pyx_tp_new_7ivshmem_7channel_6queues_QueueReader(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_6queues_Taken(PyObject *o, 
-#if CYTHON_VECTORCALL_TPNEW
-    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
-#else
-    PyObject *a, PyObject *k
-#endif
-); /*proto*/
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7channel_6queues_Taken(PyTypeObject *t, 
-#if CYTHON_VECTORCALL_TPNEW
-    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
-#else
-    PyObject *a, PyObject *k
-#endif
-); /*proto*/
-#if CYTHON_VECTORCALL_TPNEW
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_6queues_Taken(PyObject *o, PyObject *a, PyObject *k); /*proto*/
 static PyObject *__pyx_tp_new_7ivshmem_7channel_6queues_Taken(PyTypeObject *t, PyObject *a, PyObject *k); /*proto*/
-#endif
-#if !CYTHON_VECTORCALL_TPNEW
-#define __pyx_tp_new_7ivshmem_7channel_6queues_Taken __pyx_tp_new_vectorcall_7ivshmem_7channel_6queues_Taken
-#endif
-#if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_7channel_6queues_Taken(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames); /*proto*/
-#endif
 /* #### Code section: late_includes ### */
 /* #### Code section: module_state ### */
 /* SmallCodeConfig */
@@ -4267,7 +4266,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[1];
-    PyObject *__pyx_codeobj_tab[18];
+    PyObject *__pyx_codeobj_tab[17];
     PyObject *__pyx_string_tab[126];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
@@ -4315,31 +4314,31 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u__2 __pyx_string_tab[0]
 #define __pyx_kp_u_bytes __pyx_string_tab[1]
 #define __pyx_kp_u_bytes_and_the_buffer_has __pyx_string_tab[2]
-#define __pyx_kp_u_of __pyx_string_tab[3]
-#define __pyx_kp_u_of_writer __pyx_string_tab[4]
-#define __pyx_kp_u_or_arrays_of_the_message_are_in __pyx_string_tab[5]
-#define __pyx_kp_u_tree_fragment __pyx_string_tab[6]
-#define __pyx_kp_u_done_2 __pyx_string_tab[7]
-#define __pyx_kp_u__4 __pyx_string_tab[8]
-#define __pyx_kp_u_another_reader_has_it_too __pyx_string_tab[9]
-#define __pyx_kp_u_this_process_was_silent_while_i __pyx_string_tab[10]
-#define __pyx_kp_u_this_process_was_taken_for_gone __pyx_string_tab[11]
-#define __pyx_kp_u_ivshmem_channel __pyx_string_tab[12]
-#define __pyx_kp_u__3 __pyx_string_tab[13]
-#define __pyx_kp_u_ __pyx_string_tab[14]
-#define __pyx_kp_u_None __pyx_string_tab[15]
-#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[16]
-#define __pyx_kp_u_a_message_of __pyx_string_tab[17]
-#define __pyx_kp_u_add_note __pyx_string_tab[18]
-#define __pyx_kp_u_disable __pyx_string_tab[19]
-#define __pyx_kp_u_enable __pyx_string_tab[20]
-#define __pyx_kp_u_gc __pyx_string_tab[21]
-#define __pyx_kp_u_isenabled __pyx_string_tab[22]
-#define __pyx_kp_u_ivshmem_channel_2 __pyx_string_tab[23]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[24]
-#define __pyx_kp_u_ivshmem_text __pyx_string_tab[25]
-#define __pyx_kp_u_ivshmem_channel_queues_pyx __pyx_string_tab[26]
-#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[27]
+#define __pyx_kp_u_cannot_be_copied_or_pickled __pyx_string_tab[3]
+#define __pyx_kp_u_is_made_by_take __pyx_string_tab[4]
+#define __pyx_kp_u_of __pyx_string_tab[5]
+#define __pyx_kp_u_of_writer __pyx_string_tab[6]
+#define __pyx_kp_u_or_arrays_of_the_message_are_in __pyx_string_tab[7]
+#define __pyx_kp_u_tree_fragment __pyx_string_tab[8]
+#define __pyx_kp_u_done_2 __pyx_string_tab[9]
+#define __pyx_kp_u__4 __pyx_string_tab[10]
+#define __pyx_kp_u_another_reader_has_it_too __pyx_string_tab[11]
+#define __pyx_kp_u_this_process_was_silent_while_i __pyx_string_tab[12]
+#define __pyx_kp_u_this_process_was_taken_for_gone __pyx_string_tab[13]
+#define __pyx_kp_u_ivshmem_channel __pyx_string_tab[14]
+#define __pyx_kp_u__3 __pyx_string_tab[15]
+#define __pyx_kp_u_ __pyx_string_tab[16]
+#define __pyx_kp_u_None __pyx_string_tab[17]
+#define __pyx_kp_u_a __pyx_string_tab[18]
+#define __pyx_kp_u_a_message_of __pyx_string_tab[19]
+#define __pyx_kp_u_disable __pyx_string_tab[20]
+#define __pyx_kp_u_enable __pyx_string_tab[21]
+#define __pyx_kp_u_gc __pyx_string_tab[22]
+#define __pyx_kp_u_isenabled __pyx_string_tab[23]
+#define __pyx_kp_u_ivshmem_channel_2 __pyx_string_tab[24]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[25]
+#define __pyx_kp_u_ivshmem_text __pyx_string_tab[26]
+#define __pyx_kp_u_ivshmem_channel_queues_pyx __pyx_string_tab[27]
 #define __pyx_kp_u_queue __pyx_string_tab[28]
 #define __pyx_kp_u_self_held_self_reader_cannot_be __pyx_string_tab[29]
 #define __pyx_kp_u_the_message_was_acknowledged_or __pyx_string_tab[30]
@@ -4363,21 +4362,21 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_Taken___bytes __pyx_string_tab[48]
 #define __pyx_n_u_Taken___enter __pyx_string_tab[49]
 #define __pyx_n_u_Taken___exit __pyx_string_tab[50]
-#define __pyx_n_u_Taken___reduce_cython __pyx_string_tab[51]
-#define __pyx_n_u_Taken___setstate_cython __pyx_string_tab[52]
-#define __pyx_n_u_Taken_done __pyx_string_tab[53]
-#define __pyx_n_u_Taken_get __pyx_string_tab[54]
-#define __pyx_n_u_Taken_give_back __pyx_string_tab[55]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[56]
-#define __pyx_n_u_annotate __pyx_string_tab[57]
-#define __pyx_n_u_bytes_2 __pyx_string_tab[58]
-#define __pyx_n_u_enter __pyx_string_tab[59]
-#define __pyx_n_u_exit __pyx_string_tab[60]
-#define __pyx_n_u_func __pyx_string_tab[61]
-#define __pyx_n_u_getstate __pyx_string_tab[62]
-#define __pyx_n_u_main __pyx_string_tab[63]
-#define __pyx_n_u_module __pyx_string_tab[64]
-#define __pyx_n_u_name __pyx_string_tab[65]
+#define __pyx_n_u_Taken___reduce __pyx_string_tab[51]
+#define __pyx_n_u_Taken_done __pyx_string_tab[52]
+#define __pyx_n_u_Taken_get __pyx_string_tab[53]
+#define __pyx_n_u_Taken_give_back __pyx_string_tab[54]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[55]
+#define __pyx_n_u_annotate __pyx_string_tab[56]
+#define __pyx_n_u_bytes_2 __pyx_string_tab[57]
+#define __pyx_n_u_enter __pyx_string_tab[58]
+#define __pyx_n_u_exit __pyx_string_tab[59]
+#define __pyx_n_u_func __pyx_string_tab[60]
+#define __pyx_n_u_getstate __pyx_string_tab[61]
+#define __pyx_n_u_main __pyx_string_tab[62]
+#define __pyx_n_u_module __pyx_string_tab[63]
+#define __pyx_n_u_name __pyx_string_tab[64]
+#define __pyx_n_u_pyx_capi __pyx_string_tab[65]
 #define __pyx_n_u_pyx_state __pyx_string_tab[66]
 #define __pyx_n_u_pyx_vtable __pyx_string_tab[67]
 #define __pyx_n_u_qualname __pyx_string_tab[68]
@@ -4393,46 +4392,46 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_asyncio_coroutines __pyx_string_tab[78]
 #define __pyx_n_u_buffer __pyx_string_tab[79]
 #define __pyx_n_u_cline_in_traceback __pyx_string_tab[80]
-#define __pyx_n_u_closed __pyx_string_tab[81]
-#define __pyx_n_u_code __pyx_string_tab[82]
-#define __pyx_n_u_counted __pyx_string_tab[83]
-#define __pyx_n_u_data __pyx_string_tab[84]
-#define __pyx_n_u_decode __pyx_string_tab[85]
-#define __pyx_n_u_done __pyx_string_tab[86]
-#define __pyx_n_u_error __pyx_string_tab[87]
-#define __pyx_n_u_errors __pyx_string_tab[88]
-#define __pyx_n_u_get __pyx_string_tab[89]
-#define __pyx_n_u_get_async __pyx_string_tab[90]
-#define __pyx_n_u_get_into __pyx_string_tab[91]
-#define __pyx_n_u_get_into_async __pyx_string_tab[92]
-#define __pyx_n_u_give_back __pyx_string_tab[93]
-#define __pyx_n_u_items __pyx_string_tab[94]
-#define __pyx_n_u_ivshmem_channel_queues __pyx_string_tab[95]
-#define __pyx_n_u_kind __pyx_string_tab[96]
-#define __pyx_n_u_memoryview __pyx_string_tab[97]
-#define __pyx_n_u_pop __pyx_string_tab[98]
-#define __pyx_n_u_reader __pyx_string_tab[99]
-#define __pyx_n_u_self __pyx_string_tab[100]
-#define __pyx_n_u_setdefault __pyx_string_tab[101]
-#define __pyx_n_u_size __pyx_string_tab[102]
-#define __pyx_n_u_spin __pyx_string_tab[103]
-#define __pyx_n_u_take __pyx_string_tab[104]
-#define __pyx_n_u_take_async __pyx_string_tab[105]
-#define __pyx_n_u_taken __pyx_string_tab[106]
-#define __pyx_n_u_text __pyx_string_tab[107]
-#define __pyx_n_u_timeout __pyx_string_tab[108]
-#define __pyx_n_u_tobytes __pyx_string_tab[109]
-#define __pyx_n_u_until_something __pyx_string_tab[110]
-#define __pyx_n_u_values __pyx_string_tab[111]
-#define __pyx_n_u_view __pyx_string_tab[112]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[113]
-#define __pyx_kp_b_iso88591_A_5_1_Q_Q __pyx_string_tab[114]
+#define __pyx_n_u_code __pyx_string_tab[81]
+#define __pyx_n_u_counted __pyx_string_tab[82]
+#define __pyx_n_u_data __pyx_string_tab[83]
+#define __pyx_n_u_decode __pyx_string_tab[84]
+#define __pyx_n_u_done __pyx_string_tab[85]
+#define __pyx_n_u_error __pyx_string_tab[86]
+#define __pyx_n_u_errors __pyx_string_tab[87]
+#define __pyx_n_u_get __pyx_string_tab[88]
+#define __pyx_n_u_get_async __pyx_string_tab[89]
+#define __pyx_n_u_get_into __pyx_string_tab[90]
+#define __pyx_n_u_get_into_async __pyx_string_tab[91]
+#define __pyx_n_u_give_back __pyx_string_tab[92]
+#define __pyx_n_u_items __pyx_string_tab[93]
+#define __pyx_n_u_ivshmem_channel_queues __pyx_string_tab[94]
+#define __pyx_n_u_kind __pyx_string_tab[95]
+#define __pyx_n_u_memoryview __pyx_string_tab[96]
+#define __pyx_n_u_pop __pyx_string_tab[97]
+#define __pyx_n_u_self __pyx_string_tab[98]
+#define __pyx_n_u_setdefault __pyx_string_tab[99]
+#define __pyx_n_u_size __pyx_string_tab[100]
+#define __pyx_n_u_spin __pyx_string_tab[101]
+#define __pyx_n_u_take __pyx_string_tab[102]
+#define __pyx_n_u_take_async __pyx_string_tab[103]
+#define __pyx_n_u_taken __pyx_string_tab[104]
+#define __pyx_n_u_text __pyx_string_tab[105]
+#define __pyx_n_u_timeout __pyx_string_tab[106]
+#define __pyx_n_u_tobytes __pyx_string_tab[107]
+#define __pyx_n_u_until_something __pyx_string_tab[108]
+#define __pyx_n_u_values __pyx_string_tab[109]
+#define __pyx_n_u_view __pyx_string_tab[110]
+#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[111]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[112]
+#define __pyx_kp_b_iso88591_A_5_1_Q_Q __pyx_string_tab[113]
+#define __pyx_kp_b_iso88591_A_iq_AT_q __pyx_string_tab[114]
 #define __pyx_kp_b_iso88591_A_q __pyx_string_tab[115]
 #define __pyx_kp_b_iso88591_A_z_xq __pyx_string_tab[116]
-#define __pyx_kp_b_iso88591_A_4vQ_1_1_A_uHA_G1AW_Qa_xt6_Jd_w __pyx_string_tab[117]
-#define __pyx_kp_b_iso88591_A_4vQ_9A_1_uAQ __pyx_string_tab[118]
-#define __pyx_kp_b_iso88591_A_5Q_81F_t6_iq_q_D_uHHBj_A_AQd_1 __pyx_string_tab[119]
-#define __pyx_kp_b_iso88591_A_4t1_N_HA_4wfD_D_q_gYat1 __pyx_string_tab[120]
+#define __pyx_kp_b_iso88591_A_4vQ_6_1_AV5_Qaq_G1AW_Qa_xt6_Jd __pyx_string_tab[117]
+#define __pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_vQa __pyx_string_tab[118]
+#define __pyx_kp_b_iso88591_A_5Q_81F_t6_ivQa_q_uHHBj_A_E_1_n __pyx_string_tab[119]
+#define __pyx_kp_b_iso88591_A_4t1_N_HA_4wgQ_gYat1 __pyx_string_tab[120]
 #define __pyx_kp_b_iso88591_A_uAQ_xt7_T_WAQ __pyx_string_tab[121]
 #define __pyx_kp_b_iso88591_A_4t1_N_F_HA_4wiq_A_G_fA_1_Q_WA __pyx_string_tab[122]
 #define __pyx_kp_b_iso88591_1F_fA __pyx_string_tab[123]
@@ -4481,7 +4480,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<18; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<17; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
   for (int i=0; i<126; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4534,7 +4533,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<18; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<17; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
   for (int i=0; i<126; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -5386,7 +5385,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_probe_queue(void *__pyx_v_what)
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":36
+/* "ivshmem/channel/queues.pyx":37
  *     """A reader that claims what it takes: of a queue, or a server of calls."""
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -5399,7 +5398,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
   int __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/channel/queues.pyx":37
+  /* "ivshmem/channel/queues.pyx":38
  * 
  *     cdef int attempt(self) except -2:
  *         cdef int code = ivshmem_queue_take(&self.reader, self.how, False, &self.taken)             # <<<<<<<<<<<<<<
@@ -5408,7 +5407,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
 */
   __pyx_v_code = ivshmem_queue_take((&__pyx_v_self->__pyx_base.reader), __pyx_v_self->how, 0, (&__pyx_v_self->taken));
 
-  /* "ivshmem/channel/queues.pyx":38
+  /* "ivshmem/channel/queues.pyx":39
  *     cdef int attempt(self) except -2:
  *         cdef int code = ivshmem_queue_take(&self.reader, self.how, False, &self.taken)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -5420,7 +5419,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":39
+    /* "ivshmem/channel/queues.pyx":40
  *         cdef int code = ivshmem_queue_take(&self.reader, self.how, False, &self.taken)
  *         if code == IVSHMEM_AGAIN:
  *             code = ivshmem_queue_take(&self.reader, self.how, True, &self.taken)             # <<<<<<<<<<<<<<
@@ -5429,7 +5428,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
 */
     __pyx_v_code = ivshmem_queue_take((&__pyx_v_self->__pyx_base.reader), __pyx_v_self->how, 1, (&__pyx_v_self->taken));
 
-    /* "ivshmem/channel/queues.pyx":38
+    /* "ivshmem/channel/queues.pyx":39
  *     cdef int attempt(self) except -2:
  *         cdef int code = ivshmem_queue_take(&self.reader, self.how, False, &self.taken)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -5438,7 +5437,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":40
+  /* "ivshmem/channel/queues.pyx":41
  *         if code == IVSHMEM_AGAIN:
  *             code = ivshmem_queue_take(&self.reader, self.how, True, &self.taken)
  *         return code             # <<<<<<<<<<<<<<
@@ -5451,7 +5450,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":36
+  /* "ivshmem/channel/queues.pyx":37
  *     """A reader that claims what it takes: of a queue, or a server of calls."""
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -5466,7 +5465,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":42
+/* "ivshmem/channel/queues.pyx":43
  *         return code
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -5477,7 +5476,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
 static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_begin_sleep(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/queues.pyx":43
+  /* "ivshmem/channel/queues.pyx":44
  * 
  *     cdef int begin_sleep(self) except -2:
  *         self.slept = True             # <<<<<<<<<<<<<<
@@ -5486,7 +5485,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_begin_sleep(struct __
 */
   __pyx_v_self->slept = 1;
 
-  /* "ivshmem/channel/queues.pyx":44
+  /* "ivshmem/channel/queues.pyx":45
  *     cdef int begin_sleep(self) except -2:
  *         self.slept = True
  *         return ivshmem_queue_sleep(&self.reader)             # <<<<<<<<<<<<<<
@@ -5499,7 +5498,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_begin_sleep(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":42
+  /* "ivshmem/channel/queues.pyx":43
  *         return code
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -5513,7 +5512,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_begin_sleep(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":46
+/* "ivshmem/channel/queues.pyx":47
  *         return ivshmem_queue_sleep(&self.reader)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -5523,7 +5522,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_begin_sleep(struct __
 
 static void __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_end_sleep(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self) {
 
-  /* "ivshmem/channel/queues.pyx":47
+  /* "ivshmem/channel/queues.pyx":48
  * 
  *     cdef void end_sleep(self) noexcept:
  *         ivshmem_queue_awake(&self.reader)             # <<<<<<<<<<<<<<
@@ -5532,7 +5531,7 @@ static void __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_end_sleep(struct __p
 */
   ivshmem_queue_awake((&__pyx_v_self->__pyx_base.reader));
 
-  /* "ivshmem/channel/queues.pyx":46
+  /* "ivshmem/channel/queues.pyx":47
  *         return ivshmem_queue_sleep(&self.reader)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -5544,7 +5543,7 @@ static void __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_end_sleep(struct __p
 
 }
 
-/* "ivshmem/channel/queues.pyx":49
+/* "ivshmem/channel/queues.pyx":50
  *         ivshmem_queue_awake(&self.reader)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -5555,7 +5554,7 @@ static void __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_end_sleep(struct __p
 static int64_t __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/queues.pyx":50
+  /* "ivshmem/channel/queues.pyx":51
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader             # <<<<<<<<<<<<<<
@@ -5564,7 +5563,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe(struct __py
 */
   (__pyx_v_what[0]) = (&__pyx_v_self->__pyx_base.reader);
 
-  /* "ivshmem/channel/queues.pyx":51
+  /* "ivshmem/channel/queues.pyx":52
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader
  *         probe[0] = probe_queue             # <<<<<<<<<<<<<<
@@ -5573,7 +5572,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe(struct __py
 */
   (__pyx_v_probe[0]) = __pyx_f_7ivshmem_7channel_6queues_probe_queue;
 
-  /* "ivshmem/channel/queues.pyx":52
+  /* "ivshmem/channel/queues.pyx":53
  *         what[0] = &self.reader
  *         probe[0] = probe_queue
  *         return 1             # <<<<<<<<<<<<<<
@@ -5586,7 +5585,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":49
+  /* "ivshmem/channel/queues.pyx":50
  *         ivshmem_queue_awake(&self.reader)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -5600,7 +5599,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":54
+/* "ivshmem/channel/queues.pyx":55
  *         return 1
  * 
  *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
@@ -5617,7 +5616,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_mend(struct __pyx_obj
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/queues.pyx":55
+  /* "ivshmem/channel/queues.pyx":56
  * 
  *     cdef int mend(self) except -1:
  *         if self.awaited and ivshmem_queue_has_more(&self.reader):             # <<<<<<<<<<<<<<
@@ -5643,17 +5642,17 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_mend(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":56
+    /* "ivshmem/channel/queues.pyx":57
  *     cdef int mend(self) except -1:
  *         if self.awaited and ivshmem_queue_has_more(&self.reader):
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 56, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 57, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/queues.pyx":55
+    /* "ivshmem/channel/queues.pyx":56
  * 
  *     cdef int mend(self) except -1:
  *         if self.awaited and ivshmem_queue_has_more(&self.reader):             # <<<<<<<<<<<<<<
@@ -5662,12 +5661,12 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_mend(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":57
+  /* "ivshmem/channel/queues.pyx":58
  *         if self.awaited and ivshmem_queue_has_more(&self.reader):
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
  * 
- *     cdef int after_sleep(self) except -1:
+ *     cdef int claim_as(self, ivshmem_claim how, ivshmem_taken *taken) noexcept:
 */
   {
 
@@ -5675,7 +5674,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_mend(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":54
+  /* "ivshmem/channel/queues.pyx":55
  *         return 1
  * 
  *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
@@ -5692,7 +5691,186 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_mend(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":59
+/* "ivshmem/channel/queues.pyx":60
+ *         return 0
+ * 
+ *     cdef int claim_as(self, ivshmem_claim how, ivshmem_taken *taken) noexcept:             # <<<<<<<<<<<<<<
+ *         cdef uint64_t claim = ivshmem_claim_word(
+ *             taken.message.position, self.reader.slot, how, self.reader.epoch
+*/
+
+static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim_as(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, enum ivshmem_claim __pyx_v_how, struct ivshmem_taken *__pyx_v_taken) {
+  uint64_t __pyx_v_claim;
+  int __pyx_r;
+  int __pyx_t_1;
+
+  /* "ivshmem/channel/queues.pyx":61
+ * 
+ *     cdef int claim_as(self, ivshmem_claim how, ivshmem_taken *taken) noexcept:
+ *         cdef uint64_t claim = ivshmem_claim_word(             # <<<<<<<<<<<<<<
+ *             taken.message.position, self.reader.slot, how, self.reader.epoch
+ *         )
+*/
+  __pyx_v_claim = ivshmem_claim_word(__pyx_v_taken->message.position, __pyx_v_self->__pyx_base.reader.slot, __pyx_v_how, __pyx_v_self->__pyx_base.reader.epoch);
+
+  /* "ivshmem/channel/queues.pyx":64
+ *             taken.message.position, self.reader.slot, how, self.reader.epoch
+ *         )
+ *         if not ivshmem_claim_exchange(&self.channel, taken.claim_at, taken.claim, claim):             # <<<<<<<<<<<<<<
+ *             return IVSHMEM_AGAIN  # this process was taken for gone at that moment
+ *         taken.claim = claim
+*/
+  __pyx_t_1 = (!(ivshmem_claim_exchange((&__pyx_v_self->__pyx_base.__pyx_base.channel), __pyx_v_taken->claim_at, __pyx_v_taken->claim, __pyx_v_claim) != 0));
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/queues.pyx":65
+ *         )
+ *         if not ivshmem_claim_exchange(&self.channel, taken.claim_at, taken.claim, claim):
+ *             return IVSHMEM_AGAIN  # this process was taken for gone at that moment             # <<<<<<<<<<<<<<
+ *         taken.claim = claim
+ *         return 0
+*/
+    {
+
+      __pyx_r = IVSHMEM_AGAIN;
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/queues.pyx":64
+ *             taken.message.position, self.reader.slot, how, self.reader.epoch
+ *         )
+ *         if not ivshmem_claim_exchange(&self.channel, taken.claim_at, taken.claim, claim):             # <<<<<<<<<<<<<<
+ *             return IVSHMEM_AGAIN  # this process was taken for gone at that moment
+ *         taken.claim = claim
+*/
+  }
+
+  /* "ivshmem/channel/queues.pyx":66
+ *         if not ivshmem_claim_exchange(&self.channel, taken.claim_at, taken.claim, claim):
+ *             return IVSHMEM_AGAIN  # this process was taken for gone at that moment
+ *         taken.claim = claim             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+  __pyx_v_taken->claim = __pyx_v_claim;
+
+  /* "ivshmem/channel/queues.pyx":67
+ *             return IVSHMEM_AGAIN  # this process was taken for gone at that moment
+ *         taken.claim = claim
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int undo(self, const ivshmem_taken *taken) except -1:
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/queues.pyx":60
+ *         return 0
+ * 
+ *     cdef int claim_as(self, ivshmem_claim how, ivshmem_taken *taken) noexcept:             # <<<<<<<<<<<<<<
+ *         cdef uint64_t claim = ivshmem_claim_word(
+ *             taken.message.position, self.reader.slot, how, self.reader.epoch
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":69
+ *         return 0
+ * 
+ *     cdef int undo(self, const ivshmem_taken *taken) except -1:             # <<<<<<<<<<<<<<
+ *         """Give a message back that was claimed, for another call."""
+ *         if self.usable():
+*/
+
+static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_undo(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, struct ivshmem_taken const *__pyx_v_taken) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/channel/queues.pyx":71
+ *     cdef int undo(self, const ivshmem_taken *taken) except -1:
+ *         """Give a message back that was claimed, for another call."""
+ *         if self.usable():             # <<<<<<<<<<<<<<
+ *             ivshmem_queue_return(&self.reader, taken)
+ *             self.membership.flush()
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/queues.pyx":72
+ *         """Give a message back that was claimed, for another call."""
+ *         if self.usable():
+ *             ivshmem_queue_return(&self.reader, taken)             # <<<<<<<<<<<<<<
+ *             self.membership.flush()
+ *         return 0
+*/
+    (void)(ivshmem_queue_return((&__pyx_v_self->__pyx_base.reader), __pyx_v_taken));
+
+    /* "ivshmem/channel/queues.pyx":73
+ *         if self.usable():
+ *             ivshmem_queue_return(&self.reader, taken)
+ *             self.membership.flush()             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 73, __pyx_L1_error)
+
+
+    /* "ivshmem/channel/queues.pyx":71
+ *     cdef int undo(self, const ivshmem_taken *taken) except -1:
+ *         """Give a message back that was claimed, for another call."""
+ *         if self.usable():             # <<<<<<<<<<<<<<
+ *             ivshmem_queue_return(&self.reader, taken)
+ *             self.membership.flush()
+*/
+  }
+
+  /* "ivshmem/channel/queues.pyx":74
+ *             ivshmem_queue_return(&self.reader, taken)
+ *             self.membership.flush()
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     cdef int after_sleep(self) except -1:
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/queues.pyx":69
+ *         return 0
+ * 
+ *     cdef int undo(self, const ivshmem_taken *taken) except -1:             # <<<<<<<<<<<<<<
+ *         """Give a message back that was claimed, for another call."""
+ *         if self.usable():
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.queues.ClaimingEnd.undo", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":76
  *         return 0
  * 
  *     cdef int after_sleep(self) except -1:             # <<<<<<<<<<<<<<
@@ -5707,7 +5885,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/queues.pyx":61
+  /* "ivshmem/channel/queues.pyx":78
  *     cdef int after_sleep(self) except -1:
  *         """A ring wakes one reader: wake another one if there is more."""
  *         if self.slept:             # <<<<<<<<<<<<<<
@@ -5716,7 +5894,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __
 */
   if (__pyx_v_self->slept) {
 
-    /* "ivshmem/channel/queues.pyx":62
+    /* "ivshmem/channel/queues.pyx":79
  *         """A ring wakes one reader: wake another one if there is more."""
  *         if self.slept:
  *             self.slept = False             # <<<<<<<<<<<<<<
@@ -5725,7 +5903,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __
 */
     __pyx_v_self->slept = 0;
 
-    /* "ivshmem/channel/queues.pyx":63
+    /* "ivshmem/channel/queues.pyx":80
  *         if self.slept:
  *             self.slept = False
  *             ivshmem_queue_pass_on(&self.reader)             # <<<<<<<<<<<<<<
@@ -5734,7 +5912,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __
 */
     ivshmem_queue_pass_on((&__pyx_v_self->__pyx_base.reader));
 
-    /* "ivshmem/channel/queues.pyx":61
+    /* "ivshmem/channel/queues.pyx":78
  *     cdef int after_sleep(self) except -1:
  *         """A ring wakes one reader: wake another one if there is more."""
  *         if self.slept:             # <<<<<<<<<<<<<<
@@ -5743,22 +5921,22 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":64
+  /* "ivshmem/channel/queues.pyx":81
  *             self.slept = False
  *             ivshmem_queue_pass_on(&self.reader)
  *         self.membership.flush()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 64, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 81, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":65
+  /* "ivshmem/channel/queues.pyx":82
  *             ivshmem_queue_pass_on(&self.reader)
  *         self.membership.flush()
  *         return 0             # <<<<<<<<<<<<<<
  * 
- *     cdef int claim(self, ivshmem_claim how, object timeout, object spin) except -2:
+ *     cdef int claim(
 */
   {
 
@@ -5766,7 +5944,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":59
+  /* "ivshmem/channel/queues.pyx":76
  *         return 0
  * 
  *     cdef int after_sleep(self) except -1:             # <<<<<<<<<<<<<<
@@ -5783,67 +5961,68 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":67
+/* "ivshmem/channel/queues.pyx":84
  *         return 0
  * 
- *     cdef int claim(self, ivshmem_claim how, object timeout, object spin) except -2:             # <<<<<<<<<<<<<<
- *         """Take a message into `self.taken`; 0, or IVSHMEM_AGAIN: none came in time."""
- *         cdef int code
+ *     cdef int claim(             # <<<<<<<<<<<<<<
+ *         self, ivshmem_claim how, object timeout, object spin, ivshmem_taken *taken
+ *     ) except -2:
 */
 
-static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, enum ivshmem_claim __pyx_v_how, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin) {
+static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, enum ivshmem_claim __pyx_v_how, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin, struct ivshmem_taken *__pyx_v_taken) {
   int __pyx_v_code;
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
   int __pyx_t_2;
-  int __pyx_t_3;
-  char const *__pyx_t_4;
-  PyObject *__pyx_t_5 = NULL;
-  PyObject *__pyx_t_6 = NULL;
+  struct ivshmem_taken __pyx_t_3;
+  int __pyx_t_4;
+  int __pyx_t_5;
+  char const *__pyx_t_6;
   PyObject *__pyx_t_7 = NULL;
   PyObject *__pyx_t_8 = NULL;
   PyObject *__pyx_t_9 = NULL;
   PyObject *__pyx_t_10 = NULL;
-  int __pyx_t_11;
-  int __pyx_t_12;
-  PyObject *__pyx_t_13 = NULL;
+  PyObject *__pyx_t_11 = NULL;
+  PyObject *__pyx_t_12 = NULL;
+  int __pyx_t_13;
+  PyObject *__pyx_t_14 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("claim", 0);
 
-  /* "ivshmem/channel/queues.pyx":70
- *         """Take a message into `self.taken`; 0, or IVSHMEM_AGAIN: none came in time."""
+  /* "ivshmem/channel/queues.pyx":89
+ *         """Take a message; 0, or IVSHMEM_AGAIN: none came in time."""
  *         cdef int code
  *         self.enter()             # <<<<<<<<<<<<<<
  *         self.how = how
- *         code = ivshmem_queue_take(&self.reader, how, False, &self.taken)
+ *         code = ivshmem_queue_take(&self.reader, how, False, taken)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 70, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 89, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":71
+  /* "ivshmem/channel/queues.pyx":90
  *         cdef int code
  *         self.enter()
  *         self.how = how             # <<<<<<<<<<<<<<
- *         code = ivshmem_queue_take(&self.reader, how, False, &self.taken)
+ *         code = ivshmem_queue_take(&self.reader, how, False, taken)
  *         if code == IVSHMEM_AGAIN:
 */
   __pyx_v_self->how = __pyx_v_how;
 
-  /* "ivshmem/channel/queues.pyx":72
+  /* "ivshmem/channel/queues.pyx":91
  *         self.enter()
  *         self.how = how
- *         code = ivshmem_queue_take(&self.reader, how, False, &self.taken)             # <<<<<<<<<<<<<<
+ *         code = ivshmem_queue_take(&self.reader, how, False, taken)             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_AGAIN:
  *             try:
 */
-  __pyx_v_code = ivshmem_queue_take((&__pyx_v_self->__pyx_base.reader), __pyx_v_how, 0, (&__pyx_v_self->taken));
+  __pyx_v_code = ivshmem_queue_take((&__pyx_v_self->__pyx_base.reader), __pyx_v_how, 0, __pyx_v_taken);
 
-  /* "ivshmem/channel/queues.pyx":73
+  /* "ivshmem/channel/queues.pyx":92
  *         self.how = how
- *         code = ivshmem_queue_take(&self.reader, how, False, &self.taken)
+ *         code = ivshmem_queue_take(&self.reader, how, False, taken)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             try:
  *                 code = self.wait(timeout, spin)
@@ -5853,51 +6032,110 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/queues.pyx":74
- *         code = ivshmem_queue_take(&self.reader, how, False, &self.taken)
+    /* "ivshmem/channel/queues.pyx":93
+ *         code = ivshmem_queue_take(&self.reader, how, False, taken)
  *         if code == IVSHMEM_AGAIN:
  *             try:             # <<<<<<<<<<<<<<
  *                 code = self.wait(timeout, spin)
- *             finally:
+ *                 taken[0] = self.taken  # before another thread takes one
 */
     /*try:*/ {
 
-      /* "ivshmem/channel/queues.pyx":75
+      /* "ivshmem/channel/queues.pyx":94
  *         if code == IVSHMEM_AGAIN:
  *             try:
  *                 code = self.wait(timeout, spin)             # <<<<<<<<<<<<<<
- *             finally:
- *                 if self.open:
+ *                 taken[0] = self.taken  # before another thread takes one
+ *                 if code == 0 and ivshmem_flags(taken.claim) != how:
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 75, __pyx_L5_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 94, __pyx_L5_error)
       __pyx_v_code = __pyx_t_1;
+
+      /* "ivshmem/channel/queues.pyx":95
+ *             try:
+ *                 code = self.wait(timeout, spin)
+ *                 taken[0] = self.taken  # before another thread takes one             # <<<<<<<<<<<<<<
+ *                 if code == 0 and ivshmem_flags(taken.claim) != how:
+ *                     code = self.claim_as(how, taken)  # `how` is another thread's since the wait
+*/
+      __pyx_t_3 = __pyx_v_self->taken;
+
+      (__pyx_v_taken[0]) = __pyx_t_3;
+
+
+      /* "ivshmem/channel/queues.pyx":96
+ *                 code = self.wait(timeout, spin)
+ *                 taken[0] = self.taken  # before another thread takes one
+ *                 if code == 0 and ivshmem_flags(taken.claim) != how:             # <<<<<<<<<<<<<<
+ *                     code = self.claim_as(how, taken)  # `how` is another thread's since the wait
+ *             finally:
+*/
+      __pyx_t_4 = (__pyx_v_code == 0);
+
+      if (__pyx_t_4) {
+
+      } else {
+
+        __pyx_t_2 = __pyx_t_4;
+
+        goto __pyx_L8_bool_binop_done;
+      }
+      __pyx_t_4 = (ivshmem_flags(__pyx_v_taken->claim) != __pyx_v_how);
+
+
+      __pyx_t_2 = __pyx_t_4;
+
+      __pyx_L8_bool_binop_done:;
+      if (__pyx_t_2) {
+
+
+        /* "ivshmem/channel/queues.pyx":97
+ *                 taken[0] = self.taken  # before another thread takes one
+ *                 if code == 0 and ivshmem_flags(taken.claim) != how:
+ *                     code = self.claim_as(how, taken)  # `how` is another thread's since the wait             # <<<<<<<<<<<<<<
+ *             finally:
+ *                 if self.usable():
+*/
+        __pyx_v_code = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->claim_as(__pyx_v_self, __pyx_v_how, __pyx_v_taken);
+
+        /* "ivshmem/channel/queues.pyx":96
+ *                 code = self.wait(timeout, spin)
+ *                 taken[0] = self.taken  # before another thread takes one
+ *                 if code == 0 and ivshmem_flags(taken.claim) != how:             # <<<<<<<<<<<<<<
+ *                     code = self.claim_as(how, taken)  # `how` is another thread's since the wait
+ *             finally:
+*/
+      }
     }
 
-    /* "ivshmem/channel/queues.pyx":77
- *                 code = self.wait(timeout, spin)
+    /* "ivshmem/channel/queues.pyx":99
+ *                     code = self.claim_as(how, taken)  # `how` is another thread's since the wait
  *             finally:
- *                 if self.open:             # <<<<<<<<<<<<<<
+ *                 if self.usable():             # <<<<<<<<<<<<<<
  *                     self.after_sleep()
  *         if code and code != IVSHMEM_AGAIN:
 */
     /*finally:*/ {
       /*normal exit:*/{
-        if (__pyx_v_self->__pyx_base.__pyx_base.open) {
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
 
-          /* "ivshmem/channel/queues.pyx":78
+        if (__pyx_t_2) {
+
+
+          /* "ivshmem/channel/queues.pyx":100
  *             finally:
- *                 if self.open:
+ *                 if self.usable():
  *                     self.after_sleep()             # <<<<<<<<<<<<<<
  *         if code and code != IVSHMEM_AGAIN:
  *             raise self.fail(code)
 */
-          __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->after_sleep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 78, __pyx_L1_error)
+          __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->after_sleep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 100, __pyx_L1_error)
 
 
-          /* "ivshmem/channel/queues.pyx":77
- *                 code = self.wait(timeout, spin)
+          /* "ivshmem/channel/queues.pyx":99
+ *                     code = self.claim_as(how, taken)  # `how` is another thread's since the wait
  *             finally:
- *                 if self.open:             # <<<<<<<<<<<<<<
+ *                 if self.usable():             # <<<<<<<<<<<<<<
  *                     self.after_sleep()
  *         if code and code != IVSHMEM_AGAIN:
 */
@@ -5908,113 +6146,116 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
       /*exception exit:*/{
         __Pyx_PyThreadState_declare
         __Pyx_PyThreadState_assign
-        __pyx_t_5 = 0; __pyx_t_6 = 0; __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0;
-         __Pyx_ExceptionSwap(&__pyx_t_8, &__pyx_t_9, &__pyx_t_10);
-        if ( unlikely(__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0)) __Pyx_ErrFetch(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7);
-        __Pyx_XGOTREF(__pyx_t_5);
-        __Pyx_XGOTREF(__pyx_t_6);
+        __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0;
+         __Pyx_ExceptionSwap(&__pyx_t_10, &__pyx_t_11, &__pyx_t_12);
+        if ( unlikely(__Pyx_GetException(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9) < 0)) __Pyx_ErrFetch(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9);
         __Pyx_XGOTREF(__pyx_t_7);
         __Pyx_XGOTREF(__pyx_t_8);
         __Pyx_XGOTREF(__pyx_t_9);
         __Pyx_XGOTREF(__pyx_t_10);
-        __pyx_t_1 = __pyx_lineno; __pyx_t_3 = __pyx_clineno; __pyx_t_4 = __pyx_filename;
+        __Pyx_XGOTREF(__pyx_t_11);
+        __Pyx_XGOTREF(__pyx_t_12);
+        __pyx_t_1 = __pyx_lineno; __pyx_t_5 = __pyx_clineno; __pyx_t_6 = __pyx_filename;
         {
-          if (__pyx_v_self->__pyx_base.__pyx_base.open) {
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
 
-            /* "ivshmem/channel/queues.pyx":78
+          if (__pyx_t_2) {
+
+
+            /* "ivshmem/channel/queues.pyx":100
  *             finally:
- *                 if self.open:
+ *                 if self.usable():
  *                     self.after_sleep()             # <<<<<<<<<<<<<<
  *         if code and code != IVSHMEM_AGAIN:
  *             raise self.fail(code)
 */
-            __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->after_sleep(__pyx_v_self); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 78, __pyx_L9_error)
+            __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->after_sleep(__pyx_v_self); if (unlikely(__pyx_t_13 == ((int)-1))) __PYX_ERR(0, 100, __pyx_L12_error)
 
 
-            /* "ivshmem/channel/queues.pyx":77
- *                 code = self.wait(timeout, spin)
+            /* "ivshmem/channel/queues.pyx":99
+ *                     code = self.claim_as(how, taken)  # `how` is another thread's since the wait
  *             finally:
- *                 if self.open:             # <<<<<<<<<<<<<<
+ *                 if self.usable():             # <<<<<<<<<<<<<<
  *                     self.after_sleep()
  *         if code and code != IVSHMEM_AGAIN:
 */
           }
         }
-        __Pyx_XGIVEREF(__pyx_t_8);
-        __Pyx_XGIVEREF(__pyx_t_9);
         __Pyx_XGIVEREF(__pyx_t_10);
-        __Pyx_ExceptionReset(__pyx_t_8, __pyx_t_9, __pyx_t_10);
-        __Pyx_XGIVEREF(__pyx_t_5);
-        __Pyx_XGIVEREF(__pyx_t_6);
+        __Pyx_XGIVEREF(__pyx_t_11);
+        __Pyx_XGIVEREF(__pyx_t_12);
+        __Pyx_ExceptionReset(__pyx_t_10, __pyx_t_11, __pyx_t_12);
         __Pyx_XGIVEREF(__pyx_t_7);
-        __Pyx_ErrRestore(__pyx_t_5, __pyx_t_6, __pyx_t_7);
-        __pyx_t_5 = 0; __pyx_t_6 = 0; __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0;
-        __pyx_lineno = __pyx_t_1; __pyx_clineno = __pyx_t_3; __pyx_filename = __pyx_t_4;
-        goto __pyx_L1_error;
-        __pyx_L9_error:;
         __Pyx_XGIVEREF(__pyx_t_8);
         __Pyx_XGIVEREF(__pyx_t_9);
+        __Pyx_ErrRestore(__pyx_t_7, __pyx_t_8, __pyx_t_9);
+        __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0;
+        __pyx_lineno = __pyx_t_1; __pyx_clineno = __pyx_t_5; __pyx_filename = __pyx_t_6;
+        goto __pyx_L1_error;
+        __pyx_L12_error:;
         __Pyx_XGIVEREF(__pyx_t_10);
-        __Pyx_ExceptionReset(__pyx_t_8, __pyx_t_9, __pyx_t_10);
-        __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-        __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+        __Pyx_XGIVEREF(__pyx_t_11);
+        __Pyx_XGIVEREF(__pyx_t_12);
+        __Pyx_ExceptionReset(__pyx_t_10, __pyx_t_11, __pyx_t_12);
         __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-        __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0;
+        __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
+        __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
+        __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0;
         goto __pyx_L1_error;
       }
       __pyx_L6:;
     }
 
-    /* "ivshmem/channel/queues.pyx":73
+    /* "ivshmem/channel/queues.pyx":92
  *         self.how = how
- *         code = ivshmem_queue_take(&self.reader, how, False, &self.taken)
+ *         code = ivshmem_queue_take(&self.reader, how, False, taken)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             try:
  *                 code = self.wait(timeout, spin)
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":79
- *                 if self.open:
+  /* "ivshmem/channel/queues.pyx":101
+ *                 if self.usable():
  *                     self.after_sleep()
  *         if code and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
  *         return code
 */
-  __pyx_t_12 = (__pyx_v_code != 0);
+  __pyx_t_4 = (__pyx_v_code != 0);
 
-  if (__pyx_t_12) {
+  if (__pyx_t_4) {
 
   } else {
 
-    __pyx_t_2 = __pyx_t_12;
+    __pyx_t_2 = __pyx_t_4;
 
-    goto __pyx_L12_bool_binop_done;
+    goto __pyx_L15_bool_binop_done;
   }
-  __pyx_t_12 = (__pyx_v_code != IVSHMEM_AGAIN);
+  __pyx_t_4 = (__pyx_v_code != IVSHMEM_AGAIN);
 
 
-  __pyx_t_2 = __pyx_t_12;
+  __pyx_t_2 = __pyx_t_4;
 
-  __pyx_L12_bool_binop_done:;
+  __pyx_L15_bool_binop_done:;
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/queues.pyx":80
+    /* "ivshmem/channel/queues.pyx":102
  *                     self.after_sleep()
  *         if code and code != IVSHMEM_AGAIN:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return code
  * 
 */
-    __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 80, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_13);
-    __Pyx_Raise(__pyx_t_13, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-    __PYX_ERR(0, 80, __pyx_L1_error)
+    __pyx_t_14 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 102, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_14);
+    __Pyx_Raise(__pyx_t_14, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
+    __PYX_ERR(0, 102, __pyx_L1_error)
 
-    /* "ivshmem/channel/queues.pyx":79
- *                 if self.open:
+    /* "ivshmem/channel/queues.pyx":101
+ *                 if self.usable():
  *                     self.after_sleep()
  *         if code and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
@@ -6022,12 +6263,12 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":81
+  /* "ivshmem/channel/queues.pyx":103
  *         if code and code != IVSHMEM_AGAIN:
  *             raise self.fail(code)
  *         return code             # <<<<<<<<<<<<<<
  * 
- * cdef class QueueReader(ClaimingEnd):
+ * 
 */
   {
 
@@ -6035,17 +6276,17 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":67
+  /* "ivshmem/channel/queues.pyx":84
  *         return 0
  * 
- *     cdef int claim(self, ivshmem_claim how, object timeout, object spin) except -2:             # <<<<<<<<<<<<<<
- *         """Take a message into `self.taken`; 0, or IVSHMEM_AGAIN: none came in time."""
- *         cdef int code
+ *     cdef int claim(             # <<<<<<<<<<<<<<
+ *         self, ivshmem_claim how, object timeout, object spin, ivshmem_taken *taken
+ *     ) except -2:
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_13);
+  __Pyx_XDECREF(__pyx_t_14);
   __Pyx_AddTraceback("ivshmem.channel.queues.ClaimingEnd.claim", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -2;
   __pyx_L0:;
@@ -6261,7 +6502,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11ClaimingEnd_2__setstate_cy
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":93
+/* "ivshmem/channel/queues.pyx":117
  *     """
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6310,20 +6551,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 93, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 117, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 93, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 117, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get", 0) < (0)) __PYX_ERR(0, 93, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get", 0) < (0)) __PYX_ERR(0, 117, __pyx_L3_error)
 
-      /* "ivshmem/channel/queues.pyx":94
+      /* "ivshmem/channel/queues.pyx":118
  * 
  *     @cython.critical_section
  *     def get(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -6336,7 +6577,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 93, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 117, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -6349,7 +6590,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 93, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 117, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6362,7 +6603,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/queues.pyx":93
+  /* "ivshmem/channel/queues.pyx":117
  *     """
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6386,12 +6627,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
   PyObject *__pyx_t_1 = NULL;
   int __pyx_t_2;
   int __pyx_t_3;
-  struct ivshmem_taken __pyx_t_4;
+  PyObject *__pyx_t_4 = NULL;
   PyObject *__pyx_t_5 = NULL;
   PyObject *__pyx_t_6 = NULL;
   PyObject *__pyx_t_7 = NULL;
-  size_t __pyx_t_8;
+  PyObject *__pyx_t_8 = NULL;
   PyObject *__pyx_t_9 = NULL;
+  size_t __pyx_t_10;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -6403,26 +6645,26 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":114
+        /* "ivshmem/channel/queues.pyx":138
  *         cdef ivshmem_taken taken
  *         cdef bytes data
- *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin):             # <<<<<<<<<<<<<<
+ *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *             return None
- *         taken = self.taken
+ *         try:
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 114, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 138, __pyx_L4_error)
         __pyx_t_3 = (__pyx_t_2 != 0);
 
 
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/queues.pyx":115
+          /* "ivshmem/channel/queues.pyx":139
  *         cdef bytes data
- *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin):
+ *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *             return None             # <<<<<<<<<<<<<<
- *         taken = self.taken
- *         data = PyBytes_FromStringAndSize(NULL, taken.message.length)
+ *         try:
+ *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
 */
           {
             PyObject *__pyx_temp;
@@ -6435,50 +6677,127 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/queues.pyx":114
+          /* "ivshmem/channel/queues.pyx":138
  *         cdef ivshmem_taken taken
  *         cdef bytes data
- *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin):             # <<<<<<<<<<<<<<
+ *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *             return None
- *         taken = self.taken
+ *         try:
 */
         }
 
-        /* "ivshmem/channel/queues.pyx":116
- *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin):
+        /* "ivshmem/channel/queues.pyx":140
+ *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *             return None
- *         taken = self.taken             # <<<<<<<<<<<<<<
- *         data = PyBytes_FromStringAndSize(NULL, taken.message.length)
+ *         try:             # <<<<<<<<<<<<<<
+ *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
+ *         except MemoryError:
+*/
+        {
+          __Pyx_PyThreadState_declare
+          __Pyx_PyThreadState_assign
+          __Pyx_ExceptionSave(&__pyx_t_4, &__pyx_t_5, &__pyx_t_6);
+          __Pyx_XGOTREF(__pyx_t_4);
+          __Pyx_XGOTREF(__pyx_t_5);
+          __Pyx_XGOTREF(__pyx_t_6);
+          /*try:*/ {
+
+            /* "ivshmem/channel/queues.pyx":141
+ *             return None
+ *         try:
+ *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)             # <<<<<<<<<<<<<<
+ *         except MemoryError:
+ *             self.undo(&taken)
+*/
+            __pyx_t_7 = PyBytes_FromStringAndSize(NULL, __pyx_v_taken.message.length); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 141, __pyx_L7_error)
+            __Pyx_GOTREF(__pyx_t_7);
+            __pyx_v_data = ((PyObject*)__pyx_t_7);
+            __pyx_t_7 = 0;
+
+            /* "ivshmem/channel/queues.pyx":140
+ *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
+ *             return None
+ *         try:             # <<<<<<<<<<<<<<
+ *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
+ *         except MemoryError:
+*/
+          }
+          __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+          __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+          __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+          goto __pyx_L12_try_end;
+          __pyx_L7_error:;
+          __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+
+          /* "ivshmem/channel/queues.pyx":142
+ *         try:
+ *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
+ *         except MemoryError:             # <<<<<<<<<<<<<<
+ *             self.undo(&taken)
+ *             raise
+*/
+          __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_MemoryError))));
+          if (__pyx_t_2) {
+            __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.get", __pyx_clineno, __pyx_lineno, __pyx_filename);
+            if (__Pyx_GetException(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9) < 0) __PYX_ERR(0, 142, __pyx_L9_except_error)
+            __Pyx_XGOTREF(__pyx_t_7);
+            __Pyx_XGOTREF(__pyx_t_8);
+            __Pyx_XGOTREF(__pyx_t_9);
+
+            /* "ivshmem/channel/queues.pyx":143
+ *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
+ *         except MemoryError:
+ *             self.undo(&taken)             # <<<<<<<<<<<<<<
+ *             raise
  *         self.finish(&taken, PyBytes_AS_STRING(data))
 */
-        __pyx_t_4 = __pyx_v_self->__pyx_base.taken;
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 143, __pyx_L9_except_error)
 
-        __pyx_v_taken = __pyx_t_4;
 
-        /* "ivshmem/channel/queues.pyx":117
- *             return None
- *         taken = self.taken
- *         data = PyBytes_FromStringAndSize(NULL, taken.message.length)             # <<<<<<<<<<<<<<
+            /* "ivshmem/channel/queues.pyx":144
+ *         except MemoryError:
+ *             self.undo(&taken)
+ *             raise             # <<<<<<<<<<<<<<
  *         self.finish(&taken, PyBytes_AS_STRING(data))
  *         return data if self.type is None else self.type.decode(data)
 */
-        __pyx_t_5 = PyBytes_FromStringAndSize(NULL, __pyx_v_taken.message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 117, __pyx_L4_error)
-        __Pyx_GOTREF(__pyx_t_5);
-        __pyx_v_data = ((PyObject*)__pyx_t_5);
-        __pyx_t_5 = 0;
+            __Pyx_GIVEREF(__pyx_t_7);
+            __Pyx_GIVEREF(__pyx_t_8);
+            __Pyx_XGIVEREF(__pyx_t_9);
+            __Pyx_ErrRestoreWithState(__pyx_t_7, __pyx_t_8, __pyx_t_9);
+            __pyx_t_7 = 0;  __pyx_t_8 = 0;  __pyx_t_9 = 0; 
+            __PYX_ERR(0, 144, __pyx_L9_except_error)
+          }
+          goto __pyx_L9_except_error;
 
-        /* "ivshmem/channel/queues.pyx":118
- *         taken = self.taken
- *         data = PyBytes_FromStringAndSize(NULL, taken.message.length)
+          /* "ivshmem/channel/queues.pyx":140
+ *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
+ *             return None
+ *         try:             # <<<<<<<<<<<<<<
+ *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
+ *         except MemoryError:
+*/
+          __pyx_L9_except_error:;
+          __Pyx_XGIVEREF(__pyx_t_4);
+          __Pyx_XGIVEREF(__pyx_t_5);
+          __Pyx_XGIVEREF(__pyx_t_6);
+          __Pyx_ExceptionReset(__pyx_t_4, __pyx_t_5, __pyx_t_6);
+          goto __pyx_L4_error;
+          __pyx_L12_try_end:;
+        }
+
+        /* "ivshmem/channel/queues.pyx":145
+ *             self.undo(&taken)
+ *             raise
  *         self.finish(&taken, PyBytes_AS_STRING(data))             # <<<<<<<<<<<<<<
  *         return data if self.type is None else self.type.decode(data)
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->finish(__pyx_v_self, (&__pyx_v_taken), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 118, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->finish(__pyx_v_self, (&__pyx_v_taken), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 145, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/queues.pyx":119
- *         data = PyBytes_FromStringAndSize(NULL, taken.message.length)
+        /* "ivshmem/channel/queues.pyx":146
+ *             raise
  *         self.finish(&taken, PyBytes_AS_STRING(data))
  *         return data if self.type is None else self.type.decode(data)             # <<<<<<<<<<<<<<
  * 
@@ -6487,36 +6806,36 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
         __pyx_t_3 = (__pyx_v_self->__pyx_base.__pyx_base.type == Py_None);
         if (__pyx_t_3) {
           __Pyx_INCREF(__pyx_v_data);
-          __pyx_t_5 = __pyx_v_data;
+          __pyx_t_9 = __pyx_v_data;
         } else {
           __pyx_t_7 = __pyx_v_self->__pyx_base.__pyx_base.type;
           __Pyx_INCREF(__pyx_t_7);
-          __pyx_t_8 = 0;
+          __pyx_t_10 = 0;
           {
             PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_v_data};
-            __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __pyx_t_8 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-            if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 119, __pyx_L4_error)
-            __Pyx_GOTREF(__pyx_t_6);
+            if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 146, __pyx_L4_error)
+            __Pyx_GOTREF(__pyx_t_8);
           }
-          __pyx_t_5 = __pyx_t_6;
-          __pyx_t_6 = 0;
+          __pyx_t_9 = __pyx_t_8;
+          __pyx_t_8 = 0;
         }
 
         {
           PyObject *__pyx_temp;
           {
             __pyx_temp = __pyx_r;
-            __pyx_r = __pyx_t_5;
+            __pyx_r = __pyx_t_9;
           }
           __Pyx_XDECREF(__pyx_temp);
         }
-        __pyx_t_5 = 0;
+        __pyx_t_9 = 0;
         __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/queues.pyx":93
+      /* "ivshmem/channel/queues.pyx":117
  *     """
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6525,11 +6844,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
 */
       /*finally:*/ {
         __pyx_L3_return: {
-          __pyx_t_9 = __pyx_r;
+          __pyx_t_6 = __pyx_r;
           __pyx_r = 0;
           __Pyx_PyCriticalSection_End(&__pyx_cs);
-          __pyx_r = __pyx_t_9;
-          __pyx_t_9 = 0;
+          __pyx_r = __pyx_t_6;
+          __pyx_t_6 = 0;
           goto __pyx_L0;
         }
         __pyx_L4_error: {
@@ -6545,9 +6864,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
   goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_9);
   __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.get", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -6558,7 +6877,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":121
+/* "ivshmem/channel/queues.pyx":148
  *         return data if self.type is None else self.type.decode(data)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6608,24 +6927,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 121, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 148, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 121, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 148, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 121, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 148, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 121, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 148, __pyx_L3_error)
 
-      /* "ivshmem/channel/queues.pyx":122
+      /* "ivshmem/channel/queues.pyx":149
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -6635,17 +6954,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 121, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 148, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 121, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 148, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 121, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 148, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -6658,7 +6977,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 121, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 148, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6671,7 +6990,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_buffer, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/queues.pyx":121
+  /* "ivshmem/channel/queues.pyx":148
  *         return data if self.type is None else self.type.decode(data)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6695,24 +7014,23 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
   PyObject *__pyx_t_1 = NULL;
   int __pyx_t_2;
   int __pyx_t_3;
-  struct ivshmem_taken __pyx_t_4;
+  PyObject *__pyx_t_4 = NULL;
   PyObject *__pyx_t_5 = NULL;
   PyObject *__pyx_t_6 = NULL;
   PyObject *__pyx_t_7 = NULL;
   PyObject *__pyx_t_8 = NULL;
-  PyObject *__pyx_t_9 = NULL;
-  PyObject *__pyx_t_10[4];
-  Py_ssize_t __pyx_t_11;
-  PyObject *__pyx_t_12 = NULL;
-  size_t __pyx_t_13;
-  int __pyx_t_14;
-  char const *__pyx_t_15;
+  PyObject *__pyx_t_9[4];
+  Py_ssize_t __pyx_t_10;
+  PyObject *__pyx_t_11 = NULL;
+  size_t __pyx_t_12;
+  int __pyx_t_13;
+  char const *__pyx_t_14;
+  PyObject *__pyx_t_15 = NULL;
   PyObject *__pyx_t_16 = NULL;
   PyObject *__pyx_t_17 = NULL;
   PyObject *__pyx_t_18 = NULL;
   PyObject *__pyx_t_19 = NULL;
   PyObject *__pyx_t_20 = NULL;
-  PyObject *__pyx_t_21 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -6724,45 +7042,45 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":133
+        /* "ivshmem/channel/queues.pyx":160
  *         cdef Py_buffer view
  *         cdef ivshmem_taken taken
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
  *         try:
- *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin):
+ *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 133, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 160, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/queues.pyx":134
+        /* "ivshmem/channel/queues.pyx":161
  *         cdef ivshmem_taken taken
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:             # <<<<<<<<<<<<<<
- *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin):
+ *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *                 return None
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/queues.pyx":135
+          /* "ivshmem/channel/queues.pyx":162
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:
- *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin):             # <<<<<<<<<<<<<<
+ *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *                 return None
- *             taken = self.taken
+ *             if taken.message.length > <uint64_t>view.len:
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 135, __pyx_L7_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 162, __pyx_L7_error)
           __pyx_t_3 = (__pyx_t_2 != 0);
 
 
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/queues.pyx":136
+            /* "ivshmem/channel/queues.pyx":163
  *         try:
- *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin):
+ *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *                 return None             # <<<<<<<<<<<<<<
- *             taken = self.taken
  *             if taken.message.length > <uint64_t>view.len:
+ *                 self.undo(&taken)
 */
             {
               PyObject *__pyx_temp;
@@ -6775,160 +7093,140 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L6_return;
 
-            /* "ivshmem/channel/queues.pyx":135
+            /* "ivshmem/channel/queues.pyx":162
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:
- *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin):             # <<<<<<<<<<<<<<
+ *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *                 return None
- *             taken = self.taken
+ *             if taken.message.length > <uint64_t>view.len:
 */
           }
 
-          /* "ivshmem/channel/queues.pyx":137
- *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin):
+          /* "ivshmem/channel/queues.pyx":164
+ *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *                 return None
- *             taken = self.taken             # <<<<<<<<<<<<<<
- *             if taken.message.length > <uint64_t>view.len:
- *                 ivshmem_queue_return(&self.reader, &taken)
-*/
-          __pyx_t_4 = __pyx_v_self->__pyx_base.taken;
-
-          __pyx_v_taken = __pyx_t_4;
-
-          /* "ivshmem/channel/queues.pyx":138
- *                 return None
- *             taken = self.taken
  *             if taken.message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
- *                 ivshmem_queue_return(&self.reader, &taken)
- *                 self.membership.flush()
+ *                 self.undo(&taken)
+ *                 raise MessageTooLong(
 */
           __pyx_t_3 = (__pyx_v_taken.message.length > ((uint64_t)__pyx_v_view.len));
 
           if (unlikely(__pyx_t_3)) {
 
 
-            /* "ivshmem/channel/queues.pyx":139
- *             taken = self.taken
+            /* "ivshmem/channel/queues.pyx":165
+ *                 return None
  *             if taken.message.length > <uint64_t>view.len:
- *                 ivshmem_queue_return(&self.reader, &taken)             # <<<<<<<<<<<<<<
- *                 self.membership.flush()
- *                 raise MessageTooLong(
-*/
-            (void)(ivshmem_queue_return((&__pyx_v_self->__pyx_base.__pyx_base.reader), (&__pyx_v_taken)));
-
-            /* "ivshmem/channel/queues.pyx":140
- *             if taken.message.length > <uint64_t>view.len:
- *                 ivshmem_queue_return(&self.reader, &taken)
- *                 self.membership.flush()             # <<<<<<<<<<<<<<
+ *                 self.undo(&taken)             # <<<<<<<<<<<<<<
  *                 raise MessageTooLong(
  *                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 140, __pyx_L7_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 165, __pyx_L7_error)
 
 
-            /* "ivshmem/channel/queues.pyx":141
- *                 ivshmem_queue_return(&self.reader, &taken)
- *                 self.membership.flush()
+            /* "ivshmem/channel/queues.pyx":166
+ *             if taken.message.length > <uint64_t>view.len:
+ *                 self.undo(&taken)
  *                 raise MessageTooLong(             # <<<<<<<<<<<<<<
  *                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"
  *                 )
 */
-            __pyx_t_6 = NULL;
-            __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 141, __pyx_L7_error)
-            __Pyx_GOTREF(__pyx_t_7);
+            __pyx_t_5 = NULL;
+            __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 166, __pyx_L7_error)
+            __Pyx_GOTREF(__pyx_t_6);
 
-            /* "ivshmem/channel/queues.pyx":142
- *                 self.membership.flush()
+            /* "ivshmem/channel/queues.pyx":167
+ *                 self.undo(&taken)
  *                 raise MessageTooLong(
  *                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"             # <<<<<<<<<<<<<<
  *                 )
  *             self.finish(&taken, <char *>view.buf)
 */
-            __pyx_t_8 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_taken.message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 142, __pyx_L7_error)
+            __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_taken.message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 167, __pyx_L7_error)
+            __Pyx_GOTREF(__pyx_t_7);
+            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 167, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
-            __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 142, __pyx_L7_error)
-            __Pyx_GOTREF(__pyx_t_9);
-            __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_a_message_of;
-            __pyx_t_10[1] = __pyx_t_8;
-            __pyx_t_10[2] = __pyx_mstate_global->__pyx_kp_u_bytes_and_the_buffer_has;
-            __pyx_t_10[3] = __pyx_t_9;
-            __pyx_t_11 = 40;
+            __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_a_message_of;
+            __pyx_t_9[1] = __pyx_t_7;
+            __pyx_t_9[2] = __pyx_mstate_global->__pyx_kp_u_bytes_and_the_buffer_has;
+            __pyx_t_9[3] = __pyx_t_8;
+            __pyx_t_10 = 40;
             #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-            __pyx_t_11 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_10[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_10[3]);
+            __pyx_t_10 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[3]);
             #endif
             __pyx_t_2 = 0;
-            __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_10, 4, __pyx_t_11, __pyx_t_2);
-            if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 142, __pyx_L7_error)
-            __Pyx_GOTREF(__pyx_t_12);
+            __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 4, __pyx_t_10, __pyx_t_2);
+            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 167, __pyx_L7_error)
+            __Pyx_GOTREF(__pyx_t_11);
+            __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-            __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-            __pyx_t_13 = 1;
+            __pyx_t_12 = 1;
             #if CYTHON_UNPACK_METHODS
-            if (unlikely(PyMethod_Check(__pyx_t_7))) {
-              __pyx_t_6 = PyMethod_GET_SELF(__pyx_t_7);
-              assert(__pyx_t_6);
-              PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_7);
-              __Pyx_INCREF(__pyx_t_6);
+            if (unlikely(PyMethod_Check(__pyx_t_6))) {
+              __pyx_t_5 = PyMethod_GET_SELF(__pyx_t_6);
+              assert(__pyx_t_5);
+              PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_6);
+              __Pyx_INCREF(__pyx_t_5);
               __Pyx_INCREF(__pyx__function);
-              __Pyx_DECREF_SET(__pyx_t_7, __pyx__function);
-              __pyx_t_13 = 0;
+              __Pyx_DECREF_SET(__pyx_t_6, __pyx__function);
+              __pyx_t_12 = 0;
             }
             #endif
             {
-              PyObject *__pyx_callargs[2] = {__pyx_t_6, __pyx_t_12};
-              __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_13, (2-__pyx_t_13) | (__pyx_t_13*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-              __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-              __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
-              __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-              if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 141, __pyx_L7_error)
-              __Pyx_GOTREF(__pyx_t_5);
+              PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_t_11};
+              __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+              __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+              __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+              __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 166, __pyx_L7_error)
+              __Pyx_GOTREF(__pyx_t_4);
             }
-            __Pyx_Raise(__pyx_t_5, 0, 0, 0);
-            __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            __PYX_ERR(0, 141, __pyx_L7_error)
+            __Pyx_Raise(__pyx_t_4, 0, 0, 0);
+            __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+            __PYX_ERR(0, 166, __pyx_L7_error)
 
-            /* "ivshmem/channel/queues.pyx":138
+            /* "ivshmem/channel/queues.pyx":164
+ *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *                 return None
- *             taken = self.taken
  *             if taken.message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
- *                 ivshmem_queue_return(&self.reader, &taken)
- *                 self.membership.flush()
+ *                 self.undo(&taken)
+ *                 raise MessageTooLong(
 */
           }
 
-          /* "ivshmem/channel/queues.pyx":144
+          /* "ivshmem/channel/queues.pyx":169
  *                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"
  *                 )
  *             self.finish(&taken, <char *>view.buf)             # <<<<<<<<<<<<<<
  *             return taken.message.length
  *         finally:
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->finish(__pyx_v_self, (&__pyx_v_taken), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 144, __pyx_L7_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->finish(__pyx_v_self, (&__pyx_v_taken), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 169, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/queues.pyx":145
+          /* "ivshmem/channel/queues.pyx":170
  *                 )
  *             self.finish(&taken, <char *>view.buf)
  *             return taken.message.length             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_v_taken.message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 145, __pyx_L7_error)
-          __Pyx_GOTREF(__pyx_t_5);
+          __pyx_t_4 = __Pyx_PyLong_From_uint32_t(__pyx_v_taken.message.length); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 170, __pyx_L7_error)
+          __Pyx_GOTREF(__pyx_t_4);
           {
             PyObject *__pyx_temp;
             {
               __pyx_temp = __pyx_r;
-              __pyx_r = __pyx_t_5;
+              __pyx_r = __pyx_t_4;
             }
             __Pyx_XDECREF(__pyx_temp);
           }
-          __pyx_t_5 = 0;
+          __pyx_t_4 = 0;
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/queues.pyx":147
+        /* "ivshmem/channel/queues.pyx":172
  *             return taken.message.length
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -6940,49 +7238,49 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
           /*exception exit:*/{
             __Pyx_PyThreadState_declare
             __Pyx_PyThreadState_assign
-            __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0; __pyx_t_20 = 0; __pyx_t_21 = 0;
-            __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
+            __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0; __pyx_t_20 = 0;
+            __Pyx_XDECREF(__pyx_t_11); __pyx_t_11 = 0;
+            __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
             __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
             __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
             __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
-            __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-             __Pyx_ExceptionSwap(&__pyx_t_19, &__pyx_t_20, &__pyx_t_21);
-            if ( unlikely(__Pyx_GetException(&__pyx_t_16, &__pyx_t_17, &__pyx_t_18) < 0)) __Pyx_ErrFetch(&__pyx_t_16, &__pyx_t_17, &__pyx_t_18);
+             __Pyx_ExceptionSwap(&__pyx_t_18, &__pyx_t_19, &__pyx_t_20);
+            if ( unlikely(__Pyx_GetException(&__pyx_t_15, &__pyx_t_16, &__pyx_t_17) < 0)) __Pyx_ErrFetch(&__pyx_t_15, &__pyx_t_16, &__pyx_t_17);
+            __Pyx_XGOTREF(__pyx_t_15);
             __Pyx_XGOTREF(__pyx_t_16);
             __Pyx_XGOTREF(__pyx_t_17);
             __Pyx_XGOTREF(__pyx_t_18);
             __Pyx_XGOTREF(__pyx_t_19);
             __Pyx_XGOTREF(__pyx_t_20);
-            __Pyx_XGOTREF(__pyx_t_21);
-            __pyx_t_2 = __pyx_lineno; __pyx_t_14 = __pyx_clineno; __pyx_t_15 = __pyx_filename;
+            __pyx_t_2 = __pyx_lineno; __pyx_t_13 = __pyx_clineno; __pyx_t_14 = __pyx_filename;
             {
               PyBuffer_Release((&__pyx_v_view));
             }
+            __Pyx_XGIVEREF(__pyx_t_18);
             __Pyx_XGIVEREF(__pyx_t_19);
             __Pyx_XGIVEREF(__pyx_t_20);
-            __Pyx_XGIVEREF(__pyx_t_21);
-            __Pyx_ExceptionReset(__pyx_t_19, __pyx_t_20, __pyx_t_21);
+            __Pyx_ExceptionReset(__pyx_t_18, __pyx_t_19, __pyx_t_20);
+            __Pyx_XGIVEREF(__pyx_t_15);
             __Pyx_XGIVEREF(__pyx_t_16);
             __Pyx_XGIVEREF(__pyx_t_17);
-            __Pyx_XGIVEREF(__pyx_t_18);
-            __Pyx_ErrRestore(__pyx_t_16, __pyx_t_17, __pyx_t_18);
-            __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0; __pyx_t_20 = 0; __pyx_t_21 = 0;
-            __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_14; __pyx_filename = __pyx_t_15;
+            __Pyx_ErrRestore(__pyx_t_15, __pyx_t_16, __pyx_t_17);
+            __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0; __pyx_t_19 = 0; __pyx_t_20 = 0;
+            __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_13; __pyx_filename = __pyx_t_14;
             goto __pyx_L4_error;
           }
           __pyx_L6_return: {
-            __pyx_t_21 = __pyx_r;
+            __pyx_t_20 = __pyx_r;
             __pyx_r = 0;
             PyBuffer_Release((&__pyx_v_view));
-            __pyx_r = __pyx_t_21;
-            __pyx_t_21 = 0;
+            __pyx_r = __pyx_t_20;
+            __pyx_t_20 = 0;
             goto __pyx_L3_return;
           }
         }
       }
 
-      /* "ivshmem/channel/queues.pyx":121
+      /* "ivshmem/channel/queues.pyx":148
  *         return data if self.type is None else self.type.decode(data)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6991,11 +7289,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
 */
       /*finally:*/ {
         __pyx_L3_return: {
-          __pyx_t_21 = __pyx_r;
+          __pyx_t_20 = __pyx_r;
           __pyx_r = 0;
           __Pyx_PyCriticalSection_End(&__pyx_cs);
-          __pyx_r = __pyx_t_21;
-          __pyx_t_21 = 0;
+          __pyx_r = __pyx_t_20;
+          __pyx_t_20 = 0;
           goto __pyx_L0;
         }
         __pyx_L4_error: {
@@ -7011,12 +7309,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
   goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
   __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_XDECREF(__pyx_t_9);
-  __Pyx_XDECREF(__pyx_t_12);
+  __Pyx_XDECREF(__pyx_t_11);
   __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.get_into", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -7027,7 +7325,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":149
+/* "ivshmem/channel/queues.pyx":174
  *             PyBuffer_Release(&view)
  * 
  *     cdef int finish(self, const ivshmem_taken *taken, char *into) except -1:             # <<<<<<<<<<<<<<
@@ -7062,7 +7360,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("finish", 0);
 
-  /* "ivshmem/channel/queues.pyx":151
+  /* "ivshmem/channel/queues.pyx":176
  *     cdef int finish(self, const ivshmem_taken *taken, char *into) except -1:
  *         """Copy a message out, and give its memory back."""
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset             # <<<<<<<<<<<<<<
@@ -7071,7 +7369,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
 */
   __pyx_v_at = (((char const *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.channel.area.memory.start) + __pyx_v_taken->message.offset);
 
-  /* "ivshmem/channel/queues.pyx":152
+  /* "ivshmem/channel/queues.pyx":177
  *         """Copy a message out, and give its memory back."""
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
  *         if taken.message.length < LARGE:             # <<<<<<<<<<<<<<
@@ -7083,7 +7381,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":153
+    /* "ivshmem/channel/queues.pyx":178
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
  *         if taken.message.length < LARGE:
  *             ivshmem_copy_payload(into, at, taken.message.length)             # <<<<<<<<<<<<<<
@@ -7092,7 +7390,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
 */
     ivshmem_copy_payload(__pyx_v_into, __pyx_v_at, __pyx_v_taken->message.length);
 
-    /* "ivshmem/channel/queues.pyx":152
+    /* "ivshmem/channel/queues.pyx":177
  *         """Copy a message out, and give its memory back."""
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
  *         if taken.message.length < LARGE:             # <<<<<<<<<<<<<<
@@ -7102,7 +7400,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/queues.pyx":155
+  /* "ivshmem/channel/queues.pyx":180
  *             ivshmem_copy_payload(into, at, taken.message.length)
  *         else:
  *             self.membership.mapping.pin()             # <<<<<<<<<<<<<<
@@ -7110,10 +7408,10 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
  *                 with nogil:
 */
   /*else*/ {
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 155, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 180, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/queues.pyx":156
+    /* "ivshmem/channel/queues.pyx":181
  *         else:
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -7122,7 +7420,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
 */
     /*try:*/ {
 
-      /* "ivshmem/channel/queues.pyx":157
+      /* "ivshmem/channel/queues.pyx":182
  *             self.membership.mapping.pin()
  *             try:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -7135,7 +7433,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/channel/queues.pyx":158
+            /* "ivshmem/channel/queues.pyx":183
  *             try:
  *                 with nogil:
  *                     ivshmem_copy_payload(into, at, taken.message.length)             # <<<<<<<<<<<<<<
@@ -7145,7 +7443,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
             ivshmem_copy_payload(__pyx_v_into, __pyx_v_at, __pyx_v_taken->message.length);
           }
 
-          /* "ivshmem/channel/queues.pyx":157
+          /* "ivshmem/channel/queues.pyx":182
  *             self.membership.mapping.pin()
  *             try:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -7162,18 +7460,18 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
           }
       }
 
-      /* "ivshmem/channel/queues.pyx":159
+      /* "ivshmem/channel/queues.pyx":184
  *                 with nogil:
  *                     ivshmem_copy_payload(into, at, taken.message.length)
  *                 self.enter()             # <<<<<<<<<<<<<<
  *             finally:
  *                 self.membership.mapping.unpin()
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 159, __pyx_L5_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 184, __pyx_L5_error)
 
     }
 
-    /* "ivshmem/channel/queues.pyx":161
+    /* "ivshmem/channel/queues.pyx":186
  *                 self.enter()
  *             finally:
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -7219,7 +7517,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/queues.pyx":162
+  /* "ivshmem/channel/queues.pyx":187
  *             finally:
  *                 self.membership.mapping.unpin()
  *         if ivshmem_queue_done(&self.reader, taken):             # <<<<<<<<<<<<<<
@@ -7231,7 +7529,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/queues.pyx":163
+    /* "ivshmem/channel/queues.pyx":188
  *                 self.membership.mapping.unpin()
  *         if ivshmem_queue_done(&self.reader, taken):
  *             raise Redelivered(             # <<<<<<<<<<<<<<
@@ -7239,17 +7537,17 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
  *                 " which is lost"
 */
     __pyx_t_12 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_13, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 163, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_13, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 188, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
 
-    /* "ivshmem/channel/queues.pyx":164
+    /* "ivshmem/channel/queues.pyx":189
  *         if ivshmem_queue_done(&self.reader, taken):
  *             raise Redelivered(
  *                 f"queue {self.name!r}: this process was taken for gone while it copied a message,"             # <<<<<<<<<<<<<<
  *                 " which is lost"
  *             )
 */
-    __pyx_t_14 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 164, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 189, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __pyx_t_15[0] = __pyx_mstate_global->__pyx_kp_u_queue;
     __pyx_t_15[1] = __pyx_t_14;
@@ -7263,7 +7561,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
     __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_15[1]);
     #endif
     __pyx_t_17 = __Pyx_PyUnicode_Join(__pyx_t_15, 3, __pyx_t_16, __pyx_t_3);
-    if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 164, __pyx_L1_error)
+    if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 189, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_17);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
     __pyx_t_18 = 1;
@@ -7284,14 +7582,14 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
       __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
       __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 163, __pyx_L1_error)
+      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 188, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
     }
     __Pyx_Raise(__pyx_t_11, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-    __PYX_ERR(0, 163, __pyx_L1_error)
+    __PYX_ERR(0, 188, __pyx_L1_error)
 
-    /* "ivshmem/channel/queues.pyx":162
+    /* "ivshmem/channel/queues.pyx":187
  *             finally:
  *                 self.membership.mapping.unpin()
  *         if ivshmem_queue_done(&self.reader, taken):             # <<<<<<<<<<<<<<
@@ -7300,20 +7598,20 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":167
+  /* "ivshmem/channel/queues.pyx":192
  *                 " which is lost"
  *             )
  *         return self.membership.flush()             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 167, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 192, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_3;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":149
+  /* "ivshmem/channel/queues.pyx":174
  *             PyBuffer_Release(&view)
  * 
  *     cdef int finish(self, const ivshmem_taken *taken, char *into) except -1:             # <<<<<<<<<<<<<<
@@ -7337,7 +7635,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":169
+/* "ivshmem/channel/queues.pyx":194
  *         return self.membership.flush()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7386,20 +7684,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 169, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 194, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 169, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 194, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 169, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 194, __pyx_L3_error)
 
-      /* "ivshmem/channel/queues.pyx":170
+      /* "ivshmem/channel/queues.pyx":195
  * 
  *     @cython.critical_section
  *     def take(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -7412,7 +7710,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 169, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 194, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -7425,7 +7723,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 169, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 194, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7438,7 +7736,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/queues.pyx":169
+  /* "ivshmem/channel/queues.pyx":194
  *         return self.membership.flush()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7455,6 +7753,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 }
 
 static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin) {
+  struct ivshmem_taken __pyx_v_taken;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -7462,8 +7761,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
   int __pyx_t_3;
   PyObject *__pyx_t_4 = NULL;
   PyObject *__pyx_t_5 = NULL;
-  size_t __pyx_t_6;
-  PyObject *__pyx_t_7 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -7475,25 +7772,25 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":186
- *             As of `get`.
+        /* "ivshmem/channel/queues.pyx":212
  *         """
- *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin):             # <<<<<<<<<<<<<<
+ *         cdef ivshmem_taken taken
+ *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *             return None
- *         return Taken(self)
+ *         return taken_of(Taken, self, &taken)
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 186, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 212, __pyx_L4_error)
         __pyx_t_3 = (__pyx_t_2 != 0);
 
 
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/queues.pyx":187
- *         """
- *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin):
+          /* "ivshmem/channel/queues.pyx":213
+ *         cdef ivshmem_taken taken
+ *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):
  *             return None             # <<<<<<<<<<<<<<
- *         return Taken(self)
+ *         return taken_of(Taken, self, &taken)
  * 
 */
           {
@@ -7507,36 +7804,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/queues.pyx":186
- *             As of `get`.
+          /* "ivshmem/channel/queues.pyx":212
  *         """
- *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin):             # <<<<<<<<<<<<<<
+ *         cdef ivshmem_taken taken
+ *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *             return None
- *         return Taken(self)
+ *         return taken_of(Taken, self, &taken)
 */
         }
 
-        /* "ivshmem/channel/queues.pyx":188
- *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin):
+        /* "ivshmem/channel/queues.pyx":214
+ *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):
  *             return None
- *         return Taken(self)             # <<<<<<<<<<<<<<
+ *         return taken_of(Taken, self, &taken)             # <<<<<<<<<<<<<<
  * 
  *     def get_async(self, timeout=None):
 */
-        __pyx_t_5 = NULL;
-        __pyx_t_6 = 1;
-        {
-          PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self)};
-          __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-          __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-          if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 188, __pyx_L4_error)
-          __Pyx_GOTREF((PyObject *)__pyx_t_4);
-        }
+        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_6queues_taken_of(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 214, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_4);
         {
           PyObject *__pyx_temp;
           {
             __pyx_temp = __pyx_r;
-            __pyx_r = ((PyObject *)__pyx_t_4);
+            __pyx_r = __pyx_t_4;
           }
           __Pyx_XDECREF(__pyx_temp);
         }
@@ -7545,7 +7835,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/queues.pyx":169
+      /* "ivshmem/channel/queues.pyx":194
  *         return self.membership.flush()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7554,11 +7844,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
 */
       /*finally:*/ {
         __pyx_L3_return: {
-          __pyx_t_7 = __pyx_r;
+          __pyx_t_5 = __pyx_r;
           __pyx_r = 0;
           __Pyx_PyCriticalSection_End(&__pyx_cs);
-          __pyx_r = __pyx_t_7;
-          __pyx_t_7 = 0;
+          __pyx_r = __pyx_t_5;
+          __pyx_t_5 = 0;
           goto __pyx_L0;
         }
         __pyx_L4_error: {
@@ -7575,17 +7865,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_5);
   __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.take", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
+
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":190
- *         return Taken(self)
+/* "ivshmem/channel/queues.pyx":216
+ *         return taken_of(Taken, self, &taken)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
@@ -7632,24 +7922,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 190, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 216, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 190, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 216, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 190, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 216, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 190, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 216, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -7660,7 +7950,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 190, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 216, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7694,7 +7984,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_async", 0);
 
-  /* "ivshmem/channel/queues.pyx":192
+  /* "ivshmem/channel/queues.pyx":218
  *     def get_async(self, timeout=None):
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.get, timeout)             # <<<<<<<<<<<<<<
@@ -7702,12 +7992,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
  *     def get_into_async(self, buffer, timeout=None):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 192, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 218, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 192, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 218, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 192, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 218, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -7727,7 +8017,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 192, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 218, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -7741,8 +8031,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":190
- *         return Taken(self)
+  /* "ivshmem/channel/queues.pyx":216
+ *         return taken_of(Taken, self, &taken)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
@@ -7763,7 +8053,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":194
+/* "ivshmem/channel/queues.pyx":220
  *         return asynchronous.until_something(self, self.get, timeout)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
@@ -7812,35 +8102,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 194, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 220, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 194, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 220, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 194, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 220, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 194, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 220, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 194, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 220, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 194, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 220, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 194, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 220, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -7851,7 +8141,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 194, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 220, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7885,7 +8175,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_asyn
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_into_async", 0);
 
-  /* "ivshmem/channel/queues.pyx":196
+  /* "ivshmem/channel/queues.pyx":222
  *     def get_into_async(self, buffer, timeout=None):
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)             # <<<<<<<<<<<<<<
@@ -7893,12 +8183,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_asyn
  *     def take_async(self, timeout=None):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 196, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 222, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 196, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 222, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 196, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 222, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -7918,7 +8208,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_asyn
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 196, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 222, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -7932,7 +8222,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_asyn
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":194
+  /* "ivshmem/channel/queues.pyx":220
  *         return asynchronous.until_something(self, self.get, timeout)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
@@ -7954,7 +8244,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_asyn
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":198
+/* "ivshmem/channel/queues.pyx":224
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -8002,24 +8292,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 198, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 224, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 198, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 224, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take_async", 0) < (0)) __PYX_ERR(0, 198, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take_async", 0) < (0)) __PYX_ERR(0, 224, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 198, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 224, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -8030,7 +8320,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 198, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 224, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8064,7 +8354,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take_async", 0);
 
-  /* "ivshmem/channel/queues.pyx":200
+  /* "ivshmem/channel/queues.pyx":226
  *     def take_async(self, timeout=None):
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.take, timeout)             # <<<<<<<<<<<<<<
@@ -8072,12 +8362,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(s
  *     def __iter__(self):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 200, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 226, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 200, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 226, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 200, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 226, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -8097,7 +8387,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(s
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 200, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 226, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -8111,7 +8401,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":198
+  /* "ivshmem/channel/queues.pyx":224
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -8133,7 +8423,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":202
+/* "ivshmem/channel/queues.pyx":228
  *         return asynchronous.until_something(self, self.take, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -8161,7 +8451,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12__iter__(str
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/queues.pyx":203
+  /* "ivshmem/channel/queues.pyx":229
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -8179,7 +8469,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12__iter__(str
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":202
+  /* "ivshmem/channel/queues.pyx":228
  *         return asynchronous.until_something(self, self.take, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -8194,7 +8484,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12__iter__(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":205
+/* "ivshmem/channel/queues.pyx":231
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -8228,7 +8518,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__next__(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/queues.pyx":206
+  /* "ivshmem/channel/queues.pyx":232
  * 
  *     def __next__(self):
  *         return self.get()             # <<<<<<<<<<<<<<
@@ -8242,7 +8532,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__next__(str
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 206, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 232, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -8256,7 +8546,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__next__(str
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":205
+  /* "ivshmem/channel/queues.pyx":231
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -8276,7 +8566,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__next__(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":208
+/* "ivshmem/channel/queues.pyx":234
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -8304,7 +8594,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__aiter__(st
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/queues.pyx":209
+  /* "ivshmem/channel/queues.pyx":235
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -8322,7 +8612,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__aiter__(st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":208
+  /* "ivshmem/channel/queues.pyx":234
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -8337,7 +8627,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__aiter__(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":211
+/* "ivshmem/channel/queues.pyx":237
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -8371,7 +8661,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__anext__(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/queues.pyx":212
+  /* "ivshmem/channel/queues.pyx":238
  * 
  *     def __anext__(self):
  *         return self.get_async()             # <<<<<<<<<<<<<<
@@ -8385,7 +8675,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__anext__(st
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 212, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 238, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -8399,7 +8689,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__anext__(st
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":211
+  /* "ivshmem/channel/queues.pyx":237
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -8625,163 +8915,255 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_22__setstate_c
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":228
+/* "ivshmem/channel/queues.pyx":255
  *     """
  * 
- *     def __cinit__(self, ClaimingEnd reader not None):             # <<<<<<<<<<<<<<
- *         self.reader = reader
- *         self.taken = reader.taken
+ *     def __init__(self, *_, **__):             # <<<<<<<<<<<<<<
+ *         raise TypeError(f"a {type(self).__name__} is made by `take`")
+ * 
 */
 
 /* Python wrapper */
-static int __pyx_pw_7ivshmem_7channel_6queues_5Taken_1__cinit__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL_TPNEW
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-static int __pyx_pw_7ivshmem_7channel_6queues_5Taken_1__cinit__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL_TPNEW
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_reader = 0;
-  #if !CYTHON_VECTORCALL_TPNEW
+static int __pyx_pw_7ivshmem_7channel_6queues_5Taken_1__init__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds); /*proto*/
+static int __pyx_pw_7ivshmem_7channel_6queues_5Taken_1__init__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds) {
+  CYTHON_UNUSED PyObject *__pyx_v__ = 0;
+  CYTHON_UNUSED PyObject *__pyx_v___ = 0;
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[1] = {0};
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
   int __pyx_r;
   __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__cinit__ (wrapper)", 0);
-  #if !CYTHON_VECTORCALL_TPNEW
+  __Pyx_RefNannySetupContext("__init__ (wrapper)", 0);
   #if CYTHON_ASSUME_SAFE_SIZE
   __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
   #else
   __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return -1;
   #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL_TPNEW(__pyx_args, __pyx_nargs);
-  {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_reader,0};
-    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 228, __pyx_L3_error)
-    if (__pyx_kwds_len > 0) {
-      switch (__pyx_nargs) {
-        case  1:
-        values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 228, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  0: break;
-        default: goto __pyx_L5_argtuple_error;
-      }
-      const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 228, __pyx_L3_error)
-      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, i); __PYX_ERR(0, 228, __pyx_L3_error) }
-      }
-    } else if (unlikely(__pyx_nargs != 1)) {
-      goto __pyx_L5_argtuple_error;
-    } else {
-      values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 228, __pyx_L3_error)
-    }
-    __pyx_v_reader = ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)values[0]);
+  __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
+  const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return -1;
+  if (__pyx_kwds_len > 0) {
+    if (unlikely(__Pyx_CheckKeywordStrings(__pyx_kwds) == -1)) return -1;
   }
-  goto __pyx_L6_skip;
-  __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 228, __pyx_L3_error)
-  __pyx_L6_skip:;
-  goto __pyx_L4_argument_unpacking_done;
-  __pyx_L3_error:;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.__cinit__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __Pyx_RefNannyFinishContext();
-  return -1;
-  __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_reader), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd, 0, "reader", 0))) __PYX_ERR(0, 228, __pyx_L1_error)
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken___cinit__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self), __pyx_v_reader);
+  __Pyx_INCREF(__pyx_args);
+  __pyx_v__ = __pyx_args;
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken___init__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self), __pyx_v__, __pyx_v___);
 
   /* function exit code */
-  goto __pyx_L0;
-  __pyx_L1_error:;
-  __pyx_r = -1;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  goto __pyx_L7_cleaned_up;
-  __pyx_L0:;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __pyx_L7_cleaned_up:;
+  __Pyx_DECREF(__pyx_v__);
+  __Pyx_XDECREF(__pyx_v___);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static int __pyx_pf_7ivshmem_7channel_6queues_5Taken___cinit__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_reader) {
+static int __pyx_pf_7ivshmem_7channel_6queues_5Taken___init__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v__, CYTHON_UNUSED PyObject *__pyx_v___) {
   int __pyx_r;
   __Pyx_RefNannyDeclarations
-  struct ivshmem_taken __pyx_t_1;
-  __Pyx_RefNannySetupContext("__cinit__", 0);
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5[3];
+  Py_ssize_t __pyx_t_6;
+  int __pyx_t_7;
+  size_t __pyx_t_8;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__init__", 0);
 
-  /* "ivshmem/channel/queues.pyx":229
+  /* "ivshmem/channel/queues.pyx":256
  * 
- *     def __cinit__(self, ClaimingEnd reader not None):
- *         self.reader = reader             # <<<<<<<<<<<<<<
- *         self.taken = reader.taken
- *         self.live = True
+ *     def __init__(self, *_, **__):
+ *         raise TypeError(f"a {type(self).__name__} is made by `take`")             # <<<<<<<<<<<<<<
+ * 
+ *     def __reduce__(self):
 */
-  __Pyx_INCREF((PyObject *)__pyx_v_reader);
-  __Pyx_GIVEREF((PyObject *)__pyx_v_reader);
-  __Pyx_GOTREF((PyObject *)__pyx_v_self->reader);
-  __Pyx_DECREF_SET(__pyx_v_self->reader, __pyx_v_reader);
+  __pyx_t_2 = NULL;
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 256, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 256, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
+  __pyx_t_5[1] = __pyx_t_4;
+  __pyx_t_5[2] = __pyx_mstate_global->__pyx_kp_u_is_made_by_take;
+  __pyx_t_6 = 20;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_6 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_5[1]);
+  #endif
+  __pyx_t_7 = 0;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
+  #endif
+  __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 256, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __pyx_t_8 = 1;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_t_3};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 256, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  __Pyx_Raise(__pyx_t_1, 0, 0, 0);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __PYX_ERR(0, 256, __pyx_L1_error)
 
-  /* "ivshmem/channel/queues.pyx":230
- *     def __cinit__(self, ClaimingEnd reader not None):
- *         self.reader = reader
- *         self.taken = reader.taken             # <<<<<<<<<<<<<<
- *         self.live = True
+  /* "ivshmem/channel/queues.pyx":255
+ *     """
+ * 
+ *     def __init__(self, *_, **__):             # <<<<<<<<<<<<<<
+ *         raise TypeError(f"a {type(self).__name__} is made by `take`")
  * 
 */
-  __pyx_t_1 = __pyx_v_reader->taken;
 
-  __pyx_v_self->taken = __pyx_t_1;
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.__init__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
 
-  /* "ivshmem/channel/queues.pyx":231
- *         self.reader = reader
- *         self.taken = reader.taken
- *         self.live = True             # <<<<<<<<<<<<<<
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/queues.pyx":258
+ *         raise TypeError(f"a {type(self).__name__} is made by `take`")
+ * 
+ *     def __reduce__(self):             # <<<<<<<<<<<<<<
+ *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
+ * 
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_3__reduce__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_2__reduce__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_3__reduce__ = {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_3__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_2__reduce__};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_3__reduce__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__reduce__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__reduce__", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce__", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_2__reduce__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2__reduce__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5[3];
+  Py_ssize_t __pyx_t_6;
+  int __pyx_t_7;
+  size_t __pyx_t_8;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__reduce__", 0);
+
+  /* "ivshmem/channel/queues.pyx":259
+ * 
+ *     def __reduce__(self):
+ *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_v_self->live = 1;
+  __pyx_t_2 = NULL;
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 259, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 259, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
+  __pyx_t_5[1] = __pyx_t_4;
+  __pyx_t_5[2] = __pyx_mstate_global->__pyx_kp_u_cannot_be_copied_or_pickled;
+  __pyx_t_6 = 30;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_6 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_5[1]);
+  #endif
+  __pyx_t_7 = 0;
+  #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+  __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
+  #endif
+  __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 259, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __pyx_t_8 = 1;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_t_3};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 259, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  __Pyx_Raise(__pyx_t_1, 0, 0, 0);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __PYX_ERR(0, 259, __pyx_L1_error)
 
-  /* "ivshmem/channel/queues.pyx":228
- *     """
+  /* "ivshmem/channel/queues.pyx":258
+ *         raise TypeError(f"a {type(self).__name__} is made by `take`")
  * 
- *     def __cinit__(self, ClaimingEnd reader not None):             # <<<<<<<<<<<<<<
- *         self.reader = reader
- *         self.taken = reader.taken
+ *     def __reduce__(self):             # <<<<<<<<<<<<<<
+ *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
+ * 
 */
 
   /* function exit code */
-  __pyx_r = 0;
-
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.__reduce__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":233
- *         self.live = True
+/* "ivshmem/channel/queues.pyx":261
+ *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
  * 
  *     @property             # <<<<<<<<<<<<<<
  *     def size(self):
@@ -8812,14 +9194,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4size___get__(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/queues.pyx":235
+  /* "ivshmem/channel/queues.pyx":263
  *     @property
  *     def size(self):
  *         return self.taken.message.length             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->taken.message.length); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 235, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->taken.message.length); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 263, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -8832,8 +9214,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4size___get__(struct 
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":233
- *         self.live = True
+  /* "ivshmem/channel/queues.pyx":261
+ *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
  * 
  *     @property             # <<<<<<<<<<<<<<
  *     def size(self):
@@ -8851,7 +9233,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4size___get__(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":237
+/* "ivshmem/channel/queues.pyx":265
  *         return self.taken.message.length
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8883,14 +9265,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_11redelivered___get__
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/queues.pyx":239
+  /* "ivshmem/channel/queues.pyx":267
  *     @property
  *     def redelivered(self):
  *         return self.taken.redelivered != 0             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->taken.redelivered != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 239, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->taken.redelivered != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 267, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -8903,7 +9285,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_11redelivered___get__
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":237
+  /* "ivshmem/channel/queues.pyx":265
  *         return self.taken.message.length
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8922,7 +9304,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_11redelivered___get__
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":241
+/* "ivshmem/channel/queues.pyx":269
  *         return self.taken.redelivered != 0
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8954,14 +9336,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6writer___get__(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/queues.pyx":243
+  /* "ivshmem/channel/queues.pyx":271
  *     @property
  *     def writer(self):
  *         return self.taken.message.writer             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_self->taken.message.writer); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 243, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_self->taken.message.writer); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 271, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -8974,7 +9356,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6writer___get__(struc
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":241
+  /* "ivshmem/channel/queues.pyx":269
  *         return self.taken.redelivered != 0
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -8993,7 +9375,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6writer___get__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":245
+/* "ivshmem/channel/queues.pyx":273
  *         return self.taken.message.writer
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9025,14 +9407,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8position___get__(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/queues.pyx":247
+  /* "ivshmem/channel/queues.pyx":275
  *     @property
  *     def position(self):
  *         return self.taken.message.position             # <<<<<<<<<<<<<<
  * 
  *     cdef int check(self) except -1:
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->taken.message.position); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 247, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->taken.message.position); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 275, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -9045,7 +9427,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8position___get__(str
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":245
+  /* "ivshmem/channel/queues.pyx":273
  *         return self.taken.message.writer
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9064,7 +9446,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8position___get__(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":249
+/* "ivshmem/channel/queues.pyx":277
  *         return self.taken.message.position
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -9086,7 +9468,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check(struct __pyx_obj_7ivsh
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/channel/queues.pyx":250
+  /* "ivshmem/channel/queues.pyx":278
  * 
  *     cdef int check(self) except -1:
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -9098,7 +9480,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check(struct __pyx_obj_7ivsh
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/queues.pyx":251
+    /* "ivshmem/channel/queues.pyx":279
  *     cdef int check(self) except -1:
  *         if not self.live:
  *             raise ClosedError("the message was acknowledged or given back")             # <<<<<<<<<<<<<<
@@ -9106,7 +9488,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check(struct __pyx_obj_7ivsh
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 251, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 279, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9125,14 +9507,14 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check(struct __pyx_obj_7ivsh
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 251, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 279, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 251, __pyx_L1_error)
+    __PYX_ERR(0, 279, __pyx_L1_error)
 
-    /* "ivshmem/channel/queues.pyx":250
+    /* "ivshmem/channel/queues.pyx":278
  * 
  *     cdef int check(self) except -1:
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -9141,20 +9523,20 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check(struct __pyx_obj_7ivsh
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":252
+  /* "ivshmem/channel/queues.pyx":280
  *         if not self.live:
  *             raise ClosedError("the message was acknowledged or given back")
  *         return self.reader.enter()             # <<<<<<<<<<<<<<
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):
 */
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->reader->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->reader)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 252, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->reader->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->reader)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 280, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_6;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":249
+  /* "ivshmem/channel/queues.pyx":277
  *         return self.taken.message.position
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -9175,7 +9557,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":254
+/* "ivshmem/channel/queues.pyx":282
  *         return self.reader.enter()
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -9184,14 +9566,14 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check(struct __pyx_obj_7ivsh
 */
 
 /* Python wrapper */
-CYTHON_UNUSED static int __pyx_pw_7ivshmem_7channel_6queues_5Taken_3__getbuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags); /*proto*/
-CYTHON_UNUSED static int __pyx_pw_7ivshmem_7channel_6queues_5Taken_3__getbuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
+CYTHON_UNUSED static int __pyx_pw_7ivshmem_7channel_6queues_5Taken_5__getbuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags); /*proto*/
+CYTHON_UNUSED static int __pyx_pw_7ivshmem_7channel_6queues_5Taken_5__getbuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__getbuffer__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_2__getbuffer__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self), ((Py_buffer *)__pyx_v_view), ((int)__pyx_v_flags));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_4__getbuffer__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self), ((Py_buffer *)__pyx_v_view), ((int)__pyx_v_flags));
 
   /* function exit code */
 
@@ -9200,7 +9582,7 @@ CYTHON_UNUSED static int __pyx_pw_7ivshmem_7channel_6queues_5Taken_3__getbuffer_
   return __pyx_r;
 }
 
-static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_2__getbuffer__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
+static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_4__getbuffer__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
   char *__pyx_v_start;
   int __pyx_r;
   __Pyx_RefNannyDeclarations
@@ -9222,27 +9604,27 @@ static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_2__getbuffer__(struct __pyx
   __pyx_v_view->obj = Py_None; __Pyx_INCREF(Py_None);
   __Pyx_GIVEREF(__pyx_v_view->obj);
 
-  /* "ivshmem/channel/queues.pyx":256
+  /* "ivshmem/channel/queues.pyx":284
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         cdef char *start
  *         self.check()             # <<<<<<<<<<<<<<
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 256, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 284, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":257
+  /* "ivshmem/channel/queues.pyx":285
  *         cdef char *start
  *         self.check()
  *         self.reader.membership.mapping.pin()             # <<<<<<<<<<<<<<
  *         start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset
  *         try:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->reader->__pyx_base.__pyx_base.membership->mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 257, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->reader->__pyx_base.__pyx_base.membership->mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 285, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":258
+  /* "ivshmem/channel/queues.pyx":286
  *         self.check()
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset             # <<<<<<<<<<<<<<
@@ -9251,7 +9633,7 @@ static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_2__getbuffer__(struct __pyx
 */
   __pyx_v_start = (((char *)__pyx_v_self->reader->__pyx_base.__pyx_base.channel.area.memory.start) + __pyx_v_self->taken.message.offset);
 
-  /* "ivshmem/channel/queues.pyx":259
+  /* "ivshmem/channel/queues.pyx":287
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset
  *         try:             # <<<<<<<<<<<<<<
@@ -9267,17 +9649,17 @@ static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_2__getbuffer__(struct __pyx
     __Pyx_XGOTREF(__pyx_t_4);
     /*try:*/ {
 
-      /* "ivshmem/channel/queues.pyx":260
+      /* "ivshmem/channel/queues.pyx":288
  *         start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset
  *         try:
  *             PyBuffer_FillInfo(view, self, start, self.taken.message.length, True, flags)             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.reader.membership.mapping.unpin()
 */
-      __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_start, __pyx_v_self->taken.message.length, 1, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 260, __pyx_L3_error)
+      __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_start, __pyx_v_self->taken.message.length, 1, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 288, __pyx_L3_error)
 
 
-      /* "ivshmem/channel/queues.pyx":259
+      /* "ivshmem/channel/queues.pyx":287
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset
  *         try:             # <<<<<<<<<<<<<<
@@ -9291,7 +9673,7 @@ static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_2__getbuffer__(struct __pyx
     goto __pyx_L8_try_end;
     __pyx_L3_error:;
 
-    /* "ivshmem/channel/queues.pyx":261
+    /* "ivshmem/channel/queues.pyx":289
  *         try:
  *             PyBuffer_FillInfo(view, self, start, self.taken.message.length, True, flags)
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -9301,12 +9683,12 @@ static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_2__getbuffer__(struct __pyx
     __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_1) {
       __Pyx_AddTraceback("ivshmem.channel.queues.Taken.__getbuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 261, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 289, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_7);
 
-      /* "ivshmem/channel/queues.pyx":262
+      /* "ivshmem/channel/queues.pyx":290
  *             PyBuffer_FillInfo(view, self, start, self.taken.message.length, True, flags)
  *         except BaseException:
  *             self.reader.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -9315,7 +9697,7 @@ static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_2__getbuffer__(struct __pyx
 */
       ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->reader->__pyx_base.__pyx_base.membership->mapping);
 
-      /* "ivshmem/channel/queues.pyx":263
+      /* "ivshmem/channel/queues.pyx":291
  *         except BaseException:
  *             self.reader.membership.mapping.unpin()
  *             raise             # <<<<<<<<<<<<<<
@@ -9327,11 +9709,11 @@ static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_2__getbuffer__(struct __pyx
       __Pyx_XGIVEREF(__pyx_t_7);
       __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_6, __pyx_t_7);
       __pyx_t_5 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
-      __PYX_ERR(0, 263, __pyx_L5_except_error)
+      __PYX_ERR(0, 291, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/queues.pyx":259
+    /* "ivshmem/channel/queues.pyx":287
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset
  *         try:             # <<<<<<<<<<<<<<
@@ -9347,7 +9729,7 @@ static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_2__getbuffer__(struct __pyx
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/queues.pyx":264
+  /* "ivshmem/channel/queues.pyx":292
  *             self.reader.membership.mapping.unpin()
  *             raise
  *         self.exports += 1             # <<<<<<<<<<<<<<
@@ -9356,7 +9738,7 @@ static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_2__getbuffer__(struct __pyx
 */
   __pyx_v_self->exports = (__pyx_v_self->exports + 1);
 
-  /* "ivshmem/channel/queues.pyx":254
+  /* "ivshmem/channel/queues.pyx":282
  *         return self.reader.enter()
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -9390,7 +9772,7 @@ static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_2__getbuffer__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":266
+/* "ivshmem/channel/queues.pyx":294
  *         self.exports += 1
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -9399,22 +9781,22 @@ static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_2__getbuffer__(struct __pyx
 */
 
 /* Python wrapper */
-CYTHON_UNUSED static void __pyx_pw_7ivshmem_7channel_6queues_5Taken_5__releasebuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view); /*proto*/
-CYTHON_UNUSED static void __pyx_pw_7ivshmem_7channel_6queues_5Taken_5__releasebuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view) {
+CYTHON_UNUSED static void __pyx_pw_7ivshmem_7channel_6queues_5Taken_7__releasebuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view); /*proto*/
+CYTHON_UNUSED static void __pyx_pw_7ivshmem_7channel_6queues_5Taken_7__releasebuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__releasebuffer__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_7channel_6queues_5Taken_4__releasebuffer__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self), ((Py_buffer *)__pyx_v_view));
+  __pyx_pf_7ivshmem_7channel_6queues_5Taken_6__releasebuffer__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self), ((Py_buffer *)__pyx_v_view));
 
   /* function exit code */
 
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_4__releasebuffer__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view) {
+static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_6__releasebuffer__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view) {
 
-  /* "ivshmem/channel/queues.pyx":267
+  /* "ivshmem/channel/queues.pyx":295
  * 
  *     def __releasebuffer__(self, Py_buffer *view):
  *         self.exports -= 1             # <<<<<<<<<<<<<<
@@ -9423,7 +9805,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_4__releasebuffer__(struct 
 */
   __pyx_v_self->exports = (__pyx_v_self->exports - 1);
 
-  /* "ivshmem/channel/queues.pyx":268
+  /* "ivshmem/channel/queues.pyx":296
  *     def __releasebuffer__(self, Py_buffer *view):
  *         self.exports -= 1
  *         self.reader.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -9432,7 +9814,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_4__releasebuffer__(struct 
 */
   ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->reader->__pyx_base.__pyx_base.membership->mapping);
 
-  /* "ivshmem/channel/queues.pyx":266
+  /* "ivshmem/channel/queues.pyx":294
  *         self.exports += 1
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -9444,7 +9826,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_4__releasebuffer__(struct 
 
 }
 
-/* "ivshmem/channel/queues.pyx":270
+/* "ivshmem/channel/queues.pyx":298
  *         self.reader.membership.mapping.unpin()
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -9453,24 +9835,24 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_4__releasebuffer__(struct 
 */
 
 /* Python wrapper */
-static Py_ssize_t __pyx_pw_7ivshmem_7channel_6queues_5Taken_7__len__(PyObject *__pyx_v_self); /*proto*/
-static Py_ssize_t __pyx_pw_7ivshmem_7channel_6queues_5Taken_7__len__(PyObject *__pyx_v_self) {
+static Py_ssize_t __pyx_pw_7ivshmem_7channel_6queues_5Taken_9__len__(PyObject *__pyx_v_self); /*proto*/
+static Py_ssize_t __pyx_pw_7ivshmem_7channel_6queues_5Taken_9__len__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   Py_ssize_t __pyx_r;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__len__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_6__len__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_8__len__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static Py_ssize_t __pyx_pf_7ivshmem_7channel_6queues_5Taken_6__len__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+static Py_ssize_t __pyx_pf_7ivshmem_7channel_6queues_5Taken_8__len__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
   Py_ssize_t __pyx_r;
 
-  /* "ivshmem/channel/queues.pyx":271
+  /* "ivshmem/channel/queues.pyx":299
  * 
  *     def __len__(self):
  *         return self.taken.message.length             # <<<<<<<<<<<<<<
@@ -9483,7 +9865,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_6queues_5Taken_6__len__(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":270
+  /* "ivshmem/channel/queues.pyx":298
  *         self.reader.membership.mapping.unpin()
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -9497,7 +9879,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_6queues_5Taken_6__len__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":273
+/* "ivshmem/channel/queues.pyx":301
  *         return self.taken.message.length
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
@@ -9506,16 +9888,16 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_6queues_5Taken_6__len__(struct __py
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_9__bytes__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_11__bytes__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_8__bytes__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_9__bytes__ = {"__bytes__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_9__bytes__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_8__bytes__};
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_9__bytes__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_10__bytes__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_11__bytes__ = {"__bytes__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_11__bytes__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_10__bytes__};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_11__bytes__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -9541,14 +9923,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__bytes__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_8__bytes__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_10__bytes__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8__bytes__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__bytes__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -9560,14 +9942,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8__bytes__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__bytes__", 0);
 
-  /* "ivshmem/channel/queues.pyx":274
+  /* "ivshmem/channel/queues.pyx":302
  * 
  *     def __bytes__(self):
  *         return memoryview(self).tobytes()             # <<<<<<<<<<<<<<
  * 
  *     def get(self):
 */
-  __pyx_t_3 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 274, __pyx_L1_error)
+  __pyx_t_3 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 302, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_2 = __pyx_t_3;
   __Pyx_INCREF(__pyx_t_2);
@@ -9577,10 +9959,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8__bytes__(struct __p
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_tobytes, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 274, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 302, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 274, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 302, __pyx_L1_error)
   {
     PyObject *__pyx_temp;
     {
@@ -9592,7 +9974,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8__bytes__(struct __p
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":273
+  /* "ivshmem/channel/queues.pyx":301
  *         return self.taken.message.length
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
@@ -9613,7 +9995,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8__bytes__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":276
+/* "ivshmem/channel/queues.pyx":304
  *         return memoryview(self).tobytes()
  * 
  *     def get(self):             # <<<<<<<<<<<<<<
@@ -9622,16 +10004,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8__bytes__(struct __p
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_11get(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_13get(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_10get, "Return a copy: bytes, or what the channel\047s type makes of them.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_11get = {"get", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_11get, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_10get};
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_11get(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_12get, "Return a copy: bytes, or what the channel\047s type makes of them.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_13get = {"get", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_13get, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_12get};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_13get(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -9657,14 +10039,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("get", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_10get(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_12get(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10get(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12get(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
   PyObject *__pyx_v_data = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -9678,7 +10060,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10get(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get", 0);
 
-  /* "ivshmem/channel/queues.pyx":278
+  /* "ivshmem/channel/queues.pyx":306
  *     def get(self):
  *         """Return a copy: bytes, or what the channel's type makes of them."""
  *         data = bytes(self)             # <<<<<<<<<<<<<<
@@ -9691,13 +10073,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10get(struct __pyx_ob
     PyObject *__pyx_callargs[2] = {__pyx_t_2, ((PyObject *)__pyx_v_self)};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(&PyBytes_Type), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 278, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 306, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __pyx_v_data = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/queues.pyx":279
+  /* "ivshmem/channel/queues.pyx":307
  *         """Return a copy: bytes, or what the channel's type makes of them."""
  *         data = bytes(self)
  *         return data if self.reader.type is None else self.reader.type.decode(data)             # <<<<<<<<<<<<<<
@@ -9716,7 +10098,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10get(struct __pyx_ob
       PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_v_data};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 279, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 307, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __pyx_t_1 = __pyx_t_2;
@@ -9734,7 +10116,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10get(struct __pyx_ob
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":276
+  /* "ivshmem/channel/queues.pyx":304
  *         return memoryview(self).tobytes()
  * 
  *     def get(self):             # <<<<<<<<<<<<<<
@@ -9756,7 +10138,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10get(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":281
+/* "ivshmem/channel/queues.pyx":309
  *         return data if self.reader.type is None else self.reader.type.decode(data)
  * 
  *     cdef int check_exports(self) except -1:             # <<<<<<<<<<<<<<
@@ -9780,7 +10162,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check_exports", 0);
 
-  /* "ivshmem/channel/queues.pyx":282
+  /* "ivshmem/channel/queues.pyx":310
  * 
  *     cdef int check_exports(self) except -1:
  *         if self.exports:             # <<<<<<<<<<<<<<
@@ -9792,7 +10174,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports(struct __pyx_o
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/queues.pyx":283
+    /* "ivshmem/channel/queues.pyx":311
  *     cdef int check_exports(self) except -1:
  *         if self.exports:
  *             raise BufferError(             # <<<<<<<<<<<<<<
@@ -9801,7 +10183,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports(struct __pyx_o
 */
     __pyx_t_3 = NULL;
 
-    /* "ivshmem/channel/queues.pyx":284
+    /* "ivshmem/channel/queues.pyx":312
  *         if self.exports:
  *             raise BufferError(
  *                 f"{counted(self.exports, 'memoryview')} or arrays of the message are in use:"             # <<<<<<<<<<<<<<
@@ -9809,9 +10191,9 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports(struct __pyx_o
  *             )
 */
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 284, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 312, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 284, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 312, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_8 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9831,13 +10213,13 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports(struct __pyx_o
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 284, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 312, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 284, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 312, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_or_arrays_of_the_message_are_in); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 284, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_or_arrays_of_the_message_are_in); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 312, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_8 = 1;
@@ -9846,14 +10228,14 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports(struct __pyx_o
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 283, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 311, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 283, __pyx_L1_error)
+    __PYX_ERR(0, 311, __pyx_L1_error)
 
-    /* "ivshmem/channel/queues.pyx":282
+    /* "ivshmem/channel/queues.pyx":310
  * 
  *     cdef int check_exports(self) except -1:
  *         if self.exports:             # <<<<<<<<<<<<<<
@@ -9862,7 +10244,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":287
+  /* "ivshmem/channel/queues.pyx":315
  *                 " release them first (del)"
  *             )
  *         return 0             # <<<<<<<<<<<<<<
@@ -9875,7 +10257,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":281
+  /* "ivshmem/channel/queues.pyx":309
  *         return data if self.reader.type is None else self.reader.type.decode(data)
  * 
  *     cdef int check_exports(self) except -1:             # <<<<<<<<<<<<<<
@@ -9899,7 +10281,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":289
+/* "ivshmem/channel/queues.pyx":317
  *         return 0
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
@@ -9908,16 +10290,16 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports(struct __pyx_o
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_13done(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_15done(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_12done, "Acknowledge it: no other reader gets it. May be called twice.\n\n        Raises:\n            Redelivered: this process was silent, and another reader has the message, too; what was\n                seen of it may be torn.\n            BufferError: a memoryview or an array of it is alive.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_13done = {"done", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_13done, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_12done};
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_13done(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_14done, "Acknowledge it: no other reader gets it. May be called twice.\n\n        Raises:\n            Redelivered: this process was silent, and another reader has the message, too; what was\n                seen of it may be torn.\n            BufferError: a memoryview or an array of it is alive.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_15done = {"done", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_15done, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_14done};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_15done(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -9943,14 +10325,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("done", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_12done(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12done(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
   int __pyx_v_code;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -9971,7 +10353,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12done(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("done", 0);
 
-  /* "ivshmem/channel/queues.pyx":298
+  /* "ivshmem/channel/queues.pyx":326
  *         """
  *         cdef int code
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -9983,7 +10365,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12done(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":299
+    /* "ivshmem/channel/queues.pyx":327
  *         cdef int code
  *         if not self.live:
  *             return             # <<<<<<<<<<<<<<
@@ -10000,7 +10382,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12done(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/queues.pyx":298
+    /* "ivshmem/channel/queues.pyx":326
  *         """
  *         cdef int code
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -10009,27 +10391,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12done(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":300
+  /* "ivshmem/channel/queues.pyx":328
  *         if not self.live:
  *             return
  *         self.check_exports()             # <<<<<<<<<<<<<<
  *         self.check()
  *         self.live = False
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_vtab)->check_exports(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 300, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_vtab)->check_exports(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 328, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":301
+  /* "ivshmem/channel/queues.pyx":329
  *             return
  *         self.check_exports()
  *         self.check()             # <<<<<<<<<<<<<<
  *         self.live = False
  *         code = ivshmem_queue_done(&self.reader.reader, &self.taken)
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 301, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 329, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":302
+  /* "ivshmem/channel/queues.pyx":330
  *         self.check_exports()
  *         self.check()
  *         self.live = False             # <<<<<<<<<<<<<<
@@ -10038,7 +10420,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12done(struct __pyx_o
 */
   __pyx_v_self->live = 0;
 
-  /* "ivshmem/channel/queues.pyx":303
+  /* "ivshmem/channel/queues.pyx":331
  *         self.check()
  *         self.live = False
  *         code = ivshmem_queue_done(&self.reader.reader, &self.taken)             # <<<<<<<<<<<<<<
@@ -10047,17 +10429,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12done(struct __pyx_o
 */
   __pyx_v_code = ivshmem_queue_done((&__pyx_v_self->reader->__pyx_base.reader), (&__pyx_v_self->taken));
 
-  /* "ivshmem/channel/queues.pyx":304
+  /* "ivshmem/channel/queues.pyx":332
  *         self.live = False
  *         code = ivshmem_queue_done(&self.reader.reader, &self.taken)
  *         self.reader.membership.flush()             # <<<<<<<<<<<<<<
  *         if code:
  *             raise Redelivered(
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->reader->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->reader->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 304, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->reader->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->reader->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 332, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":305
+  /* "ivshmem/channel/queues.pyx":333
  *         code = ivshmem_queue_done(&self.reader.reader, &self.taken)
  *         self.reader.membership.flush()
  *         if code:             # <<<<<<<<<<<<<<
@@ -10069,7 +10451,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12done(struct __pyx_o
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/queues.pyx":306
+    /* "ivshmem/channel/queues.pyx":334
  *         self.reader.membership.flush()
  *         if code:
  *             raise Redelivered(             # <<<<<<<<<<<<<<
@@ -10077,29 +10459,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12done(struct __pyx_o
  *                 f" {self.taken.message.position} of writer {self.taken.message.writer}: another"
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 306, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 334, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
 
-    /* "ivshmem/channel/queues.pyx":307
+    /* "ivshmem/channel/queues.pyx":335
  *         if code:
  *             raise Redelivered(
  *                 f"queue {self.reader.name!r}: this process was silent while it had message"             # <<<<<<<<<<<<<<
  *                 f" {self.taken.message.position} of writer {self.taken.message.writer}: another"
  *                 " reader has it, too"
 */
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->reader->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 307, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->reader->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 335, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
 
-    /* "ivshmem/channel/queues.pyx":308
+    /* "ivshmem/channel/queues.pyx":336
  *             raise Redelivered(
  *                 f"queue {self.reader.name!r}: this process was silent while it had message"
  *                 f" {self.taken.message.position} of writer {self.taken.message.writer}: another"             # <<<<<<<<<<<<<<
  *                 " reader has it, too"
  *             )
 */
-    __pyx_t_7 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->taken.message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 308, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->taken.message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 336, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_self->taken.message.writer, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 308, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_self->taken.message.writer, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 336, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_queue;
     __pyx_t_9[1] = __pyx_t_6;
@@ -10109,7 +10491,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12done(struct __pyx_o
     __pyx_t_9[5] = __pyx_t_8;
     __pyx_t_9[6] = __pyx_mstate_global->__pyx_kp_u_another_reader_has_it_too;
 
-    /* "ivshmem/channel/queues.pyx":307
+    /* "ivshmem/channel/queues.pyx":335
  *         if code:
  *             raise Redelivered(
  *                 f"queue {self.reader.name!r}: this process was silent while it had message"             # <<<<<<<<<<<<<<
@@ -10125,7 +10507,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12done(struct __pyx_o
     __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]);
     #endif
     __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 7, __pyx_t_10, __pyx_t_2);
-    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 307, __pyx_L1_error)
+    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 335, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -10148,14 +10530,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12done(struct __pyx_o
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 306, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 334, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 306, __pyx_L1_error)
+    __PYX_ERR(0, 334, __pyx_L1_error)
 
-    /* "ivshmem/channel/queues.pyx":305
+    /* "ivshmem/channel/queues.pyx":333
  *         code = ivshmem_queue_done(&self.reader.reader, &self.taken)
  *         self.reader.membership.flush()
  *         if code:             # <<<<<<<<<<<<<<
@@ -10164,7 +10546,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12done(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":289
+  /* "ivshmem/channel/queues.pyx":317
  *         return 0
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
@@ -10192,7 +10574,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12done(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":312
+/* "ivshmem/channel/queues.pyx":340
  *             )
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
@@ -10201,16 +10583,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12done(struct __pyx_o
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_15give_back(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_17give_back(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_14give_back, "Give it to another reader, marked `redelivered`. May be called twice.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_15give_back = {"give_back", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_15give_back, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_14give_back};
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_15give_back(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_16give_back, "Give it to another reader, marked `redelivered`. May be called twice.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_17give_back = {"give_back", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_17give_back, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_16give_back};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_17give_back(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10236,27 +10618,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("give_back", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_14give_back(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_16give_back(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14give_back(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16give_back(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
   int __pyx_t_2;
-  PyObject *__pyx_t_3 = NULL;
-  int __pyx_t_4;
-  int __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("give_back", 0);
 
-  /* "ivshmem/channel/queues.pyx":314
+  /* "ivshmem/channel/queues.pyx":342
  *     def give_back(self):
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -10268,7 +10647,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14give_back(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":315
+    /* "ivshmem/channel/queues.pyx":343
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         if not self.live:
  *             return             # <<<<<<<<<<<<<<
@@ -10285,7 +10664,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14give_back(struct __
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/queues.pyx":314
+    /* "ivshmem/channel/queues.pyx":342
  *     def give_back(self):
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -10294,81 +10673,66 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14give_back(struct __
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":316
+  /* "ivshmem/channel/queues.pyx":344
  *         if not self.live:
  *             return
  *         self.check_exports()             # <<<<<<<<<<<<<<
  *         self.live = False
- *         if self.reader.open and not self.reader.closed:
+ *         if self.reader.usable():
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_vtab)->check_exports(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 316, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_vtab)->check_exports(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 344, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":317
+  /* "ivshmem/channel/queues.pyx":345
  *             return
  *         self.check_exports()
  *         self.live = False             # <<<<<<<<<<<<<<
- *         if self.reader.open and not self.reader.closed:
+ *         if self.reader.usable():
  *             ivshmem_queue_return(&self.reader.reader, &self.taken)
 */
   __pyx_v_self->live = 0;
 
-  /* "ivshmem/channel/queues.pyx":318
+  /* "ivshmem/channel/queues.pyx":346
  *         self.check_exports()
  *         self.live = False
- *         if self.reader.open and not self.reader.closed:             # <<<<<<<<<<<<<<
+ *         if self.reader.usable():             # <<<<<<<<<<<<<<
  *             ivshmem_queue_return(&self.reader.reader, &self.taken)
  *             self.reader.membership.flush()
 */
-  if (__pyx_v_self->reader->__pyx_base.__pyx_base.open) {
-  } else {
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->reader->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->reader));
 
-    __pyx_t_1 = __pyx_v_self->reader->__pyx_base.__pyx_base.open;
-    goto __pyx_L5_bool_binop_done;
-  }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->reader), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 318, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 318, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_5 = (!__pyx_t_4);
-
-
-
-  __pyx_t_1 = __pyx_t_5;
-
-  __pyx_L5_bool_binop_done:;
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":319
+    /* "ivshmem/channel/queues.pyx":347
  *         self.live = False
- *         if self.reader.open and not self.reader.closed:
+ *         if self.reader.usable():
  *             ivshmem_queue_return(&self.reader.reader, &self.taken)             # <<<<<<<<<<<<<<
  *             self.reader.membership.flush()
  * 
 */
     (void)(ivshmem_queue_return((&__pyx_v_self->reader->__pyx_base.reader), (&__pyx_v_self->taken)));
 
-    /* "ivshmem/channel/queues.pyx":320
- *         if self.reader.open and not self.reader.closed:
+    /* "ivshmem/channel/queues.pyx":348
+ *         if self.reader.usable():
  *             ivshmem_queue_return(&self.reader.reader, &self.taken)
  *             self.reader.membership.flush()             # <<<<<<<<<<<<<<
  * 
  *     def __enter__(self):
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->reader->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->reader->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 320, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->reader->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->reader->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 348, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/queues.pyx":318
+    /* "ivshmem/channel/queues.pyx":346
  *         self.check_exports()
  *         self.live = False
- *         if self.reader.open and not self.reader.closed:             # <<<<<<<<<<<<<<
+ *         if self.reader.usable():             # <<<<<<<<<<<<<<
  *             ivshmem_queue_return(&self.reader.reader, &self.taken)
  *             self.reader.membership.flush()
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":312
+  /* "ivshmem/channel/queues.pyx":340
  *             )
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
@@ -10380,7 +10744,6 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14give_back(struct __
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
   goto __pyx_L0;
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_3);
   __Pyx_AddTraceback("ivshmem.channel.queues.Taken.give_back", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -10389,7 +10752,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14give_back(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":322
+/* "ivshmem/channel/queues.pyx":350
  *             self.reader.membership.flush()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -10398,16 +10761,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14give_back(struct __
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_17__enter__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_19__enter__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_16__enter__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_17__enter__ = {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_17__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_16__enter__};
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_17__enter__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_18__enter__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_19__enter__ = {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_19__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_18__enter__};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_19__enter__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10433,19 +10796,19 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__enter__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_16__enter__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_18__enter__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16__enter__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__enter__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/queues.pyx":323
+  /* "ivshmem/channel/queues.pyx":351
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -10463,7 +10826,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16__enter__(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":322
+  /* "ivshmem/channel/queues.pyx":350
  *             self.reader.membership.flush()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -10478,7 +10841,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16__enter__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":325
+/* "ivshmem/channel/queues.pyx":353
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -10487,16 +10850,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16__enter__(struct __
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_19__exit__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_21__exit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_18__exit__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_19__exit__ = {"__exit__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_19__exit__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_18__exit__};
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_19__exit__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_20__exit__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_21__exit__ = {"__exit__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_21__exit__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_20__exit__};
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_21__exit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10533,33 +10896,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 325, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 353, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 325, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 353, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 1) ? kwd_pos_args : 1;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 325, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 353, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 325, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 353, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 325, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 353, __pyx_L3_error)
     }
     __pyx_v_kind = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 325, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 353, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10571,7 +10934,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_18__exit__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self), __pyx_v_kind, __pyx_v_error);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_20__exit__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self), __pyx_v_kind, __pyx_v_error);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -10582,7 +10945,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__exit__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, PyObject *__pyx_v_kind, CYTHON_UNUSED PyObject *__pyx_v_error) {
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_20__exit__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, PyObject *__pyx_v_kind, CYTHON_UNUSED PyObject *__pyx_v_error) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -10594,7 +10957,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__exit__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/queues.pyx":326
+  /* "ivshmem/channel/queues.pyx":354
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -10605,7 +10968,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__exit__(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":327
+    /* "ivshmem/channel/queues.pyx":355
  *     def __exit__(self, kind, *error):
  *         if kind is None:
  *             self.done()             # <<<<<<<<<<<<<<
@@ -10619,12 +10982,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__exit__(struct __p
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_done, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 327, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 355, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/queues.pyx":326
+    /* "ivshmem/channel/queues.pyx":354
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -10634,7 +10997,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__exit__(struct __p
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/queues.pyx":328
+  /* "ivshmem/channel/queues.pyx":356
  *         if kind is None:
  *             self.done()
  *         elif self.exports == 0:             # <<<<<<<<<<<<<<
@@ -10646,7 +11009,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__exit__(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":329
+    /* "ivshmem/channel/queues.pyx":357
  *             self.done()
  *         elif self.exports == 0:
  *             self.give_back()             # <<<<<<<<<<<<<<
@@ -10660,12 +11023,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__exit__(struct __p
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_give_back, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 329, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 357, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/queues.pyx":328
+    /* "ivshmem/channel/queues.pyx":356
  *         if kind is None:
  *             self.done()
  *         elif self.exports == 0:             # <<<<<<<<<<<<<<
@@ -10675,7 +11038,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__exit__(struct __p
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/queues.pyx":325
+  /* "ivshmem/channel/queues.pyx":353
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -10697,7 +11060,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__exit__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":331
+/* "ivshmem/channel/queues.pyx":359
  *             self.give_back()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -10706,19 +11069,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__exit__(struct __p
 */
 
 /* Python wrapper */
-static void __pyx_pw_7ivshmem_7channel_6queues_5Taken_21__del__(PyObject *__pyx_v_self); /*proto*/
-static void __pyx_pw_7ivshmem_7channel_6queues_5Taken_21__del__(PyObject *__pyx_v_self) {
+static void __pyx_pw_7ivshmem_7channel_6queues_5Taken_23__del__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_7channel_6queues_5Taken_23__del__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__del__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_7channel_6queues_5Taken_20__del__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+  __pyx_pf_7ivshmem_7channel_6queues_5Taken_22__del__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_20__del__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_22__del__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
   int __pyx_t_2;
@@ -10730,7 +11093,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_20__del__(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__del__", 0);
 
-  /* "ivshmem/channel/queues.pyx":332
+  /* "ivshmem/channel/queues.pyx":360
  * 
  *     def __del__(self):
  *         if self.live and self.exports == 0:             # <<<<<<<<<<<<<<
@@ -10752,7 +11115,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_20__del__(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":333
+    /* "ivshmem/channel/queues.pyx":361
  *     def __del__(self):
  *         if self.live and self.exports == 0:
  *             self.give_back()             # <<<<<<<<<<<<<<
@@ -10766,12 +11129,12 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_20__del__(struct __pyx_obj
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_give_back, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 333, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 361, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/queues.pyx":332
+    /* "ivshmem/channel/queues.pyx":360
  * 
  *     def __del__(self):
  *         if self.live and self.exports == 0:             # <<<<<<<<<<<<<<
@@ -10780,7 +11143,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_20__del__(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":331
+  /* "ivshmem/channel/queues.pyx":359
  *             self.give_back()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -10799,7 +11162,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_20__del__(struct __pyx_obj
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/channel/queues.pyx":335
+/* "ivshmem/channel/queues.pyx":363
  *             self.give_back()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -10808,21 +11171,21 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_20__del__(struct __pyx_obj
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_23__repr__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_23__repr__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_25__repr__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_25__repr__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__repr__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_22__repr__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_24__repr__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_22__repr__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_24__repr__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
   PyObject *__pyx_v_state = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -10838,11 +11201,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_22__repr__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/queues.pyx":336
+  /* "ivshmem/channel/queues.pyx":364
  * 
  *     def __repr__(self):
  *         state = "" if self.live else ", done"             # <<<<<<<<<<<<<<
  *         return f"<ivshmem.channel.{type(self).__name__} of {self.size} bytes{state}>"
+ * 
 */
   if (__pyx_v_self->live) {
     __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u__2);
@@ -10854,22 +11218,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_22__repr__(struct __p
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/queues.pyx":337
+  /* "ivshmem/channel/queues.pyx":365
  *     def __repr__(self):
  *         state = "" if self.live else ", done"
  *         return f"<ivshmem.channel.{type(self).__name__} of {self.size} bytes{state}>"             # <<<<<<<<<<<<<<
+ * 
+ * 
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 337, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 365, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 337, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 365, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_size); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 337, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_size); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 365, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 337, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 365, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 337, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 365, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel;
   __pyx_t_4[1] = __pyx_t_2;
@@ -10887,7 +11253,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_22__repr__(struct __p
   __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_4[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_4[5]);
   #endif
   __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_4, 7, __pyx_t_5, __pyx_t_6);
-  if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 337, __pyx_L1_error)
+  if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 365, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -10903,7 +11269,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_22__repr__(struct __p
   __pyx_t_7 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":335
+  /* "ivshmem/channel/queues.pyx":363
  *             self.give_back()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -10926,208 +11292,102 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_22__repr__(struct __p
   return __pyx_r;
 }
 
-/* "(tree fragment)":1
- * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):
+/* "ivshmem/channel/queues.pyx":368
+ * 
+ * 
+ * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):             # <<<<<<<<<<<<<<
+ *     cdef Taken made = kind.__new__(kind)
+ *     made.reader = reader
 */
 
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_25__reduce_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_24__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_25__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_25__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_24__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_25__reduce_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
+static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7channel_6queues_taken_of(PyTypeObject *__pyx_v_kind, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_reader, struct ivshmem_taken const *__pyx_v_taken) {
+  struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_made = 0;
+  struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__reduce_cython__ (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__reduce_cython__", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_24__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_24__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__reduce_cython__", 0);
+  __Pyx_RefNannySetupContext("taken_of", 0);
 
-  /* "(tree fragment)":2
- * def __reduce_cython__(self):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
- * def __setstate_cython__(self, __pyx_state):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+  /* "ivshmem/channel/queues.pyx":369
+ * 
+ * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):
+ *     cdef Taken made = kind.__new__(kind)             # <<<<<<<<<<<<<<
+ *     made.reader = reader
+ *     made.taken = taken[0]
 */
-  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(1, 2, __pyx_L1_error)
+  if (unlikely(((PyObject *)__pyx_v_kind) == Py_None)) {
+    PyErr_SetString(PyExc_TypeError, "object.__new__(X): X is not a type object (NoneType)");
+    __PYX_ERR(0, 369, __pyx_L1_error)
+  }
+  __pyx_t_1 = __Pyx_tp_new(((PyObject *)__pyx_v_kind), __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 369, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  if (!(likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken)))) __PYX_ERR(0, 369, __pyx_L1_error)
+  __pyx_v_made = ((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_t_1);
+  __pyx_t_1 = 0;
 
-  /* "(tree fragment)":1
- * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):
+  /* "ivshmem/channel/queues.pyx":370
+ * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):
+ *     cdef Taken made = kind.__new__(kind)
+ *     made.reader = reader             # <<<<<<<<<<<<<<
+ *     made.taken = taken[0]
+ *     made.live = True
 */
+  __Pyx_INCREF((PyObject *)__pyx_v_reader);
+  __Pyx_GIVEREF((PyObject *)__pyx_v_reader);
+  __Pyx_GOTREF((PyObject *)__pyx_v_made->reader);
+  __Pyx_DECREF_SET(__pyx_v_made->reader, __pyx_v_reader);
 
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "(tree fragment)":3
- * def __reduce_cython__(self):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+  /* "ivshmem/channel/queues.pyx":371
+ *     cdef Taken made = kind.__new__(kind)
+ *     made.reader = reader
+ *     made.taken = taken[0]             # <<<<<<<<<<<<<<
+ *     made.live = True
+ *     return made
 */
+  __pyx_v_made->taken = (__pyx_v_taken[0]);
 
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_27__setstate_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_5Taken_26__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_5Taken_27__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_27__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_26__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_6queues_5Taken_27__setstate_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  CYTHON_UNUSED PyObject *__pyx_v___pyx_state = 0;
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[1] = {0};
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__setstate_cython__ (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  /* "ivshmem/channel/queues.pyx":372
+ *     made.reader = reader
+ *     made.taken = taken[0]
+ *     made.live = True             # <<<<<<<<<<<<<<
+ *     return made
+*/
+  __pyx_v_made->live = 1;
+
+  /* "ivshmem/channel/queues.pyx":373
+ *     made.taken = taken[0]
+ *     made.live = True
+ *     return made             # <<<<<<<<<<<<<<
+*/
   {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
-    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
-    if (__pyx_kwds_len > 0) {
-      switch (__pyx_nargs) {
-        case  1:
-        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  0: break;
-        default: goto __pyx_L5_argtuple_error;
-      }
-      const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
-      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
-      }
-    } else if (unlikely(__pyx_nargs != 1)) {
-      goto __pyx_L5_argtuple_error;
-    } else {
-      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
+    struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __Pyx_INCREF((PyObject *)__pyx_v_made);
+      __pyx_r = __pyx_v_made;
     }
-    __pyx_v___pyx_state = values[0];
+    __Pyx_XDECREF((PyObject *)__pyx_temp);
   }
-  goto __pyx_L6_skip;
-  __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
-  __pyx_L6_skip:;
-  goto __pyx_L4_argument_unpacking_done;
-  __pyx_L3_error:;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __Pyx_RefNannyFinishContext();
-  return NULL;
-  __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_5Taken_26__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_v_self), __pyx_v___pyx_state);
+  goto __pyx_L0;
 
-  /* function exit code */
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_26__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__setstate_cython__", 0);
-
-  /* "(tree fragment)":4
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
-*/
-  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(1, 4, __pyx_L1_error)
-
-  /* "(tree fragment)":3
- * def __reduce_cython__(self):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
+  /* "ivshmem/channel/queues.pyx":368
+ * 
+ * 
+ * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):             # <<<<<<<<<<<<<<
+ *     cdef Taken made = kind.__new__(kind)
+ *     made.reader = reader
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.queues.Taken.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_AddTraceback("ivshmem.channel.queues.taken_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
+  __pyx_L0:;
+  __Pyx_XDECREF((PyObject *)__pyx_v_made);
+  __Pyx_XGIVEREF((PyObject *)__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
@@ -11196,17 +11456,6 @@ static int __pyx_tp_traverse_7ivshmem_7channel_6queues_ClaimingEnd(PyObject *o, 
   return 0;
 }
 
-static int __pyx_tp_clear_7ivshmem_7channel_6queues_ClaimingEnd(PyObject *o) {
-  #if !CYTHON_USE_MODULE_STATE
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd)) {
-    inquiry clear = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, tp_clear, inquiry);
-    if (clear) clear(o);
-  } else
-  #endif
-  { __Pyx_call_next_tp_clear(o, __pyx_tp_clear_7ivshmem_7channel_6queues_ClaimingEnd); }
-  return 0;
-}
-
 static PyMethodDef __pyx_methods_7ivshmem_7channel_6queues_ClaimingEnd[] = {
   {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11ClaimingEnd_1__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11ClaimingEnd___reduce_cython__},
   {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11ClaimingEnd_3__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11ClaimingEnd_2__setstate_cython__},
@@ -11217,7 +11466,6 @@ static PyType_Slot __pyx_type_7ivshmem_7channel_6queues_ClaimingEnd_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_6queues_ClaimingEnd},
   {Py_tp_doc, (void *)PyDoc_STR("A reader that claims what it takes: of a queue, or a server of calls.")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_6queues_ClaimingEnd},
-  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7channel_6queues_ClaimingEnd},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_6queues_ClaimingEnd},
   {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_6queues_ClaimingEnd},
   {0, 0},
@@ -11254,7 +11502,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_6queues_ClaimingEnd = {
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
   PyDoc_STR("A reader that claims what it takes: of a queue, or a server of calls."), /*tp_doc*/
   __pyx_tp_traverse_7ivshmem_7channel_6queues_ClaimingEnd, /*tp_traverse*/
-  __pyx_tp_clear_7ivshmem_7channel_6queues_ClaimingEnd, /*tp_clear*/
+  0, /*tp_clear*/
   0, /*tp_richcompare*/
   0, /*tp_weaklistoffset*/
   0, /*tp_iter*/
@@ -11359,7 +11607,6 @@ static PyType_Slot __pyx_type_7ivshmem_7channel_6queues_QueueReader_slots[] = {
   #endif
   {Py_tp_doc, (void *)PyDoc_STR("One reader of a queue; made by its `reader()`. It iterates over messages.\n\n    `get` copies a message and is done with it: at most once. `take` acknowledges at the end: at\n    least once.\n\n    Attributes:\n        name: of the channel.\n    ")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_6queues_ClaimingEnd},
-  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7channel_6queues_ClaimingEnd},
   {Py_tp_iter, (void *)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_13__iter__},
   {Py_tp_iternext, (void *)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_15__next__},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_6queues_QueueReader},
@@ -11405,7 +11652,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_6queues_QueueReader = {
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
   PyDoc_STR("One reader of a queue; made by its `reader()`. It iterates over messages.\n\n    `get` copies a message and is done with it: at most once. `take` acknowledges at the end: at\n    least once.\n\n    Attributes:\n        name: of the channel.\n    "), /*tp_doc*/
   __pyx_tp_traverse_7ivshmem_7channel_6queues_ClaimingEnd, /*tp_traverse*/
-  __pyx_tp_clear_7ivshmem_7channel_6queues_ClaimingEnd, /*tp_clear*/
+  0, /*tp_clear*/
   0, /*tp_richcompare*/
   0, /*tp_weaklistoffset*/
   __pyx_pw_7ivshmem_7channel_6queues_11QueueReader_13__iter__, /*tp_iter*/
@@ -11460,74 +11707,26 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_6queues_QueueReader = {
 #endif
 static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken __pyx_vtable_7ivshmem_7channel_6queues_Taken;
 
-static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_6queues_Taken(PyObject *o, 
-#if CYTHON_VECTORCALL_TPNEW
-    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
-#else
-    PyObject *a, PyObject *k
-#endif
-) {
+static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_6queues_Taken(PyObject *o, CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k) {
   struct __pyx_obj_7ivshmem_7channel_6queues_Taken *p = ((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)o);
   p->__pyx_vtab = __pyx_vtabptr_7ivshmem_7channel_6queues_Taken;
   p->reader = ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)Py_None); Py_INCREF(Py_None);
-  {
-    int cinit_result = __pyx_pw_7ivshmem_7channel_6queues_5Taken_1__cinit__(o, 
-#if CYTHON_VECTORCALL_TPNEW
-    args, nargs, kwnames
-#else
-    a, k
-#endif
-);
-    if (unlikely(cinit_result)) goto bad;
-  }
   return o;
-  bad:
-  Py_DECREF(o); o = 0;
-  return NULL;
 }
 
-static PyObject *__pyx_tp_new_vectorcall_7ivshmem_7channel_6queues_Taken(PyTypeObject *t, 
-#if CYTHON_VECTORCALL_TPNEW
-    PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames
-#else
-    PyObject *a, PyObject *k
-#endif
-) {
+static PyObject *__pyx_tp_new_7ivshmem_7channel_6queues_Taken(PyTypeObject *t, PyObject *a, PyObject *k) {
   PyObject *o;
   o = __Pyx_AllocateExtensionType(t, 0);
   if (unlikely(!o)) return 0;
-  return __pyx_tp_new__initialisation_7ivshmem_7channel_6queues_Taken(o, 
-#if CYTHON_VECTORCALL_TPNEW
-    args, nargs, kwnames
-#else
-    a, k
-#endif
-);
+  return __pyx_tp_new__initialisation_7ivshmem_7channel_6queues_Taken(o, a, k);
 }
-
-#if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_new_7ivshmem_7channel_6queues_Taken(PyTypeObject *t, PyObject *a, PyObject *k) {
-  return __Pyx_CallTpnewAsVectorcall(__pyx_tp_new_vectorcall_7ivshmem_7channel_6queues_Taken, t, a, k);
-}
-#endif
-
-#if CYTHON_VECTORCALL_TPNEW
-static PyObject *__pyx_tp_vectorcall_7ivshmem_7channel_6queues_Taken(PyObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-  if (unlikely((PyTypeObject*)t != __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken || __Pyx_PyType_HasFeature((PyTypeObject*)t, Py_TPFLAGS_IS_ABSTRACT))) {
-    return __Pyx_CallNewInitFromVectorcall((PyTypeObject*)t, args, nargsf, kwnames);
-  }
-  Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
-  PyObject *o = __pyx_tp_new_vectorcall_7ivshmem_7channel_6queues_Taken((PyTypeObject*)t, args, nargs, kwnames);
-  return o;
-}
-#endif
 
 #if CYTHON_USE_TP_FINALIZE
 
 static void __pyx_tp_finalize_7ivshmem_7channel_6queues_Taken(PyObject *o) {
   PyObject *etype, *eval, *etb;
   __Pyx_PyErr_FetchException(&etype, &eval, &etb);
-  __pyx_pw_7ivshmem_7channel_6queues_5Taken_21__del__(o);
+  __pyx_pw_7ivshmem_7channel_6queues_5Taken_23__del__(o);
   __Pyx_PyErr_RestoreException(etype, eval, etb);
 }
 #endif
@@ -11570,15 +11769,6 @@ static int __pyx_tp_traverse_7ivshmem_7channel_6queues_Taken(PyObject *o, visitp
   return 0;
 }
 
-static int __pyx_tp_clear_7ivshmem_7channel_6queues_Taken(PyObject *o) {
-  PyObject* tmp;
-  struct __pyx_obj_7ivshmem_7channel_6queues_Taken *p = (struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)o;
-  tmp = ((PyObject*)p->reader);
-  p->reader = ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)Py_None); Py_INCREF(Py_None);
-  Py_XDECREF(tmp);
-  return 0;
-}
-
 static PyObject *__pyx_getprop_7ivshmem_7channel_6queues_5Taken_size(PyObject *o, CYTHON_UNUSED void *x) {
   return __pyx_pw_7ivshmem_7channel_6queues_5Taken_4size_1__get__(o);
 }
@@ -11596,14 +11786,13 @@ static PyObject *__pyx_getprop_7ivshmem_7channel_6queues_5Taken_position(PyObjec
 }
 
 static PyMethodDef __pyx_methods_7ivshmem_7channel_6queues_Taken[] = {
-  {"__bytes__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_9__bytes__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_8__bytes__},
-  {"get", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_11get, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_10get},
-  {"done", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_13done, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_12done},
-  {"give_back", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_15give_back, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_14give_back},
-  {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_17__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_16__enter__},
-  {"__exit__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_19__exit__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_18__exit__},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_25__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_24__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_27__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_26__setstate_cython__},
+  {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_3__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_2__reduce__},
+  {"__bytes__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_11__bytes__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_10__bytes__},
+  {"get", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_13get, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_12get},
+  {"done", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_15done, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_14done},
+  {"give_back", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_17give_back, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_16give_back},
+  {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_19__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_18__enter__},
+  {"__exit__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_5Taken_21__exit__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_5Taken_20__exit__},
   {0, 0, 0, 0}
 };
 
@@ -11618,34 +11807,29 @@ static struct PyGetSetDef __pyx_getsets_7ivshmem_7channel_6queues_Taken[] = {
 #if !CYTHON_COMPILING_IN_LIMITED_API
 
 static PyBufferProcs __pyx_tp_as_buffer_Taken = {
-  __pyx_pw_7ivshmem_7channel_6queues_5Taken_3__getbuffer__, /*bf_getbuffer*/
-  __pyx_pw_7ivshmem_7channel_6queues_5Taken_5__releasebuffer__, /*bf_releasebuffer*/
+  __pyx_pw_7ivshmem_7channel_6queues_5Taken_5__getbuffer__, /*bf_getbuffer*/
+  __pyx_pw_7ivshmem_7channel_6queues_5Taken_7__releasebuffer__, /*bf_releasebuffer*/
 };
 #endif
 static PyType_Slot __pyx_type_7ivshmem_7channel_6queues_Taken_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_6queues_Taken},
-  {Py_tp_repr, (void *)__pyx_pw_7ivshmem_7channel_6queues_5Taken_23__repr__},
-  {Py_sq_length, (void *)__pyx_pw_7ivshmem_7channel_6queues_5Taken_7__len__},
-  {Py_mp_length, (void *)__pyx_pw_7ivshmem_7channel_6queues_5Taken_7__len__},
+  {Py_tp_repr, (void *)__pyx_pw_7ivshmem_7channel_6queues_5Taken_25__repr__},
+  {Py_sq_length, (void *)__pyx_pw_7ivshmem_7channel_6queues_5Taken_9__len__},
+  {Py_mp_length, (void *)__pyx_pw_7ivshmem_7channel_6queues_5Taken_9__len__},
   #if defined(Py_bf_getbuffer)
-  {Py_bf_getbuffer, (void *)__pyx_pw_7ivshmem_7channel_6queues_5Taken_3__getbuffer__},
+  {Py_bf_getbuffer, (void *)__pyx_pw_7ivshmem_7channel_6queues_5Taken_5__getbuffer__},
   #endif
   #if defined(Py_bf_releasebuffer)
-  {Py_bf_releasebuffer, (void *)__pyx_pw_7ivshmem_7channel_6queues_5Taken_5__releasebuffer__},
+  {Py_bf_releasebuffer, (void *)__pyx_pw_7ivshmem_7channel_6queues_5Taken_7__releasebuffer__},
   #endif
   {Py_tp_doc, (void *)PyDoc_STR("A message of a queue that this reader has; made by `QueueReader.take`.\n\n    It is a buffer that can be read. Its bytes are shared memory: any process that can write to the\n    region can change them at any time.\n\n    Attributes:\n        size: bytes.\n        redelivered: another reader had it before, and did not acknowledge it.\n        writer: the number of the writer\047s slot.\n        position: of the message among those of its writer.\n    ")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_6queues_Taken},
-  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7channel_6queues_Taken},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_6queues_Taken},
   {Py_tp_getset, (void *)__pyx_getsets_7ivshmem_7channel_6queues_Taken},
+  {Py_tp_init, (void *)__pyx_pw_7ivshmem_7channel_6queues_5Taken_1__init__},
   {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_6queues_Taken},
   #if CYTHON_USE_TP_FINALIZE
   {Py_tp_finalize, (void *)__pyx_tp_finalize_7ivshmem_7channel_6queues_Taken},
-  #endif
-  #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
-  #if CYTHON_VECTORCALL_TPNEW
-  {Py_tp_vectorcall, (void *)__pyx_tp_vectorcall_7ivshmem_7channel_6queues_Taken},
-  #endif
   #endif
   {0, 0},
 };
@@ -11659,7 +11843,7 @@ static PyType_Spec __pyx_type_7ivshmem_7channel_6queues_Taken_spec = {
 #else
 
 static PySequenceMethods __pyx_tp_as_sequence_Taken = {
-  __pyx_pw_7ivshmem_7channel_6queues_5Taken_7__len__, /*sq_length*/
+  __pyx_pw_7ivshmem_7channel_6queues_5Taken_9__len__, /*sq_length*/
   0, /*sq_concat*/
   0, /*sq_repeat*/
   0, /*sq_item*/
@@ -11672,14 +11856,14 @@ static PySequenceMethods __pyx_tp_as_sequence_Taken = {
 };
 
 static PyMappingMethods __pyx_tp_as_mapping_Taken = {
-  __pyx_pw_7ivshmem_7channel_6queues_5Taken_7__len__, /*mp_length*/
+  __pyx_pw_7ivshmem_7channel_6queues_5Taken_9__len__, /*mp_length*/
   0, /*mp_subscript*/
   0, /*mp_ass_subscript*/
 };
 
 static PyBufferProcs __pyx_tp_as_buffer_Taken = {
-  __pyx_pw_7ivshmem_7channel_6queues_5Taken_3__getbuffer__, /*bf_getbuffer*/
-  __pyx_pw_7ivshmem_7channel_6queues_5Taken_5__releasebuffer__, /*bf_releasebuffer*/
+  __pyx_pw_7ivshmem_7channel_6queues_5Taken_5__getbuffer__, /*bf_getbuffer*/
+  __pyx_pw_7ivshmem_7channel_6queues_5Taken_7__releasebuffer__, /*bf_releasebuffer*/
 };
 
 static PyTypeObject __pyx_type_7ivshmem_7channel_6queues_Taken = {
@@ -11692,7 +11876,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_6queues_Taken = {
   0, /*tp_getattr*/
   0, /*tp_setattr*/
   0, /*tp_as_async*/
-  __pyx_pw_7ivshmem_7channel_6queues_5Taken_23__repr__, /*tp_repr*/
+  __pyx_pw_7ivshmem_7channel_6queues_5Taken_25__repr__, /*tp_repr*/
   0, /*tp_as_number*/
   &__pyx_tp_as_sequence_Taken, /*tp_as_sequence*/
   &__pyx_tp_as_mapping_Taken, /*tp_as_mapping*/
@@ -11705,7 +11889,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_6queues_Taken = {
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
   PyDoc_STR("A message of a queue that this reader has; made by `QueueReader.take`.\n\n    It is a buffer that can be read. Its bytes are shared memory: any process that can write to the\n    region can change them at any time.\n\n    Attributes:\n        size: bytes.\n        redelivered: another reader had it before, and did not acknowledge it.\n        writer: the number of the writer\047s slot.\n        position: of the message among those of its writer.\n    "), /*tp_doc*/
   __pyx_tp_traverse_7ivshmem_7channel_6queues_Taken, /*tp_traverse*/
-  __pyx_tp_clear_7ivshmem_7channel_6queues_Taken, /*tp_clear*/
+  0, /*tp_clear*/
   0, /*tp_richcompare*/
   0, /*tp_weaklistoffset*/
   0, /*tp_iter*/
@@ -11720,7 +11904,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_6queues_Taken = {
   #if !CYTHON_USE_TYPE_SPECS
   0, /*tp_dictoffset*/
   #endif
-  0, /*tp_init*/
+  __pyx_pw_7ivshmem_7channel_6queues_5Taken_1__init__, /*tp_init*/
   0, /*tp_alloc*/
   __pyx_tp_new_7ivshmem_7channel_6queues_Taken, /*tp_new*/
   0, /*tp_free*/
@@ -11739,7 +11923,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_6queues_Taken = {
   #endif
   #if (!CYTHON_COMPILING_IN_PYPY || PYPY_VERSION_NUM >= 0x07030800) && (!CYTHON_COMPILING_IN_LIMITED_API || __PYX_LIMITED_VERSION_HEX >= 0x030E0000)
   #if CYTHON_VECTORCALL_TPNEW
-  __pyx_tp_vectorcall_7ivshmem_7channel_6queues_Taken, /*tp_vectorcall*/
+  0, /*tp_vectorcall*/
   #else
   NULL, /*tp_vectorcall*/
   #endif
@@ -11800,11 +11984,39 @@ static int __Pyx_modinit_Variable_export_code(__pyx_mstatetype *__pyx_mstate) {
 
 static int __Pyx_modinit_Function_export_code(__pyx_mstatetype *__pyx_mstate) {
   __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Function_export_code", 0);
   /*--- Function export code ---*/
+  {
+    __pyx_t_1 = __Pyx_ApiExport_GetApiDict(); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 1, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+    const char * __pyx_export_signature = __Pyx_PyBytes_AsString(__pyx_mstate_global->__pyx_kp_b_struct___pyx_obj_7ivshmem_7chann);
+    #if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(!__pyx_export_signature)) __PYX_ERR(0, 1, __pyx_L1_error)
+    #endif
+    const char * __pyx_export_name = __pyx_export_signature + 155;
+    void (*const __pyx_export_pointers[])(void) = {(void (*)(void))&__pyx_f_7ivshmem_7channel_6queues_taken_of, (void (*)(void)) NULL};
+    void (*const *__pyx_export_pointer)(void) = __pyx_export_pointers;
+    const char *__pyx_export_current_signature = __pyx_export_signature;
+    while (*__pyx_export_pointer) {
+      if (__Pyx_ExportFunction(__pyx_t_1, __pyx_export_name, *__pyx_export_pointer, __pyx_export_current_signature) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
+      ++__pyx_export_pointer;
+      __pyx_export_name = strchr(__pyx_export_name, '\0') + 1;
+      __pyx_export_signature = strchr(__pyx_export_signature, '\0') + 1;
+      if (*__pyx_export_signature != '\0') __pyx_export_current_signature = __pyx_export_signature;
+    }
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
   __Pyx_RefNannyFinishContext();
   return 0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_RefNannyFinishContext();
+  return -1;
 }
 
 static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd(__pyx_mstatetype *__pyx_mstate) {
@@ -11823,7 +12035,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_end_sleep;
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe;
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.mend = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_mend;
-  __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.claim = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, enum ivshmem_claim, PyObject *, PyObject *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim;
+  __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.claim = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, enum ivshmem_claim, PyObject *, PyObject *, struct ivshmem_taken *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim;
+  __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.claim_as = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, enum ivshmem_claim, struct ivshmem_taken *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim_as;
+  __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.undo = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_undo;
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.after_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep;
   #if CYTHON_USE_TYPE_SPECS
   __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 33, __pyx_L1_error)
@@ -11875,11 +12089,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_QueueReader
   __pyx_vtable_7ivshmem_7channel_6queues_QueueReader.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_6queues_ClaimingEnd;
   __pyx_vtable_7ivshmem_7channel_6queues_QueueReader.finish = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *, struct ivshmem_taken const *, char *))__pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 83, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 106, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_6queues_QueueReader_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader)) __PYX_ERR(0, 83, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader)) __PYX_ERR(0, 106, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader = &__pyx_type_7ivshmem_7channel_6queues_QueueReader;
   #endif
@@ -11887,7 +12101,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_QueueReader
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_ClaimingEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 83, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 106, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader);
@@ -11897,12 +12111,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_QueueReader
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 83, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_QueueReader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 83, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 106, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_QueueReader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 106, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader, __pyx_base.__pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 83, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader) < (0)) __PYX_ERR(0, 106, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -11923,7 +12137,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_Taken(__pyx
   __pyx_vtable_7ivshmem_7channel_6queues_Taken.check = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *))__pyx_f_7ivshmem_7channel_6queues_5Taken_check;
   __pyx_vtable_7ivshmem_7channel_6queues_Taken.check_exports = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *))__pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_6queues_Taken_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken)) __PYX_ERR(0, 215, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_6queues_Taken_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken)) __PYX_ERR(0, 241, __pyx_L1_error)
   #if !CYTHON_COMPILING_IN_LIMITED_API
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken->tp_as_buffer = &__pyx_tp_as_buffer_Taken;
   #elif defined(Py_bf_getbuffer) && defined(Py_bf_releasebuffer)
@@ -11939,7 +12153,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_Taken(__pyx
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 215, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 241, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken);
@@ -11949,9 +12163,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_Taken(__pyx
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_vtabptr_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 215, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Taken, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 215, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 215, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_vtabptr_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 241, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Taken, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 241, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -12470,7 +12683,7 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   /*--- Global type/function init code ---*/
   (void)__Pyx_modinit_Global_init_code(__pyx_mstate);
   (void)__Pyx_modinit_Variable_export_code(__pyx_mstate);
-  (void)__Pyx_modinit_Function_export_code(__pyx_mstate);
+  if (unlikely((__Pyx_modinit_Function_export_code(__pyx_mstate) < 0))) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Type init code ---*/
   __pyx_t_2 = PyImport_ImportModule("ivshmem.channel.roles"); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
@@ -12593,33 +12806,33 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/queues.pyx":93
+  /* "ivshmem/channel/queues.pyx":117
  *     """
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get(self, timeout=None, *, spin=None):
  *         """Return a copy of the next message, which no other reader gets: at most once.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 93, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 117, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/queues.pyx":94
+  /* "ivshmem/channel/queues.pyx":118
  * 
  *     @cython.critical_section
  *     def get(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Return a copy of the next message, which no other reader gets: at most once.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 93, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 117, __pyx_L1_error)
 
-  /* "ivshmem/channel/queues.pyx":93
+  /* "ivshmem/channel/queues.pyx":117
  *     """
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get(self, timeout=None, *, spin=None):
  *         """Return a copy of the next message, which no other reader gets: at most once.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_1get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 93, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_1get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 117, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -12627,36 +12840,36 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_4) < (0)) __PYX_ERR(0, 93, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_4) < (0)) __PYX_ERR(0, 117, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/queues.pyx":121
+  /* "ivshmem/channel/queues.pyx":148
  *         return data if self.type is None else self.type.decode(data)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
  *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 121, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 148, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
 
-  /* "ivshmem/channel/queues.pyx":122
+  /* "ivshmem/channel/queues.pyx":149
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 121, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 148, __pyx_L1_error)
 
-  /* "ivshmem/channel/queues.pyx":121
+  /* "ivshmem/channel/queues.pyx":148
  *         return data if self.type is None else self.type.decode(data)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
  *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 121, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 148, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -12664,36 +12877,36 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_2) < (0)) __PYX_ERR(0, 121, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_2) < (0)) __PYX_ERR(0, 148, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/queues.pyx":169
+  /* "ivshmem/channel/queues.pyx":194
  *         return self.membership.flush()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def take(self, timeout=None, *, spin=None):
  *         """Take the next message, and acknowledge it later: at least once.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 169, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 194, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/queues.pyx":170
+  /* "ivshmem/channel/queues.pyx":195
  * 
  *     @cython.critical_section
  *     def take(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Take the next message, and acknowledge it later: at least once.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 169, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 194, __pyx_L1_error)
 
-  /* "ivshmem/channel/queues.pyx":169
+  /* "ivshmem/channel/queues.pyx":194
  *         return self.membership.flush()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def take(self, timeout=None, *, spin=None):
  *         """Take the next message, and acknowledge it later: at least once.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_5take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 169, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_5take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 194, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -12701,55 +12914,55 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_4) < (0)) __PYX_ERR(0, 169, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_4) < (0)) __PYX_ERR(0, 194, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/queues.pyx":190
- *         return Taken(self)
+  /* "ivshmem/channel/queues.pyx":216
+ *         return taken_of(Taken, self, &taken)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.get, timeout)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_7get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 190, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_7get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 216, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_4) < (0)) __PYX_ERR(0, 190, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_4) < (0)) __PYX_ERR(0, 216, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/queues.pyx":194
+  /* "ivshmem/channel/queues.pyx":220
  *         return asynchronous.until_something(self, self.get, timeout)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_9get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 194, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_9get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 220, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_4) < (0)) __PYX_ERR(0, 194, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_4) < (0)) __PYX_ERR(0, 220, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/queues.pyx":198
+  /* "ivshmem/channel/queues.pyx":224
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.take, timeout)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_11take_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 198, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_11take_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 224, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take_async, __pyx_t_4) < (0)) __PYX_ERR(0, 198, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take_async, __pyx_t_4) < (0)) __PYX_ERR(0, 224, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -12779,121 +12992,109 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/queues.pyx":273
+  /* "ivshmem/channel/queues.pyx":258
+ *         raise TypeError(f"a {type(self).__name__} is made by `take`")
+ * 
+ *     def __reduce__(self):             # <<<<<<<<<<<<<<
+ *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
+ * 
+*/
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 258, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_4) < (0)) __PYX_ERR(0, 258, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/queues.pyx":301
  *         return self.taken.message.length
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
  *         return memoryview(self).tobytes()
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_9__bytes__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___bytes, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 273, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_11__bytes__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___bytes, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 301, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_bytes_2, __pyx_t_4) < (0)) __PYX_ERR(0, 273, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_bytes_2, __pyx_t_4) < (0)) __PYX_ERR(0, 301, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/queues.pyx":276
+  /* "ivshmem/channel/queues.pyx":304
  *         return memoryview(self).tobytes()
  * 
  *     def get(self):             # <<<<<<<<<<<<<<
  *         """Return a copy: bytes, or what the channel's type makes of them."""
  *         data = bytes(self)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_11get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 276, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_13get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 304, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_4) < (0)) __PYX_ERR(0, 276, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_4) < (0)) __PYX_ERR(0, 304, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/queues.pyx":289
+  /* "ivshmem/channel/queues.pyx":317
  *         return 0
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
  *         """Acknowledge it: no other reader gets it. May be called twice.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_13done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 289, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_15done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 317, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_4) < (0)) __PYX_ERR(0, 289, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_4) < (0)) __PYX_ERR(0, 317, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/queues.pyx":312
+  /* "ivshmem/channel/queues.pyx":340
  *             )
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         if not self.live:
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_15give_back, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_give_back, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 312, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_17give_back, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_give_back, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 340, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_give_back, __pyx_t_4) < (0)) __PYX_ERR(0, 312, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_give_back, __pyx_t_4) < (0)) __PYX_ERR(0, 340, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/queues.pyx":322
+  /* "ivshmem/channel/queues.pyx":350
  *             self.reader.membership.flush()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_17__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 322, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_19__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 350, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_4) < (0)) __PYX_ERR(0, 322, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_4) < (0)) __PYX_ERR(0, 350, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/queues.pyx":325
+  /* "ivshmem/channel/queues.pyx":353
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
  *         if kind is None:
  *             self.done()
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_19__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 325, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_21__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 353, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_4) < (0)) __PYX_ERR(0, 325, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-
-  /* "(tree fragment)":1
- * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):
-*/
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_25__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
-  #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-
-  /* "(tree fragment)":3
- * def __reduce_cython__(self):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
-*/
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_27__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
-  #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_4) < (0)) __PYX_ERR(0, 353, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "ivshmem/channel/queues.pyx":1
@@ -12963,7 +13164,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/queues.pyx":93
+  /* "ivshmem/channel/queues.pyx":117
  *     """
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -12972,7 +13173,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 93, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 117, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -13013,38 +13214,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{6},{27},{4},{11},{62},{15},{6},{1},{28},{47},{74},{17},{1},{1},{4},{179},{13},{8},{7},{6},{2},{9},{16},{14},{12},{26},{50},{6},{73},{42},{0},{11},{29},{31},{11},{14},{11},{29},{31},{15},{21},{20},{26},{16},{22},{11},{5},{15},{15},{14},{23},{25},{10},{9},{15},{20},{12},{9},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{12},{18},{6},{18},{6},{4},{7},{4},{6},{4},{5},{6},{3},{9},{8},{14},{9},{5},{22},{4},{10},{3},{6},{4},{10},{4},{4},{4},{10},{5},{4},{7},{7},{15},{6},{4}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{9},{34},{7},{15},{94},{39},{157},{77},{38},{117},{23},{23},{25}};
+    const struct { const unsigned int length: 7; } str_length_index[] = {{0},{6},{27},{28},{18},{4},{11},{62},{15},{6},{1},{28},{47},{74},{17},{1},{1},{4},{2},{13},{7},{6},{2},{9},{16},{14},{12},{26},{6},{73},{42},{0},{11},{29},{31},{11},{14},{11},{29},{31},{15},{21},{20},{26},{16},{22},{11},{5},{15},{15},{14},{16},{10},{9},{15},{20},{12},{9},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{12},{18},{6},{18},{4},{7},{4},{6},{4},{5},{6},{3},{9},{8},{14},{9},{5},{22},{4},{10},{3},{4},{10},{4},{4},{4},{10},{5},{4},{7},{7},{15},{6},{4}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{163},{9},{34},{21},{7},{15},{111},{49},{141},{69},{38},{117},{23},{23},{25}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1318 bytes) */
-static const char cstring[] = "x\332mU;o\0339\020\216\020%qr\016l\047\206\363,(\344e\237\035\005\006\234\\\3169\334A\027\333\347{\031V\340 \3105\004\265;+1^\221\362\222\253G\356\212\224*\267\334r\313-U\252t\351R\245\312\374\004\377\204\033R\217(R\014h\311\031\316\343\233o\2064)\2654(b\277\033\204\t\227\350\n\220R\350y\020\220\nS\204H\317\376\032\001\327\250\"2 ,\010XK\031\245\261\255\202R\254\014\250\005\302\005\t\025l\223\000|`\n\314y\225x<P\232\254\272\340\257\255\352\000\200x\001+WA\350\265\r\342J\001\371m\314+\3214@?\346\016\363r\275A\264\224\333\030\203+R\013\244\203yH\003O\024\367\321\2314*\270\242\031Z\273c\020\3370\327\354\030\004\361\020w\031\223}qsd\215\203K\330\310w\303\0349\025\202\356\276T\372\047^W\225*T\363N\205\t\001~\376\347_\016\320\377@jS\026\323\344uKW\2440\346X\031/A\3004\370-\242t\300\035\303\024\032\tr\270{\370t\353\345\226%6\200\017\340h\304\037\226\034\237)\005\226\302R\310}\215\274\351V\rT\236\374\356\221\226\014\211\000\204\246%\251\241\335\244\003\262$\210\002m\231\177\202\300\244f\232KA\321\235\213\362\023\342\362\000\223\360:\030\357=\346+\310\217+4\351\230\353Rt\002\227+V\362\001\204\371\226\035\256\006;w\272\352\221\014A \0035\22244\365p\377lh\371\354$\204\020+\250\265\232B\"%\036\013}M(\r\300\r\035\240\224\270\241\305$\244x\212\024\3259\363\361\324\341\202kJ\255/\326\345{\371\n\370\356\206\335\r\207\301\261U\222\022`\307D\035\002=`\206\221\303A\003d\311\320j\033\\\343\316\261\2174L\216\245\031\001\346\034\013\331\300\352\312\350k\006\001\371\021\244\204\352\327>\343U\364\330\025\356\3046?\206\355\330\034\224~}\210\rP\310\373\344\261T\340\356\032\216\376\036\344=\222\362/)\312ES\330\033[\310\304v6\376\327\2073\361\047\217\313\240\247D\312TK8\323J.\264\374\226n\326\332\334\220iy`\365\006\314l#\351\340\036\231kd?\010\320>\027\224\216D\274\216\020L\210M\323\323\2214U\351H=S\343\340\300<\010\203\035\342\035n\020\0005\315\242\364\260\325\304\337\016^0z\200#\370\006<J\207\227\000Gl\214k\214h\204\205R/\024\216Y\313\243\264\370We\\\330U\272\241o5\202U\355\212CL\207ff[\327""\346n\230\203\223\220\371#\243\321d\317\2248V@\323\010X\3518\260\232H?\303\000\245\210\336\240\345\212:2\220!\276\013`\373P\t\244\220\241\262{.\363\343C5x\250\035\034z\300\346R\0350\007\014U\216\035HG\272\340\310\020\271p]\246\231\021\\0\014\333\333<\270\322H\310x\204F#\362\365\250\214\371\307\177\000U5\375@\014\256\3751\027.je\320\252sh\324dmpy\315=\3062\207\257\201\342\037A\3413e\346\353\313\214\331\367\331<(\232W\001\313\322\322v\021Qs\237*Y\005|\321E\271\316|Lc\202\177\312\364\263\327\332\353Q\361S\241?\367]\373yt1\332\354\317/F\227\242b\377\372Rt\047~\020\027\215|-\316\031\213\205\366\311`\371\030/\305\217\342fb\304\273\253i\346|\365\302\325\371\366V\273\036\025{+\337\247k\035\214r\023C\315-F\331\310x\364\026\320*]I\303\316~\027\345\371\366o\321fT\210\336\365\356?M\213)31\233\221\216_$7\223?R\267\363\250\323\350\262\256\211~o-]:\047\023\321\327\323\037;\205a\364\205v\210A\014\370\047\317;\305\363\225\013W\357\305\271\370e\262\231\354\245\271\376\334\325\376\374B[G/\342\245\336\335|\312;\047\375\305[\321I\177~9\332\2113\346,\214\366\343\375\344\327\344C\047\2131\027\037&\205\244\230\270\006\276\021\227\243?\343zR\354/\256D\")\364\227\037`\334\335\364vo\363\250w\364\266\367\366}\357\375?\237\221\233+\321I\234\211o%si6\265\300\236\307sI\346\363\374\375\270\020\027c\366\251\360\031\231\335B\034\310\311uS\372A\2343\313~d9\337j7\"/\336I\262\311Nz%Et$\311$K\311\303\244\234\276\357\260\216\356\332\206\\\211\376M\036\247\031\023lX\364\210\262\037P\1771\335\356\034uo\235^:}wV8C>\316o\014\030\233I\272\027}\311\215M\311a\246\\\262\2254\014;\335\354\2505\257b/\261\340\320\373F\264\2163\260x\033k\\\216\337\241z\021\251G\002/\307\225\336\343W\335\315\356\316\351\345\323\312\031\353e\021\270A\367_\357\336z\272\231\356u\036v\274n\241\227\305\034S\352r\267\330\313b\337\247\324\307\247w\316r\377\003\310\273\230\266";
-    PyObject *data = __Pyx_DecompressString(cstring, 1318, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1281 bytes) */
+static const char cstring[] = "x\332\225T;s\333F\0206\307\264-;rD\331\036\277\213c\374\210\036\014=\234\221\344D\316$\303\304R<\236\3041=t4Js>\001\007\360,\020G\342\016|8)\\\262D\211\022%J\224(U\252D\311\322?A?!{\000H\321\224\233p\206\270\335\275\333\373\276}\035:\030J*P\372\255 b\353H\266(:p\r\203:\250E\004B\032\261m.\321\001E\032\3570\252#\356\240\016\323\016-\020\231@m\242\303\371!z\047\311!}\207\270\201\324\277\3570\t\027\250\263\304q\310P(\243\272\271M\205 &\005+E\314F\256\240\333\310\241\026%\202\252\37562\230#$Z\321\251\265\272\"\035J\221\341\020\263Mm\271ZA:\267iu\033Xr8\352\200\037`g,\231\254 \311\3716\334\001\234:\016\327\000\007\365aG0\013\234Q\277\005+\034\203\323\372\224\304\027\216\253(ld\000o\023\300N\335\362\330\311\304\267\242\266\264\226\312\200\305\205\374\221\365D\253M\333U\255\005\351\242V\365\247\237_\201?9uP\t\320\231 \007\026\245\266\372\232\032\023\231\244\317;Ot\3528\334\021\023M\322\201\314\345\047\371\311\047]\227\272TT;\303A*!A-\243\332\242\226^I\245<C\263%\264{\324\221\020\211\344\300\355\365P\266\270\215\370\301{\252\3114\352\264\262\3146gk\245\362B\264C\233\367\201\253\231u\200\311z\220\247\0030\377j\021\326\006\217\035[\237\021\253\030;Tw5\212\265\024\003\343\3177\005\225B\0229\273\315\005\325wT\304\177d\270M\316\177\347\266\331P\201\275I\003\231\021\317\336\377\371\346\231\373g\267M*\347TL\304\320\326\346\215\314\226\374K\266\263\247U\333\314\353\331\2517\024Z\031\222\005l\233\252\267\322\017\020L\047\016\343\211\n=J\235\031u\300\344\251\226G\232\353j\n2\t\370\344\002\000`U\014\214_\017\007\360\177\3164\211_A\303\274\241\006\306i\371U2\360\024w\2128\301\302\330pmM\255\346$u\360k\023f\247+\327]+\265\330\244\235\256\320rX#\0356\221s\027%\366\244\352j\265\321u\2115q\230\004q\246pS\003\035(\005*7\005\0213T\316T\024c\210D1g\002k\334\341\256d0q*\347-\207\333\334\025\251\314xu\272)\262wM\203\006\247PH,\035\242Q\2256\215\353T\343.dD\327\211$J\321\251\312s:\201\331\030BZ\246\2152i\204\317\033bZ\005x\373\332b~\250\263Q=d\266\016V\356\014{\214\366;\274\243\346\024B\323\251A""\\K\n\366\201\212\016\\\te=\355\241\364QR\343/Y\233B(\222\247U\004\276\314\302\202\267)<c\266\331#\026\000\250k\205t\\\230\347\254\0320\334\370iN\006?\315\331\340\255\214N\326Rhm\345\365\2609\354\320?\263\207`\255\202\376\307\0253\203=\34399\236=\250\360\356\300\253\276\266z.U17>\026\306\305+\243u\257\361\261>^\370j\264\351\235\367j\343\305\222w\301k\214\257.{w\374\007~C\351W\374\262:\361\365\210y]\277\350\327\375f\260\034<\n\272\312\2704\312\227\017\376\262\377\310\037\244\326\273+a\341d\345\334\345\305\321\306\250\3475\222\233k\341j\264\025/\307\345\361\342u\300X\270\014kr\275\022\326\303\277\242\315x\341\2500^*\345\310\036\361\272\343\305\253\343\205\305\321o^\315\253{{\311\375\357\302FH\024\310\300\223\376Vp=x\031\352\321\243\250\037\223X\301\335[\r\227O\276\231\201[\017\177\210v\343r\\\313\341\224c\327\277\344\367\202F@\300\341\333\315\250qr\363\334\345{~\331\377>\250\005\273a9\345\2644\222\336\226\277\234\334\255\206,\352\305\215\230\214K\267\024\235\245\221\353\275\360_\004\277\004\357\243bT\037\227nx;\020o\331\257\215K7=;\250\217o<\200{v\302\333I\255\2314\337&o\367\223\375\277?AD\227\000\270\340\337\n\026\302bXWt6\375\205\240\360i\361>\244\261\341\003\231O\220\371\r\300\255\345A\277\362\313jy\341\2455\331\030\365=SU\001\005\005H\372\303\300\014\367#\022\3118-\324%\357\237\340qXP\227(\206u\250[\236\244\247`?\037nG\315\370\326\321\205\243\275\343\3721\024\371\344Z\226\2433`\273\336)\346R\262T\006\244r\260\021\364!\013\335\270\030\327\263b<\363\215 %\005\336\327\274u`U\272\r\261\335\360\367\300\\\202D{\317\375\213~+y\374,\256\305\317\217.\036\265\216IR\004\342\212\335\277\311\275\365\260\026\356F\017##\256\047E\300\2303\233q#)B\245\347\314\207Gw\216\313\377\001\367*\214%";
+    PyObject *data = __Pyx_DecompressString(cstring, 1281, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1705 bytes) */
-static const char cstring[] = "\277 bytes\000\003,\377 and the\377 buffer \177has  of\000\001\337 writ\020\000 o\377r arrays\374\025\001(\001messag\375e\023\000e in u\377se: rele\367aseH\001m fi\377rst (del\377)(tree f\377ragment)\377, done.:ju\000ot\000r5\000adq\004\377it, too:\376\215\000is procve\000 w\217\000sil:\000w wh\005\000 it\243\000\363d }\005\034\020take\227n f\265\000gj\000-\007c\177opied a4\005\335,N\001ch k\000lo\377st<ivshm\377em.chann\277el.>?N\252\000N\373ot\323\001at Cy\317thon+\001\327\000ib\377erately _stric\246!t5\000\377 PEP-484\376\324\"rejects\377 subclas\373se\276\"built\376\265 types. \377If you n=e\230\000to p%\000%\t\276\232@n set\241B\047\376\226\000otation\375_<\000ing\047 d\333irb\000iv\371 o ?False.\331\006\307A\337add_n\301\000di\177sableen\002\001/gcis\004\003d\346\r\376\005\277errors\214%t\327ext\231$/\231$/q\367ueu\277\000pyxn\377o defaul\377t __redu\177ce__ du\217\002\357non-\240 via\375l\033\000cinit_\371_7\002\325\000lf.he\337ld,se\007\000re\372\210bc\341\002 be c\277onvert\224#a\233 P\373#ob\323!\334Bp\217ickl\204 \213\204\t\256aa\377cknowledqg\356@\205a\235 n b\024\000\337Claim\266 En\325d\000\010.\256\006c\340B__\264\017\013\376 s\365 e_\025\007o\257sedE\240!M\211\205\003T\177ooLongQ\221!\201R\304\002\000\010N\017\017\013O\0160\tg\373et\000\014_asyn=c\005\rinto\000\021\034\0170\236\205\001\222\t\256\205\001N\003Re\330\204\001\362 \207edT\303\205\001\000\002\233 \260\207\002_}_\007\005enter\004\010\001x\320A$\005\372D\302%;\005\263.V\003\360\215\207\001`\003\345\000\002\004ive_\276\251A__Pyx\001\000D\377ict_Next\237Ref__\376\204\004\340`_\215_\221\004__\213\004\006\000\207\002_\377_func___\361_\273 \265C\n\000main\276\020\001modul;\002n\213amC\002pe\000 \004\007\001vyt\250\205\001;\001qual\035\005\330\322\204\005\234n\354\204\006exo\001se\303t_Q\005\261f\211\000\265n__\357test\243\000is_\377coroutin\375e\327Bhronou]s\343Bio.\024\006s\243\212\003\353cl&\000_\312\000tra\333ce\324\204\001cl\215\204\001co\337decou\233@dd7ata\t\001de\357\211\001\311\206\002""\000\315\206\003\314`\317`\275c\005\001\263a\000\005\017\004>\370%items\207\211\r\361\206\003\377kindmemo\377ryviewpo\271p\267\206\003\304\206\001set\207\207\004s\177izespin\216\212\001x\332g\233\212\002\315\207\001time\361\000\363to\216\214\002\263\000il_s\377omething\277valuesY\001\200\377\001\330\004\n\210+\220Q\377\200A\330\010\013\2105\220\377\003\2201\330\014\020\220\005\377\220Q\330\r\021\220\031\230w#\230Q\014\001\n\230!\036\001\367\017\210q\001\003z\230\021\230\357%\230x\240\013\001\032(\250\377\001\360(\000\t\014\2104\377\210v\220Q\320\026*\250\353)\260C\000\023H\000\010\020\220\273\004\220X\000\017\320\017#\000\250\277\026\250u\260H\270h\000\014\377\210G\2201\220A\220W\377\320\034-\250Q\250a\330\377\010\017\210x\220t\2306\377\240\023\240J\250d\260%\337\260w\270a\270i\001\033)\357\250\021\360 S\010+\2509\357\260A\330\014Y\002\017\210u\374B\000\271\001\0475\260Q\360\026\377\000\t\033\230!\2308\240\3771\240F\250!\330\010\t\377\330\014\017\210t\2206\230\377\021\320\032.\250i\260q\377\330\020\027\220q\330\014\024\357\220D\230\001\030\001u\220H\377\230H\240B\240j\260\004\376Q\000\020$\240A\240Q\240\371d\273\001\013\001\024\220K\230v\377\240Q\330\020\026\220n\240\357A\330\024#U\000E\250\030\377\3201T\320TU\320U\337Y\320YZ\340\251 \007\220\377q\230\001\230\027\240\010\250\373\004\250\224\0025\230\010\240\001\377\340\014\034\230A\230Q\230/a\200A\340\327 4\205\000\327 \177\r\330\010\014\210N\230\231\000\327\014\210H\225!\013\262 w\220\377f\230D\240\004\240D\250\373\007\250\233\000 \240\001\240\021\377\240$\240g\250Y\260a\367\260t\270\214B\007\220{\240G&\250\001I\001\356\004\253%7\025\000\377\003\250:\260T\270\027\300\277\005\300W\310A\310\312@\360m\022\212Ct\220f\014F\220r\007\372\222@!g\000!\2404\240w\366\232!\270\004\223E;\230f\240\334\214b\212`\022\220+\201`\020\030.\341\000\024\230W\205 \020\326@\276 \377\006\230h\320&;\2701\377\270D\300\006\300h\310a\353\320\004\266\000\340\305@|\320\033\377+\2501\250F\260$\260\237f\270A\320\004a\000\010\014g\317\270Q\320\004""\365@\037\014k\300\007\031\310!";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1705, 2372);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1631 bytes) */
+static const char cstring[] = "\277 bytes\000\003,\377 and the\377 buffer \377has  can\377not be c\377opied or\277 pickl\010\000i\337s mad-\000y \377`take` o{f \000\001writ>\000~(\001arrays\025\001\376V\001message\377 are in \377use: rel\357easev\001m f\377irst (de\377l)(tree \377fragment\377), done.\025:\243\000o\242\000r5\000y\000\240\003\377it, too:\274\273\000\221\000proce\000 \335w\275\000sil:\000 w\335h\005\000 it\321\000d \270}\005\034\020\302\001n f\341\000g\250j\000-\007\365\004a4\005,N\001c\373h \377\000lost<\377ivshmem.\373ch\254 el.>?\315N\252\000a (\006\226!di\177sableen\002\001/gcis\004\003d-\rE\005\277errorsS\005t\327ext`\004/`\004/q\377ueues.py\375x\005\002 self.\337held,\005\002re|\235\"\267Invert\303@\373to\231\000Pytho\377n object\234\361\002\325Bing\240I\303!a_cknow\361@g\374C\177given b\024\000\337Claim/\000En\375d\000\010.__red\337uce_c_\002__\376\017\013setstat\276\023\tosedE\356\001M\376\236cTooLong\005Q\337\001R\304\002\000\010N\017\017\013O\016\3560\tget\000\014_as\367ync\005\rinto\300\000\021\034\017\371\204\001\222\t\211\205\001N\003Re\347del\252 \213 Takcen\000\002\233 \363\205\002__\007\005\337enter\004\010xi\001t\023\007\303$&\004\202\205\001@\003\305\000\002\004\372\213@_\211A__Pyx~\001\000Dict_N\256`\237Ref__\275\206\002\351!_\033__q\004__k\004\006\000g\002\277__func\036\000_yg\223E+\000main\020\001\277module\032\001n\363am\003\002\360`_cap\321i.\001\010\001\310C_\023\001vt<\342\204\001G\001qual)\005\275\005L\210n\241fex{\001\227`_]\005\371s\200\010\241n__tes\376\243 _is_cor\277outine\303Bh\277ronous\317Biko.\024\006s\322\210\003cl&\000}_\326\000trace\300\204\001\177codecou\201@\337ddata\t\001de\000\352\207\001\375\205\002\201\206\003\262`\265`\243c\005\001\231a\370\000\005\017\004\376%items\374\202\207\r\245\206\003kindme\377moryview\367pop\256\206\001setd\377efaultsi\357zesp\365`akex\272g\220\210\002\373\206\001time\345\000\363to\261\212\002\255\000il_s\377omething\277valuesS\001s\177truct _\211B\337obj_7\230\210\004_7\346\231\210\004_6\264\207\003\372c *(\177Py""TypeO\203\207\003\047*, \030(\366\206\010 0\007j\005\376\313\211\003const *\373)\000\333\211\002_of\200\001\377\330\004\n\210+\220Q\200\377A\330\010\013\2105\220\003\377\2201\330\014\020\220\005\220\377Q\330\r\021\220\031\230#\273\230Q\014\001\n\230!\036\001\016\377\210i\220q\230\004\230A\377\230T\240\021\240%\240q\3663\001\017\210\000\004z\230\021\230\367%\230x\021\002\032(\250\001\377\360(\000\t\014\2104\210\377v\220Q\320\026*\250)\377\2606\270\021\270!\330\014\355\023a\000\010\t\005\000\320\023,\377\250A\250V\2605\270\010\337\300\001\330\017\020s\004\220a\377\220q\330\014\r\330\010\014\377\210G\2201\220A\220W\377\320\034-\250Q\250a\330\377\010\017\210x\220t\2306\377\240\023\240J\250d\260%\337\260w\270a\270\201\001\033)\357\250\021\360\"d\010+\2509?\260F\270!\2701h\0045\001\377q\230\007\230v\240Q\240\375a\352\000\0475\260Q\360\026\377\000\t\033\230!\2308\240\2771\240F\250!\330\220\001\017\377\210t\2206\230\021\320\032\377.\250i\260v\270Q\270\357a\330\020\027\213\001\017\210u\377\220H\230H\240B\240j\377\260\004\260A\330\020\024\220\375E\355\000!\2301\330\020\026\177\220n\240A\330\024#E\000\377E\250\030\3201T\320T\377U\320UY\320YZ\340\372\311 \007\260 \001\230\027\240\010\357\250\004\250A\372\0015\230\010\337\240\001\340\014\034\304 Q\230\252\212\000\340\367 4u\0001\356\004N\275\230\211\000\014\210H\220\217B4\357\210w\220g\202A \240\001\376\362 $\240g\250Y\260a\373\260t\327\001\020\220\007\220{\177\240&\250\001\200A\340\231 \325u\251 Q\235%7\025\000\003\250\377:\260T\270\027\300\005\300oW\310A\310\342@\360\022\215C\333t\220^\014F\220j\007\017\320\373\017!\334@!\2404\240w\276\203 q\270\004\270A\207C;\347\230f\240\244b\242`\022\220+\376\231`\020\030\230\001\230\024\230\365W\375\000\020\325@\220D\230\006\377\230h\320&;\2701\270\377D\300\006\300h\310a\320\371\004\266\000\232\001|\320\033+\250\3771\250F\260$\260f\270\347A\320\004a\000\010\014g\270Q\363\320\004\347@\037\014k\300\031\310\001!";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1631, 2338);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2372 bytes) */
-static const char bytes[] = " bytes bytes, and the buffer has  of  of writer  or arrays of the message are in use: release them first (del)(tree fragment), done.: another reader has it, too: this process was silent while it had message : this process was taken for gone while it copied a message, which is lost<ivshmem.channel.>?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a message of add_notedisableenablegcisenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/queues.pyxno default __reduce__ due to non-trivial __cinit__queue self.held,self.reader cannot be converted to a Python object for picklingthe message was acknowledged or given backClaimingEndClaimingEnd.__reduce_cython__ClaimingEnd.__setstate_cython__ClosedErrorMessageTooLongQueueReaderQueueReader.__reduce_cython__QueueReader.__setstate_cython__QueueReader.getQueueReader.get_asyncQueueReader.get_intoQueueReader.get_into_asyncQueueReader.takeQueueReader.take_asyncRedeliveredTakenTaken.__bytes__Taken.__enter__Taken.__exit__Taken.__reduce_cython__Taken.__setstate_cython__Taken.doneTaken.getTaken.give_back__Pyx_PyDict_NextRef__annotate____bytes____enter____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasynchronousasyncio.coroutinesbuffercline_in_tracebackclosedcodecounteddatadecodedoneerrorerrorsgetget_asyncget_intoget_into_asyncgive_backitemsivshmem.channel.queueskindmemoryviewpopreaderselfsetdefaultsizespintaketake_asynctakentexttimeouttobytesuntil_somethingvaluesview\200\001\330\004\n\210+\220Q\200A\330\010\013\2105\220\003\2201\330\014\020\220\005\220Q\330\r\021\220\031\230#\230Q\330\014\020\220\n\230!\200A\330\010\017\210q\200A\330\010\017\210z\230\021\230%\230x\240q\200A\330\032(\250\001\360(\000\t\014\2104\210v\220Q\320\026*\250)\2601""\330\014\023\2201\330\010\020\220\004\220A\330\010\017\320\017(\250\001\250\026\250u\260H\270A\330\010\014\210G\2201\220A\220W\320\034-\250Q\250a\330\010\017\210x\220t\2306\240\023\240J\250d\260%\260w\270a\270q\200A\330\033)\250\021\360 \000\t\014\2104\210v\220Q\320\026+\2509\260A\330\014\023\2201\330\010\017\210u\220A\220Q\200A\330\0475\260Q\360\026\000\t\033\230!\2308\2401\240F\250!\330\010\t\330\014\017\210t\2206\230\021\320\032.\250i\260q\330\020\027\220q\330\014\024\220D\230\001\330\014\017\210u\220H\230H\240B\240j\260\004\260A\330\020$\240A\240Q\240d\250)\2601\260A\330\020\024\220K\230v\240Q\330\020\026\220n\240A\330\024#\2401\240E\250\030\3201T\320TU\320UY\320YZ\340\014\020\220\007\220q\230\001\230\027\240\010\250\004\250A\330\014\023\2205\230\010\240\001\340\014\034\230A\230Q\230a\200A\340\010\013\2104\210t\2201\330\014\r\330\010\014\210N\230!\330\010\014\210H\220A\330\010\013\2104\210w\220f\230D\240\004\240D\250\007\250q\330\014 \240\001\240\021\240$\240g\250Y\260a\260t\2701\330\014\020\220\007\220{\240&\250\001\200A\340\010\017\210u\220A\220Q\330\010\017\210x\220t\2307\240&\250\003\250:\260T\270\027\300\005\300W\310A\310Q\200A\360\022\000\t\014\2104\210t\2201\330\014\r\330\010\014\210N\230!\330\010\014\210F\220!\330\010\014\210H\220A\330\010\017\320\017!\240\021\240!\2404\240w\250i\260q\270\004\270A\330\010\014\210G\220;\230f\240A\330\010\013\2101\330\014\022\220+\230Q\330\020\030\230\001\230\024\230W\240A\330\020\023\2201\220D\230\006\230h\320&;\2701\270D\300\006\300h\310a\320\004 \240\001\340\010\017\210|\320\033+\2501\250F\260$\260f\270A\320\004!\240\021\340\010\017\210|\320\033+\2501\250F\260$\260g\270Q\320\004-\250Q\340\010\017\210|\320\033+\2501\250F\260$\260k\300\031\310!";
+    #else /* compression: none (2338 bytes) */
+static const char bytes[] = " bytes bytes, and the buffer has  cannot be copied or pickled is made by `take` of  of writer  or arrays of the message are in use: release them first (del)(tree fragment), done.: another reader has it, too: this process was silent while it had message : this process was taken for gone while it copied a message, which is lost<ivshmem.channel.>?Nonea a message of disableenablegcisenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/queues.pyxqueue self.held,self.reader cannot be converted to a Python object for picklingthe message was acknowledged or given backClaimingEndClaimingEnd.__reduce_cython__ClaimingEnd.__setstate_cython__ClosedErrorMessageTooLongQueueReaderQueueReader.__reduce_cython__QueueReader.__setstate_cython__QueueReader.getQueueReader.get_asyncQueueReader.get_intoQueueReader.get_into_asyncQueueReader.takeQueueReader.take_asyncRedeliveredTakenTaken.__bytes__Taken.__enter__Taken.__exit__Taken.__reduce__Taken.doneTaken.getTaken.give_back__Pyx_PyDict_NextRef__annotate____bytes____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasynchronousasyncio.coroutinesbuffercline_in_tracebackcodecounteddatadecodedoneerrorerrorsgetget_asyncget_intoget_into_asyncgive_backitemsivshmem.channel.queueskindmemoryviewpopselfsetdefaultsizespintaketake_asynctakentexttimeouttobytesuntil_somethingvaluesviewstruct __pyx_obj_7ivshmem_7channel_6queues_Taken *(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *)\000taken_of\200\001\330\004\n\210+\220Q\200A\330\010\013\2105\220\003\2201\330\014\020\220\005\220Q\330\r\021\220\031\230#\230Q\330\014\020\220\n\230!\200A\330\010\016\210i\220q\230\004\230A\230T\240\021\240%\240q\200A\330\010\017\210q\200A\330\010\017\210z\230\021\230%\230x\240q\200A\330\032(\250\001\360(\000\t\014\2104\210v\220Q\320\026*\250)\2606""\270\021\270!\330\014\023\2201\330\010\t\330\014\023\320\023,\250A\250V\2605\270\010\300\001\330\017\020\330\014\020\220\005\220Q\220a\220q\330\014\r\330\010\014\210G\2201\220A\220W\320\034-\250Q\250a\330\010\017\210x\220t\2306\240\023\240J\250d\260%\260w\270a\270q\200A\330\033)\250\021\360\"\000\t\014\2104\210v\220Q\320\026+\2509\260F\270!\2701\330\014\023\2201\330\010\017\210x\220q\230\007\230v\240Q\240a\200A\330\0475\260Q\360\026\000\t\033\230!\2308\2401\240F\250!\330\010\t\330\014\017\210t\2206\230\021\320\032.\250i\260v\270Q\270a\330\020\027\220q\330\014\017\210u\220H\230H\240B\240j\260\004\260A\330\020\024\220E\230\021\230!\2301\330\020\026\220n\240A\330\024#\2401\240E\250\030\3201T\320TU\320UY\320YZ\340\014\020\220\007\220q\230\001\230\027\240\010\250\004\250A\330\014\023\2205\230\010\240\001\340\014\034\230A\230Q\230a\200A\340\010\013\2104\210t\2201\330\014\r\330\010\014\210N\230!\330\010\014\210H\220A\330\010\013\2104\210w\220g\230Q\330\014 \240\001\240\021\240$\240g\250Y\260a\260t\2701\330\014\020\220\007\220{\240&\250\001\200A\340\010\017\210u\220A\220Q\330\010\017\210x\220t\2307\240&\250\003\250:\260T\270\027\300\005\300W\310A\310Q\200A\360\022\000\t\014\2104\210t\2201\330\014\r\330\010\014\210N\230!\330\010\014\210F\220!\330\010\014\210H\220A\330\010\017\320\017!\240\021\240!\2404\240w\250i\260q\270\004\270A\330\010\014\210G\220;\230f\240A\330\010\013\2101\330\014\022\220+\230Q\330\020\030\230\001\230\024\230W\240A\330\020\023\2201\220D\230\006\230h\320&;\2701\270D\300\006\300h\310a\320\004 \240\001\340\010\017\210|\320\033+\2501\250F\260$\260f\270A\320\004!\240\021\340\010\017\210|\320\033+\2501\250F\260$\260g\270Q\320\004-\250Q\340\010\017\210|\320\033+\2501\250F\260$\260k\300\031\310!";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 113; i++) {
+    for (int i = 0; i < 111; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 31) PyUnicode_InternInPlace(&string);
@@ -13055,8 +13256,8 @@ static const char bytes[] = " bytes bytes, and the buffer has  of  of writer  or
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 113; i < 126; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-113].length;
+    for (int i = 111; i < 126; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-111].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -13073,8 +13274,8 @@ static const char bytes[] = " bytes bytes, and the buffer has  of  of writer  or
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 113;
-      for (Py_ssize_t i=0; i<13; ++i) {
+      PyObject **table = stringtab + 111;
+      for (Py_ssize_t i=0; i<15; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -13139,32 +13340,32 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 93};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 117};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_taken, __pyx_mstate->__pyx_n_u_data};
-    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get, __pyx_mstate->__pyx_kp_b_iso88591_A_4vQ_1_1_A_uHA_G1AW_Qa_xt6_Jd_w, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get, __pyx_mstate->__pyx_kp_b_iso88591_A_4vQ_6_1_AV5_Qaq_G1AW_Qa_xt6_Jd, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 121};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 148};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_taken};
-    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_into, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_81F_t6_iq_q_D_uHHBj_A_AQd_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_into, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_81F_t6_ivQa_q_uHHBj_A_E_1_n, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 169};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_A_4vQ_9A_1_uAQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 194};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_taken};
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_vQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 190};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 216};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_fA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 194};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 220};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_into_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_1F_k, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 198};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 224};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_take_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_gQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
@@ -13179,44 +13380,39 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 273};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 258};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_bytes_2, __pyx_mstate->__pyx_kp_b_iso88591_A_z_xq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq_AT_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 276};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 301};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_bytes_2, __pyx_mstate->__pyx_kp_b_iso88591_A_z_xq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 304};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data};
-    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get, __pyx_mstate->__pyx_kp_b_iso88591_A_uAQ_xt7_T_WAQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get, __pyx_mstate->__pyx_kp_b_iso88591_A_uAQ_xt7_T_WAQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 289};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 317};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_code};
-    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_N_F_HA_4wiq_A_G_fA_1_Q_WA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_N_F_HA_4wiq_A_G_fA_1_Q_WA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 312};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 340};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_give_back, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_N_HA_4wfD_D_q_gYat1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_give_back, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_N_HA_4wgQ_gYat1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 322};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 350};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 325};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 353};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_kind, __pyx_mstate->__pyx_n_u_error};
-    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_5_1_Q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_5_1_Q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;
@@ -14750,31 +14946,6 @@ static int __Pyx_ParseKeywords(
         return __Pyx_ParseKeywordDict(kwds, argnames, values, num_pos_args, num_kwargs, function_name, ignore_unknown_kwargs);
 }
 
-/* PyObjectFastCallMethod */
-#if !CYTHON_VECTORCALL
-static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
-    PyObject *result;
-    switch (__Pyx_PyVectorcall_NARGS(nargsf)) {
-        case 1:
-            return PyObject_CallMethodObjArgs(args[0], name, NULL);
-        case 2:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], NULL);
-        case 3:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], NULL);
-        case 4:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], NULL);
-        case 5:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], args[4], NULL);
-    }
-    PyObject *attr = PyObject_GetAttr(args[0], name);
-    if (unlikely(!attr))
-        return NULL;
-    result = __Pyx_PyObject_FastCall(attr, args+1, nargsf - 1);
-    Py_DECREF(attr);
-    return result;
-}
-#endif
-
 /* GivenExceptionMatches (used by PyErrExceptionMatches) */
 #if CYTHON_COMPILING_IN_CPYTHON
 static CYTHON_INLINE int __Pyx_inner_PyErr_GivenExceptionMatches2(PyObject *err, PyObject* exc_type1, PyObject *exc_type2) {
@@ -14823,7 +14994,7 @@ static CYTHON_INLINE int __Pyx_PyErr_GivenExceptionMatches2(PyObject *err, PyObj
 }
 #endif
 
-/* PyErrExceptionMatches (used by PyObjectGetAttrStrNoError) */
+/* PyErrExceptionMatches */
 #if CYTHON_FAST_THREAD_STATE
 static int __Pyx_PyErr_ExceptionMatchesTuple(PyObject *exc_type, PyObject *tuple) {
     Py_ssize_t i, n;
@@ -14860,6 +15031,31 @@ static CYTHON_INLINE int __Pyx_PyErr_ExceptionMatchesInState(PyThreadState* tsta
     #if CYTHON_AVOID_BORROWED_REFS
     Py_DECREF(exc_type);
     #endif
+    return result;
+}
+#endif
+
+/* PyObjectFastCallMethod */
+#if !CYTHON_VECTORCALL
+static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
+    PyObject *result;
+    switch (__Pyx_PyVectorcall_NARGS(nargsf)) {
+        case 1:
+            return PyObject_CallMethodObjArgs(args[0], name, NULL);
+        case 2:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], NULL);
+        case 3:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], NULL);
+        case 4:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], NULL);
+        case 5:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], args[4], NULL);
+    }
+    PyObject *attr = PyObject_GetAttr(args[0], name);
+    if (unlikely(!attr))
+        return NULL;
+    result = __Pyx_PyObject_FastCall(attr, args+1, nargsf - 1);
+    Py_DECREF(attr);
     return result;
 }
 #endif
@@ -15402,67 +15598,18 @@ static CYTHON_INLINE PyObject* __Pyx_PyObject_FormatAndDecref(PyObject* s, PyObj
     return result;
 }
 
-/* ArgTypeTestError (used by ArgTypeTest) */
-static void __Pyx_ArgTypeError(PyObject *obj, PyTypeObject *type, const char *name, int exact)
-{
-    __Pyx_TypeName type_name;
-    __Pyx_TypeName obj_type_name;
-    PyObject *extra_info = __pyx_mstate_global->__pyx_empty_unicode;
-    int from_annotation_subclass = 0;
-    if (unlikely(!type)) {
-        PyErr_SetString(PyExc_SystemError, "Missing type object");
-        return;
-    } else if (exact == 2) {
-        if (__Pyx_TypeCheck(obj, type)) {
-            from_annotation_subclass = 1;
-            extra_info = __pyx_mstate_global->__pyx_kp_u_Note_that_Cython_is_deliberately;
-        }
-    }
-    type_name = __Pyx_PyType_GetFullyQualifiedName(type);
-    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-    if (unlikely(!type_name)) return;
-    #endif
-    obj_type_name = __Pyx_PyType_GetFullyQualifiedName(Py_TYPE(obj));
-    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-    if (unlikely(!obj_type_name)) goto obj_type_name_failed;
-    #endif
-    PyErr_Format(PyExc_TypeError,
-        "Argument '%.200s' has incorrect type (expected " __Pyx_FMT_TYPENAME ", got " __Pyx_FMT_TYPENAME ")"
-#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
-        "%s%U"
-#endif
-        , name, type_name, obj_type_name
-#if __PYX_LIMITED_VERSION_HEX < 0x030C0000
-        , (from_annotation_subclass ? ". " : ""), extra_info
-#endif
-        );
-#if __PYX_LIMITED_VERSION_HEX >= 0x030C0000
-    if (exact == 2 && from_annotation_subclass) {
-        PyObject *res;
-        PyObject *vargs[2];
-        vargs[0] = PyErr_GetRaisedException();
-        vargs[1] = extra_info;
-        res = PyObject_VectorcallMethod(__pyx_mstate_global->__pyx_kp_u_add_note, vargs, 2, NULL);
-        Py_XDECREF(res);
-        PyErr_SetRaisedException(vargs[0]);
-    }
-#endif
-    __Pyx_DECREF_TypeName(obj_type_name);
-#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-obj_type_name_failed:
-#endif
-    __Pyx_DECREF_TypeName(type_name);
-    return;
-}
-
-/* ArgTypeTest */
-static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, int none_allowed, const char *name, int exact) {
-    if (likely(Py_IS_TYPE(obj, type) | (none_allowed && (obj == Py_None))))
-        return 1;
-    if (!exact && likely(type) && likely(__Pyx_TypeCheck(obj, type)))
-        return 1;
-    __Pyx_ArgTypeError(obj, type, name, exact);
+/* KeywordStringCheck */
+static int __Pyx_CheckKeywordStrings(PyObject *kw) {
+#if CYTHON_COMPILING_IN_PYPY && PY_VERSION_HEX < 0x030C0000 && !defined(PyArg_ValidateKeywordArguments)
+    CYTHON_UNUSED_VAR(kw);
     return 0;
+#else
+    if (CYTHON_VECTORCALL && likely(PyTuple_Check(kw))) {
+    } else {
+        if (unlikely(!PyArg_ValidateKeywordArguments(kw))) return -1;
+    }
+    return 0;
+#endif
 }
 
 /* FormatTypeName (used by RaiseErrorWithObjectType1) */
@@ -15820,7 +15967,43 @@ static CYTHON_INLINE PyObject* __Pyx_PyUnicode_Unicode(PyObject *obj) {
     return __Pyx_NewRef(obj);
 }
 
-/* RaiseErrorWithObjectTypes */
+/* tp_new */
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+static PyObject* __Pyx_tp_new_fallback(PyObject* type_obj, PyObject* args, PyObject* kwargs) {
+    PyObject *new_func = NULL, *new_args = NULL, *obj;
+    Py_ssize_t i, nargs = PyTuple_Size(args);
+    if (unlikely(nargs < 0)) goto bad;
+    new_args = PyTuple_New(nargs + 1);
+    if (unlikely(!new_args)) goto bad;
+    for (i = 0; i < nargs + 1; i++) {
+        PyObject *item = (i == 0) ? type_obj : PyTuple_GetItem(args, i - 1);
+        if (unlikely(!item)) goto bad;
+        Py_INCREF(item);
+        if (unlikely(PyTuple_SetItem(new_args, i, item)) < 0) goto bad;
+    }
+    new_func = PyObject_GetAttrString(type_obj, "__new__");
+    if (unlikely(!new_func)) goto bad;
+    obj = PyObject_Call(new_func, new_args, kwargs);
+    Py_DECREF(new_func);
+    Py_DECREF(new_args);
+    return obj;
+ bad:
+    Py_XDECREF(new_func);
+    Py_XDECREF(new_args);
+    return NULL;
+}
+#endif
+static PyObject* __Pyx_tp_new_kwargs(PyObject* type_obj, PyObject* args, PyObject* kwargs) {
+    newfunc tp_new = __Pyx_PyType_TryGetSlot((PyTypeObject*)type_obj, tp_new, newfunc);
+#if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030A0000
+    if (!tp_new) return __Pyx_tp_new_fallback(type_obj, args, kwargs);
+#else
+    assert(tp_new != NULL);
+#endif
+    return tp_new((PyTypeObject*)type_obj, args, kwargs);
+}
+
+/* RaiseErrorWithObjectTypes (used by ExtTypeTest) */
 static void __Pyx_RaiseErrorWithTypes1(PyObject* exc_type, const char *message, const char *arg, PyTypeObject *type_obj1, PyTypeObject *type_obj2) {
     __Pyx_TypeName type_name1 = __Pyx_PyType_GetFullyQualifiedName(type_obj1);
     #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
@@ -15836,6 +16019,20 @@ static void __Pyx_RaiseErrorWithTypes1(PyObject* exc_type, const char *message, 
 type2_failed:
 #endif
     __Pyx_DECREF_TypeName(type_name1);
+}
+
+/* ExtTypeTest */
+static CYTHON_INLINE int __Pyx_TypeTest(PyObject *obj, PyTypeObject *type) {
+    if (unlikely(!type)) {
+        PyErr_SetString(PyExc_SystemError, "Missing type object");
+        return 0;
+    }
+    if (likely(__Pyx_TypeCheck(obj, type)))
+        return 1;
+    __Pyx_RaiseTypeErrorWithTypes(
+        "Cannot convert " __Pyx_FMT_TYPENAME " to " __Pyx_FMT_TYPENAME,
+        Py_TYPE(obj), type);
+    return 0;
 }
 
 /* CallNextTpDealloc */
@@ -15879,18 +16076,6 @@ static int __Pyx_call_type_traverse(PyObject *o, int always_call, visitproc visi
 }
 #endif
 
-/* CallNextTpClear */
-static void __Pyx_call_next_tp_clear(PyObject* obj, inquiry current_tp_clear) {
-    PyTypeObject* type = Py_TYPE(obj);
-    inquiry tp_clear = NULL;
-    while (type && __Pyx_PyType_GetSlot(type, tp_clear, inquiry) != current_tp_clear)
-        type = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
-    while (type && (tp_clear = __Pyx_PyType_GetSlot(type, tp_clear, inquiry)) == current_tp_clear)
-        type = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
-    if (type && tp_clear)
-        tp_clear(obj);
-}
-
 /* AllocateExtensionType */
 static PyObject *__Pyx_AllocateExtensionType(PyTypeObject *t, int is_final) {
     if (is_final || likely(!__Pyx_PyType_HasFeature(t, Py_TPFLAGS_IS_ABSTRACT))) {
@@ -15913,159 +16098,43 @@ static PyObject *__Pyx_AllocateExtensionType(PyTypeObject *t, int is_final) {
     }
 }
 
-/* CallSlotAsVectorcallUnpackDict (used by CallSlotAsVectorcall) */
-static CYTHON_INLINE int __Pyx_CallSlotAsVectorcallUnpackDict(Py_ssize_t args_size, PyObject *keys_dict, PyObject **args, PyObject *kwnames) {
-    Py_ssize_t pos = 0, i = 0;
-    PyObject *key, *value;
-    while (PyDict_Next(keys_dict, &pos, &key, &value)) {
-        Py_INCREF(value);
-        args[args_size+i] = value;
-        Py_INCREF(key);
-        if (unlikely(__Pyx_PyTuple_SET_ITEM(kwnames, i, key) == -1)) {
-            return -1;
-        }
-        ++i;
-    }
+/* FunctionExport */
+static int __Pyx_ExportFunction(PyObject *api_dict, const char *name, void (*f)(void), const char *sig) {
+    PyObject *cobj;
+    union {
+        void (*fp)(void);
+        void *p;
+    } tmp;
+    tmp.fp = f;
+    cobj = PyCapsule_New(tmp.p, sig, 0);
+    if (!cobj)
+        goto bad;
+    if (PyDict_SetItemString(api_dict, name, cobj) < 0)
+        goto bad;
+    Py_DECREF(cobj);
     return 0;
+bad:
+    Py_XDECREF(cobj);
+    return -1;
 }
 
-/* CallSlotAsVectorcall */
-#if CYTHON_VECTORCALL_TPNEW
-static PyObject * __Pyx_CallTpnewAsVectorcall(__Pyx_tpnewvectorcallfunc f, PyTypeObject* o, PyObject *a, PyObject *k) {
-    Py_ssize_t k_size = k ? __Pyx_PyDict_GET_SIZE(k) : 0;
-#if !CYTHON_ASSUME_SAFE_SIZE
-    if (unlikely(k_size < 0)) return NULL;
-#endif
-    Py_ssize_t a_size = __Pyx_PyTuple_GET_SIZE(a);
-#if !CYTHON_ASSUME_SAFE_SIZE
-    if (unlikely(a_size < 0)) return NULL;
-#endif
-#if CYTHON_ASSUME_SAFE_MACROS
-    if (k_size == 0) {
-        return f(o, &PyTuple_GET_ITEM(a, 0), a_size, NULL);
-    }
-#else
-    if (k_size == 0 && a_size == 0) {
-        return f(o, NULL, 0, NULL);
-    }
-#endif
-    PyObject *stack_args[5];
-    PyObject **args = stack_args;
-    Py_ssize_t maxnargs = PY_SSIZE_T_MAX / sizeof(PyObject*) - 1;
-    if (a_size > maxnargs - k_size) {
-        PyErr_NoMemory();
+/* GetApiDict */
+static PyObject *__Pyx_ApiExport_GetApiDict(void) {
+    PyObject *d;
+    if (__Pyx_PyDict_GetItemRef(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_pyx_capi, &d) == -1)
         return NULL;
+    if (!d) {
+        d = PyDict_New();
+        if (!d)
+            goto bad;
+        if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_pyx_capi, d) < 0)
+            goto bad;
     }
-    Py_ssize_t total_size = a_size + k_size;
-    if (total_size > 5) {
-        args = (PyObject**)PyMem_Malloc(((size_t)total_size)*sizeof(PyObject*));
-        if (unlikely(!args)) {
-            PyErr_NoMemory();
-            return NULL;
-        }
-    }
-    PyObject * result = NULL;
-    PyObject *kwnames = NULL;
-    int unpack_dict_result;
-    Py_ssize_t i = 0;
-    for (; i < a_size; ++i) {
-        args[i] = __Pyx_PyTuple_GET_ITEM(a, i);
-#if !CYTHON_ASSUME_SAFE_MACROS
-        if (unlikely(!args[i])) goto cleanup;
-#endif
-    }
-#if !CYTHON_ASSUME_SAFE_MACROS
-    if (k)  // There's a specific shortcut earlier for ASSUME_SAFE_MACROS with no keywords
-#endif
-    {
-        kwnames = PyTuple_New(k_size);
-        if (unlikely(!kwnames)) goto cleanup;
-        __Pyx_BEGIN_CRITICAL_SECTION(k);
-        unpack_dict_result = __Pyx_CallSlotAsVectorcallUnpackDict(a_size, k, args, kwnames);
-        __Pyx_END_CRITICAL_SECTION();
-        if (unlikely(unpack_dict_result == -1)) goto cleanup;
-    }
-    result = f(o, args, a_size, kwnames);
-  cleanup:
-    Py_XDECREF(kwnames);
-    for (i=a_size; i<total_size; ++i) {
-        Py_XDECREF(args[i]);
-    }
-    if (args != stack_args) {
-        PyMem_Free(args);
-    }
-    return result;
+    return d;
+bad:
+    Py_XDECREF(d);
+    return NULL;
 }
-#endif
-
-/* RaiseErrorWithObjectType (used by CallNewInitFromVectorcall) */
-static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, PyTypeObject *type_obj) {
-    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
-    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-    if (unlikely(!type_name)) return;
-    #endif
-    PyErr_Format(exc_type, message, type_name);
-    __Pyx_DECREF_TypeName(type_name);
-}
-
-/* CallNewInitFromVectorcall */
-#if CYTHON_VECTORCALL_TPNEW
-static PyObject *__Pyx_CallNewInitFromVectorcall(PyTypeObject *t, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-    newfunc tp_new = __Pyx_PyType_GetSlot(t, tp_new, newfunc);
-    if (unlikely(!tp_new)) {
-        __Pyx_RaiseErrorWithType(PyExc_TypeError, "cannot create " __Pyx_FMT_TYPENAME " instances", t);
-        return NULL;
-    }
-    Py_ssize_t nargs = __Pyx_PyVectorcall_NARGS(nargsf);
-    PyObject *result = NULL, *args_tuple = NULL, *kwds_dict = NULL;
-    Py_ssize_t kw_size = kwnames ? __Pyx_PyTuple_GET_SIZE(kwnames) : 0;
-#if !CYTHON_ASSUME_SAFE_SIZE
-    if (unlikely(kw_size == -1)) {
-        return NULL;
-    }
-#endif
-    if (kw_size) {
-        kwds_dict = __Pyx_PyDict_NewPresized(kw_size);
-        if (unlikely(!kwds_dict)) {
-            return NULL;
-        }
-        for (Py_ssize_t i=0; i<kw_size; ++i) {
-            PyObject *v = args[nargs + i];
-            PyObject *k = __Pyx_PyTuple_GET_ITEM(kwnames, i);
-#if !CYTHON_ASSUME_SAFE_MACROS
-            if (unlikely(!k)) {
-                goto end;
-            }
-#endif
-            if (unlikely(PyDict_SetItem(kwds_dict, k, v) < 0)) {
-                goto end;
-            }
-        }
-    }
-    if (nargs) {
-        args_tuple = __Pyx_PyTuple_FromArray(args, nargs);
-        if (unlikely(!args_tuple)) {
-            goto end;
-        }
-    } else {
-        args_tuple = __Pyx_NewRef(__pyx_mstate_global->__pyx_empty_tuple);
-    }
-    result = tp_new(t, args_tuple, kwds_dict);
-    if (unlikely(!result)) {
-        goto end;
-    }
-    if (PyObject_TypeCheck(result, t)) {
-        initproc tp_init = __Pyx_PyObject_GetSlot(result, tp_init, initproc);
-        if (tp_init && unlikely(tp_init(result, args_tuple, kwds_dict) < 0)) {
-            Py_CLEAR(result);
-        }
-    }
-  end:
-    Py_XDECREF(args_tuple);
-    Py_XDECREF(kwds_dict);
-    return result;
-}
-#endif
 
 /* TypeImport */
 #ifndef __PYX_HAVE_RT_ImportType_3_3_1
@@ -16210,6 +16279,16 @@ CYTHON_UNUSED static Py_ssize_t __Pyx_GetTypeDictOffset(PyObject *tp, int requir
     return tp_dictoffset;
 }
 #endif
+
+/* RaiseErrorWithObjectType (used by ValidateBasesTuple) */
+static void __Pyx_RaiseErrorWithType(PyObject* exc_type, const char* message, PyTypeObject *type_obj) {
+    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name)) return;
+    #endif
+    PyErr_Format(exc_type, message, type_name);
+    __Pyx_DECREF_TypeName(type_name);
+}
 
 /* ValidateBasesTuple (used by PyType_Ready) */
 #if CYTHON_COMPILING_IN_CPYTHON || CYTHON_COMPILING_IN_LIMITED_API || CYTHON_USE_TYPE_SPECS

@@ -9,7 +9,11 @@ cdef class ClaimingEnd(ReaderEnd):
     cdef ivshmem_claim how
     cdef bint slept
 
-    cdef int claim(self, ivshmem_claim how, object timeout, object spin) except -2
+    cdef int claim(
+        self, ivshmem_claim how, object timeout, object spin, ivshmem_taken *taken
+    ) except -2
+    cdef int claim_as(self, ivshmem_claim how, ivshmem_taken *taken) noexcept
+    cdef int undo(self, const ivshmem_taken *taken) except -1
     cdef int after_sleep(self) except -1
 
 
@@ -25,3 +29,6 @@ cdef class Taken:
 
     cdef int check(self) except -1
     cdef int check_exports(self) except -1
+
+
+cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken)

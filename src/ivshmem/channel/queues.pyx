@@ -30,6 +30,7 @@ cdef int64_t probe_queue(void *what) noexcept nogil:
     return 0
 
 
+@cython.no_gc_clear
 cdef class ClaimingEnd(ReaderEnd):
     """A reader that claims what it takes: of a queue, or a server of calls."""
 
@@ -56,6 +57,22 @@ cdef class ClaimingEnd(ReaderEnd):
             self.membership.kick_all()
         return 0
 
+    cdef int claim_as(self, ivshmem_claim how, ivshmem_taken *taken) noexcept:
+        cdef uint64_t claim = ivshmem_claim_word(
+            taken.message.position, self.reader.slot, how, self.reader.epoch
+        )
+        if not ivshmem_claim_exchange(&self.channel, taken.claim_at, taken.claim, claim):
+            return IVSHMEM_AGAIN  # this process was taken for gone at that moment
+        taken.claim = claim
+        return 0
+
+    cdef int undo(self, const ivshmem_taken *taken) except -1:
+        """Give a message back that was claimed, for another call."""
+        if self.usable():
+            ivshmem_queue_return(&self.reader, taken)
+            self.membership.flush()
+        return 0
+
     cdef int after_sleep(self) except -1:
         """A ring wakes one reader: wake another one if there is more."""
         if self.slept:
@@ -64,22 +81,29 @@ cdef class ClaimingEnd(ReaderEnd):
         self.membership.flush()
         return 0
 
-    cdef int claim(self, ivshmem_claim how, object timeout, object spin) except -2:
-        """Take a message into `self.taken`; 0, or IVSHMEM_AGAIN: none came in time."""
+    cdef int claim(
+        self, ivshmem_claim how, object timeout, object spin, ivshmem_taken *taken
+    ) except -2:
+        """Take a message; 0, or IVSHMEM_AGAIN: none came in time."""
         cdef int code
         self.enter()
         self.how = how
-        code = ivshmem_queue_take(&self.reader, how, False, &self.taken)
+        code = ivshmem_queue_take(&self.reader, how, False, taken)
         if code == IVSHMEM_AGAIN:
             try:
                 code = self.wait(timeout, spin)
+                taken[0] = self.taken  # before another thread takes one
+                if code == 0 and ivshmem_flags(taken.claim) != how:
+                    code = self.claim_as(how, taken)  # `how` is another thread's since the wait
             finally:
-                if self.open:
+                if self.usable():
                     self.after_sleep()
         if code and code != IVSHMEM_AGAIN:
             raise self.fail(code)
         return code
 
+
+@cython.no_gc_clear
 cdef class QueueReader(ClaimingEnd):
     """One reader of a queue; made by its `reader()`. It iterates over messages.
 
@@ -111,10 +135,13 @@ cdef class QueueReader(ClaimingEnd):
         """
         cdef ivshmem_taken taken
         cdef bytes data
-        if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin):
+        if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
             return None
-        taken = self.taken
-        data = PyBytes_FromStringAndSize(NULL, taken.message.length)
+        try:
+            data = PyBytes_FromStringAndSize(NULL, taken.message.length)
+        except MemoryError:
+            self.undo(&taken)
+            raise
         self.finish(&taken, PyBytes_AS_STRING(data))
         return data if self.type is None else self.type.decode(data)
 
@@ -132,12 +159,10 @@ cdef class QueueReader(ClaimingEnd):
         cdef ivshmem_taken taken
         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
         try:
-            if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin):
+            if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
                 return None
-            taken = self.taken
             if taken.message.length > <uint64_t>view.len:
-                ivshmem_queue_return(&self.reader, &taken)
-                self.membership.flush()
+                self.undo(&taken)
                 raise MessageTooLong(
                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"
                 )
@@ -183,9 +208,10 @@ cdef class QueueReader(ClaimingEnd):
         Raises:
             As of `get`.
         """
-        if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin):
+        cdef ivshmem_taken taken
+        if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):
             return None
-        return Taken(self)
+        return taken_of(Taken, self, &taken)
 
     def get_async(self, timeout=None):
         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
@@ -212,6 +238,7 @@ cdef class QueueReader(ClaimingEnd):
         return self.get_async()
 
 
+@cython.no_gc_clear
 cdef class Taken:
     """A message of a queue that this reader has; made by `QueueReader.take`.
 
@@ -225,10 +252,11 @@ cdef class Taken:
         position: of the message among those of its writer.
     """
 
-    def __cinit__(self, ClaimingEnd reader not None):
-        self.reader = reader
-        self.taken = reader.taken
-        self.live = True
+    def __init__(self, *_, **__):
+        raise TypeError(f"a {type(self).__name__} is made by `take`")
+
+    def __reduce__(self):
+        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
 
     @property
     def size(self):
@@ -315,7 +343,7 @@ cdef class Taken:
             return
         self.check_exports()
         self.live = False
-        if self.reader.open and not self.reader.closed:
+        if self.reader.usable():
             ivshmem_queue_return(&self.reader.reader, &self.taken)
             self.reader.membership.flush()
 
@@ -335,3 +363,11 @@ cdef class Taken:
     def __repr__(self):
         state = "" if self.live else ", done"
         return f"<ivshmem.channel.{type(self).__name__} of {self.size} bytes{state}>"
+
+
+cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):
+    cdef Taken made = kind.__new__(kind)
+    made.reader = reader
+    made.taken = taken[0]
+    made.live = True
+    return made

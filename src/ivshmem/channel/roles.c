@@ -2498,6 +2498,8 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
   unsigned int state;
   unsigned int generation;
   int pinned;
+  int joined;
+  int lost;
   int64_t beat;
 };
 
@@ -2514,6 +2516,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup {
   struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *__pyx_vtab;
   struct __pyx_obj_7ivshmem_7channel_10membership_Membership *membership;
   struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *epoll;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *kick;
   int64_t pause;
 };
 
@@ -2538,6 +2541,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd {
   struct __pyx_obj_7ivshmem_6native_4spin_Spinner *spinner;
   int watched;
   int open;
+  int copying;
   PyObject *__weakref__;
 };
 
@@ -2556,10 +2560,11 @@ struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd {
   int times;
   int claims;
   uint64_t missed;
+  int exports;
 };
 
 
-/* "ivshmem/channel/roles.pxd":42
+/* "ivshmem/channel/roles.pxd":43
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2572,6 +2577,7 @@ struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd {
   PyObject *type;
   struct __pyx_t_7ivshmem_7channel_5roles_Held *held;
   uint32_t holding;
+  uint32_t holds;
   uint32_t views;
 };
 
@@ -2813,6 +2819,10 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *__pyx_vtab
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd {
+  int (*usable)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*begin_copy)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*end_copy)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*enlist)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*enter)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*attempt)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*begin_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
@@ -2844,6 +2854,13 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*release)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*is_silent)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, struct ivshmem_place);
   int (*abandon)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*usable)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  PyObject *(*unusable)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*lose_place)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*use_memory)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*end_use)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  void (*leave)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*hurry)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*check)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*flush)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*kick_all)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
@@ -2853,12 +2870,12 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *__pyx_vtabptr_7ivshmem_7channel_10membership_Membership;
 
 
-/* "ivshmem/channel/roles.pyx":52
+/* "ivshmem/channel/roles.pyx":53
  * # -- writers --------------------------------------------------------------------------------------
  * 
- * cdef class WriterEnd(ChannelEnd):             # <<<<<<<<<<<<<<
+ * @cython.no_gc_clear             # <<<<<<<<<<<<<<
+ * cdef class WriterEnd(ChannelEnd):
  *     """The slot of a writer, or of a caller."""
- * 
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
@@ -2875,12 +2892,12 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
 
 
-/* "ivshmem/channel/roles.pyx":201
+/* "ivshmem/channel/roles.pyx":213
  * # -- readers --------------------------------------------------------------------------------------
  * 
- * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
+ * @cython.no_gc_clear             # <<<<<<<<<<<<<<
+ * cdef class ReaderEnd(ChannelEnd):
  *     """The slot of a reader, or of a server; or, where memory can only be read, none."""
- * 
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd {
@@ -3430,6 +3447,12 @@ static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, in
         PyObject_Format(s, f))
 #endif
 
+/* RejectKeywords.export */
+static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
+
+/* PyBufferError_Check.proto */
+#define __Pyx_PyExc_BufferError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_BufferError)
+
 /* PyObjectFastCallMethod.proto */
 #if CYTHON_VECTORCALL
 #define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
@@ -3472,14 +3495,8 @@ static CYTHON_INLINE PyObject* __Pyx_PyUnicode_FromOrdinal_Padded(int value, Py_
 static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_uint64_t(uint64_t value, Py_ssize_t width, char padding_char);
 static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_uint64_t(uint64_t value, Py_ssize_t width, char padding_char, char format_char);
 
-/* RejectKeywords.export */
-static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
-
 /* PyTypeError_Check.proto */
 #define __Pyx_PyExc_TypeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_TypeError)
-
-/* PyBufferError_Check.proto */
-#define __Pyx_PyExc_BufferError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_BufferError)
 
 /* UnicodeConcatInPlace.proto */
 # if CYTHON_COMPILING_IN_CPYTHON
@@ -3590,9 +3607,6 @@ static int __Pyx_call_next_tp_traverse(PyObject* obj, visitproc v, void *a, trav
 #else
 static int __Pyx_call_type_traverse(PyObject *o, int always_call, visitproc visit, void *arg);
 #endif
-
-/* CallNextTpClear.proto */
-static void __Pyx_call_next_tp_clear(PyObject* obj, inquiry current_tp_clear);
 
 /* FunctionExport.proto */
 static int __Pyx_ExportFunction(PyObject *api_dict, const char *name, void (*f)(void), const char *sig);
@@ -4045,6 +4059,8 @@ static CYTHON_INLINE int64_t __pyx_f_7ivshmem_6native_11descriptors_count_of(uin
 
 /* Module declarations from "ivshmem.channel.membership" */
 
+/* Module declarations from "cython" */
+
 /* Module declarations from "libc.stdlib" */
 
 /* Module declarations from "ivshmem.channel.roles" */
@@ -4062,12 +4078,13 @@ int __pyx_module_is_main_ivshmem__channel__roles = 0;
 static const char __pyx_k_Internal_the_two_roles_in_a_chan[] = "Internal: the two roles in a channel, writing and reading, as far as all kinds share them.\n\nKnows: taking a slot, cells that are loaned or looked at, copies. Does not know: how a kind\npublishes and takes messages.\n\nInvariants:\n1. A cell that is loaned, or looked at, is not used for anything else until it is given back.\n2. What is copied out counts only after the header has checked it.\n";
 /* #### Code section: decls ### */
 static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, unsigned int __pyx_v_index, PyObject *__pyx_v_name, PyObject *__pyx_v_message_type); /* proto */
-static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2__dealloc__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto */
+static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_5limit___get__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4type___get__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_6missed___get__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_6__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_6__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_8__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, PyObject *__pyx_v_channels, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *__pyx_v_membership, unsigned int __pyx_v_index, PyObject *__pyx_v_name, PyObject *__pyx_v_message_type, uint32_t __pyx_v_overflow, uint32_t __pyx_v_history); /* proto */
 static void __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_2__dealloc__(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self); /* proto */
@@ -4127,8 +4144,8 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[1];
-    PyObject *__pyx_codeobj_tab[5];
-    PyObject *__pyx_string_tab[90];
+    PyObject *__pyx_codeobj_tab[6];
+    PyObject *__pyx_string_tab[91];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
 PyTypeObject *__pyx_CommonTypesMetaclassType;
@@ -4180,15 +4197,15 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_is_full_a_reader_took_nothing_f __pyx_string_tab[5]
 #define __pyx_kp_u_messages_in_a_row_were_overwrit __pyx_string_tab[6]
 #define __pyx_kp_u_of_messages_release_them_first __pyx_string_tab[7]
-#define __pyx_kp_u_s __pyx_string_tab[8]
-#define __pyx_kp_u_was_removed __pyx_string_tab[9]
-#define __pyx_kp_u_tree_fragment __pyx_string_tab[10]
-#define __pyx_kp_u__3 __pyx_string_tab[11]
-#define __pyx_kp_u__2 __pyx_string_tab[12]
-#define __pyx_kp_u_a_message_of __pyx_string_tab[13]
-#define __pyx_kp_u_all_its __pyx_string_tab[14]
-#define __pyx_kp_u_its_writer_is_faster_than_this __pyx_string_tab[15]
-#define __pyx_kp_u_more_views_than_it_was_made_for __pyx_string_tab[16]
+#define __pyx_kp_u_or_arrays_of_loans_are_in_use_r __pyx_string_tab[8]
+#define __pyx_kp_u_s __pyx_string_tab[9]
+#define __pyx_kp_u_was_removed __pyx_string_tab[10]
+#define __pyx_kp_u_tree_fragment __pyx_string_tab[11]
+#define __pyx_kp_u__3 __pyx_string_tab[12]
+#define __pyx_kp_u__2 __pyx_string_tab[13]
+#define __pyx_kp_u_a_message_of __pyx_string_tab[14]
+#define __pyx_kp_u_all_its __pyx_string_tab[15]
+#define __pyx_kp_u_its_writer_is_faster_than_this __pyx_string_tab[16]
 #define __pyx_kp_u_ __pyx_string_tab[17]
 #define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[18]
 #define __pyx_kp_u_add_note __pyx_string_tab[19]
@@ -4212,41 +4229,41 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_WriterEnd __pyx_string_tab[37]
 #define __pyx_n_u_WriterEnd___reduce_cython __pyx_string_tab[38]
 #define __pyx_n_u_WriterEnd___setstate_cython __pyx_string_tab[39]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[40]
-#define __pyx_n_u_annotate __pyx_string_tab[41]
-#define __pyx_n_u_func __pyx_string_tab[42]
-#define __pyx_n_u_getstate __pyx_string_tab[43]
-#define __pyx_n_u_main __pyx_string_tab[44]
-#define __pyx_n_u_module __pyx_string_tab[45]
-#define __pyx_n_u_name_2 __pyx_string_tab[46]
-#define __pyx_n_u_pyx_capi __pyx_string_tab[47]
-#define __pyx_n_u_pyx_state __pyx_string_tab[48]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[49]
-#define __pyx_n_u_qualname __pyx_string_tab[50]
-#define __pyx_n_u_reduce __pyx_string_tab[51]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[52]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[53]
-#define __pyx_n_u_set_name __pyx_string_tab[54]
-#define __pyx_n_u_setstate __pyx_string_tab[55]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[56]
-#define __pyx_n_u_test __pyx_string_tab[57]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[58]
-#define __pyx_n_u_add __pyx_string_tab[59]
+#define __pyx_n_u_WriterEnd_close __pyx_string_tab[40]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[41]
+#define __pyx_n_u_annotate __pyx_string_tab[42]
+#define __pyx_n_u_func __pyx_string_tab[43]
+#define __pyx_n_u_getstate __pyx_string_tab[44]
+#define __pyx_n_u_main __pyx_string_tab[45]
+#define __pyx_n_u_module __pyx_string_tab[46]
+#define __pyx_n_u_name_2 __pyx_string_tab[47]
+#define __pyx_n_u_pyx_capi __pyx_string_tab[48]
+#define __pyx_n_u_pyx_state __pyx_string_tab[49]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[50]
+#define __pyx_n_u_qualname __pyx_string_tab[51]
+#define __pyx_n_u_reduce __pyx_string_tab[52]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[53]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[54]
+#define __pyx_n_u_set_name __pyx_string_tab[55]
+#define __pyx_n_u_setstate __pyx_string_tab[56]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[57]
+#define __pyx_n_u_test __pyx_string_tab[58]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[59]
 #define __pyx_n_u_asyncio_coroutines __pyx_string_tab[60]
 #define __pyx_n_u_channels __pyx_string_tab[61]
 #define __pyx_n_u_cline_in_traceback __pyx_string_tab[62]
 #define __pyx_n_u_close __pyx_string_tab[63]
-#define __pyx_n_u_closed __pyx_string_tab[64]
-#define __pyx_n_u_counted __pyx_string_tab[65]
-#define __pyx_n_u_decode __pyx_string_tab[66]
-#define __pyx_n_u_errors __pyx_string_tab[67]
-#define __pyx_n_u_g __pyx_string_tab[68]
-#define __pyx_n_u_history __pyx_string_tab[69]
-#define __pyx_n_u_index __pyx_string_tab[70]
-#define __pyx_n_u_items __pyx_string_tab[71]
-#define __pyx_n_u_ivshmem_channel_roles __pyx_string_tab[72]
-#define __pyx_n_u_loan __pyx_string_tab[73]
-#define __pyx_n_u_membership __pyx_string_tab[74]
+#define __pyx_n_u_counted __pyx_string_tab[64]
+#define __pyx_n_u_decode __pyx_string_tab[65]
+#define __pyx_n_u_errors __pyx_string_tab[66]
+#define __pyx_n_u_g __pyx_string_tab[67]
+#define __pyx_n_u_history __pyx_string_tab[68]
+#define __pyx_n_u_index __pyx_string_tab[69]
+#define __pyx_n_u_items __pyx_string_tab[70]
+#define __pyx_n_u_ivshmem_channel_roles __pyx_string_tab[71]
+#define __pyx_n_u_loan __pyx_string_tab[72]
+#define __pyx_n_u_membership __pyx_string_tab[73]
+#define __pyx_n_u_memoryview __pyx_string_tab[74]
 #define __pyx_n_u_message_type __pyx_string_tab[75]
 #define __pyx_n_u_name __pyx_string_tab[76]
 #define __pyx_n_u_overflow __pyx_string_tab[77]
@@ -4261,7 +4278,8 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_writer __pyx_string_tab[86]
 #define __pyx_kp_b_int_struct___pyx_obj_7ivshmem_7c __pyx_string_tab[87]
 #define __pyx_kp_b_iso88591_Q __pyx_string_tab[88]
-#define __pyx_kp_b_iso88591_A_4vT_WD_D_1_Qb_XQ __pyx_string_tab[89]
+#define __pyx_kp_b_iso88591_A_4vT_WD_Kwa_Qb_XQ __pyx_string_tab[89]
+#define __pyx_kp_b_iso88591_A_4vT_Yd_k_Q_4z_j __pyx_string_tab[90]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
 static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
@@ -4301,8 +4319,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<5; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<90; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<6; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<91; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
 Py_CLEAR(clear_module_state->__pyx_CommonTypesMetaclassType);
@@ -4350,8 +4368,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<5; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<90; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<6; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<91; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
 Py_VISIT(traverse_module_state->__pyx_CommonTypesMetaclassType);
@@ -5098,7 +5116,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/roles.pyx":28
+/* "ivshmem/channel/roles.pyx":29
  * 
  * 
  * cdef uint64_t microseconds() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5110,7 +5128,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_microseconds(void) {
   struct timespec __pyx_v_t;
   uint64_t __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":30
+  /* "ivshmem/channel/roles.pyx":31
  * cdef uint64_t microseconds() noexcept nogil:
  *     cdef timespec t
  *     clock_gettime(CLOCK_REALTIME, &t)             # <<<<<<<<<<<<<<
@@ -5119,7 +5137,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_microseconds(void) {
 */
   (void)(clock_gettime(CLOCK_REALTIME, (&__pyx_v_t)));
 
-  /* "ivshmem/channel/roles.pyx":31
+  /* "ivshmem/channel/roles.pyx":32
  *     cdef timespec t
  *     clock_gettime(CLOCK_REALTIME, &t)
  *     return <uint64_t>t.tv_sec * 1_000_000 + t.tv_nsec // 1000             # <<<<<<<<<<<<<<
@@ -5132,7 +5150,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_microseconds(void) {
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":28
+  /* "ivshmem/channel/roles.pyx":29
  * 
  * 
  * cdef uint64_t microseconds() noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5146,7 +5164,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_microseconds(void) {
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":34
+/* "ivshmem/channel/roles.pyx":35
  * 
  * 
  * cdef int open_channel(             # <<<<<<<<<<<<<<
@@ -5175,7 +5193,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("open_channel", 0);
 
-  /* "ivshmem/channel/roles.pyx":39
+  /* "ivshmem/channel/roles.pyx":40
  *     """Open the channel of a record, and check that it is still the one of that name."""
  *     cdef ivshmem_record record
  *     cdef int code = ivshmem_record_read(&membership.member.area, index, &record)             # <<<<<<<<<<<<<<
@@ -5184,7 +5202,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
 */
   __pyx_v_code = ivshmem_record_read((&__pyx_v_membership->member.area), __pyx_v_index, (&__pyx_v_record));
 
-  /* "ivshmem/channel/roles.pyx":40
+  /* "ivshmem/channel/roles.pyx":41
  *     cdef ivshmem_record record
  *     cdef int code = ivshmem_record_read(&membership.member.area, index, &record)
  *     end.channels = channels             # <<<<<<<<<<<<<<
@@ -5196,7 +5214,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
   __Pyx_GOTREF(__pyx_v_end->channels);
   __Pyx_DECREF_SET(__pyx_v_end->channels, __pyx_v_channels);
 
-  /* "ivshmem/channel/roles.pyx":41
+  /* "ivshmem/channel/roles.pyx":42
  *     cdef int code = ivshmem_record_read(&membership.member.area, index, &record)
  *     end.channels = channels
  *     end.membership = membership             # <<<<<<<<<<<<<<
@@ -5208,7 +5226,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
   __Pyx_GOTREF((PyObject *)__pyx_v_end->membership);
   __Pyx_DECREF_SET(__pyx_v_end->membership, __pyx_v_membership);
 
-  /* "ivshmem/channel/roles.pyx":42
+  /* "ivshmem/channel/roles.pyx":43
  *     end.channels = channels
  *     end.membership = membership
  *     end.name = name             # <<<<<<<<<<<<<<
@@ -5220,17 +5238,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
   __Pyx_GOTREF(__pyx_v_end->name);
   __Pyx_DECREF_SET(__pyx_v_end->name, __pyx_v_name);
 
-  /* "ivshmem/channel/roles.pyx":43
+  /* "ivshmem/channel/roles.pyx":44
  *     end.membership = membership
  *     end.name = name
  *     membership.check()             # <<<<<<<<<<<<<<
  *     if code or record.name.decode(errors="replace") != name:
  *         raise ClosedError(f"channel {name!r} was removed")
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 43, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 44, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":44
+  /* "ivshmem/channel/roles.pyx":45
  *     end.name = name
  *     membership.check()
  *     if code or record.name.decode(errors="replace") != name:             # <<<<<<<<<<<<<<
@@ -5247,7 +5265,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_6 = __Pyx_PyBytes_FromString(__pyx_v_record.name); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 44, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyBytes_FromString(__pyx_v_record.name); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 45, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __pyx_t_5 = __pyx_t_6;
   __Pyx_INCREF(__pyx_t_5);
@@ -5258,13 +5276,13 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
     PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_mstate_global->__pyx_n_u_replace};
     #if CYTHON_VECTORCALL
     __pyx_t_8 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 44, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 45, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_8);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
       __pyx_t_8 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 44, __pyx_L1_error)
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 45, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
     }
     #endif
@@ -5274,11 +5292,11 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
     #endif
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 44, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 45, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
   }
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_4))||((__pyx_t_4) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_4))) __PYX_ERR(0, 44, __pyx_L1_error)
-  __pyx_t_3 = __Pyx_PyObject_CompareBoolNe_str_str(__pyx_t_4, __pyx_v_name, Py_NE); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 44, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_4))||((__pyx_t_4) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_4))) __PYX_ERR(0, 45, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_CompareBoolNe_str_str(__pyx_t_4, __pyx_v_name, Py_NE); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 45, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   __pyx_t_2 = __pyx_t_3;
@@ -5287,7 +5305,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/roles.pyx":45
+    /* "ivshmem/channel/roles.pyx":46
  *     membership.check()
  *     if code or record.name.decode(errors="replace") != name:
  *         raise ClosedError(f"channel {name!r} was removed")             # <<<<<<<<<<<<<<
@@ -5295,9 +5313,9 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
  *     return 0
 */
     __pyx_t_6 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 45, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 46, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 45, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 46, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_9[1] = __pyx_t_5;
@@ -5311,7 +5329,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
     __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]);
     #endif
     __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 3, __pyx_t_10, __pyx_t_1);
-    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 45, __pyx_L1_error)
+    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 46, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_7 = 1;
@@ -5332,14 +5350,14 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 45, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 46, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 45, __pyx_L1_error)
+    __PYX_ERR(0, 46, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":44
+    /* "ivshmem/channel/roles.pyx":45
  *     end.name = name
  *     membership.check()
  *     if code or record.name.decode(errors="replace") != name:             # <<<<<<<<<<<<<<
@@ -5348,7 +5366,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":46
+  /* "ivshmem/channel/roles.pyx":47
  *     if code or record.name.decode(errors="replace") != name:
  *         raise ClosedError(f"channel {name!r} was removed")
  *     ivshmem_channel_open(&end.channel, &membership.member.area, &record)             # <<<<<<<<<<<<<<
@@ -5357,7 +5375,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
 */
   ivshmem_channel_open((&__pyx_v_end->channel), (&__pyx_v_membership->member.area), (&__pyx_v_record));
 
-  /* "ivshmem/channel/roles.pyx":47
+  /* "ivshmem/channel/roles.pyx":48
  *         raise ClosedError(f"channel {name!r} was removed")
  *     ivshmem_channel_open(&end.channel, &membership.member.area, &record)
  *     return 0             # <<<<<<<<<<<<<<
@@ -5370,7 +5388,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":34
+  /* "ivshmem/channel/roles.pyx":35
  * 
  * 
  * cdef int open_channel(             # <<<<<<<<<<<<<<
@@ -5395,7 +5413,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_open_channel(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":55
+/* "ivshmem/channel/roles.pyx":57
  *     """The slot of a writer, or of a caller."""
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -5429,36 +5447,36 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_1__cinit__(PyObject *__p
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_channels,&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_index,&__pyx_mstate_global->__pyx_n_u_name,&__pyx_mstate_global->__pyx_n_u_message_type,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 55, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 57, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  5:
         values[4] = __Pyx_ArgRef_VARARGS(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 55, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 57, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 55, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 57, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 55, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 57, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 55, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 57, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 55, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 57, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 55, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 57, __pyx_L3_error)
 
-      /* "ivshmem/channel/roles.pyx":56
+      /* "ivshmem/channel/roles.pyx":58
  * 
  *     def __cinit__(
  *         self, channels, Membership membership not None, unsigned index, str name, message_type=None             # <<<<<<<<<<<<<<
@@ -5467,23 +5485,23 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_1__cinit__(PyObject *__p
 */
       if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 4; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 4, 5, i); __PYX_ERR(0, 55, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 4, 5, i); __PYX_ERR(0, 57, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  5:
         values[4] = __Pyx_ArgRef_VARARGS(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 55, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 57, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 55, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 57, __pyx_L3_error)
         values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 55, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 57, __pyx_L3_error)
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 55, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 57, __pyx_L3_error)
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 55, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 57, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -5491,13 +5509,13 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_1__cinit__(PyObject *__p
     }
     __pyx_v_channels = values[0];
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[1]);
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 56, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 58, __pyx_L3_error)
     __pyx_v_name = ((PyObject*)values[3]);
     __pyx_v_message_type = values[4];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 4, 5, __pyx_nargs); __PYX_ERR(0, 55, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 4, 5, __pyx_nargs); __PYX_ERR(0, 57, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5508,11 +5526,11 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_1__cinit__(PyObject *__p
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 56, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 56, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 58, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 58, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name, __pyx_v_message_type);
 
-  /* "ivshmem/channel/roles.pyx":55
+  /* "ivshmem/channel/roles.pyx":57
  *     """The slot of a writer, or of a caller."""
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -5564,7 +5582,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/roles.pyx":59
+  /* "ivshmem/channel/roles.pyx":61
  *     ):
  *         cdef ivshmem_geometry *g
  *         cdef ivshmem_writer_tables *tables = &self.writer.tables             # <<<<<<<<<<<<<<
@@ -5573,17 +5591,17 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_tables = (&__pyx_v_self->writer.tables);
 
-  /* "ivshmem/channel/roles.pyx":62
+  /* "ivshmem/channel/roles.pyx":64
  *         cdef uint64_t cells
  *         cdef int code
  *         open_channel(self, channels, membership, index, name)             # <<<<<<<<<<<<<<
  *         self.type = message_type
  *         g = &self.channel.record.geometry
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 62, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 64, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":63
+  /* "ivshmem/channel/roles.pyx":65
  *         cdef int code
  *         open_channel(self, channels, membership, index, name)
  *         self.type = message_type             # <<<<<<<<<<<<<<
@@ -5595,7 +5613,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   __Pyx_GOTREF(__pyx_v_self->type);
   __Pyx_DECREF_SET(__pyx_v_self->type, __pyx_v_message_type);
 
-  /* "ivshmem/channel/roles.pyx":64
+  /* "ivshmem/channel/roles.pyx":66
  *         open_channel(self, channels, membership, index, name)
  *         self.type = message_type
  *         g = &self.channel.record.geometry             # <<<<<<<<<<<<<<
@@ -5604,7 +5622,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_g = (&__pyx_v_self->__pyx_base.channel.record.geometry);
 
-  /* "ivshmem/channel/roles.pyx":65
+  /* "ivshmem/channel/roles.pyx":67
  *         self.type = message_type
  *         g = &self.channel.record.geometry
  *         cells = self.channel.layout.cells_each             # <<<<<<<<<<<<<<
@@ -5615,7 +5633,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 
   __pyx_v_cells = __pyx_t_2;
 
-  /* "ivshmem/channel/roles.pyx":66
+  /* "ivshmem/channel/roles.pyx":68
  *         g = &self.channel.record.geometry
  *         cells = self.channel.layout.cells_each
  *         self.times = g.options & IVSHMEM_TIMES != 0             # <<<<<<<<<<<<<<
@@ -5624,7 +5642,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->times = ((__pyx_v_g->options & IVSHMEM_TIMES) != 0);
 
-  /* "ivshmem/channel/roles.pyx":67
+  /* "ivshmem/channel/roles.pyx":69
  *         cells = self.channel.layout.cells_each
  *         self.times = g.options & IVSHMEM_TIMES != 0
  *         self.claims = g.kind == IVSHMEM_QUEUE or g.kind == IVSHMEM_CALLS             # <<<<<<<<<<<<<<
@@ -5642,7 +5660,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   }
   __pyx_v_self->claims = __pyx_t_3;
 
-  /* "ivshmem/channel/roles.pyx":68
+  /* "ivshmem/channel/roles.pyx":70
  *         self.times = g.options & IVSHMEM_TIMES != 0
  *         self.claims = g.kind == IVSHMEM_QUEUE or g.kind == IVSHMEM_CALLS
  *         self.writer.channel = &self.channel             # <<<<<<<<<<<<<<
@@ -5651,7 +5669,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->writer.channel = (&__pyx_v_self->__pyx_base.channel);
 
-  /* "ivshmem/channel/roles.pyx":69
+  /* "ivshmem/channel/roles.pyx":71
  *         self.claims = g.kind == IVSHMEM_QUEUE or g.kind == IVSHMEM_CALLS
  *         self.writer.channel = &self.channel
  *         self.writer.member = &membership.member             # <<<<<<<<<<<<<<
@@ -5660,7 +5678,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->writer.member = (&__pyx_v_membership->member);
 
-  /* "ivshmem/channel/roles.pyx":70
+  /* "ivshmem/channel/roles.pyx":72
  *         self.writer.channel = &self.channel
  *         self.writer.member = &membership.member
  *         tables.cell_of = <uint32_t *>calloc(g.slots, sizeof(uint32_t))             # <<<<<<<<<<<<<<
@@ -5669,7 +5687,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_tables->cell_of = ((uint32_t *)calloc(__pyx_v_g->slots, (sizeof(uint32_t))));
 
-  /* "ivshmem/channel/roles.pyx":71
+  /* "ivshmem/channel/roles.pyx":73
  *         self.writer.member = &membership.member
  *         tables.cell_of = <uint32_t *>calloc(g.slots, sizeof(uint32_t))
  *         tables.free = <uint32_t *>calloc(cells, sizeof(uint32_t))             # <<<<<<<<<<<<<<
@@ -5678,7 +5696,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_tables->free = ((uint32_t *)calloc(__pyx_v_cells, (sizeof(uint32_t))));
 
-  /* "ivshmem/channel/roles.pyx":72
+  /* "ivshmem/channel/roles.pyx":74
  *         tables.cell_of = <uint32_t *>calloc(g.slots, sizeof(uint32_t))
  *         tables.free = <uint32_t *>calloc(cells, sizeof(uint32_t))
  *         if g.overflow & IVSHMEM_DISCARD:             # <<<<<<<<<<<<<<
@@ -5690,7 +5708,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/roles.pyx":73
+    /* "ivshmem/channel/roles.pyx":75
  *         tables.free = <uint32_t *>calloc(cells, sizeof(uint32_t))
  *         if g.overflow & IVSHMEM_DISCARD:
  *             tables.references = <uint16_t *>calloc(cells, sizeof(uint16_t))             # <<<<<<<<<<<<<<
@@ -5699,7 +5717,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
     __pyx_v_tables->references = ((uint16_t *)calloc(__pyx_v_cells, (sizeof(uint16_t))));
 
-    /* "ivshmem/channel/roles.pyx":74
+    /* "ivshmem/channel/roles.pyx":76
  *         if g.overflow & IVSHMEM_DISCARD:
  *             tables.references = <uint16_t *>calloc(cells, sizeof(uint16_t))
  *             tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))             # <<<<<<<<<<<<<<
@@ -5708,7 +5726,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
     __pyx_v_tables->pinned = ((uint32_t *)calloc(((((size_t)__pyx_v_g->readers) * __pyx_v_g->slots) + 1), (sizeof(uint32_t))));
 
-    /* "ivshmem/channel/roles.pyx":75
+    /* "ivshmem/channel/roles.pyx":77
  *             tables.references = <uint16_t *>calloc(cells, sizeof(uint16_t))
  *             tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))
  *             tables.backlogs = <ivshmem_backlog *>calloc(g.readers + 1, sizeof(ivshmem_backlog))             # <<<<<<<<<<<<<<
@@ -5717,7 +5735,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
     __pyx_v_tables->backlogs = ((struct ivshmem_backlog *)calloc((__pyx_v_g->readers + 1), (sizeof(struct ivshmem_backlog))));
 
-    /* "ivshmem/channel/roles.pyx":72
+    /* "ivshmem/channel/roles.pyx":74
  *         tables.cell_of = <uint32_t *>calloc(g.slots, sizeof(uint32_t))
  *         tables.free = <uint32_t *>calloc(cells, sizeof(uint32_t))
  *         if g.overflow & IVSHMEM_DISCARD:             # <<<<<<<<<<<<<<
@@ -5726,7 +5744,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":76
+  /* "ivshmem/channel/roles.pyx":78
  *             tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))
  *             tables.backlogs = <ivshmem_backlog *>calloc(g.readers + 1, sizeof(ivshmem_backlog))
  *         if tables.cell_of == NULL or tables.free == NULL or (             # <<<<<<<<<<<<<<
@@ -5754,7 +5772,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
     goto __pyx_L5_bool_binop_done;
   }
 
-  /* "ivshmem/channel/roles.pyx":77
+  /* "ivshmem/channel/roles.pyx":79
  *             tables.backlogs = <ivshmem_backlog *>calloc(g.readers + 1, sizeof(ivshmem_backlog))
  *         if tables.cell_of == NULL or tables.free == NULL or (
  *             g.overflow & IVSHMEM_DISCARD             # <<<<<<<<<<<<<<
@@ -5772,7 +5790,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
     goto __pyx_L5_bool_binop_done;
   }
 
-  /* "ivshmem/channel/roles.pyx":78
+  /* "ivshmem/channel/roles.pyx":80
  *         if tables.cell_of == NULL or tables.free == NULL or (
  *             g.overflow & IVSHMEM_DISCARD
  *             and (tables.references == NULL or tables.pinned == NULL or tables.backlogs == NULL)             # <<<<<<<<<<<<<<
@@ -5806,7 +5824,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 
   __pyx_L5_bool_binop_done:;
 
-  /* "ivshmem/channel/roles.pyx":76
+  /* "ivshmem/channel/roles.pyx":78
  *             tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))
  *             tables.backlogs = <ivshmem_backlog *>calloc(g.readers + 1, sizeof(ivshmem_backlog))
  *         if tables.cell_of == NULL or tables.free == NULL or (             # <<<<<<<<<<<<<<
@@ -5816,16 +5834,16 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/roles.pyx":80
+    /* "ivshmem/channel/roles.pyx":82
  *             and (tables.references == NULL or tables.pinned == NULL or tables.backlogs == NULL)
  *         ):
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         code = ivshmem_writer_open(&self.writer)
  *         if code == IVSHMEM_TAKEN:
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 80, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 82, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":76
+    /* "ivshmem/channel/roles.pyx":78
  *             tables.pinned = <uint32_t *>calloc(<size_t>g.readers * g.slots + 1, sizeof(uint32_t))
  *             tables.backlogs = <ivshmem_backlog *>calloc(g.readers + 1, sizeof(ivshmem_backlog))
  *         if tables.cell_of == NULL or tables.free == NULL or (             # <<<<<<<<<<<<<<
@@ -5834,7 +5852,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":81
+  /* "ivshmem/channel/roles.pyx":83
  *         ):
  *             raise MemoryError
  *         code = ivshmem_writer_open(&self.writer)             # <<<<<<<<<<<<<<
@@ -5843,7 +5861,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   __pyx_v_code = ivshmem_writer_open((&__pyx_v_self->writer));
 
-  /* "ivshmem/channel/roles.pyx":82
+  /* "ivshmem/channel/roles.pyx":84
  *             raise MemoryError
  *         code = ivshmem_writer_open(&self.writer)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -5855,7 +5873,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/roles.pyx":83
+    /* "ivshmem/channel/roles.pyx":85
  *         code = ivshmem_writer_open(&self.writer)
  *         if code == IVSHMEM_TAKEN:
  *             raise ChannelError(             # <<<<<<<<<<<<<<
@@ -5863,35 +5881,35 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
  *                 " messages that a reader has yet to read"
 */
     __pyx_t_6 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 83, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 85, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
 
-    /* "ivshmem/channel/roles.pyx":84
+    /* "ivshmem/channel/roles.pyx":86
  *         if code == IVSHMEM_TAKEN:
  *             raise ChannelError(
  *                 f"channel {name!r}: all its {counted(g.writers, 'writer')} are open, or wrote"             # <<<<<<<<<<<<<<
  *                 " messages that a reader has yet to read"
  *             )
 */
-    __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 84, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 86, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 84, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 86, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
-    __pyx_t_10 = __Pyx_PyLong_From_uint32_t(__pyx_v_g->writers); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 84, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyLong_From_uint32_t(__pyx_v_g->writers); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 86, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_11 = PyTuple_New(2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 84, __pyx_L1_error)
+    __pyx_t_11 = PyTuple_New(2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 86, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_GIVEREF(__pyx_t_10);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 0, __pyx_t_10) != (0)) __PYX_ERR(0, 84, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 0, __pyx_t_10) != (0)) __PYX_ERR(0, 86, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_writer);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_writer);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 1, __pyx_mstate_global->__pyx_n_u_writer) != (0)) __PYX_ERR(0, 84, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 1, __pyx_mstate_global->__pyx_n_u_writer) != (0)) __PYX_ERR(0, 86, __pyx_L1_error);
     __pyx_t_10 = 0;
-    __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_9, __pyx_t_11, NULL); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 84, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_9, __pyx_t_11, NULL); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 86, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 84, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 86, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -5908,7 +5926,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
     __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_13, __pyx_t_1);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 84, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 86, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
@@ -5930,14 +5948,14 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
       __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 83, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 85, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     __Pyx_Raise(__pyx_t_5, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __PYX_ERR(0, 83, __pyx_L1_error)
+    __PYX_ERR(0, 85, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":82
+    /* "ivshmem/channel/roles.pyx":84
  *             raise MemoryError
  *         code = ivshmem_writer_open(&self.writer)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -5946,69 +5964,51 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":87
+  /* "ivshmem/channel/roles.pyx":89
  *                 " messages that a reader has yet to read"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
- *         self.open = True
+ *         self.enlist()
 */
   __pyx_t_3 = (__pyx_v_code != 0);
 
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/roles.pyx":88
+    /* "ivshmem/channel/roles.pyx":90
  *             )
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
- *         self.open = True
- *         membership.ends.add(self)
+ *         self.enlist()
+ * 
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 88, __pyx_L1_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 90, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_Raise(__pyx_t_5, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __PYX_ERR(0, 88, __pyx_L1_error)
+    __PYX_ERR(0, 90, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":87
+    /* "ivshmem/channel/roles.pyx":89
  *                 " messages that a reader has yet to read"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
- *         self.open = True
+ *         self.enlist()
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":89
+  /* "ivshmem/channel/roles.pyx":91
  *         if code:
  *             raise self.fail(code)
- *         self.open = True             # <<<<<<<<<<<<<<
- *         membership.ends.add(self)
+ *         self.enlist()             # <<<<<<<<<<<<<<
  * 
+ *     def close(self):
 */
-  __pyx_v_self->__pyx_base.open = 1;
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 91, __pyx_L1_error)
 
-  /* "ivshmem/channel/roles.pyx":90
- *             raise self.fail(code)
- *         self.open = True
- *         membership.ends.add(self)             # <<<<<<<<<<<<<<
- * 
- *     def __dealloc__(self):
-*/
-  __pyx_t_7 = __pyx_v_membership->ends;
-  __Pyx_INCREF(__pyx_t_7);
-  __pyx_t_14 = 0;
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_7, ((PyObject *)__pyx_v_self)};
-    __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_14, (2-__pyx_t_14) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 90, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_5);
-  }
-  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "ivshmem/channel/roles.pyx":55
+  /* "ivshmem/channel/roles.pyx":57
  *     """The slot of a writer, or of a caller."""
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -6039,8 +6039,233 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":92
- *         membership.ends.add(self)
+/* "ivshmem/channel/roles.pyx":93
+ *         self.enlist()
+ * 
+ *     def close(self):             # <<<<<<<<<<<<<<
+ *         """Free the slot; may be called twice.
+ * 
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_3close(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5roles_9WriterEnd_2close, "Free the slot; may be called twice.\n\n        Raises:\n            BufferError: a memoryview or an array of a Loan is alive. Nothing has changed then.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_5roles_9WriterEnd_3close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_3close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5roles_9WriterEnd_2close};
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_3close(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("close (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("close", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2close(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8 = NULL;
+  PyObject *__pyx_t_9[5];
+  Py_ssize_t __pyx_t_10;
+  int __pyx_t_11;
+  size_t __pyx_t_12;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("close", 0);
+
+  /* "ivshmem/channel/roles.pyx":99
+ *             BufferError: a memoryview or an array of a Loan is alive. Nothing has changed then.
+ *         """
+ *         if self.open and self.exports and self.membership.usable():             # <<<<<<<<<<<<<<
+ *             raise BufferError(
+ *                 f"channel {self.name!r}: {counted(self.exports, 'memoryview')} or arrays of loans"
+*/
+  if (__pyx_v_self->__pyx_base.open) {
+  } else {
+
+    __pyx_t_1 = __pyx_v_self->__pyx_base.open;
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = (__pyx_v_self->exports != 0);
+
+  if (__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->usable(__pyx_v_self->__pyx_base.membership);
+
+
+  __pyx_t_1 = __pyx_t_2;
+
+  __pyx_L4_bool_binop_done:;
+  if (unlikely(__pyx_t_1)) {
+
+
+    /* "ivshmem/channel/roles.pyx":100
+ *         """
+ *         if self.open and self.exports and self.membership.usable():
+ *             raise BufferError(             # <<<<<<<<<<<<<<
+ *                 f"channel {self.name!r}: {counted(self.exports, 'memoryview')} or arrays of loans"
+ *                 " are in use: release them first (del)"
+*/
+    __pyx_t_4 = NULL;
+
+    /* "ivshmem/channel/roles.pyx":101
+ *         if self.open and self.exports and self.membership.usable():
+ *             raise BufferError(
+ *                 f"channel {self.name!r}: {counted(self.exports, 'memoryview')} or arrays of loans"             # <<<<<<<<<<<<<<
+ *                 " are in use: release them first (del)"
+ *             )
+*/
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 101, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 101, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 101, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_8 = PyTuple_New(2); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 101, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
+    __Pyx_GIVEREF(__pyx_t_7);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 0, __pyx_t_7) != (0)) __PYX_ERR(0, 101, __pyx_L1_error);
+    __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_memoryview);
+    __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_memoryview);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 1, __pyx_mstate_global->__pyx_n_u_memoryview) != (0)) __PYX_ERR(0, 101, __pyx_L1_error);
+    __pyx_t_7 = 0;
+    __pyx_t_7 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_8, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 101, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_7, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 101, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
+    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+    __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_channel;
+    __pyx_t_9[1] = __pyx_t_5;
+    __pyx_t_9[2] = __pyx_mstate_global->__pyx_kp_u__2;
+    __pyx_t_9[3] = __pyx_t_8;
+    __pyx_t_9[4] = __pyx_mstate_global->__pyx_kp_u_or_arrays_of_loans_are_in_use_r;
+    __pyx_t_10 = 66;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_10 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[3]);
+    #endif
+    __pyx_t_11 = 0;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_9[3]);
+    #endif
+    __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_9, 5, __pyx_t_10, __pyx_t_11);
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 101, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+    __pyx_t_12 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_7};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 100, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+    }
+    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __PYX_ERR(0, 100, __pyx_L1_error)
+
+    /* "ivshmem/channel/roles.pyx":99
+ *             BufferError: a memoryview or an array of a Loan is alive. Nothing has changed then.
+ *         """
+ *         if self.open and self.exports and self.membership.usable():             # <<<<<<<<<<<<<<
+ *             raise BufferError(
+ *                 f"channel {self.name!r}: {counted(self.exports, 'memoryview')} or arrays of loans"
+*/
+  }
+
+  /* "ivshmem/channel/roles.pyx":104
+ *                 " are in use: release them first (del)"
+ *             )
+ *         ChannelEnd.close(self)             # <<<<<<<<<<<<<<
+ * 
+ *     def __dealloc__(self):
+*/
+  __pyx_t_7 = ((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
+  __Pyx_INCREF(__pyx_t_7);
+  __pyx_t_12 = 0;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_7, ((PyObject *)__pyx_v_self)};
+    __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 104, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+  }
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+
+  /* "ivshmem/channel/roles.pyx":93
+ *         self.enlist()
+ * 
+ *     def close(self):             # <<<<<<<<<<<<<<
+ *         """Free the slot; may be called twice.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_AddTraceback("ivshmem.channel.roles.WriterEnd.close", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/roles.pyx":106
+ *         ChannelEnd.close(self)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
  *         free(self.writer.tables.cell_of)
@@ -6048,21 +6273,21 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd___cinit__(struct __pyx_o
 */
 
 /* Python wrapper */
-static void __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_3__dealloc__(PyObject *__pyx_v_self); /*proto*/
-static void __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_3__dealloc__(PyObject *__pyx_v_self) {
+static void __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_5__dealloc__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_5__dealloc__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__dealloc__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2__dealloc__(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self));
+  __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2__dealloc__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
+static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__dealloc__(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
 
-  /* "ivshmem/channel/roles.pyx":93
+  /* "ivshmem/channel/roles.pyx":107
  * 
  *     def __dealloc__(self):
  *         free(self.writer.tables.cell_of)             # <<<<<<<<<<<<<<
@@ -6071,7 +6296,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2__dealloc__(struct __p
 */
   free(__pyx_v_self->writer.tables.cell_of);
 
-  /* "ivshmem/channel/roles.pyx":94
+  /* "ivshmem/channel/roles.pyx":108
  *     def __dealloc__(self):
  *         free(self.writer.tables.cell_of)
  *         free(self.writer.tables.free)             # <<<<<<<<<<<<<<
@@ -6080,7 +6305,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2__dealloc__(struct __p
 */
   free(__pyx_v_self->writer.tables.free);
 
-  /* "ivshmem/channel/roles.pyx":95
+  /* "ivshmem/channel/roles.pyx":109
  *         free(self.writer.tables.cell_of)
  *         free(self.writer.tables.free)
  *         free(self.writer.tables.references)             # <<<<<<<<<<<<<<
@@ -6089,7 +6314,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2__dealloc__(struct __p
 */
   free(__pyx_v_self->writer.tables.references);
 
-  /* "ivshmem/channel/roles.pyx":96
+  /* "ivshmem/channel/roles.pyx":110
  *         free(self.writer.tables.free)
  *         free(self.writer.tables.references)
  *         free(self.writer.tables.pinned)             # <<<<<<<<<<<<<<
@@ -6098,7 +6323,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2__dealloc__(struct __p
 */
   free(__pyx_v_self->writer.tables.pinned);
 
-  /* "ivshmem/channel/roles.pyx":97
+  /* "ivshmem/channel/roles.pyx":111
  *         free(self.writer.tables.references)
  *         free(self.writer.tables.pinned)
  *         free(self.writer.tables.backlogs)             # <<<<<<<<<<<<<<
@@ -6107,8 +6332,8 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2__dealloc__(struct __p
 */
   free(__pyx_v_self->writer.tables.backlogs);
 
-  /* "ivshmem/channel/roles.pyx":92
- *         membership.ends.add(self)
+  /* "ivshmem/channel/roles.pyx":106
+ *         ChannelEnd.close(self)
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
  *         free(self.writer.tables.cell_of)
@@ -6119,7 +6344,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2__dealloc__(struct __p
 
 }
 
-/* "ivshmem/channel/roles.pyx":101
+/* "ivshmem/channel/roles.pyx":115
  *     # As a ChannelEnd.
  * 
  *     cdef int ready(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6130,7 +6355,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_2__dealloc__(struct __p
 static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":102
+  /* "ivshmem/channel/roles.pyx":116
  * 
  *     cdef int ready(self) noexcept:
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -6139,7 +6364,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
 */
   if (__pyx_v_self->claims) {
 
-    /* "ivshmem/channel/roles.pyx":103
+    /* "ivshmem/channel/roles.pyx":117
  *     cdef int ready(self) noexcept:
  *         if self.claims:
  *             return ivshmem_queue_ready(&self.writer)             # <<<<<<<<<<<<<<
@@ -6152,7 +6377,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/roles.pyx":102
+    /* "ivshmem/channel/roles.pyx":116
  * 
  *     cdef int ready(self) noexcept:
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -6161,7 +6386,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":104
+  /* "ivshmem/channel/roles.pyx":118
  *         if self.claims:
  *             return ivshmem_queue_ready(&self.writer)
  *         return ivshmem_writer_ready(&self.writer)             # <<<<<<<<<<<<<<
@@ -6174,7 +6399,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":101
+  /* "ivshmem/channel/roles.pyx":115
  *     # As a ChannelEnd.
  * 
  *     cdef int ready(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6188,7 +6413,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":106
+/* "ivshmem/channel/roles.pyx":120
  *         return ivshmem_writer_ready(&self.writer)
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -6199,7 +6424,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
 static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":107
+  /* "ivshmem/channel/roles.pyx":121
  * 
  *     cdef int attempt(self) except -2:
  *         return self.ready()             # <<<<<<<<<<<<<<
@@ -6212,7 +6437,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":106
+  /* "ivshmem/channel/roles.pyx":120
  *         return ivshmem_writer_ready(&self.writer)
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -6226,7 +6451,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":109
+/* "ivshmem/channel/roles.pyx":123
  *         return self.ready()
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -6237,7 +6462,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt(struct __pyx_obj_
 static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":110
+  /* "ivshmem/channel/roles.pyx":124
  * 
  *     cdef int begin_sleep(self) except -2:
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -6246,7 +6471,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
 */
   if (__pyx_v_self->claims) {
 
-    /* "ivshmem/channel/roles.pyx":111
+    /* "ivshmem/channel/roles.pyx":125
  *     cdef int begin_sleep(self) except -2:
  *         if self.claims:
  *             ivshmem_queue_writer_sleep(&self.writer)             # <<<<<<<<<<<<<<
@@ -6255,7 +6480,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
 */
     ivshmem_queue_writer_sleep((&__pyx_v_self->writer));
 
-    /* "ivshmem/channel/roles.pyx":112
+    /* "ivshmem/channel/roles.pyx":126
  *         if self.claims:
  *             ivshmem_queue_writer_sleep(&self.writer)
  *             return ivshmem_queue_ready(&self.writer)             # <<<<<<<<<<<<<<
@@ -6268,7 +6493,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/roles.pyx":110
+    /* "ivshmem/channel/roles.pyx":124
  * 
  *     cdef int begin_sleep(self) except -2:
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -6277,7 +6502,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":113
+  /* "ivshmem/channel/roles.pyx":127
  *             ivshmem_queue_writer_sleep(&self.writer)
  *             return ivshmem_queue_ready(&self.writer)
  *         return ivshmem_writer_sleep(&self.writer)             # <<<<<<<<<<<<<<
@@ -6290,7 +6515,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":109
+  /* "ivshmem/channel/roles.pyx":123
  *         return self.ready()
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -6304,7 +6529,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":115
+/* "ivshmem/channel/roles.pyx":129
  *         return ivshmem_writer_sleep(&self.writer)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6314,7 +6539,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_
 
 static void __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_end_sleep(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
 
-  /* "ivshmem/channel/roles.pyx":116
+  /* "ivshmem/channel/roles.pyx":130
  * 
  *     cdef void end_sleep(self) noexcept:
  *         ivshmem_sleep_end(&self.channel, &self.writer.sleep)             # <<<<<<<<<<<<<<
@@ -6323,7 +6548,7 @@ static void __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_end_sleep(struct __pyx_o
 */
   ivshmem_sleep_end((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->writer.sleep));
 
-  /* "ivshmem/channel/roles.pyx":115
+  /* "ivshmem/channel/roles.pyx":129
  *         return ivshmem_writer_sleep(&self.writer)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6335,7 +6560,7 @@ static void __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_end_sleep(struct __pyx_o
 
 }
 
-/* "ivshmem/channel/roles.pyx":118
+/* "ivshmem/channel/roles.pyx":132
  *         ivshmem_sleep_end(&self.channel, &self.writer.sleep)
  * 
  *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
@@ -6352,7 +6577,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_mend(struct __pyx_obj_7iv
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":119
+  /* "ivshmem/channel/roles.pyx":133
  * 
  *     cdef int mend(self) except -1:
  *         ivshmem_writer_beat(&self.writer)             # <<<<<<<<<<<<<<
@@ -6361,7 +6586,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_mend(struct __pyx_obj_7iv
 */
   ivshmem_writer_beat((&__pyx_v_self->writer));
 
-  /* "ivshmem/channel/roles.pyx":120
+  /* "ivshmem/channel/roles.pyx":134
  *     cdef int mend(self) except -1:
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited and self.ready() == 0:             # <<<<<<<<<<<<<<
@@ -6387,17 +6612,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_mend(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":121
+    /* "ivshmem/channel/roles.pyx":135
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited and self.ready() == 0:
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 121, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 135, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/roles.pyx":120
+    /* "ivshmem/channel/roles.pyx":134
  *     cdef int mend(self) except -1:
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited and self.ready() == 0:             # <<<<<<<<<<<<<<
@@ -6406,7 +6631,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_mend(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":122
+  /* "ivshmem/channel/roles.pyx":136
  *         if self.awaited and self.ready() == 0:
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -6419,7 +6644,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_mend(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":118
+  /* "ivshmem/channel/roles.pyx":132
  *         ivshmem_sleep_end(&self.channel, &self.writer.sleep)
  * 
  *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
@@ -6436,7 +6661,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_mend(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":124
+/* "ivshmem/channel/roles.pyx":138
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -6447,7 +6672,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_mend(struct __pyx_obj_7iv
 static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_give_up(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":125
+  /* "ivshmem/channel/roles.pyx":139
  * 
  *     cdef int give_up(self) except -1:
  *         ivshmem_writer_close(&self.writer)             # <<<<<<<<<<<<<<
@@ -6456,7 +6681,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_give_up(struct __pyx_obj_
 */
   ivshmem_writer_close((&__pyx_v_self->writer));
 
-  /* "ivshmem/channel/roles.pyx":126
+  /* "ivshmem/channel/roles.pyx":140
  *     cdef int give_up(self) except -1:
  *         ivshmem_writer_close(&self.writer)
  *         return 0             # <<<<<<<<<<<<<<
@@ -6469,7 +6694,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_give_up(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":124
+  /* "ivshmem/channel/roles.pyx":138
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -6483,7 +6708,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_give_up(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":130
+/* "ivshmem/channel/roles.pyx":144
  *     # What all kinds of writers have in common.
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6515,14 +6740,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_5limit___get__(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/roles.pyx":133
+  /* "ivshmem/channel/roles.pyx":147
  *     def limit(self):
  *         """Bytes that a message can have."""
  *         return self.channel.record.geometry.limit             # <<<<<<<<<<<<<<
  * 
  *     cdef char *at(self, uint32_t cell) noexcept nogil:
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.channel.record.geometry.limit); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 133, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.channel.record.geometry.limit); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 147, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -6535,7 +6760,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_5limit___get__(str
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":130
+  /* "ivshmem/channel/roles.pyx":144
  *     # What all kinds of writers have in common.
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -6554,7 +6779,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_5limit___get__(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":135
+/* "ivshmem/channel/roles.pyx":149
  *         return self.channel.record.geometry.limit
  * 
  *     cdef char *at(self, uint32_t cell) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6565,7 +6790,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_5limit___get__(str
 static char *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_at(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, uint32_t __pyx_v_cell) {
   char *__pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":139
+  /* "ivshmem/channel/roles.pyx":153
  *             <char *>self.channel.area.memory.start
  *             + self.writer.cells_at
  *             + cell * self.channel.layout.cell_bytes             # <<<<<<<<<<<<<<
@@ -6578,7 +6803,7 @@ static char *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_at(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":135
+  /* "ivshmem/channel/roles.pyx":149
  *         return self.channel.record.geometry.limit
  * 
  *     cdef char *at(self, uint32_t cell) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6591,7 +6816,7 @@ static char *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_at(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":142
+/* "ivshmem/channel/roles.pyx":156
  *         )
  * 
  *     cdef object blocked(self, object timeout):             # <<<<<<<<<<<<<<
@@ -6619,7 +6844,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("blocked", 0);
 
-  /* "ivshmem/channel/roles.pyx":143
+  /* "ivshmem/channel/roles.pyx":157
  * 
  *     cdef object blocked(self, object timeout):
  *         return TimeoutError(             # <<<<<<<<<<<<<<
@@ -6628,26 +6853,26 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/channel/roles.pyx":145
+  /* "ivshmem/channel/roles.pyx":159
  *         return TimeoutError(
  *             f"channel {self.name!r} is full: a reader took nothing for {timeout:g} s"
  *             if timeout             # <<<<<<<<<<<<<<
  *             else f"channel {self.name!r} is full"
  *         )
 */
-  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_v_timeout); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 145, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_v_timeout); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 159, __pyx_L1_error)
   if (__pyx_t_4) {
 
-    /* "ivshmem/channel/roles.pyx":144
+    /* "ivshmem/channel/roles.pyx":158
  *     cdef object blocked(self, object timeout):
  *         return TimeoutError(
  *             f"channel {self.name!r} is full: a reader took nothing for {timeout:g} s"             # <<<<<<<<<<<<<<
  *             if timeout
  *             else f"channel {self.name!r} is full"
 */
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 144, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 158, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 144, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 158, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_7[1] = __pyx_t_5;
@@ -6663,7 +6888,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_7[3]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 5, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 144, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 158, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -6671,14 +6896,14 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
     __pyx_t_10 = 0;
   } else {
 
-    /* "ivshmem/channel/roles.pyx":146
+    /* "ivshmem/channel/roles.pyx":160
  *             f"channel {self.name!r} is full: a reader took nothing for {timeout:g} s"
  *             if timeout
  *             else f"channel {self.name!r} is full"             # <<<<<<<<<<<<<<
  *         )
  * 
 */
-    __pyx_t_10 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 146, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 160, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __pyx_t_11[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_11[1] = __pyx_t_10;
@@ -6692,7 +6917,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_11[1]);
     #endif
     __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_11, 3, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 146, __pyx_L1_error)
+    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 160, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __pyx_t_3 = __pyx_t_6;
@@ -6705,7 +6930,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 143, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 157, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -6719,7 +6944,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":142
+  /* "ivshmem/channel/roles.pyx":156
  *         )
  * 
  *     cdef object blocked(self, object timeout):             # <<<<<<<<<<<<<<
@@ -6743,7 +6968,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":149
+/* "ivshmem/channel/roles.pyx":163
  *         )
  * 
  *     cdef int loan_cell(self, uint32_t *cell) except -1:             # <<<<<<<<<<<<<<
@@ -6771,7 +6996,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_loan_cell(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("loan_cell", 0);
 
-  /* "ivshmem/channel/roles.pyx":150
+  /* "ivshmem/channel/roles.pyx":164
  * 
  *     cdef int loan_cell(self, uint32_t *cell) except -1:
  *         if ivshmem_loan(&self.writer, cell):             # <<<<<<<<<<<<<<
@@ -6783,7 +7008,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_loan_cell(struct __pyx_ob
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/roles.pyx":151
+    /* "ivshmem/channel/roles.pyx":165
  *     cdef int loan_cell(self, uint32_t *cell) except -1:
  *         if ivshmem_loan(&self.writer, cell):
  *             raise ChannelError(             # <<<<<<<<<<<<<<
@@ -6791,35 +7016,35 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_loan_cell(struct __pyx_ob
  *                 " all that it was made for"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 151, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 165, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
 
-    /* "ivshmem/channel/roles.pyx":152
+    /* "ivshmem/channel/roles.pyx":166
  *         if ivshmem_loan(&self.writer, cell):
  *             raise ChannelError(
  *                 f"channel {self.name!r}: {counted(self.writer.loaned, 'loan')} at once, which are"             # <<<<<<<<<<<<<<
  *                 " all that it was made for"
  *             )
 */
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 152, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 166, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 152, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 166, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->writer.loaned); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 152, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->writer.loaned); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 166, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = PyTuple_New(2); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 152, __pyx_L1_error)
+    __pyx_t_8 = PyTuple_New(2); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 166, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_GIVEREF(__pyx_t_7);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 0, __pyx_t_7) != (0)) __PYX_ERR(0, 152, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 0, __pyx_t_7) != (0)) __PYX_ERR(0, 166, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_loan);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_loan);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 1, __pyx_mstate_global->__pyx_n_u_loan) != (0)) __PYX_ERR(0, 152, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_8, 1, __pyx_mstate_global->__pyx_n_u_loan) != (0)) __PYX_ERR(0, 166, __pyx_L1_error);
     __pyx_t_7 = 0;
-    __pyx_t_7 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_8, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 152, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_t_8, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 166, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_7, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 152, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_7, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 166, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -6836,7 +7061,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_loan_cell(struct __pyx_ob
     __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_9[3]);
     #endif
     __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_9, 5, __pyx_t_10, __pyx_t_11);
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 152, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 166, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -6858,14 +7083,14 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_loan_cell(struct __pyx_ob
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 151, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 165, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 151, __pyx_L1_error)
+    __PYX_ERR(0, 165, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":150
+    /* "ivshmem/channel/roles.pyx":164
  * 
  *     cdef int loan_cell(self, uint32_t *cell) except -1:
  *         if ivshmem_loan(&self.writer, cell):             # <<<<<<<<<<<<<<
@@ -6874,7 +7099,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_loan_cell(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":155
+  /* "ivshmem/channel/roles.pyx":169
  *                 " all that it was made for"
  *             )
  *         return 0             # <<<<<<<<<<<<<<
@@ -6887,7 +7112,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_loan_cell(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":149
+  /* "ivshmem/channel/roles.pyx":163
  *         )
  * 
  *     cdef int loan_cell(self, uint32_t *cell) except -1:             # <<<<<<<<<<<<<<
@@ -6912,7 +7137,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_loan_cell(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":157
+/* "ivshmem/channel/roles.pyx":171
  *         return 0
  * 
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:             # <<<<<<<<<<<<<<
@@ -6928,7 +7153,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":158
+  /* "ivshmem/channel/roles.pyx":172
  * 
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:
  *         if size < LARGE:             # <<<<<<<<<<<<<<
@@ -6940,20 +7165,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":159
+    /* "ivshmem/channel/roles.pyx":173
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:
  *         if size < LARGE:
  *             memcpy(self.at(cell), data, size)             # <<<<<<<<<<<<<<
  *             return 0
- *         self.membership.mapping.pin()
+ *         self.begin_copy()
 */
     (void)(memcpy(((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->at(__pyx_v_self, __pyx_v_cell), __pyx_v_data, __pyx_v_size));
 
-    /* "ivshmem/channel/roles.pyx":160
+    /* "ivshmem/channel/roles.pyx":174
  *         if size < LARGE:
  *             memcpy(self.at(cell), data, size)
  *             return 0             # <<<<<<<<<<<<<<
- *         self.membership.mapping.pin()
+ *         self.begin_copy()
  *         with nogil:
 */
     {
@@ -6962,7 +7187,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/roles.pyx":158
+    /* "ivshmem/channel/roles.pyx":172
  * 
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:
  *         if size < LARGE:             # <<<<<<<<<<<<<<
@@ -6971,22 +7196,22 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":161
+  /* "ivshmem/channel/roles.pyx":175
  *             memcpy(self.at(cell), data, size)
  *             return 0
- *         self.membership.mapping.pin()             # <<<<<<<<<<<<<<
+ *         self.begin_copy()             # <<<<<<<<<<<<<<
  *         with nogil:
  *             memcpy(self.at(cell), data, size)
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 161, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 175, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":162
+  /* "ivshmem/channel/roles.pyx":176
  *             return 0
- *         self.membership.mapping.pin()
+ *         self.begin_copy()
  *         with nogil:             # <<<<<<<<<<<<<<
  *             memcpy(self.at(cell), data, size)
- *         self.membership.mapping.unpin()
+ *         return self.end_copy()
 */
   {
       PyThreadState * _save;
@@ -6994,22 +7219,22 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "ivshmem/channel/roles.pyx":163
- *         self.membership.mapping.pin()
+        /* "ivshmem/channel/roles.pyx":177
+ *         self.begin_copy()
  *         with nogil:
  *             memcpy(self.at(cell), data, size)             # <<<<<<<<<<<<<<
- *         self.membership.mapping.unpin()
- *         return 0
+ *         return self.end_copy()
+ * 
 */
         (void)(memcpy(((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->at(__pyx_v_self, __pyx_v_cell), __pyx_v_data, __pyx_v_size));
       }
 
-      /* "ivshmem/channel/roles.pyx":162
+      /* "ivshmem/channel/roles.pyx":176
  *             return 0
- *         self.membership.mapping.pin()
+ *         self.begin_copy()
  *         with nogil:             # <<<<<<<<<<<<<<
  *             memcpy(self.at(cell), data, size)
- *         self.membership.mapping.unpin()
+ *         return self.end_copy()
 */
       /*finally:*/ {
         /*normal exit:*/{
@@ -7021,29 +7246,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
       }
   }
 
-  /* "ivshmem/channel/roles.pyx":164
+  /* "ivshmem/channel/roles.pyx":178
  *         with nogil:
  *             memcpy(self.at(cell), data, size)
- *         self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
- *         return 0
- * 
-*/
-  ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->__pyx_base.membership->mapping);
-
-  /* "ivshmem/channel/roles.pyx":165
- *             memcpy(self.at(cell), data, size)
- *         self.membership.mapping.unpin()
- *         return 0             # <<<<<<<<<<<<<<
+ *         return self.end_copy()             # <<<<<<<<<<<<<<
  * 
  *     cdef uint64_t send(self, uint32_t cell, uint32_t length, uint64_t user) except? 0:
 */
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 178, __pyx_L1_error)
   {
-
-    __pyx_r = 0;
+    __pyx_r = __pyx_t_2;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":157
+  /* "ivshmem/channel/roles.pyx":171
  *         return 0
  * 
  *     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:             # <<<<<<<<<<<<<<
@@ -7060,8 +7276,8 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_copy_in(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":167
- *         return 0
+/* "ivshmem/channel/roles.pyx":180
+ *         return self.end_copy()
  * 
  *     cdef uint64_t send(self, uint32_t cell, uint32_t length, uint64_t user) except? 0:             # <<<<<<<<<<<<<<
  *         """Publish a loan; there is room. The position that it got, of calls."""
@@ -7079,7 +7295,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/roles.pyx":169
+  /* "ivshmem/channel/roles.pyx":182
  *     cdef uint64_t send(self, uint32_t cell, uint32_t length, uint64_t user) except? 0:
  *         """Publish a loan; there is room. The position that it got, of calls."""
  *         cdef uint64_t position = self.writer.next             # <<<<<<<<<<<<<<
@@ -7090,7 +7306,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
 
   __pyx_v_position = __pyx_t_1;
 
-  /* "ivshmem/channel/roles.pyx":170
+  /* "ivshmem/channel/roles.pyx":183
  *         """Publish a loan; there is room. The position that it got, of calls."""
  *         cdef uint64_t position = self.writer.next
  *         cdef uint64_t time = microseconds() if self.times else 0             # <<<<<<<<<<<<<<
@@ -7106,7 +7322,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   }
   __pyx_v_time = __pyx_t_1;
 
-  /* "ivshmem/channel/roles.pyx":171
+  /* "ivshmem/channel/roles.pyx":184
  *         cdef uint64_t position = self.writer.next
  *         cdef uint64_t time = microseconds() if self.times else 0
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -7115,7 +7331,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
 */
   if (__pyx_v_self->claims) {
 
-    /* "ivshmem/channel/roles.pyx":172
+    /* "ivshmem/channel/roles.pyx":185
  *         cdef uint64_t time = microseconds() if self.times else 0
  *         if self.claims:
  *             position = ivshmem_queue_publish(&self.writer, cell, length, time, user)             # <<<<<<<<<<<<<<
@@ -7124,7 +7340,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
 */
     __pyx_v_position = ivshmem_queue_publish((&__pyx_v_self->writer), __pyx_v_cell, __pyx_v_length, __pyx_v_time, __pyx_v_user);
 
-    /* "ivshmem/channel/roles.pyx":171
+    /* "ivshmem/channel/roles.pyx":184
  *         cdef uint64_t position = self.writer.next
  *         cdef uint64_t time = microseconds() if self.times else 0
  *         if self.claims:             # <<<<<<<<<<<<<<
@@ -7134,7 +7350,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/roles.pyx":174
+  /* "ivshmem/channel/roles.pyx":187
  *             position = ivshmem_queue_publish(&self.writer, cell, length, time, user)
  *         else:
  *             ivshmem_writer_add(&self.writer, cell, length, time, user)             # <<<<<<<<<<<<<<
@@ -7144,7 +7360,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   /*else*/ {
     ivshmem_writer_add((&__pyx_v_self->writer), __pyx_v_cell, __pyx_v_length, __pyx_v_time, __pyx_v_user);
 
-    /* "ivshmem/channel/roles.pyx":175
+    /* "ivshmem/channel/roles.pyx":188
  *         else:
  *             ivshmem_writer_add(&self.writer, cell, length, time, user)
  *             ivshmem_writer_announce(&self.writer)             # <<<<<<<<<<<<<<
@@ -7153,7 +7369,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
 */
     ivshmem_writer_announce((&__pyx_v_self->writer));
 
-    /* "ivshmem/channel/roles.pyx":176
+    /* "ivshmem/channel/roles.pyx":189
  *             ivshmem_writer_add(&self.writer, cell, length, time, user)
  *             ivshmem_writer_announce(&self.writer)
  *             self.missed += self.writer.missed             # <<<<<<<<<<<<<<
@@ -7164,7 +7380,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/roles.pyx":177
+  /* "ivshmem/channel/roles.pyx":190
  *             ivshmem_writer_announce(&self.writer)
  *             self.missed += self.writer.missed
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -7176,17 +7392,17 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/roles.pyx":178
+    /* "ivshmem/channel/roles.pyx":191
  *             self.missed += self.writer.missed
  *         if self.membership.rings.count:
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         return position
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 178, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 191, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/roles.pyx":177
+    /* "ivshmem/channel/roles.pyx":190
  *             ivshmem_writer_announce(&self.writer)
  *             self.missed += self.writer.missed
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -7195,7 +7411,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":179
+  /* "ivshmem/channel/roles.pyx":192
  *         if self.membership.rings.count:
  *             self.membership.flush()
  *         return position             # <<<<<<<<<<<<<<
@@ -7208,8 +7424,8 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":167
- *         return 0
+  /* "ivshmem/channel/roles.pyx":180
+ *         return self.end_copy()
  * 
  *     cdef uint64_t send(self, uint32_t cell, uint32_t length, uint64_t user) except? 0:             # <<<<<<<<<<<<<<
  *         """Publish a loan; there is room. The position that it got, of calls."""
@@ -7227,7 +7443,7 @@ static uint64_t __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":181
+/* "ivshmem/channel/roles.pyx":194
  *         return position
  * 
  *     cdef int wait_again(self, object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -7247,28 +7463,18 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_again", 0);
 
-  /* "ivshmem/channel/roles.pyx":184
+  /* "ivshmem/channel/roles.pyx":197
  *         """After a time without the GIL: whether there is still room, and a channel."""
  *         cdef int code
- *         self.enter()             # <<<<<<<<<<<<<<
- *         code = self.wait(timeout, None)
- *         if code == IVSHMEM_AGAIN:
-*/
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 184, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/roles.pyx":185
- *         cdef int code
- *         self.enter()
  *         code = self.wait(timeout, None)             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_AGAIN:
  *             raise self.blocked(timeout)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, Py_None); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 185, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, Py_None); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 197, __pyx_L1_error)
   __pyx_v_code = __pyx_t_1;
 
-  /* "ivshmem/channel/roles.pyx":186
- *         self.enter()
+  /* "ivshmem/channel/roles.pyx":198
+ *         cdef int code
  *         code = self.wait(timeout, None)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             raise self.blocked(timeout)
@@ -7279,21 +7485,21 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/roles.pyx":187
+    /* "ivshmem/channel/roles.pyx":199
  *         code = self.wait(timeout, None)
  *         if code == IVSHMEM_AGAIN:
  *             raise self.blocked(timeout)             # <<<<<<<<<<<<<<
  *         if code:
  *             raise self.fail(code)
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->blocked(__pyx_v_self, __pyx_v_timeout); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 187, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->blocked(__pyx_v_self, __pyx_v_timeout); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 199, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 187, __pyx_L1_error)
+    __PYX_ERR(0, 199, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":186
- *         self.enter()
+    /* "ivshmem/channel/roles.pyx":198
+ *         cdef int code
  *         code = self.wait(timeout, None)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             raise self.blocked(timeout)
@@ -7301,7 +7507,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":188
+  /* "ivshmem/channel/roles.pyx":200
  *         if code == IVSHMEM_AGAIN:
  *             raise self.blocked(timeout)
  *         if code:             # <<<<<<<<<<<<<<
@@ -7313,20 +7519,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/roles.pyx":189
+    /* "ivshmem/channel/roles.pyx":201
  *             raise self.blocked(timeout)
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 189, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 201, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 189, __pyx_L1_error)
+    __PYX_ERR(0, 201, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":188
+    /* "ivshmem/channel/roles.pyx":200
  *         if code == IVSHMEM_AGAIN:
  *             raise self.blocked(timeout)
  *         if code:             # <<<<<<<<<<<<<<
@@ -7335,7 +7541,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":190
+  /* "ivshmem/channel/roles.pyx":202
  *         if code:
  *             raise self.fail(code)
  *         return 0             # <<<<<<<<<<<<<<
@@ -7348,7 +7554,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":181
+  /* "ivshmem/channel/roles.pyx":194
  *         return position
  * 
  *     cdef int wait_again(self, object timeout) except -1:             # <<<<<<<<<<<<<<
@@ -7368,7 +7574,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_wait_again(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":192
+/* "ivshmem/channel/roles.pyx":204
  *         return 0
  * 
  *     cdef object too_long(self, uint64_t size):             # <<<<<<<<<<<<<<
@@ -7395,7 +7601,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("too_long", 0);
 
-  /* "ivshmem/channel/roles.pyx":193
+  /* "ivshmem/channel/roles.pyx":205
  * 
  *     cdef object too_long(self, uint64_t size):
  *         return MessageTooLong(             # <<<<<<<<<<<<<<
@@ -7403,29 +7609,29 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
  *             f" {self.channel.record.geometry.limit}"
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 193, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 205, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  /* "ivshmem/channel/roles.pyx":194
+  /* "ivshmem/channel/roles.pyx":206
  *     cdef object too_long(self, uint64_t size):
  *         return MessageTooLong(
  *             f"channel {self.name!r}: a message of {size} bytes, and its limit is"             # <<<<<<<<<<<<<<
  *             f" {self.channel.record.geometry.limit}"
  *         )
 */
-  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 194, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 206, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 194, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 206, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
 
-  /* "ivshmem/channel/roles.pyx":195
+  /* "ivshmem/channel/roles.pyx":207
  *         return MessageTooLong(
  *             f"channel {self.name!r}: a message of {size} bytes, and its limit is"
  *             f" {self.channel.record.geometry.limit}"             # <<<<<<<<<<<<<<
  *         )
  * 
 */
-  __pyx_t_6 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.channel.record.geometry.limit, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 195, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->__pyx_base.channel.record.geometry.limit, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 207, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_channel;
   __pyx_t_7[1] = __pyx_t_4;
@@ -7434,7 +7640,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
   __pyx_t_7[4] = __pyx_mstate_global->__pyx_kp_u_bytes_and_its_limit_is;
   __pyx_t_7[5] = __pyx_t_6;
 
-  /* "ivshmem/channel/roles.pyx":194
+  /* "ivshmem/channel/roles.pyx":206
  *     cdef object too_long(self, uint64_t size):
  *         return MessageTooLong(
  *             f"channel {self.name!r}: a message of {size} bytes, and its limit is"             # <<<<<<<<<<<<<<
@@ -7450,7 +7656,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
   __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
   #endif
   __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 6, __pyx_t_8, __pyx_t_9);
-  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 194, __pyx_L1_error)
+  if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 206, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_10);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -7473,7 +7679,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 193, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 205, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -7487,7 +7693,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_too_long(struct __p
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":192
+  /* "ivshmem/channel/roles.pyx":204
  *         return 0
  * 
  *     cdef object too_long(self, uint64_t size):             # <<<<<<<<<<<<<<
@@ -7583,8 +7789,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4type___get__(stru
  *     cdef bint times
  *     cdef bint claims  # a queue's, or calls': a slot is chosen by its claim
  *     cdef readonly uint64_t missed             # <<<<<<<<<<<<<<
+ *     cdef int exports  # memoryviews and arrays of loans
  * 
- *     cdef int ready(self) noexcept
 */
 
 /* Python wrapper */
@@ -7668,16 +7874,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_6missed___get__(st
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_5__reduce_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_7__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5roles_9WriterEnd_4__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_5roles_9WriterEnd_5__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_5__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5roles_9WriterEnd_4__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_5__reduce_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5roles_9WriterEnd_6__reduce_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_5roles_9WriterEnd_7__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_7__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5roles_9WriterEnd_6__reduce_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_7__reduce_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7703,14 +7909,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_6__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_6__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -7750,16 +7956,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_4__reduce_cython__
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_7__setstate_cython__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_9__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5roles_9WriterEnd_6__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_5roles_9WriterEnd_7__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_7__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5roles_9WriterEnd_6__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_7__setstate_cython__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_5roles_9WriterEnd_8__setstate_cython__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_5roles_9WriterEnd_9__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_9__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5roles_9WriterEnd_8__setstate_cython__};
+static PyObject *__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_9__setstate_cython__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -7825,7 +8031,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_6__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v___pyx_state);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_8__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v___pyx_state);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -7835,7 +8041,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_6__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
+static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_8__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_lineno = 0;
@@ -7867,7 +8073,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9WriterEnd_6__setstate_cython
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":204
+/* "ivshmem/channel/roles.pyx":217
  *     """The slot of a reader, or of a server; or, where memory can only be read, none."""
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -7903,44 +8109,44 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_1__cinit__(PyObject *__p
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_channels,&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_index,&__pyx_mstate_global->__pyx_n_u_name,&__pyx_mstate_global->__pyx_n_u_message_type,&__pyx_mstate_global->__pyx_n_u_overflow,&__pyx_mstate_global->__pyx_n_u_history,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 204, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 217, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  7:
         values[6] = __Pyx_ArgRef_VARARGS(__pyx_args, 6);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 204, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 217, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  6:
         values[5] = __Pyx_ArgRef_VARARGS(__pyx_args, 5);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 204, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 217, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  5:
         values[4] = __Pyx_ArgRef_VARARGS(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 204, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 217, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 204, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 217, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 204, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 217, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 204, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 217, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 204, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 217, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 204, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 217, __pyx_L3_error)
 
-      /* "ivshmem/channel/roles.pyx":210
+      /* "ivshmem/channel/roles.pyx":223
  *         unsigned index,
  *         str name,
  *         message_type=None,             # <<<<<<<<<<<<<<
@@ -7949,31 +8155,31 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_1__cinit__(PyObject *__p
 */
       if (!values[4]) values[4] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 4; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 4, 7, i); __PYX_ERR(0, 204, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 4, 7, i); __PYX_ERR(0, 217, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  7:
         values[6] = __Pyx_ArgRef_VARARGS(__pyx_args, 6);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 204, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 217, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  6:
         values[5] = __Pyx_ArgRef_VARARGS(__pyx_args, 5);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 204, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 217, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  5:
         values[4] = __Pyx_ArgRef_VARARGS(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 204, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 217, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 204, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 217, __pyx_L3_error)
         values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 204, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 217, __pyx_L3_error)
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 204, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 217, __pyx_L3_error)
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 204, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 217, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -7981,23 +8187,23 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_1__cinit__(PyObject *__p
     }
     __pyx_v_channels = values[0];
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[1]);
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 208, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 221, __pyx_L3_error)
     __pyx_v_name = ((PyObject*)values[3]);
     __pyx_v_message_type = values[4];
     if (values[5]) {
-      __pyx_v_overflow = __Pyx_PyLong_As_uint32_t(values[5]); if (unlikely((__pyx_v_overflow == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 211, __pyx_L3_error)
+      __pyx_v_overflow = __Pyx_PyLong_As_uint32_t(values[5]); if (unlikely((__pyx_v_overflow == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 224, __pyx_L3_error)
     } else {
       __pyx_v_overflow = ((uint32_t)0);
     }
     if (values[6]) {
-      __pyx_v_history = __Pyx_PyLong_As_uint32_t(values[6]); if (unlikely((__pyx_v_history == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 212, __pyx_L3_error)
+      __pyx_v_history = __Pyx_PyLong_As_uint32_t(values[6]); if (unlikely((__pyx_v_history == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 225, __pyx_L3_error)
     } else {
       __pyx_v_history = ((uint32_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 4, 7, __pyx_nargs); __PYX_ERR(0, 204, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 0, 4, 7, __pyx_nargs); __PYX_ERR(0, 217, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8008,11 +8214,11 @@ static int __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_1__cinit__(PyObject *__p
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 207, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 209, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 220, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 222, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name, __pyx_v_message_type, __pyx_v_overflow, __pyx_v_history);
 
-  /* "ivshmem/channel/roles.pyx":204
+  /* "ivshmem/channel/roles.pyx":217
  *     """The slot of a reader, or of a server; or, where memory can only be read, none."""
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -8062,49 +8268,58 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/roles.pyx":216
+  /* "ivshmem/channel/roles.pyx":229
  *         cdef ivshmem_geometry *g
  *         cdef int code
  *         open_channel(self, channels, membership, index, name)             # <<<<<<<<<<<<<<
  *         self.type = message_type
  *         g = &self.channel.record.geometry
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 216, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 229, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":217
+  /* "ivshmem/channel/roles.pyx":230
  *         cdef int code
  *         open_channel(self, channels, membership, index, name)
  *         self.type = message_type             # <<<<<<<<<<<<<<
  *         g = &self.channel.record.geometry
- *         self.held = <Held *>malloc((g.views + 2) * sizeof(Held))
+ *         self.holds = g.views + 2
 */
   __Pyx_INCREF(__pyx_v_message_type);
   __Pyx_GIVEREF(__pyx_v_message_type);
   __Pyx_GOTREF(__pyx_v_self->type);
   __Pyx_DECREF_SET(__pyx_v_self->type, __pyx_v_message_type);
 
-  /* "ivshmem/channel/roles.pyx":218
+  /* "ivshmem/channel/roles.pyx":231
  *         open_channel(self, channels, membership, index, name)
  *         self.type = message_type
  *         g = &self.channel.record.geometry             # <<<<<<<<<<<<<<
- *         self.held = <Held *>malloc((g.views + 2) * sizeof(Held))
- *         if self.held == NULL:
+ *         self.holds = g.views + 2
+ *         self.held = <Held *>malloc(self.holds * sizeof(Held))
 */
   __pyx_v_g = (&__pyx_v_self->__pyx_base.channel.record.geometry);
 
-  /* "ivshmem/channel/roles.pyx":219
+  /* "ivshmem/channel/roles.pyx":232
  *         self.type = message_type
  *         g = &self.channel.record.geometry
- *         self.held = <Held *>malloc((g.views + 2) * sizeof(Held))             # <<<<<<<<<<<<<<
+ *         self.holds = g.views + 2             # <<<<<<<<<<<<<<
+ *         self.held = <Held *>malloc(self.holds * sizeof(Held))
+ *         if self.held == NULL:
+*/
+  __pyx_v_self->holds = (__pyx_v_g->views + 2);
+
+  /* "ivshmem/channel/roles.pyx":233
+ *         g = &self.channel.record.geometry
+ *         self.holds = g.views + 2
+ *         self.held = <Held *>malloc(self.holds * sizeof(Held))             # <<<<<<<<<<<<<<
  *         if self.held == NULL:
  *             raise MemoryError
 */
-  __pyx_v_self->held = ((struct __pyx_t_7ivshmem_7channel_5roles_Held *)malloc(((__pyx_v_g->views + 2) * (sizeof(struct __pyx_t_7ivshmem_7channel_5roles_Held)))));
+  __pyx_v_self->held = ((struct __pyx_t_7ivshmem_7channel_5roles_Held *)malloc((__pyx_v_self->holds * (sizeof(struct __pyx_t_7ivshmem_7channel_5roles_Held)))));
 
-  /* "ivshmem/channel/roles.pyx":220
- *         g = &self.channel.record.geometry
- *         self.held = <Held *>malloc((g.views + 2) * sizeof(Held))
+  /* "ivshmem/channel/roles.pyx":234
+ *         self.holds = g.views + 2
+ *         self.held = <Held *>malloc(self.holds * sizeof(Held))
  *         if self.held == NULL:             # <<<<<<<<<<<<<<
  *             raise MemoryError
  *         self.reader.channel = &self.channel
@@ -8114,25 +8329,25 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/roles.pyx":221
- *         self.held = <Held *>malloc((g.views + 2) * sizeof(Held))
+    /* "ivshmem/channel/roles.pyx":235
+ *         self.held = <Held *>malloc(self.holds * sizeof(Held))
  *         if self.held == NULL:
  *             raise MemoryError             # <<<<<<<<<<<<<<
  *         self.reader.channel = &self.channel
  *         self.reader.member = &membership.member
 */
-    PyErr_NoMemory(); __PYX_ERR(0, 221, __pyx_L1_error)
+    PyErr_NoMemory(); __PYX_ERR(0, 235, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":220
- *         g = &self.channel.record.geometry
- *         self.held = <Held *>malloc((g.views + 2) * sizeof(Held))
+    /* "ivshmem/channel/roles.pyx":234
+ *         self.holds = g.views + 2
+ *         self.held = <Held *>malloc(self.holds * sizeof(Held))
  *         if self.held == NULL:             # <<<<<<<<<<<<<<
  *             raise MemoryError
  *         self.reader.channel = &self.channel
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":222
+  /* "ivshmem/channel/roles.pyx":236
  *         if self.held == NULL:
  *             raise MemoryError
  *         self.reader.channel = &self.channel             # <<<<<<<<<<<<<<
@@ -8141,7 +8356,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->reader.channel = (&__pyx_v_self->__pyx_base.channel);
 
-  /* "ivshmem/channel/roles.pyx":223
+  /* "ivshmem/channel/roles.pyx":237
  *             raise MemoryError
  *         self.reader.channel = &self.channel
  *         self.reader.member = &membership.member             # <<<<<<<<<<<<<<
@@ -8150,7 +8365,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->reader.member = (&__pyx_v_membership->member);
 
-  /* "ivshmem/channel/roles.pyx":224
+  /* "ivshmem/channel/roles.pyx":238
  *         self.reader.channel = &self.channel
  *         self.reader.member = &membership.member
  *         self.reader.overflow = <ivshmem_overflow>overflow             # <<<<<<<<<<<<<<
@@ -8159,7 +8374,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_self->reader.overflow = ((enum ivshmem_overflow)__pyx_v_overflow);
 
-  /* "ivshmem/channel/roles.pyx":225
+  /* "ivshmem/channel/roles.pyx":239
  *         self.reader.member = &membership.member
  *         self.reader.overflow = <ivshmem_overflow>overflow
  *         code = ivshmem_reader_open(&self.reader, history)             # <<<<<<<<<<<<<<
@@ -8168,7 +8383,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   __pyx_v_code = ivshmem_reader_open((&__pyx_v_self->reader), __pyx_v_history);
 
-  /* "ivshmem/channel/roles.pyx":226
+  /* "ivshmem/channel/roles.pyx":240
  *         self.reader.overflow = <ivshmem_overflow>overflow
  *         code = ivshmem_reader_open(&self.reader, history)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -8180,7 +8395,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/roles.pyx":227
+    /* "ivshmem/channel/roles.pyx":241
  *         code = ivshmem_reader_open(&self.reader, history)
  *         if code == IVSHMEM_TAKEN:
  *             raise ChannelError(             # <<<<<<<<<<<<<<
@@ -8188,35 +8403,35 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
  *             )
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 227, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 241, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
 
-    /* "ivshmem/channel/roles.pyx":228
+    /* "ivshmem/channel/roles.pyx":242
  *         if code == IVSHMEM_TAKEN:
  *             raise ChannelError(
  *                 f"channel {name!r}: all its {counted(g.readers, 'reader')} are open"             # <<<<<<<<<<<<<<
  *             )
  *         if code:
 */
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 228, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 242, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 228, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 242, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_g->readers); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 228, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_g->readers); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 242, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_9 = PyTuple_New(2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 228, __pyx_L1_error)
+    __pyx_t_9 = PyTuple_New(2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 242, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_GIVEREF(__pyx_t_8);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 0, __pyx_t_8) != (0)) __PYX_ERR(0, 228, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 0, __pyx_t_8) != (0)) __PYX_ERR(0, 242, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_reader);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_reader);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 1, __pyx_mstate_global->__pyx_n_u_reader) != (0)) __PYX_ERR(0, 228, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 1, __pyx_mstate_global->__pyx_n_u_reader) != (0)) __PYX_ERR(0, 242, __pyx_L1_error);
     __pyx_t_8 = 0;
-    __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_9, NULL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 228, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_9, NULL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 242, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-    __pyx_t_9 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 228, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 242, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -8233,7 +8448,7 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
     __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_10[3]);
     #endif
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_10, 5, __pyx_t_11, __pyx_t_1);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 228, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 242, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
@@ -8255,14 +8470,14 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 227, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 241, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 227, __pyx_L1_error)
+    __PYX_ERR(0, 241, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":226
+    /* "ivshmem/channel/roles.pyx":240
  *         self.reader.overflow = <ivshmem_overflow>overflow
  *         code = ivshmem_reader_open(&self.reader, history)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -8271,79 +8486,51 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":230
+  /* "ivshmem/channel/roles.pyx":244
  *                 f"channel {name!r}: all its {counted(g.readers, 'reader')} are open"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
- *         self.open = True
+ *         self.enlist()
 */
   __pyx_t_2 = (__pyx_v_code != 0);
 
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/roles.pyx":231
+    /* "ivshmem/channel/roles.pyx":245
  *             )
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
- *         self.open = True
- *         membership.flush()
+ *         self.enlist()
+ * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 231, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 245, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 231, __pyx_L1_error)
+    __PYX_ERR(0, 245, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":230
+    /* "ivshmem/channel/roles.pyx":244
  *                 f"channel {name!r}: all its {counted(g.readers, 'reader')} are open"
  *             )
  *         if code:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
- *         self.open = True
+ *         self.enlist()
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":232
+  /* "ivshmem/channel/roles.pyx":246
  *         if code:
  *             raise self.fail(code)
- *         self.open = True             # <<<<<<<<<<<<<<
- *         membership.flush()
- *         membership.ends.add(self)
-*/
-  __pyx_v_self->__pyx_base.open = 1;
-
-  /* "ivshmem/channel/roles.pyx":233
- *             raise self.fail(code)
- *         self.open = True
- *         membership.flush()             # <<<<<<<<<<<<<<
- *         membership.ends.add(self)
- * 
-*/
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->flush(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 233, __pyx_L1_error)
-
-
-  /* "ivshmem/channel/roles.pyx":234
- *         self.open = True
- *         membership.flush()
- *         membership.ends.add(self)             # <<<<<<<<<<<<<<
+ *         self.enlist()             # <<<<<<<<<<<<<<
  * 
  *     def __dealloc__(self):
 */
-  __pyx_t_5 = __pyx_v_membership->ends;
-  __Pyx_INCREF(__pyx_t_5);
-  __pyx_t_12 = 0;
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self)};
-    __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 234, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
-  }
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 246, __pyx_L1_error)
 
-  /* "ivshmem/channel/roles.pyx":204
+
+  /* "ivshmem/channel/roles.pyx":217
  *     """The slot of a reader, or of a server; or, where memory can only be read, none."""
  * 
  *     def __cinit__(             # <<<<<<<<<<<<<<
@@ -8372,8 +8559,8 @@ static int __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd___cinit__(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":236
- *         membership.ends.add(self)
+/* "ivshmem/channel/roles.pyx":248
+ *         self.enlist()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
  *         free(self.held)
@@ -8395,7 +8582,7 @@ static void __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_3__dealloc__(PyObject *
 
 static void __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_2__dealloc__(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self) {
 
-  /* "ivshmem/channel/roles.pyx":237
+  /* "ivshmem/channel/roles.pyx":249
  * 
  *     def __dealloc__(self):
  *         free(self.held)             # <<<<<<<<<<<<<<
@@ -8404,8 +8591,8 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_2__dealloc__(struct __p
 */
   free(__pyx_v_self->held);
 
-  /* "ivshmem/channel/roles.pyx":236
- *         membership.ends.add(self)
+  /* "ivshmem/channel/roles.pyx":248
+ *         self.enlist()
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
  *         free(self.held)
@@ -8416,7 +8603,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_2__dealloc__(struct __p
 
 }
 
-/* "ivshmem/channel/roles.pyx":239
+/* "ivshmem/channel/roles.pyx":251
  *         free(self.held)
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -8427,7 +8614,7 @@ static void __pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_2__dealloc__(struct __p
 static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/roles.pyx":240
+  /* "ivshmem/channel/roles.pyx":252
  * 
  *     cdef int give_up(self) except -1:
  *         ivshmem_reader_close(&self.reader)             # <<<<<<<<<<<<<<
@@ -8436,7 +8623,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up(struct __pyx_obj_
 */
   ivshmem_reader_close((&__pyx_v_self->reader));
 
-  /* "ivshmem/channel/roles.pyx":241
+  /* "ivshmem/channel/roles.pyx":253
  *     cdef int give_up(self) except -1:
  *         ivshmem_reader_close(&self.reader)
  *         return 0             # <<<<<<<<<<<<<<
@@ -8449,7 +8636,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":239
+  /* "ivshmem/channel/roles.pyx":251
  *         free(self.held)
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -8463,7 +8650,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_give_up(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":243
+/* "ivshmem/channel/roles.pyx":255
  *         return 0
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -8520,22 +8707,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
   int __pyx_t_1;
   int __pyx_t_2;
   PyObject *__pyx_t_3 = NULL;
-  int __pyx_t_4;
+  PyObject *__pyx_t_4 = NULL;
   PyObject *__pyx_t_5 = NULL;
   PyObject *__pyx_t_6 = NULL;
   PyObject *__pyx_t_7 = NULL;
   PyObject *__pyx_t_8 = NULL;
-  PyObject *__pyx_t_9 = NULL;
-  size_t __pyx_t_10;
+  size_t __pyx_t_9;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/roles.pyx":249
+  /* "ivshmem/channel/roles.pyx":261
  *             BufferError: a View of a message is alive. Nothing has changed then.
  *         """
- *         if self.open and self.views and not self.membership.closed:             # <<<<<<<<<<<<<<
+ *         if self.open and self.views and self.membership.usable():             # <<<<<<<<<<<<<<
  *             raise BufferError(f"{counted(self.views, 'view')} of messages: release them first")
  *         ChannelEnd.close(self)
 */
@@ -8555,102 +8741,97 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->__pyx_base.membership), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 249, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 249, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_4 = (!__pyx_t_2);
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->usable(__pyx_v_self->__pyx_base.membership);
 
 
-
-  __pyx_t_1 = __pyx_t_4;
+  __pyx_t_1 = __pyx_t_2;
 
   __pyx_L4_bool_binop_done:;
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/roles.pyx":250
+    /* "ivshmem/channel/roles.pyx":262
  *         """
- *         if self.open and self.views and not self.membership.closed:
+ *         if self.open and self.views and self.membership.usable():
  *             raise BufferError(f"{counted(self.views, 'view')} of messages: release them first")             # <<<<<<<<<<<<<<
  *         ChannelEnd.close(self)
  * 
 */
-    __pyx_t_5 = NULL;
-    __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 250, __pyx_L1_error)
+    __pyx_t_4 = NULL;
+    __pyx_t_6 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 262, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->views); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 262, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->views); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 250, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_9);
-    __pyx_t_10 = 1;
+    __pyx_t_9 = 1;
     #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_8))) {
-      __pyx_t_7 = PyMethod_GET_SELF(__pyx_t_8);
-      assert(__pyx_t_7);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_8);
-      __Pyx_INCREF(__pyx_t_7);
+    if (unlikely(PyMethod_Check(__pyx_t_7))) {
+      __pyx_t_6 = PyMethod_GET_SELF(__pyx_t_7);
+      assert(__pyx_t_6);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_7);
+      __Pyx_INCREF(__pyx_t_6);
       __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_8, __pyx__function);
-      __pyx_t_10 = 0;
+      __Pyx_DECREF_SET(__pyx_t_7, __pyx__function);
+      __pyx_t_9 = 0;
     }
     #endif
     {
-      PyObject *__pyx_callargs[3] = {__pyx_t_7, __pyx_t_9, __pyx_mstate_global->__pyx_n_u_view};
-      __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_10, (3-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+      PyObject *__pyx_callargs[3] = {__pyx_t_6, __pyx_t_8, __pyx_mstate_global->__pyx_n_u_view};
+      __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 250, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_6);
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 262, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_5);
     }
-    __pyx_t_8 = __Pyx_PyObject_FormatSimple(__pyx_t_6, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 250, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_8);
-    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-    __pyx_t_6 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_8, __pyx_mstate_global->__pyx_kp_u_of_messages_release_them_first); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 250, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_6);
-    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    __pyx_t_10 = 1;
+    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_t_5, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 262, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __pyx_t_5 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_7, __pyx_mstate_global->__pyx_kp_u_of_messages_release_them_first); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 262, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+    __pyx_t_9 = 1;
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_t_6};
-      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 250, __pyx_L1_error)
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_5};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 262, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 250, __pyx_L1_error)
+    __PYX_ERR(0, 262, __pyx_L1_error)
 
-    /* "ivshmem/channel/roles.pyx":249
+    /* "ivshmem/channel/roles.pyx":261
  *             BufferError: a View of a message is alive. Nothing has changed then.
  *         """
- *         if self.open and self.views and not self.membership.closed:             # <<<<<<<<<<<<<<
+ *         if self.open and self.views and self.membership.usable():             # <<<<<<<<<<<<<<
  *             raise BufferError(f"{counted(self.views, 'view')} of messages: release them first")
  *         ChannelEnd.close(self)
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":251
- *         if self.open and self.views and not self.membership.closed:
+  /* "ivshmem/channel/roles.pyx":263
+ *         if self.open and self.views and self.membership.usable():
  *             raise BufferError(f"{counted(self.views, 'view')} of messages: release them first")
  *         ChannelEnd.close(self)             # <<<<<<<<<<<<<<
  * 
  *     cdef int hold(self, const ivshmem_message *message) except -1:
 */
-  __pyx_t_6 = ((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
-  __Pyx_INCREF(__pyx_t_6);
-  __pyx_t_10 = 0;
+  __pyx_t_5 = ((PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
+  __Pyx_INCREF(__pyx_t_5);
+  __pyx_t_9 = 0;
   {
-    PyObject *__pyx_callargs[2] = {__pyx_t_6, ((PyObject *)__pyx_v_self)};
-    __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 251, __pyx_L1_error)
+    PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self)};
+    __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 263, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
   }
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "ivshmem/channel/roles.pyx":243
+  /* "ivshmem/channel/roles.pyx":255
  *         return 0
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -8663,11 +8844,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
   goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_6);
   __Pyx_XDECREF(__pyx_t_7);
   __Pyx_XDECREF(__pyx_t_8);
-  __Pyx_XDECREF(__pyx_t_9);
   __Pyx_AddTraceback("ivshmem.channel.roles.ReaderEnd.close", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -8676,130 +8857,125 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4close(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":253
+/* "ivshmem/channel/roles.pyx":265
  *         ChannelEnd.close(self)
  * 
  *     cdef int hold(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
  *         """Note that a message is being looked at."""
- *         if self.holding > self.channel.record.geometry.views + 1:
+ *         cdef Held *grown
 */
 
 static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *__pyx_v_self, struct ivshmem_message const *__pyx_v_message) {
+  struct __pyx_t_7ivshmem_7channel_5roles_Held *__pyx_v_grown;
   int __pyx_r;
-  __Pyx_RefNannyDeclarations
   int __pyx_t_1;
-  PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
-  PyObject *__pyx_t_6[3];
-  Py_ssize_t __pyx_t_7;
-  int __pyx_t_8;
-  PyObject *__pyx_t_9 = NULL;
-  size_t __pyx_t_10;
-  unsigned int __pyx_t_11;
-  uint64_t __pyx_t_12;
+  unsigned int __pyx_t_2;
+  uint64_t __pyx_t_3;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("hold", 0);
 
-  /* "ivshmem/channel/roles.pyx":255
- *     cdef int hold(self, const ivshmem_message *message) except -1:
+  /* "ivshmem/channel/roles.pyx":268
  *         """Note that a message is being looked at."""
- *         if self.holding > self.channel.record.geometry.views + 1:             # <<<<<<<<<<<<<<
- *             raise ChannelError(f"channel {self.name!r}: more views than it was made for")
+ *         cdef Held *grown
+ *         if self.holding == self.holds:  # each thread that copies a large message holds it             # <<<<<<<<<<<<<<
+ *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))
+ *             if grown == NULL:
+*/
+  __pyx_t_1 = (__pyx_v_self->holding == __pyx_v_self->holds);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/roles.pyx":269
+ *         cdef Held *grown
+ *         if self.holding == self.holds:  # each thread that copies a large message holds it
+ *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))             # <<<<<<<<<<<<<<
+ *             if grown == NULL:
+ *                 raise MemoryError
+*/
+    __pyx_v_grown = ((struct __pyx_t_7ivshmem_7channel_5roles_Held *)realloc(__pyx_v_self->held, ((2 * ((size_t)__pyx_v_self->holds)) * (sizeof(struct __pyx_t_7ivshmem_7channel_5roles_Held)))));
+
+    /* "ivshmem/channel/roles.pyx":270
+ *         if self.holding == self.holds:  # each thread that copies a large message holds it
+ *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))
+ *             if grown == NULL:             # <<<<<<<<<<<<<<
+ *                 raise MemoryError
+ *             self.held = grown
+*/
+    __pyx_t_1 = (__pyx_v_grown == NULL);
+
+    if (unlikely(__pyx_t_1)) {
+
+
+      /* "ivshmem/channel/roles.pyx":271
+ *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))
+ *             if grown == NULL:
+ *                 raise MemoryError             # <<<<<<<<<<<<<<
+ *             self.held = grown
+ *             self.holds *= 2
+*/
+      PyErr_NoMemory(); __PYX_ERR(0, 271, __pyx_L1_error)
+
+      /* "ivshmem/channel/roles.pyx":270
+ *         if self.holding == self.holds:  # each thread that copies a large message holds it
+ *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))
+ *             if grown == NULL:             # <<<<<<<<<<<<<<
+ *                 raise MemoryError
+ *             self.held = grown
+*/
+    }
+
+    /* "ivshmem/channel/roles.pyx":272
+ *             if grown == NULL:
+ *                 raise MemoryError
+ *             self.held = grown             # <<<<<<<<<<<<<<
+ *             self.holds *= 2
  *         self.held[self.holding].writer = message.writer
 */
-  __pyx_t_1 = (__pyx_v_self->holding > (__pyx_v_self->__pyx_base.channel.record.geometry.views + 1));
+    __pyx_v_self->held = __pyx_v_grown;
 
-  if (unlikely(__pyx_t_1)) {
-
-
-    /* "ivshmem/channel/roles.pyx":256
- *         """Note that a message is being looked at."""
- *         if self.holding > self.channel.record.geometry.views + 1:
- *             raise ChannelError(f"channel {self.name!r}: more views than it was made for")             # <<<<<<<<<<<<<<
+    /* "ivshmem/channel/roles.pyx":273
+ *                 raise MemoryError
+ *             self.held = grown
+ *             self.holds *= 2             # <<<<<<<<<<<<<<
  *         self.held[self.holding].writer = message.writer
  *         self.held[self.holding].position = message.position
 */
-    __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 256, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 256, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_channel;
-    __pyx_t_6[1] = __pyx_t_5;
-    __pyx_t_6[2] = __pyx_mstate_global->__pyx_kp_u_more_views_than_it_was_made_for;
-    __pyx_t_7 = 41;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_7 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_6[1]);
-    #endif
-    __pyx_t_8 = 0;
-    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_8 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
-    #endif
-    __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_8);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 256, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_9);
-    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __pyx_t_10 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_4))) {
-      __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
-      assert(__pyx_t_3);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
-      __Pyx_INCREF(__pyx_t_3);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-      __pyx_t_10 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_9};
-      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 256, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
-    }
-    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 256, __pyx_L1_error)
+    __pyx_v_self->holds = (__pyx_v_self->holds * 2);
 
-    /* "ivshmem/channel/roles.pyx":255
- *     cdef int hold(self, const ivshmem_message *message) except -1:
+    /* "ivshmem/channel/roles.pyx":268
  *         """Note that a message is being looked at."""
- *         if self.holding > self.channel.record.geometry.views + 1:             # <<<<<<<<<<<<<<
- *             raise ChannelError(f"channel {self.name!r}: more views than it was made for")
- *         self.held[self.holding].writer = message.writer
+ *         cdef Held *grown
+ *         if self.holding == self.holds:  # each thread that copies a large message holds it             # <<<<<<<<<<<<<<
+ *             grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))
+ *             if grown == NULL:
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":257
- *         if self.holding > self.channel.record.geometry.views + 1:
- *             raise ChannelError(f"channel {self.name!r}: more views than it was made for")
+  /* "ivshmem/channel/roles.pyx":274
+ *             self.held = grown
+ *             self.holds *= 2
  *         self.held[self.holding].writer = message.writer             # <<<<<<<<<<<<<<
  *         self.held[self.holding].position = message.position
  *         self.holding += 1
 */
-  __pyx_t_11 = __pyx_v_message->writer;
+  __pyx_t_2 = __pyx_v_message->writer;
 
-  (__pyx_v_self->held[__pyx_v_self->holding]).writer = __pyx_t_11;
+  (__pyx_v_self->held[__pyx_v_self->holding]).writer = __pyx_t_2;
 
-  /* "ivshmem/channel/roles.pyx":258
- *             raise ChannelError(f"channel {self.name!r}: more views than it was made for")
+  /* "ivshmem/channel/roles.pyx":275
+ *             self.holds *= 2
  *         self.held[self.holding].writer = message.writer
  *         self.held[self.holding].position = message.position             # <<<<<<<<<<<<<<
  *         self.holding += 1
  *         return 0
 */
-  __pyx_t_12 = __pyx_v_message->position;
+  __pyx_t_3 = __pyx_v_message->position;
 
-  (__pyx_v_self->held[__pyx_v_self->holding]).position = __pyx_t_12;
+  (__pyx_v_self->held[__pyx_v_self->holding]).position = __pyx_t_3;
 
-  /* "ivshmem/channel/roles.pyx":259
+  /* "ivshmem/channel/roles.pyx":276
  *         self.held[self.holding].writer = message.writer
  *         self.held[self.holding].position = message.position
  *         self.holding += 1             # <<<<<<<<<<<<<<
@@ -8808,7 +8984,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
 */
   __pyx_v_self->holding = (__pyx_v_self->holding + 1);
 
-  /* "ivshmem/channel/roles.pyx":260
+  /* "ivshmem/channel/roles.pyx":277
  *         self.held[self.holding].position = message.position
  *         self.holding += 1
  *         return 0             # <<<<<<<<<<<<<<
@@ -8821,30 +8997,25 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_hold(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":253
+  /* "ivshmem/channel/roles.pyx":265
  *         ChannelEnd.close(self)
  * 
  *     cdef int hold(self, const ivshmem_message *message) except -1:             # <<<<<<<<<<<<<<
  *         """Note that a message is being looked at."""
- *         if self.holding > self.channel.record.geometry.views + 1:
+ *         cdef Held *grown
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_9);
   __Pyx_AddTraceback("ivshmem.channel.roles.ReaderEnd.hold", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
-  __Pyx_RefNannyFinishContext();
+
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":262
+/* "ivshmem/channel/roles.pyx":279
  *         return 0
  * 
  *     cdef int forget(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
@@ -8861,7 +9032,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   int __pyx_t_4;
   int __pyx_t_5;
 
-  /* "ivshmem/channel/roles.pyx":265
+  /* "ivshmem/channel/roles.pyx":282
  *         """Note that a message is not looked at any more; its writer hears of it later."""
  *         cdef uint32_t i
  *         for i in range(self.holding):             # <<<<<<<<<<<<<<
@@ -8875,7 +9046,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/channel/roles.pyx":266
+    /* "ivshmem/channel/roles.pyx":283
  *         cdef uint32_t i
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and self.held[i].position == position:             # <<<<<<<<<<<<<<
@@ -8901,7 +9072,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/roles.pyx":267
+      /* "ivshmem/channel/roles.pyx":284
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and self.held[i].position == position:
  *                 self.holding -= 1             # <<<<<<<<<<<<<<
@@ -8910,7 +9081,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
 */
       __pyx_v_self->holding = (__pyx_v_self->holding - 1);
 
-      /* "ivshmem/channel/roles.pyx":268
+      /* "ivshmem/channel/roles.pyx":285
  *             if self.held[i].writer == writer and self.held[i].position == position:
  *                 self.holding -= 1
  *                 self.held[i] = self.held[self.holding]             # <<<<<<<<<<<<<<
@@ -8919,7 +9090,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
 */
       (__pyx_v_self->held[__pyx_v_i]) = (__pyx_v_self->held[__pyx_v_self->holding]);
 
-      /* "ivshmem/channel/roles.pyx":269
+      /* "ivshmem/channel/roles.pyx":286
  *                 self.holding -= 1
  *                 self.held[i] = self.held[self.holding]
  *                 break             # <<<<<<<<<<<<<<
@@ -8928,7 +9099,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
 */
       goto __pyx_L4_break;
 
-      /* "ivshmem/channel/roles.pyx":266
+      /* "ivshmem/channel/roles.pyx":283
  *         cdef uint32_t i
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and self.held[i].position == position:             # <<<<<<<<<<<<<<
@@ -8940,7 +9111,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   __pyx_L4_break:;
 
 
-  /* "ivshmem/channel/roles.pyx":270
+  /* "ivshmem/channel/roles.pyx":287
  *                 self.held[i] = self.held[self.holding]
  *                 break
  *         return 0             # <<<<<<<<<<<<<<
@@ -8953,7 +9124,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":262
+  /* "ivshmem/channel/roles.pyx":279
  *         return 0
  * 
  *     cdef int forget(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
@@ -8968,7 +9139,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_forget(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":272
+/* "ivshmem/channel/roles.pyx":289
  *         return 0
  * 
  *     cdef int let_go(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
@@ -8980,7 +9151,6 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   uint64_t __pyx_v_oldest;
   uint32_t __pyx_v_i;
   int __pyx_r;
-  __Pyx_RefNannyDeclarations
   uint64_t __pyx_t_1;
   int __pyx_t_2;
   uint32_t __pyx_t_3;
@@ -8988,14 +9158,11 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   uint32_t __pyx_t_5;
   int __pyx_t_6;
   int __pyx_t_7;
-  PyObject *__pyx_t_8 = NULL;
-  int __pyx_t_9;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("let_go", 0);
 
-  /* "ivshmem/channel/roles.pyx":274
+  /* "ivshmem/channel/roles.pyx":291
  *     cdef int let_go(self, unsigned writer, uint64_t position) except -1:
  *         """Do the same, and tell the writer up to which message nothing is looked at."""
  *         cdef uint64_t oldest = self.reader.sources[writer].next             # <<<<<<<<<<<<<<
@@ -9006,17 +9173,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 
   __pyx_v_oldest = __pyx_t_1;
 
-  /* "ivshmem/channel/roles.pyx":276
+  /* "ivshmem/channel/roles.pyx":293
  *         cdef uint64_t oldest = self.reader.sources[writer].next
  *         cdef uint32_t i
  *         self.forget(writer, position)             # <<<<<<<<<<<<<<
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and (
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->forget(__pyx_v_self, __pyx_v_writer, __pyx_v_position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 276, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->forget(__pyx_v_self, __pyx_v_writer, __pyx_v_position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 293, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/roles.pyx":277
+  /* "ivshmem/channel/roles.pyx":294
  *         cdef uint32_t i
  *         self.forget(writer, position)
  *         for i in range(self.holding):             # <<<<<<<<<<<<<<
@@ -9030,7 +9197,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
     __pyx_v_i = __pyx_t_5;
 
-    /* "ivshmem/channel/roles.pyx":278
+    /* "ivshmem/channel/roles.pyx":295
  *         self.forget(writer, position)
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and (             # <<<<<<<<<<<<<<
@@ -9048,7 +9215,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
       goto __pyx_L6_bool_binop_done;
     }
 
-    /* "ivshmem/channel/roles.pyx":279
+    /* "ivshmem/channel/roles.pyx":296
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and (
  *                 ivshmem_ahead(oldest, self.held[i].position) < <uint64_t>1 << 39             # <<<<<<<<<<<<<<
@@ -9062,7 +9229,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 
     __pyx_L6_bool_binop_done:;
 
-    /* "ivshmem/channel/roles.pyx":278
+    /* "ivshmem/channel/roles.pyx":295
  *         self.forget(writer, position)
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and (             # <<<<<<<<<<<<<<
@@ -9072,18 +9239,18 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/roles.pyx":281
+      /* "ivshmem/channel/roles.pyx":298
  *                 ivshmem_ahead(oldest, self.held[i].position) < <uint64_t>1 << 39
  *             ):
  *                 oldest = self.held[i].position             # <<<<<<<<<<<<<<
- *         if self.open and not self.membership.closed:
+ *         if self.usable():
  *             ivshmem_release(&self.reader, writer, oldest)
 */
       __pyx_t_1 = (__pyx_v_self->held[__pyx_v_i]).position;
 
       __pyx_v_oldest = __pyx_t_1;
 
-      /* "ivshmem/channel/roles.pyx":278
+      /* "ivshmem/channel/roles.pyx":295
  *         self.forget(writer, position)
  *         for i in range(self.holding):
  *             if self.held[i].writer == writer and (             # <<<<<<<<<<<<<<
@@ -9094,44 +9261,29 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   }
 
 
-  /* "ivshmem/channel/roles.pyx":282
+  /* "ivshmem/channel/roles.pyx":299
  *             ):
  *                 oldest = self.held[i].position
- *         if self.open and not self.membership.closed:             # <<<<<<<<<<<<<<
+ *         if self.usable():             # <<<<<<<<<<<<<<
  *             ivshmem_release(&self.reader, writer, oldest)
  *             if self.membership.rings.count:
 */
-  if (__pyx_v_self->__pyx_base.open) {
-  } else {
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.usable(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
 
-    __pyx_t_6 = __pyx_v_self->__pyx_base.open;
-    goto __pyx_L9_bool_binop_done;
-  }
-  __pyx_t_8 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->__pyx_base.membership), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 282, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_8);
-  __pyx_t_7 = __Pyx_PyObject_IsTrue(__pyx_t_8); if (unlikely((__pyx_t_7 < 0))) __PYX_ERR(0, 282, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-  __pyx_t_9 = (!__pyx_t_7);
-
-
-
-  __pyx_t_6 = __pyx_t_9;
-
-  __pyx_L9_bool_binop_done:;
   if (__pyx_t_6) {
 
 
-    /* "ivshmem/channel/roles.pyx":283
+    /* "ivshmem/channel/roles.pyx":300
  *                 oldest = self.held[i].position
- *         if self.open and not self.membership.closed:
+ *         if self.usable():
  *             ivshmem_release(&self.reader, writer, oldest)             # <<<<<<<<<<<<<<
  *             if self.membership.rings.count:
  *                 self.membership.flush()
 */
     ivshmem_release((&__pyx_v_self->reader), __pyx_v_writer, __pyx_v_oldest);
 
-    /* "ivshmem/channel/roles.pyx":284
- *         if self.open and not self.membership.closed:
+    /* "ivshmem/channel/roles.pyx":301
+ *         if self.usable():
  *             ivshmem_release(&self.reader, writer, oldest)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
  *                 self.membership.flush()
@@ -9142,18 +9294,18 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/roles.pyx":285
+      /* "ivshmem/channel/roles.pyx":302
  *             ivshmem_release(&self.reader, writer, oldest)
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 285, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 302, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/roles.pyx":284
- *         if self.open and not self.membership.closed:
+      /* "ivshmem/channel/roles.pyx":301
+ *         if self.usable():
  *             ivshmem_release(&self.reader, writer, oldest)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
  *                 self.membership.flush()
@@ -9161,16 +9313,16 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":282
+    /* "ivshmem/channel/roles.pyx":299
  *             ):
  *                 oldest = self.held[i].position
- *         if self.open and not self.membership.closed:             # <<<<<<<<<<<<<<
+ *         if self.usable():             # <<<<<<<<<<<<<<
  *             ivshmem_release(&self.reader, writer, oldest)
  *             if self.membership.rings.count:
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":286
+  /* "ivshmem/channel/roles.pyx":303
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *         return 0             # <<<<<<<<<<<<<<
@@ -9183,7 +9335,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":272
+  /* "ivshmem/channel/roles.pyx":289
  *         return 0
  * 
  *     cdef int let_go(self, unsigned writer, uint64_t position) except -1:             # <<<<<<<<<<<<<<
@@ -9193,18 +9345,16 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_let_go(struct __pyx_obj_7
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_8);
   __Pyx_AddTraceback("ivshmem.channel.roles.ReaderEnd.let_go", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
 
 
-  __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":288
+/* "ivshmem/channel/roles.pyx":305
  *         return 0
  * 
  *     cdef object starved(self):             # <<<<<<<<<<<<<<
@@ -9230,7 +9380,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("starved", 0);
 
-  /* "ivshmem/channel/roles.pyx":289
+  /* "ivshmem/channel/roles.pyx":306
  * 
  *     cdef object starved(self):
  *         return Overtaken(             # <<<<<<<<<<<<<<
@@ -9238,19 +9388,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
  *             " row were overwritten while they were copied"
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 289, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 306, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
 
-  /* "ivshmem/channel/roles.pyx":290
+  /* "ivshmem/channel/roles.pyx":307
  *     cdef object starved(self):
  *         return Overtaken(
  *             f"channel {self.name!r}: its writer is faster than this reader: {TRIES} messages in a"             # <<<<<<<<<<<<<<
  *             " row were overwritten while they were copied"
  *         )
 */
-  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 290, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 307, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyUnicode_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5roles_TRIES, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 290, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyUnicode_From___pyx_anon_enum(__pyx_e_7ivshmem_7channel_5roles_TRIES, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 307, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_channel;
   __pyx_t_6[1] = __pyx_t_4;
@@ -9266,7 +9416,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
   __pyx_t_8 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
   #endif
   __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 5, __pyx_t_7, __pyx_t_8);
-  if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 290, __pyx_L1_error)
+  if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 307, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_9);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -9288,7 +9438,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 289, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 306, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -9302,7 +9452,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":288
+  /* "ivshmem/channel/roles.pyx":305
  *         return 0
  * 
  *     cdef object starved(self):             # <<<<<<<<<<<<<<
@@ -9326,7 +9476,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pyx":294
+/* "ivshmem/channel/roles.pyx":311
  *         )
  * 
  *     cdef int copy_to(self, const ivshmem_message *message, char *into) except -2:             # <<<<<<<<<<<<<<
@@ -9357,7 +9507,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("copy_to", 0);
 
-  /* "ivshmem/channel/roles.pyx":296
+  /* "ivshmem/channel/roles.pyx":313
  *     cdef int copy_to(self, const ivshmem_message *message, char *into) except -2:
  *         """Copy a message out, check it and let it go; 0, or IVSHMEM_OVERTAKEN."""
  *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset             # <<<<<<<<<<<<<<
@@ -9366,7 +9516,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
   __pyx_v_at = (((char const *)__pyx_v_self->__pyx_base.channel.area.memory.start) + __pyx_v_message->offset);
 
-  /* "ivshmem/channel/roles.pyx":298
+  /* "ivshmem/channel/roles.pyx":315
  *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset
  *         cdef int code
  *         if message.length < LARGE and not self.holding:             # <<<<<<<<<<<<<<
@@ -9392,7 +9542,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":299
+    /* "ivshmem/channel/roles.pyx":316
  *         cdef int code
  *         if message.length < LARGE and not self.holding:
  *             memcpy(into, at, message.length)             # <<<<<<<<<<<<<<
@@ -9401,7 +9551,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     (void)(memcpy(__pyx_v_into, __pyx_v_at, __pyx_v_message->length));
 
-    /* "ivshmem/channel/roles.pyx":300
+    /* "ivshmem/channel/roles.pyx":317
  *         if message.length < LARGE and not self.holding:
  *             memcpy(into, at, message.length)
  *             code = ivshmem_check(&self.channel, message)             # <<<<<<<<<<<<<<
@@ -9410,7 +9560,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     __pyx_v_code = ivshmem_check((&__pyx_v_self->__pyx_base.channel), __pyx_v_message);
 
-    /* "ivshmem/channel/roles.pyx":301
+    /* "ivshmem/channel/roles.pyx":318
  *             memcpy(into, at, message.length)
  *             code = ivshmem_check(&self.channel, message)
  *             ivshmem_release(             # <<<<<<<<<<<<<<
@@ -9419,7 +9569,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     ivshmem_release((&__pyx_v_self->reader), __pyx_v_message->writer, (__pyx_v_self->reader.sources[__pyx_v_message->writer]).next);
 
-    /* "ivshmem/channel/roles.pyx":304
+    /* "ivshmem/channel/roles.pyx":321
  *                 &self.reader, message.writer, self.reader.sources[message.writer].next
  *             )
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -9431,17 +9581,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/roles.pyx":305
+      /* "ivshmem/channel/roles.pyx":322
  *             )
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *         else:
  *             self.hold(message)
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 305, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 322, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/roles.pyx":304
+      /* "ivshmem/channel/roles.pyx":321
  *                 &self.reader, message.writer, self.reader.sources[message.writer].next
  *             )
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -9450,7 +9600,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/roles.pyx":298
+    /* "ivshmem/channel/roles.pyx":315
  *         cdef const char *at = <const char *>self.channel.area.memory.start + message.offset
  *         cdef int code
  *         if message.length < LARGE and not self.holding:             # <<<<<<<<<<<<<<
@@ -9460,7 +9610,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/roles.pyx":307
+  /* "ivshmem/channel/roles.pyx":324
  *                 self.membership.flush()
  *         else:
  *             self.hold(message)             # <<<<<<<<<<<<<<
@@ -9468,20 +9618,20 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
  *             try:
 */
   /*else*/ {
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->hold(__pyx_v_self, __pyx_v_message); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 307, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->hold(__pyx_v_self, __pyx_v_message); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 324, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/roles.pyx":308
+    /* "ivshmem/channel/roles.pyx":325
  *         else:
  *             self.hold(message)
  *             self.membership.mapping.pin()  # which keeps the region from being closed             # <<<<<<<<<<<<<<
  *             try:
  *                 with nogil:
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.membership->mapping); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 308, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.membership->mapping); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 325, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/roles.pyx":309
+    /* "ivshmem/channel/roles.pyx":326
  *             self.hold(message)
  *             self.membership.mapping.pin()  # which keeps the region from being closed
  *             try:             # <<<<<<<<<<<<<<
@@ -9490,7 +9640,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     /*try:*/ {
 
-      /* "ivshmem/channel/roles.pyx":310
+      /* "ivshmem/channel/roles.pyx":327
  *             self.membership.mapping.pin()  # which keeps the region from being closed
  *             try:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -9503,7 +9653,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/channel/roles.pyx":311
+            /* "ivshmem/channel/roles.pyx":328
  *             try:
  *                 with nogil:
  *                     ivshmem_copy_payload(into, at, message.length)             # <<<<<<<<<<<<<<
@@ -9513,7 +9663,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
             ivshmem_copy_payload(__pyx_v_into, __pyx_v_at, __pyx_v_message->length);
           }
 
-          /* "ivshmem/channel/roles.pyx":310
+          /* "ivshmem/channel/roles.pyx":327
  *             self.membership.mapping.pin()  # which keeps the region from being closed
  *             try:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -9530,17 +9680,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
           }
       }
 
-      /* "ivshmem/channel/roles.pyx":312
+      /* "ivshmem/channel/roles.pyx":329
  *                 with nogil:
  *                     ivshmem_copy_payload(into, at, message.length)
  *                 self.enter()             # <<<<<<<<<<<<<<
  *                 code = ivshmem_check(&self.channel, message)
  *             finally:
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 312, __pyx_L8_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 329, __pyx_L8_error)
 
 
-      /* "ivshmem/channel/roles.pyx":313
+      /* "ivshmem/channel/roles.pyx":330
  *                     ivshmem_copy_payload(into, at, message.length)
  *                 self.enter()
  *                 code = ivshmem_check(&self.channel, message)             # <<<<<<<<<<<<<<
@@ -9550,7 +9700,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
       __pyx_v_code = ivshmem_check((&__pyx_v_self->__pyx_base.channel), __pyx_v_message);
     }
 
-    /* "ivshmem/channel/roles.pyx":315
+    /* "ivshmem/channel/roles.pyx":332
  *                 code = ivshmem_check(&self.channel, message)
  *             finally:
  *                 self.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
@@ -9559,10 +9709,10 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
     /*finally:*/ {
       /*normal exit:*/{
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 315, __pyx_L1_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 332, __pyx_L1_error)
 
 
-        /* "ivshmem/channel/roles.pyx":316
+        /* "ivshmem/channel/roles.pyx":333
  *             finally:
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -9588,17 +9738,17 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
         __pyx_t_3 = __pyx_lineno; __pyx_t_4 = __pyx_clineno; __pyx_t_5 = __pyx_filename;
         {
 
-          /* "ivshmem/channel/roles.pyx":315
+          /* "ivshmem/channel/roles.pyx":332
  *                 code = ivshmem_check(&self.channel, message)
  *             finally:
  *                 self.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
  *                 self.membership.mapping.unpin()
  *         if code:
 */
-          __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 315, __pyx_L14_error)
+          __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->__pyx_base.__pyx_vtab)->let_go(__pyx_v_self, __pyx_v_message->writer, __pyx_v_message->position); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 332, __pyx_L14_error)
 
 
-          /* "ivshmem/channel/roles.pyx":316
+          /* "ivshmem/channel/roles.pyx":333
  *             finally:
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -9634,7 +9784,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/roles.pyx":317
+  /* "ivshmem/channel/roles.pyx":334
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()
  *         if code:             # <<<<<<<<<<<<<<
@@ -9646,7 +9796,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/roles.pyx":318
+    /* "ivshmem/channel/roles.pyx":335
  *                 self.membership.mapping.unpin()
  *         if code:
  *             self.reader.sources[message.writer].lost += 1             # <<<<<<<<<<<<<<
@@ -9656,7 +9806,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
     __pyx_t_13 = __pyx_v_message->writer;
     (__pyx_v_self->reader.sources[__pyx_t_13]).lost = ((__pyx_v_self->reader.sources[__pyx_t_13]).lost + 1);
 
-    /* "ivshmem/channel/roles.pyx":317
+    /* "ivshmem/channel/roles.pyx":334
  *                 self.let_go(message.writer, message.position)
  *                 self.membership.mapping.unpin()
  *         if code:             # <<<<<<<<<<<<<<
@@ -9665,7 +9815,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/roles.pyx":319
+  /* "ivshmem/channel/roles.pyx":336
  *         if code:
  *             self.reader.sources[message.writer].lost += 1
  *         return code             # <<<<<<<<<<<<<<
@@ -9676,7 +9826,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/roles.pyx":294
+  /* "ivshmem/channel/roles.pyx":311
  *         )
  * 
  *     cdef int copy_to(self, const ivshmem_message *message, char *into) except -2:             # <<<<<<<<<<<<<<
@@ -9696,12 +9846,12 @@ static int __pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pxd":44
+/* "ivshmem/channel/roles.pxd":45
  * cdef class ReaderEnd(ChannelEnd):
  *     cdef ivshmem_reader reader
  *     cdef readonly object type             # <<<<<<<<<<<<<<
  *     cdef Held *held
- *     cdef uint32_t holding
+ *     cdef uint32_t holding, holds  # how many are held, and how many `held` has room for
 */
 
 /* Python wrapper */
@@ -9763,9 +9913,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_4type___get__(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/roles.pxd":47
+/* "ivshmem/channel/roles.pxd":48
  *     cdef Held *held
- *     cdef uint32_t holding
+ *     cdef uint32_t holding, holds  # how many are held, and how many `held` has room for
  *     cdef readonly uint32_t views  # Views that are alive             # <<<<<<<<<<<<<<
  * 
  *     cdef int hold(self, const ivshmem_message *message) except -1
@@ -9802,7 +9952,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_5roles_9ReaderEnd_5views___get__(str
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
-        __pyx_t_2 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->views); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 47, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->views); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 48, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -10095,7 +10245,7 @@ static void __pyx_tp_dealloc_7ivshmem_7channel_5roles_WriterEnd(PyObject *o) {
     PyObject *etype, *eval, *etb;
     __Pyx_PyErr_FetchException(&etype, &eval, &etb);
     __Pyx_DeallocKeepAliveBegin(o);
-    __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_3__dealloc__(o);
+    __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_5__dealloc__(o);
     __Pyx_DeallocKeepAliveEnd(o);
     __Pyx_PyErr_RestoreException(etype, eval, etb);
   }
@@ -10137,22 +10287,6 @@ static int __pyx_tp_traverse_7ivshmem_7channel_5roles_WriterEnd(PyObject *o, vis
   return 0;
 }
 
-static int __pyx_tp_clear_7ivshmem_7channel_5roles_WriterEnd(PyObject *o) {
-  PyObject* tmp;
-  struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *p = (struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)o;
-  #if !CYTHON_USE_MODULE_STATE
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) {
-    inquiry clear = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_clear, inquiry);
-    if (clear) clear(o);
-  } else
-  #endif
-  { __Pyx_call_next_tp_clear(o, __pyx_tp_clear_7ivshmem_7channel_5roles_WriterEnd); }
-  tmp = ((PyObject*)p->type);
-  p->type = Py_None; Py_INCREF(Py_None);
-  Py_XDECREF(tmp);
-  return 0;
-}
-
 static PyObject *__pyx_getprop_7ivshmem_7channel_5roles_9WriterEnd_limit(PyObject *o, CYTHON_UNUSED void *x) {
   return __pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_5limit_1__get__(o);
 }
@@ -10166,8 +10300,9 @@ static PyObject *__pyx_getprop_7ivshmem_7channel_5roles_9WriterEnd_missed(PyObje
 }
 
 static PyMethodDef __pyx_methods_7ivshmem_7channel_5roles_WriterEnd[] = {
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_5__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5roles_9WriterEnd_4__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_7__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5roles_9WriterEnd_6__setstate_cython__},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_3close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5roles_9WriterEnd_2close},
+  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_7__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5roles_9WriterEnd_6__reduce_cython__},
+  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_5roles_9WriterEnd_9__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_5roles_9WriterEnd_8__setstate_cython__},
   {0, 0, 0, 0}
 };
 
@@ -10182,7 +10317,6 @@ static PyType_Slot __pyx_type_7ivshmem_7channel_5roles_WriterEnd_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_5roles_WriterEnd},
   {Py_tp_doc, (void *)PyDoc_STR("The slot of a writer, or of a caller.")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_5roles_WriterEnd},
-  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7channel_5roles_WriterEnd},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_5roles_WriterEnd},
   {Py_tp_getset, (void *)__pyx_getsets_7ivshmem_7channel_5roles_WriterEnd},
   {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_5roles_WriterEnd},
@@ -10220,7 +10354,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_5roles_WriterEnd = {
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
   PyDoc_STR("The slot of a writer, or of a caller."), /*tp_doc*/
   __pyx_tp_traverse_7ivshmem_7channel_5roles_WriterEnd, /*tp_traverse*/
-  __pyx_tp_clear_7ivshmem_7channel_5roles_WriterEnd, /*tp_clear*/
+  0, /*tp_clear*/
   0, /*tp_richcompare*/
   0, /*tp_weaklistoffset*/
   0, /*tp_iter*/
@@ -10359,22 +10493,6 @@ static int __pyx_tp_traverse_7ivshmem_7channel_5roles_ReaderEnd(PyObject *o, vis
   return 0;
 }
 
-static int __pyx_tp_clear_7ivshmem_7channel_5roles_ReaderEnd(PyObject *o) {
-  PyObject* tmp;
-  struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *p = (struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)o;
-  #if !CYTHON_USE_MODULE_STATE
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) {
-    inquiry clear = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_clear, inquiry);
-    if (clear) clear(o);
-  } else
-  #endif
-  { __Pyx_call_next_tp_clear(o, __pyx_tp_clear_7ivshmem_7channel_5roles_ReaderEnd); }
-  tmp = ((PyObject*)p->type);
-  p->type = Py_None; Py_INCREF(Py_None);
-  Py_XDECREF(tmp);
-  return 0;
-}
-
 static PyObject *__pyx_getprop_7ivshmem_7channel_5roles_9ReaderEnd_type(PyObject *o, CYTHON_UNUSED void *x) {
   return __pyx_pw_7ivshmem_7channel_5roles_9ReaderEnd_4type_1__get__(o);
 }
@@ -10400,7 +10518,6 @@ static PyType_Slot __pyx_type_7ivshmem_7channel_5roles_ReaderEnd_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_5roles_ReaderEnd},
   {Py_tp_doc, (void *)PyDoc_STR("The slot of a reader, or of a server; or, where memory can only be read, none.")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_5roles_ReaderEnd},
-  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7channel_5roles_ReaderEnd},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_5roles_ReaderEnd},
   {Py_tp_getset, (void *)__pyx_getsets_7ivshmem_7channel_5roles_ReaderEnd},
   {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_5roles_ReaderEnd},
@@ -10438,7 +10555,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_5roles_ReaderEnd = {
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_BASETYPE|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
   PyDoc_STR("The slot of a reader, or of a server; or, where memory can only be read, none."), /*tp_doc*/
   __pyx_tp_traverse_7ivshmem_7channel_5roles_ReaderEnd, /*tp_traverse*/
-  __pyx_tp_clear_7ivshmem_7channel_5roles_ReaderEnd, /*tp_clear*/
+  0, /*tp_clear*/
   0, /*tp_richcompare*/
   0, /*tp_weaklistoffset*/
   0, /*tp_iter*/
@@ -10592,11 +10709,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_WriterEnd(__
   __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.send = (uint64_t (*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t, uint32_t, uint64_t))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_send;
   __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.at = (char *(*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_at;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 52, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 53, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5roles_WriterEnd_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd)) __PYX_ERR(0, 52, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd)) __PYX_ERR(0, 53, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd = &__pyx_type_7ivshmem_7channel_5roles_WriterEnd;
   #endif
@@ -10604,7 +10721,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_WriterEnd(__
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 52, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 53, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd);
@@ -10614,12 +10731,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_WriterEnd(__
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, __pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 52, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_WriterEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 52, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, __pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 53, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_WriterEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 53, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd, __pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 52, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd) < (0)) __PYX_ERR(0, 53, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -10646,11 +10763,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_ReaderEnd(__
   __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.copy_to = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *, struct ivshmem_message const *, char *))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_copy_to;
   __pyx_vtable_7ivshmem_7channel_5roles_ReaderEnd.starved = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *))__pyx_f_7ivshmem_7channel_5roles_9ReaderEnd_starved;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 201, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 213, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_5roles_ReaderEnd_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd)) __PYX_ERR(0, 201, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd)) __PYX_ERR(0, 213, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd = &__pyx_type_7ivshmem_7channel_5roles_ReaderEnd;
   #endif
@@ -10658,7 +10775,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_ReaderEnd(__
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 201, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd);
@@ -10668,12 +10785,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_ReaderEnd(__
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, __pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 201, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ReaderEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 201, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, __pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ReaderEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd, __pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 201, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) < (0)) __PYX_ERR(0, 213, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -11193,7 +11310,7 @@ __Pyx_RefNannySetupContext("PyInit_roles", 0);
   if (__Pyx_InitAfterSharedUtility() < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
   /*--- Execution code ---*/
 
-  /* "ivshmem/channel/roles.pyx":21
+  /* "ivshmem/channel/roles.pyx":22
  * from .membership cimport ChannelEnd, Membership
  * 
  * from ..errors import ChannelError, ClosedError, MessageTooLong, Overtaken             # <<<<<<<<<<<<<<
@@ -11202,37 +11319,13 @@ __Pyx_RefNannySetupContext("PyInit_roles", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_Overtaken};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 4, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 21, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 4, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 22, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_Overtaken};
     for (__pyx_t_3=0; __pyx_t_3 < 4; __pyx_t_3++) {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 21, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 21, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    }
-  }
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/roles.pyx":22
- * 
- * from ..errors import ChannelError, ClosedError, MessageTooLong, Overtaken
- * from ..text import counted             # <<<<<<<<<<<<<<
- * 
- * cdef extern from "<time.h>" nogil:
-*/
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 22, __pyx_L1_error)
-  }
-  __pyx_t_2 = __pyx_t_1;
-  __Pyx_GOTREF(__pyx_t_2);
-  {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_3 = 0; {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 22, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 22, __pyx_L1_error)
@@ -11241,12 +11334,51 @@ __Pyx_RefNannySetupContext("PyInit_roles", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
+  /* "ivshmem/channel/roles.pyx":23
+ * 
+ * from ..errors import ChannelError, ClosedError, MessageTooLong, Overtaken
+ * from ..text import counted             # <<<<<<<<<<<<<<
+ * 
+ * cdef extern from "<time.h>" nogil:
+*/
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 23, __pyx_L1_error)
+  }
+  __pyx_t_2 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_2);
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
+    __pyx_t_3 = 0; {
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 23, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 23, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    }
+  }
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/roles.pyx":93
+ *         self.enlist()
+ * 
+ *     def close(self):             # <<<<<<<<<<<<<<
+ *         """Free the slot; may be called twice.
+ * 
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9WriterEnd_3close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_WriterEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 93, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 93, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9WriterEnd_5__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_WriterEnd___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9WriterEnd_7__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_WriterEnd___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -11260,7 +11392,7 @@ __Pyx_RefNannySetupContext("PyInit_roles", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9WriterEnd_7__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_WriterEnd___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9WriterEnd_9__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_WriterEnd___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -11268,19 +11400,19 @@ __Pyx_RefNannySetupContext("PyInit_roles", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/roles.pyx":243
+  /* "ivshmem/channel/roles.pyx":255
  *         return 0
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Free the slot; may be called twice.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9ReaderEnd_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ReaderEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 243, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9ReaderEnd_5close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ReaderEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 255, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 243, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 255, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -11288,7 +11420,7 @@ __Pyx_RefNannySetupContext("PyInit_roles", 0);
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9ReaderEnd_7__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ReaderEnd___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9ReaderEnd_7__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ReaderEnd___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -11302,7 +11434,7 @@ __Pyx_RefNannySetupContext("PyInit_roles", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9ReaderEnd_9__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ReaderEnd___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_5roles_9ReaderEnd_9__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ReaderEnd___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_roles, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -11377,7 +11509,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/roles.pyx":44
+  /* "ivshmem/channel/roles.pyx":45
  *     end.name = name
  *     membership.check()
  *     if code or record.name.decode(errors="replace") != name:             # <<<<<<<<<<<<<<
@@ -11386,7 +11518,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 44, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 45, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -11427,31 +11559,31 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{9},{58},{44},{25},{8},{36},{58},{32},{2},{12},{15},{1},{2},{15},{10},{41},{33},{1},{179},{8},{8},{7},{6},{2},{9},{14},{12},{25},{50},{12},{11},{14},{9},{9},{27},{29},{15},{9},{27},{29},{20},{12},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{3},{18},{8},{18},{5},{6},{7},{6},{6},{1},{7},{5},{5},{21},{4},{10},{12},{4},{8},{3},{6},{7},{4},{10},{4},{6},{4},{6}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{208},{9},{57}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{9},{58},{44},{25},{8},{36},{58},{32},{56},{2},{12},{15},{1},{2},{15},{10},{41},{1},{179},{8},{8},{7},{6},{2},{9},{14},{12},{25},{50},{12},{11},{14},{9},{9},{27},{29},{15},{9},{27},{29},{15},{20},{12},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{18},{8},{18},{5},{7},{6},{6},{1},{7},{5},{5},{21},{4},{10},{10},{12},{4},{8},{3},{6},{7},{4},{10},{4},{6},{4},{6}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{208},{9},{57},{66}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (864 bytes) */
-static const char cstring[] = "x\332\225T=o\0347\020\225\000\027\371P\023\303@\332\251b+\226\3171 \304\3015A )@\200\330\226\014\003NGp\311\331[Z\\\316\232\344\356\335v.U\252\274R\345\225.\363S\3643\362\0232\344\356\255\016\221\233\034p{\263\034\316\2337of\016\244G\240\006\035l\215# \017KO\021\241\306\020\344\002\003\304JF\220\340Qj\364P\311\000=F\210\224O\200}\344\024\036\301\2622\252\312@\322\332!\310DX\362\365\232\003\241d\340\242\217\030\216@:\315\256\000\326\324|\303\004H\337\262\345\250\361w~\227.\022]\202\243X\031\267\310\030w\274\214K\327h\tKL\354;\364Kob\344j\230\212E\246\200\375\340S\324\030\324@\345\024<g|\2132\344[5\224\306\207\010!\263\365X3\226~\022=2k/\0275\272x8\233Cb5\306\047\250y\2563\3251\317\317\224\234\t\247\022dH\026K\340\370a\302XKB\250\211\351t\006\227ap\377G\241__\047\345\263v\047}\254\310%8\215\326\024\350eD\333C\210\336\250\t\375\374\354\374\331\361/\307YQ\217\037P1\217\320\026\312\312\020X!fY\264\306FV*\366\r\206\031\374QBO-8d9\270\203\r\337\333\r`1\034\204\324\335\n\341\261t,\274\214\206\234\340pn\300c\320\306s\022\323a\212\376]\332\2003\251\265\340{\250\230\220C\313W\202,,\242K\317\2052a\260\264\351BUc=C\357\311\207\355[\304U\034\355\347#\302sO\226\2716\375\312\021\027_\312\326F\020\302\243n\025\n\001\272\315\331\035\271g,Fg\244e\2572\316D!N\006\210\263\224\343\304R@\235\315WC\333\336\021\375In\361\206G%\312Ktos_\316\234\236\214\331\224Ge\375\205\330u\2612\201\005\371\222S\245d\357\363\010\360\353d\334\307\333u\335\303\023\342\274_\361\367\224{,^\2634o\261\024b\354\003&\177\331:\225~\027\333P\376\324\322\344\330\232tk\363\211\223u\376e\r\205\222\215\331\332cH2\273\230\272\222\034\037[i\267\001[\221\357\321\236\016p\225^\230\371\224$\354P\371BE\274\362\334\030a\202P\344\251\345ad\321\264\014\275S\206f\323Y\030\273\037\224\3457\301\025E/\025\026R]fm\363C+j]D\255Q\221\306a\222\026\274a\221|o\234\306\025k[O\2635\"\316\362<Y\222\216\017y\221Be\232q\217\323\\c\252#\375{\224\226\226\r5\303\262zl,\247\017hK\256i\234\3024\254\235\264-\206\264\302\303\302\033\027\341\toe\253""\322\220&e\251\370 ^\216\034\304\313\221\204x\361\323]\366iLym\177<\202\363\376M\221v7\331\377\027\351\325d\246\350\326\005\263p\274\333\314j\027\367p\257\345\223\237\217\005s\355\310\350\303\275\364g/F\304\275\332(\237$&\247\303\247\375\333\007\337\\=\275\276\370\364\333?\007{_\037\\\035_u\327\357\326\217\326\357oN7\0176\247\237\277\375\373\305\355\301\303\353\247\353\213uq\263\177\363\375f\177\363h\363\327\347\213\333\257\036^\377\260\336_\177\367/\310eg6";
-    PyObject *data = __Pyx_DecompressString(cstring, 864, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (929 bytes) */
+static const char cstring[] = "x\332\225U\315n\333F\020\226\200\240H\n\037\3524@\200\236\266@P\307\215\243\264\200\320\024\272\024\205\343\002E\376\354 @\332\323b\265;\224\326^\356\262;KR\354)G\037}\324\321G\035u\3141\217\341\307\310#tvI\321B\234K\005\220\034\356\374~\337\314PLx`\256\000\3136\302\001s\236\325\336\005`9 \212\031 \013s\021\230`\036\204\002\317\346\002Y\003\201\005\227N\030\351\234\225p\300\352\271\226\363\024H\030\323:\351\300j2\317\311\221e\024x\332\004\300\003&\254\"\0252\243s\262\320\310\342\225\225\344\325=\047\327\351\202sg\314\2720\327v\226b\\\327\245m4s5\253!V_\201\257\275\016\201\320P)\006\250\004hZ\235t\205\006\305\\\326;O(\276\001\201\311*g\231\366\030\"t\341\275h0Z\032\047,&8\224\247D\370\242\307C\005f\237aB\351!\247\032\324\303\340\201\320z1\313\301\206\375\321\204E4]\336\030x\222\370\211\370\047\351\036\213&\240\021\272\300(\021u\226n\032;\016&\354\267W\261!\211\322\303&\314\235\215\326\224ZO\301\213\000\246a\030\274\226\275\363\361\321\361\343\361\257\343D\264\207S\220\224\006\313\2514\002\021\022\272i\251M `\241)\000G\354\317\2145\256d\026\210%jlAv\333\016\204\3302\214M\237\003\333\023\226\372!\202v\226\223;\365e\217)\355)\211\256 z\377!\014\302H(\305\311\016$\025d\301\220\t\212\251\001\260\361>\223\032[I\351\n\3479\344#\360\336y\334\274\005X\204N~\322Ex\342\235\241Z\213fa\035\201\317Di\002\343\334\203*%p\316T\231\262[g\037\023\031\225\026\206\264R[\0358?lC\034\305\034\207\306!\250$\276l\273\362\326\271\027\316\316^\323\004\005q\006\366M\242\375\310\252^\030\365yd\342\237\363m\0251\203D\310\227\2242&{\227:L\257\275p3\336\266\352F\274ke\212\307\371q\263\240\353\031\265\234\277\"\246\336@\306y\327\026\322r\236\225V\306\347l\023\211~\271\3206=\235*M:\261\"OO\242\224KQ\350\215\334\271D\261\n\261IQ\361O)\314\306a\303\371\r\024\375\001,\342\013\001\351\223\340V)7\000rN\037\006\352\023\327\310\245\363\256\244\331\244]k\254\324n\324\037`7\t(\r\275q\202\023\274\2200\025\362,\361\"]i\003(E\202\202v\236f\264F\301\371F[\005\013\"1\357\047\254\2135JS\025\227\235\016i\235p\256""\013\222\310\245\322Pwk\033\347\034\"\220\370\221\311\214\253\013W\264\273\351\2410T\002\202\311\010T7\225qx+aJ\300\030\243\335om\351kA[Z\3128\264\221Z7=\345O\273j\370\323\256\034\376\363O\327u\364cKk\374\343\001;n^O\343.G\371\377Fz\331\213\321\273\264\250g\226v\235\252\332\216\273?(\351\344\2271\247Z+\247\325\376 \376\047\360.\342 \327\322\047\232\255\302\367\303\253[_\237?\2728y\377\373\247\235\301\235\235\363\361yu\361vyo\371\356\362\331\352\326\352\371\272\376 \256v\356^<Z\236,\247\227\303\313\373\253\341\352\336\352\257\365\311\325\355\273\027?,\207\313\335\317\035\377\276T\253\007\253\263\017\367?\016;\307\253o\276[~\277\034/\377]\355\256\366\326\273\353\007\353\323\217\303O_\r\356|\333F\370\017@\221\217\003";
+    PyObject *data = __Pyx_DecompressString(cstring, 929, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1161 bytes) */
-static const char cstring[] = "\377 are ope\375n\000\006, or w\377rote mes\377sages th\377at a rea\377der has \277yet to\r\002 \376\031\000once, w\357hichM\002all^/\003it w,\000m6\000\373 fV\000bytes\377, and it\337s lim\037\000is\233  \001\000fu3\000\001\004:\376e\007took no\237thing?\002\216\007i\376\264\000 row we\376\303\001verwrit\331t\313\000\210\000le\265\000ey\376\026\003copied \353of\314\006:\314\000lea\375s!\002m firs\367t s\251\002remo\377ved(tree\377 fragmen\037t).: \222\001\216$G\001\010\242\000\256\001\305\000:\311\002y\001\235 \307\001\047ast\247 \265 n\272 \335\000\354\265#>\001mo\357 viemw\322\"n \223,?N\366!\276\354\"Cytho\036\000s\377 deliber\377ately st\367ricU\006PEP-\367484\315\"reje\375c\323 subcla\363ss\267@\356\000buil\375t\247 types.\377 If you Sne\214 \277@p%\000 &\010\353th\211`s\332Ahe \367\047an\366 atio\363n_<\000\376 \047 di\355rb\000iv\333 o F\377alse.add\335_\236@ech-\000el\376 \000sableen\336\002\001gcis\004\003di\377vshmem.e\337rrors\006\005te\353xt\023\004/;\004/ro}l\251\000pyxno\372\000\377fault __\377reduce__\367 duy\002non-\336\212 vial\033\000ci\277nit__C\177\003E~`\001Closed\006\002\375M\306\204\003TooLon\373gO\250`taken]R\316\204\002End\000\006._\006\315c\373\"__\017\t\227 st\252\205@_\013\017ci\001W\375`e\301rM\000\000\006>\017\017\t?\016__\327Pyx\001\000D\341@_N>\230 Ref__\201D\371\000\377__func__\237__get\205\003\n\000m\367ain\020\001modu\235l!\002nam)\002\301 _\017capi.\001\010\001,\004\023\001\363vt\242AG\001qual0)\005\335%\366\016\367&ex{\001\241`\345_]\005s\200\010\277\020tes\376\226@_is_cor\277outine\260`a\177syncio.\013\006]s\271dscl\037\000_\317\000\377tracebac\371k\327\"\334\"dcoun\377teddecod\375e\304cghisto\377ryindexi\247tem\323f\213\204\004.\313bl\367oan\374`bers\247hip\326\210\004\324\204\001e\251!o\377verflowp{op\342\210\003repl|\000\377selfsetd\371e\201\204\002\251\204\001value\371s\277\206\001\353\206\003int (\237struc\241\204\001\355!oobj_7\347\204\004_7\220\205\004\347_10t\007\236\204\006nd \177*, PyOb\270\206\001\234\010\001\032-Mem""\314\004F\001u\377nsigned \334\223\000L\t)\000u\245\00064\375_\251\000void)\000\372\362\212\001_\254\206\004\000micr\373os\321 nds\200\001\377\330\004\n\210+\220Q\200\377A\360\014\000\t\014\2104\377\210v\220T\230\024\230W\377\240D\250\004\250D\260\013\377\2701\330\014\022\220+\230\377Q\230b\240\001\240\027\250\377\001\250\024\250X\260Q\330\377\010\022\220&\230\001\230\021";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1161, 1622);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1228 bytes) */
+static const char cstring[] = "\377 are ope\375n\000\006, or w\377rote mes\377sages th\377at a rea\377der has \277yet to\r\002 \376\031\000once, w\357hichM\002all^/\003it w,\000m6\000\373 fV\000bytes\377, and it\337s lim\037\000is\233  \001\000fu3\000\001\004:\376e\007took no\237thing?\002\216\007i\376\264\000 row we\376\303\001verwrit\331t\313\000\210\000le\265\000ey\376\026\003copied \353of\314\006:\314\000lea\375s!\002m firs\375t\367\001arrays>&\001loans\234\"e\000\367use\035\022(del\367) s\341\002remo\377ved(tree\377 fragmen\037t).: \312\001\306$\177\001\010\332\000\346\001\375\000:\201\"\261\001\325 \377\001\047ast\337 \355 n\362 \225 \236\355#: ?N\215A\203BC\237ython\255!x\000i\377berately\277 stric4\006P\277EP-484\344\"r\357ejec\352 sub\277classe\331\002b\357uilt\276 typ\377es. If y\237ou ne\243 \326@pZ%\000 &\010th\240`s\361A\277he \047an\215@a\237tion_<\000\225@\047o dirb\000iv\362 \377o False.\357add_\265@ech\366-\000el \000sabl\367een\002\001gcis\376\004\003divshme\377m.errors^\006\005text\023\004/;\004\357/rol\251\000pyx\377no defau\377lt __red\377uce__ du\336y\002non-\212 vi\373al\033\000cinit\327__C\177\003E`\001Cl\257osed\006\002M\335\204\003T\177ooLongO\277`\277takenR\345\204\002E\253nd\000\006._\006c\373\"_Y_\017\t\227 st\205@_\013\017\035ci\001Wri\325@M\000\000\006\340>\017\017\t?\016.\007K\002__Pkyx\001\000D\360@_N\247 \237Ref__\220D\210 _\377_func___\317_get\224\003\n\000ma\373in\020\001modul\316!\002nam)\002\320 _c\207api.\001\010\001,\004\023\001vyt\261AG\001qual)\005\230\354%\205.\206Fex{\001\260`_\362]\005s\200\010\240.__te\375s\245@_is_co\377routinea\177syncio.\010\006]s\305dscl\034\000_\314\000\377tracebac\375k\343\"counte\177ddecode\312c\377ghistory_index\203@m\331f\362\221\204\004.\321b\351\206\001memb\377ershipme=m0\000view\375\210\004\344\204\001\375e\252!overfl\337owpop\211\211\003re\373pl\200\000selfs\363et\217\204\004\271\204\001valu\363es@\001\332\206\003int ?(struc\261\204\001\356!\337obj_7\367\204\004_7\316\240\205\004_10~\007\256\204\006nd\377 *, PyOb\310\310""\206\001\010\001\032-M\324\006F\001un\177signed \223\000\356L\t)\000u\245\00064_~\251\000void)\000\231\213\001\375_\274\206\004\000micro\375s\333 nds\200\001\330\377\004\n\210+\220Q\200A\377\360\014\000\t\014\2104\210\377v\220T\230\024\230W\240\377D\250\004\250K\260w\270\377a\330\014\022\220+\230Q\377\230b\240\001\240\027\250\001\377\250\024\250X\260Q\330\010\177\022\220&\230\001\230\021)\r\377Y\240d\250$\250k\270\367\027\300\0012\004\330\020\032\230\377!\2304\230z\250\021\250\377\047\260\021\260$\260j\300?\001\360\006\000\t\023<\003";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1228, 1727);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1622 bytes) */
-static const char bytes[] = " are open are open, or wrote messages that a reader has yet to read at once, which are all that it was made for bytes, and its limit is  is full is full: a reader took nothing for  messages in a row were overwritten while they were copied of messages: release them first s was removed(tree fragment).: : a message of : all its : its writer is faster than this reader: : more views than it was made for?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notechannel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/roles.pyxno default __reduce__ due to non-trivial __cinit__ChannelErrorClosedErrorMessageTooLongOvertakenReaderEndReaderEnd.__reduce_cython__ReaderEnd.__setstate_cython__ReaderEnd.closeWriterEndWriterEnd.__reduce_cython__WriterEnd.__setstate_cython____Pyx_PyDict_NextRef__annotate____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineaddasyncio.coroutineschannelscline_in_tracebackcloseclosedcounteddecodeerrorsghistoryindexitemsivshmem.channel.rolesloanmembershipmessage_typenameoverflowpopreaderreplaceselfsetdefaulttextvaluesviewwriterint (struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, unsigned int, PyObject *)\000uint64_t (void)\000open_channel\000microseconds\200\001\330\004\n\210+\220Q\200A\360\014\000\t\014\2104\210v\220T\230\024\230W\240D\250\004\250D\260\013\2701\330\014\022\220+\230Q\230b\240\001\240\027\250\001\250\024\250X\260Q\330\010\022\220&\230\001\230\021";
+    #else /* compression: none (1727 bytes) */
+static const char bytes[] = " are open are open, or wrote messages that a reader has yet to read at once, which are all that it was made for bytes, and its limit is  is full is full: a reader took nothing for  messages in a row were overwritten while they were copied of messages: release them first or arrays of loans are in use: release them first (del) s was removed(tree fragment).: : a message of : all its : its writer is faster than this reader: ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notechannel disableenablegcisenabledivshmem.errorsivshmem.textivshmem/channel/roles.pyxno default __reduce__ due to non-trivial __cinit__ChannelErrorClosedErrorMessageTooLongOvertakenReaderEndReaderEnd.__reduce_cython__ReaderEnd.__setstate_cython__ReaderEnd.closeWriterEndWriterEnd.__reduce_cython__WriterEnd.__setstate_cython__WriterEnd.close__Pyx_PyDict_NextRef__annotate____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasyncio.coroutineschannelscline_in_tracebackclosecounteddecodeerrorsghistoryindexitemsivshmem.channel.rolesloanmembershipmemoryviewmessage_typenameoverflowpopreaderreplaceselfsetdefaulttextvaluesviewwriterint (struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, unsigned int, PyObject *)\000uint64_t (void)\000open_channel\000microseconds\200\001\330\004\n\210+\220Q\200A\360\014\000\t\014\2104\210v\220T\230\024\230W\240D\250\004\250K\260w\270a\330\014\022\220+\230Q\230b\240\001\240\027\250\001\250\024\250X\260Q\330\010\022\220&\230\001\230\021\200A\360\014\000\t\014\2104\210v\220T\230\024\230Y\240d\250$\250k\270\027\300\001\330\014\022\220+\230Q\330\020\032\230!\2304\230z\250\021\250\047\260\021\260$\260j\300\001\360""\006\000\t\023\220&\230\001\230\021";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -11469,7 +11601,7 @@ static const char bytes[] = " are open are open, or wrote messages that a reader
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 87; i < 90; i++) {
+    for (int i = 87; i < 91; i++) {
       Py_ssize_t bytes_length = bytes_length_index[i-87].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
@@ -11480,7 +11612,7 @@ static const char bytes[] = " are open are open, or wrote messages that a reader
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 90; i++) {
+    for (Py_ssize_t i = 0; i < 91; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
@@ -11488,7 +11620,7 @@ static const char bytes[] = " are open are open, or wrote messages that a reader
     #if CYTHON_IMMORTAL_CONSTANTS
     {
       PyObject **table = stringtab + 87;
-      for (Py_ssize_t i=0; i<3; ++i) {
+      for (Py_ssize_t i=0; i<4; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -11543,29 +11675,34 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 93};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 243};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_roles_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4vT_WD_D_1_Qb_XQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_roles_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4vT_Yd_k_Q_4z_j, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 255};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_roles_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4vT_WD_Kwa_Qb_XQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;
@@ -13351,6 +13488,33 @@ static CYTHON_INLINE int __Pyx_ArgTypeTest(PyObject *obj, PyTypeObject *type, in
     return 0;
 }
 
+/* RejectKeywords */
+static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds) {
+    PyObject *key = NULL;
+    if (CYTHON_VECTORCALL && likely(PyTuple_Check(kwds))) {
+        key = __Pyx_PySequence_ITEM(kwds, 0);
+    } else {
+#if CYTHON_AVOID_BORROWED_REFS
+        PyObject *pos = NULL;
+#else
+        Py_ssize_t pos = 0;
+#endif
+#if !CYTHON_COMPILING_IN_PYPY || defined(PyArg_ValidateKeywordArguments)
+        if (unlikely(!PyArg_ValidateKeywordArguments(kwds))) return;
+#endif
+        __Pyx_PyDict_NextRef(kwds, &pos, &key, NULL);
+#if CYTHON_AVOID_BORROWED_REFS
+        Py_XDECREF(pos);
+#endif
+    }
+    if (likely(key)) {
+        PyErr_Format(PyExc_TypeError,
+            "%s() got an unexpected keyword argument '%U'",
+            function_name, key);
+        Py_DECREF(key);
+    }
+}
+
 /* PyObjectFastCallMethod */
 #if !CYTHON_VECTORCALL
 static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
@@ -13646,33 +13810,6 @@ static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_uint64_t(uint64_t val
         return PyUnicode_FromOrdinal(*dpos);
     }
     return __Pyx_PyUnicode_BuildFromAscii(ulength, dpos, (int) length, prepend_sign, padding_char);
-}
-
-/* RejectKeywords */
-static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds) {
-    PyObject *key = NULL;
-    if (CYTHON_VECTORCALL && likely(PyTuple_Check(kwds))) {
-        key = __Pyx_PySequence_ITEM(kwds, 0);
-    } else {
-#if CYTHON_AVOID_BORROWED_REFS
-        PyObject *pos = NULL;
-#else
-        Py_ssize_t pos = 0;
-#endif
-#if !CYTHON_COMPILING_IN_PYPY || defined(PyArg_ValidateKeywordArguments)
-        if (unlikely(!PyArg_ValidateKeywordArguments(kwds))) return;
-#endif
-        __Pyx_PyDict_NextRef(kwds, &pos, &key, NULL);
-#if CYTHON_AVOID_BORROWED_REFS
-        Py_XDECREF(pos);
-#endif
-    }
-    if (likely(key)) {
-        PyErr_Format(PyExc_TypeError,
-            "%s() got an unexpected keyword argument '%U'",
-            function_name, key);
-        Py_DECREF(key);
-    }
 }
 
 /* UnicodeConcatInPlace */
@@ -14134,18 +14271,6 @@ static int __Pyx_call_type_traverse(PyObject *o, int always_call, visitproc visi
     return 0;
 }
 #endif
-
-/* CallNextTpClear */
-static void __Pyx_call_next_tp_clear(PyObject* obj, inquiry current_tp_clear) {
-    PyTypeObject* type = Py_TYPE(obj);
-    inquiry tp_clear = NULL;
-    while (type && __Pyx_PyType_GetSlot(type, tp_clear, inquiry) != current_tp_clear)
-        type = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
-    while (type && (tp_clear = __Pyx_PyType_GetSlot(type, tp_clear, inquiry)) == current_tp_clear)
-        type = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
-    if (type && tp_clear)
-        tp_clear(obj);
-}
 
 /* FunctionExport */
 static int __Pyx_ExportFunction(PyObject *api_dict, const char *name, void (*f)(void), const char *sig) {

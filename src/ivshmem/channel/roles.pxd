@@ -28,6 +28,7 @@ cdef class WriterEnd(ChannelEnd):
     cdef bint times
     cdef bint claims  # a queue's, or calls': a slot is chosen by its claim
     cdef readonly uint64_t missed
+    cdef int exports  # memoryviews and arrays of loans
 
     cdef int ready(self) noexcept
     cdef object blocked(self, object timeout)
@@ -43,7 +44,7 @@ cdef class ReaderEnd(ChannelEnd):
     cdef ivshmem_reader reader
     cdef readonly object type
     cdef Held *held
-    cdef uint32_t holding
+    cdef uint32_t holding, holds  # how many are held, and how many `held` has room for
     cdef readonly uint32_t views  # Views that are alive
 
     cdef int hold(self, const ivshmem_message *message) except -1

@@ -10,8 +10,9 @@ Invariants:
 2. What is copied out counts only after the header has checked it.
 """
 
+cimport cython
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy
 
 from ..native.syscalls cimport clock_gettime, timespec
@@ -49,6 +50,7 @@ cdef int open_channel(
 
 # -- writers --------------------------------------------------------------------------------------
 
+@cython.no_gc_clear
 cdef class WriterEnd(ChannelEnd):
     """The slot of a writer, or of a caller."""
 
@@ -86,8 +88,20 @@ cdef class WriterEnd(ChannelEnd):
             )
         if code:
             raise self.fail(code)
-        self.open = True
-        membership.ends.add(self)
+        self.enlist()
+
+    def close(self):
+        """Free the slot; may be called twice.
+
+        Raises:
+            BufferError: a memoryview or an array of a Loan is alive. Nothing has changed then.
+        """
+        if self.open and self.exports and self.membership.usable():
+            raise BufferError(
+                f"channel {self.name!r}: {counted(self.exports, 'memoryview')} or arrays of loans"
+                " are in use: release them first (del)"
+            )
+        ChannelEnd.close(self)
 
     def __dealloc__(self):
         free(self.writer.tables.cell_of)
@@ -158,11 +172,10 @@ cdef class WriterEnd(ChannelEnd):
         if size < LARGE:
             memcpy(self.at(cell), data, size)
             return 0
-        self.membership.mapping.pin()
+        self.begin_copy()
         with nogil:
             memcpy(self.at(cell), data, size)
-        self.membership.mapping.unpin()
-        return 0
+        return self.end_copy()
 
     cdef uint64_t send(self, uint32_t cell, uint32_t length, uint64_t user) except? 0:
         """Publish a loan; there is room. The position that it got, of calls."""
@@ -181,7 +194,6 @@ cdef class WriterEnd(ChannelEnd):
     cdef int wait_again(self, object timeout) except -1:
         """After a time without the GIL: whether there is still room, and a channel."""
         cdef int code
-        self.enter()
         code = self.wait(timeout, None)
         if code == IVSHMEM_AGAIN:
             raise self.blocked(timeout)
@@ -198,6 +210,7 @@ cdef class WriterEnd(ChannelEnd):
 
 # -- readers --------------------------------------------------------------------------------------
 
+@cython.no_gc_clear
 cdef class ReaderEnd(ChannelEnd):
     """The slot of a reader, or of a server; or, where memory can only be read, none."""
 
@@ -216,7 +229,8 @@ cdef class ReaderEnd(ChannelEnd):
         open_channel(self, channels, membership, index, name)
         self.type = message_type
         g = &self.channel.record.geometry
-        self.held = <Held *>malloc((g.views + 2) * sizeof(Held))
+        self.holds = g.views + 2
+        self.held = <Held *>malloc(self.holds * sizeof(Held))
         if self.held == NULL:
             raise MemoryError
         self.reader.channel = &self.channel
@@ -229,9 +243,7 @@ cdef class ReaderEnd(ChannelEnd):
             )
         if code:
             raise self.fail(code)
-        self.open = True
-        membership.flush()
-        membership.ends.add(self)
+        self.enlist()
 
     def __dealloc__(self):
         free(self.held)
@@ -246,14 +258,19 @@ cdef class ReaderEnd(ChannelEnd):
         Raises:
             BufferError: a View of a message is alive. Nothing has changed then.
         """
-        if self.open and self.views and not self.membership.closed:
+        if self.open and self.views and self.membership.usable():
             raise BufferError(f"{counted(self.views, 'view')} of messages: release them first")
         ChannelEnd.close(self)
 
     cdef int hold(self, const ivshmem_message *message) except -1:
         """Note that a message is being looked at."""
-        if self.holding > self.channel.record.geometry.views + 1:
-            raise ChannelError(f"channel {self.name!r}: more views than it was made for")
+        cdef Held *grown
+        if self.holding == self.holds:  # each thread that copies a large message holds it
+            grown = <Held *>realloc(self.held, 2 * <size_t>self.holds * sizeof(Held))
+            if grown == NULL:
+                raise MemoryError
+            self.held = grown
+            self.holds *= 2
         self.held[self.holding].writer = message.writer
         self.held[self.holding].position = message.position
         self.holding += 1
@@ -279,7 +296,7 @@ cdef class ReaderEnd(ChannelEnd):
                 ivshmem_ahead(oldest, self.held[i].position) < <uint64_t>1 << 39
             ):
                 oldest = self.held[i].position
-        if self.open and not self.membership.closed:
+        if self.usable():
             ivshmem_release(&self.reader, writer, oldest)
             if self.membership.rings.count:
                 self.membership.flush()

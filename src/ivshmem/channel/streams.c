@@ -2236,7 +2236,7 @@ struct __pyx_t_7ivshmem_7channel_5roles_Held {
 };
 struct __pyx_t_7ivshmem_7channel_7streams_Probed;
 
-/* "ivshmem/channel/streams.pyx":27
+/* "ivshmem/channel/streams.pyx":28
  * from . import asynchronous, stream_files
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -2248,7 +2248,7 @@ enum  {
   __pyx_e_7ivshmem_7channel_7streams_RECEIVE = 1
 };
 
-/* "ivshmem/channel/streams.pyx":143
+/* "ivshmem/channel/streams.pyx":144
  * 
  * 
  * cdef struct Probed:             # <<<<<<<<<<<<<<
@@ -2514,6 +2514,8 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Membership {
   unsigned int state;
   unsigned int generation;
   int pinned;
+  int joined;
+  int lost;
   int64_t beat;
 };
 
@@ -2530,6 +2532,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup {
   struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *__pyx_vtab;
   struct __pyx_obj_7ivshmem_7channel_10membership_Membership *membership;
   struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *epoll;
+  struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *kick;
   int64_t pause;
 };
 
@@ -2554,6 +2557,7 @@ struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd {
   struct __pyx_obj_7ivshmem_6native_4spin_Spinner *spinner;
   int watched;
   int open;
+  int copying;
   PyObject *__weakref__;
 };
 
@@ -2572,10 +2576,11 @@ struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd {
   int times;
   int claims;
   uint64_t missed;
+  int exports;
 };
 
 
-/* "roles.pxd":42
+/* "roles.pxd":43
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2588,16 +2593,17 @@ struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd {
   PyObject *type;
   struct __pyx_t_7ivshmem_7channel_5roles_Held *held;
   uint32_t holding;
+  uint32_t holds;
   uint32_t views;
 };
 
 
-/* "ivshmem/channel/streams.pyx":32
+/* "ivshmem/channel/streams.pyx":33
  * 
  * 
- * @cython.final             # <<<<<<<<<<<<<<
+ * @cython.no_gc_clear             # <<<<<<<<<<<<<<
+ * @cython.final
  * cdef class StreamListener(ChannelEnd):
- *     """A listener of a channel of bytes; made by its `listen()`. It iterates over connections."""
 */
 struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener {
   struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
@@ -2605,12 +2611,12 @@ struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener {
 };
 
 
-/* "ivshmem/channel/streams.pyx":172
+/* "ivshmem/channel/streams.pyx":173
  * 
  * 
- * @cython.final             # <<<<<<<<<<<<<<
+ * @cython.no_gc_clear             # <<<<<<<<<<<<<<
+ * @cython.final
  * cdef class Half(ChannelEnd):
- *     """A direction of a Stream, as something to wait for: two threads may wait, one for each."""
 */
 struct __pyx_obj_7ivshmem_7channel_7streams_Half {
   struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
@@ -2619,24 +2625,22 @@ struct __pyx_obj_7ivshmem_7channel_7streams_Half {
 };
 
 
-/* "ivshmem/channel/streams.pyx":198
+/* "ivshmem/channel/streams.pyx":203
  * 
  * 
- * @cython.final             # <<<<<<<<<<<<<<
+ * @cython.no_gc_clear             # <<<<<<<<<<<<<<
+ * @cython.final
  * cdef class Stream(ChannelEnd):
- *     """One end of a connection, which works as a socket does; made by `connect` and `accept`.
 */
 struct __pyx_obj_7ivshmem_7channel_7streams_Stream {
   struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd __pyx_base;
   struct ivshmem_stream stream;
-  struct __pyx_obj_7ivshmem_7channel_7streams_Half *sending;
-  struct __pyx_obj_7ivshmem_7channel_7streams_Half *receiving;
   PyObject *timeout;
 };
 
 
-/* "ivshmem/channel/streams.pyx":404
- *         return self.at_once(self.recv, size)
+/* "ivshmem/channel/streams.pyx":416
+ *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `sendall` for asyncio. The time limit is for each part that finds room.
@@ -2889,6 +2893,10 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *__pyx_vtab
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd {
+  int (*usable)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*begin_copy)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*end_copy)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*enlist)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*enter)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*attempt)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*begin_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
@@ -2920,6 +2928,13 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership {
   int (*release)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*is_silent)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, struct ivshmem_place);
   int (*abandon)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*usable)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  PyObject *(*unusable)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*lose_place)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*use_memory)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*end_use)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  void (*leave)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
+  int (*hurry)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*check)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*flush)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
   int (*kick_all)(struct __pyx_obj_7ivshmem_7channel_10membership_Membership *);
@@ -2951,7 +2966,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
 
 
-/* "roles.pxd":42
+/* "roles.pxd":43
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2970,12 +2985,12 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd;
 
 
-/* "ivshmem/channel/streams.pyx":32
+/* "ivshmem/channel/streams.pyx":33
  * 
  * 
- * @cython.final             # <<<<<<<<<<<<<<
+ * @cython.no_gc_clear             # <<<<<<<<<<<<<<
+ * @cython.final
  * cdef class StreamListener(ChannelEnd):
- *     """A listener of a channel of bytes; made by its `listen()`. It iterates over connections."""
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener {
@@ -2984,12 +2999,12 @@ struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener {
 static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *__pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener;
 
 
-/* "ivshmem/channel/streams.pyx":172
+/* "ivshmem/channel/streams.pyx":173
  * 
  * 
- * @cython.final             # <<<<<<<<<<<<<<
+ * @cython.no_gc_clear             # <<<<<<<<<<<<<<
+ * @cython.final
  * cdef class Half(ChannelEnd):
- *     """A direction of a Stream, as something to wait for: two threads may wait, one for each."""
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Half {
@@ -2998,12 +3013,12 @@ struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Half {
 static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Half *__pyx_vtabptr_7ivshmem_7channel_7streams_Half;
 
 
-/* "ivshmem/channel/streams.pyx":198
+/* "ivshmem/channel/streams.pyx":203
  * 
  * 
- * @cython.final             # <<<<<<<<<<<<<<
+ * @cython.no_gc_clear             # <<<<<<<<<<<<<<
+ * @cython.final
  * cdef class Stream(ChannelEnd):
- *     """One end of a connection, which works as a socket does; made by `connect` and `accept`.
 */
 
 struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream {
@@ -3011,21 +3026,19 @@ struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream {
   int (*take_over)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *);
   int (*begin)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *);
   struct __pyx_obj_7ivshmem_7channel_7streams_Half *(*half)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int);
-  int (*await_half)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, struct __pyx_obj_7ivshmem_7channel_7streams_Half *, PyObject *);
-  PyObject *(*deadline)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *);
-  int64_t (*push)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, char const *, uint64_t, PyObject *);
-  int64_t (*pull)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, char *, uint64_t);
-  PyObject *(*at_once)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, PyObject *, PyObject *);
+  int (*await_half)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, PyObject *, PyObject *);
+  int64_t (*push)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, char const *, uint64_t, PyObject *, PyObject *);
+  int64_t (*pull)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, char *, uint64_t, PyObject *);
+  PyObject *(*receive)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, Py_ssize_t, PyObject *);
 };
 static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *__pyx_vtabptr_7ivshmem_7channel_7streams_Stream;
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *);
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *);
 static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7channel_7streams_6Stream_half(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int);
-static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, struct __pyx_obj_7ivshmem_7channel_7streams_Half *, PyObject *);
-static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_deadline(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *);
-static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, char const *, uint64_t, PyObject *);
-static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, char *, uint64_t);
-static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_at_once(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, PyObject *, PyObject *);
+static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, PyObject *, PyObject *);
+static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, char const *, uint64_t, PyObject *, PyObject *);
+static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, char *, uint64_t, PyObject *);
+static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, Py_ssize_t, PyObject *);
 /* #### Code section: utility_code_proto ### */
 
 /* --- Runtime support code (head) --- */
@@ -3513,13 +3526,6 @@ static PyObject* __Pyx_PyUnicode_Join(PyObject** values, Py_ssize_t value_count,
 /* RaiseException.export */
 static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject *cause);
 
-/* PyObjectFastCallMethod.proto */
-#if CYTHON_VECTORCALL
-#define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
-#else
-static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf);
-#endif
-
 /* FormatTypeName.proto (used by RaiseErrorWithObjectTypes) */
 #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX >= 0x030d0000
 typedef PyObject *__Pyx_TypeName;
@@ -3547,16 +3553,6 @@ static void __Pyx_RaiseErrorWithTypes1(PyObject* exc_type, const char *message, 
 
 /* PyNumberBinop.proto */
 #if CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL || CYTHON_COMPILING_IN_LIMITED_API
-#define __Pyx_PyNumber_Add_object_object(op1, op2)  PyNumber_Add(op1, op2)
-#define __Pyx_PyNumber_InPlaceAdd_object_object(op1, op2)  PyNumber_InPlaceAdd(op1, op2)
-#else
-#define __Pyx_PyNumber_Add_object_object(op1, op2)  __Pyx__PyNumber_Add_object_object(op1, op2, 0)
-#define __Pyx_PyNumber_InPlaceAdd_object_object(op1, op2)  __Pyx__PyNumber_Add_object_object(op1, op2, 1)
-static CYTHON_INLINE PyObject* __Pyx__PyNumber_Add_object_object(PyObject *op1, PyObject *op2, int inplace);
-#endif
-
-/* PyNumberBinop.proto */
-#if CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL || CYTHON_COMPILING_IN_LIMITED_API
 #define __Pyx_PyNumber_Subtract_object_object(op1, op2)  PyNumber_Subtract(op1, op2)
 #define __Pyx_PyNumber_InPlaceSubtract_object_object(op1, op2)  PyNumber_InPlaceSubtract(op1, op2)
 #else
@@ -3567,6 +3563,13 @@ static CYTHON_INLINE PyObject* __Pyx__PyNumber_Subtract_object_object(PyObject *
 
 /* PyObjectCompare.proto */
 static CYTHON_INLINE int __Pyx_PyObject_CompareBoolGt_int_object(PyObject *op1, PyObject *op2, int pyop);
+
+/* PyObjectFastCallMethod.proto */
+#if CYTHON_VECTORCALL
+#define __Pyx_PyObject_FastCallMethod(name, args, nargsf) PyObject_VectorcallMethod(name, args, nargsf, NULL)
+#else
+static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf);
+#endif
 
 /* RejectKeywords.export */
 static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds);
@@ -3861,9 +3864,6 @@ static void __Pyx_call_next_tp_dealloc(PyObject* obj, destructor current_tp_deal
 
 /* CallNextTpTraverse.proto */
 static int __Pyx_call_next_tp_traverse(PyObject* obj, visitproc v, void *a, traverseproc current_tp_traverse);
-
-/* CallNextTpClear.proto */
-static void __Pyx_call_next_tp_clear(PyObject* obj, inquiry current_tp_clear);
 
 /* CheckTypeForFreelists.proto */
 #if CYTHON_USE_FREELISTS
@@ -4274,6 +4274,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_14StreamListener_end_sleep(struct
 static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_mend(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self); /* proto*/
 static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivshmem_7channel_7streams_4Half_sleeper(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self); /* proto*/
 static void __pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self); /* proto*/
@@ -4286,11 +4287,10 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
 static void __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_mend(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto*/
-static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_half, PyObject *__pyx_v_deadline); /* proto*/
-static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_deadline(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto*/
-static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, char const *__pyx_v_data, uint64_t __pyx_v_size, PyObject *__pyx_v_deadline); /* proto*/
-static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, char *__pyx_v_into, uint64_t __pyx_v_room); /* proto*/
-static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_at_once(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_call, PyObject *__pyx_v_argument); /* proto*/
+static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_direction, PyObject *__pyx_v_timeout, PyObject *__pyx_v_deadline); /* proto*/
+static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, char const *__pyx_v_data, uint64_t __pyx_v_size, PyObject *__pyx_v_timeout, PyObject *__pyx_v_deadline); /* proto*/
+static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, char *__pyx_v_into, uint64_t __pyx_v_room, PyObject *__pyx_v_timeout); /* proto*/
+static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, Py_ssize_t __pyx_v_size, PyObject *__pyx_v_timeout); /* proto*/
 
 /* Module declarations from "cython" */
 
@@ -4461,7 +4461,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[3];
     PyObject *__pyx_codeobj_tab[22];
-    PyObject *__pyx_string_tab[168];
+    PyObject *__pyx_string_tab[171];
     PyObject *__pyx_number_tab[4];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
@@ -4553,63 +4553,63 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_isenabled __pyx_string_tab[25]
 #define __pyx_kp_u_ivshmem_channel __pyx_string_tab[26]
 #define __pyx_kp_u_ivshmem_errors __pyx_string_tab[27]
-#define __pyx_kp_u_ivshmem_text __pyx_string_tab[28]
-#define __pyx_kp_u_ivshmem_channel_streams_pyx __pyx_string_tab[29]
-#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[30]
-#define __pyx_kp_u_self_probed_cannot_be_converted __pyx_string_tab[31]
-#define __pyx_kp_u_self_stream_cannot_be_converted __pyx_string_tab[32]
-#define __pyx_kp_u_timeout_2 __pyx_string_tab[33]
-#define __pyx_n_u__2 __pyx_string_tab[34]
-#define __pyx_n_u_B __pyx_string_tab[35]
-#define __pyx_n_u_ChannelError __pyx_string_tab[36]
-#define __pyx_n_u_Half __pyx_string_tab[37]
-#define __pyx_n_u_Half___reduce_cython __pyx_string_tab[38]
-#define __pyx_n_u_Half___setstate_cython __pyx_string_tab[39]
-#define __pyx_n_u_Stream __pyx_string_tab[40]
-#define __pyx_n_u_Stream___reduce_cython __pyx_string_tab[41]
-#define __pyx_n_u_Stream___setstate_cython __pyx_string_tab[42]
-#define __pyx_n_u_Stream__recv_now __pyx_string_tab[43]
-#define __pyx_n_u_Stream__send_now __pyx_string_tab[44]
-#define __pyx_n_u_Stream_gettimeout __pyx_string_tab[45]
-#define __pyx_n_u_Stream_makefile __pyx_string_tab[46]
-#define __pyx_n_u_Stream_recv __pyx_string_tab[47]
-#define __pyx_n_u_Stream_recv_async __pyx_string_tab[48]
-#define __pyx_n_u_Stream_recv_into __pyx_string_tab[49]
-#define __pyx_n_u_Stream_send __pyx_string_tab[50]
-#define __pyx_n_u_Stream_sendall __pyx_string_tab[51]
-#define __pyx_n_u_Stream_sendall_async __pyx_string_tab[52]
-#define __pyx_n_u_Stream_setblocking __pyx_string_tab[53]
-#define __pyx_n_u_Stream_settimeout __pyx_string_tab[54]
-#define __pyx_n_u_Stream_shutdown __pyx_string_tab[55]
-#define __pyx_n_u_StreamListener __pyx_string_tab[56]
-#define __pyx_n_u_StreamListener___reduce_cython __pyx_string_tab[57]
-#define __pyx_n_u_StreamListener___setstate_cython __pyx_string_tab[58]
-#define __pyx_n_u_StreamListener_accept __pyx_string_tab[59]
-#define __pyx_n_u_StreamListener_accept_async __pyx_string_tab[60]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[61]
-#define __pyx_n_u_annotate __pyx_string_tab[62]
-#define __pyx_n_u_await __pyx_string_tab[63]
-#define __pyx_n_u_func __pyx_string_tab[64]
-#define __pyx_n_u_getstate __pyx_string_tab[65]
-#define __pyx_n_u_main __pyx_string_tab[66]
-#define __pyx_n_u_module __pyx_string_tab[67]
-#define __pyx_n_u_name_2 __pyx_string_tab[68]
-#define __pyx_n_u_pyx_state __pyx_string_tab[69]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[70]
-#define __pyx_n_u_qualname __pyx_string_tab[71]
-#define __pyx_n_u_reduce __pyx_string_tab[72]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[73]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[74]
-#define __pyx_n_u_set_name __pyx_string_tab[75]
-#define __pyx_n_u_setstate __pyx_string_tab[76]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[77]
-#define __pyx_n_u_test __pyx_string_tab[78]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[79]
-#define __pyx_n_u_recv_now __pyx_string_tab[80]
-#define __pyx_n_u_send_now __pyx_string_tab[81]
-#define __pyx_n_u_accept __pyx_string_tab[82]
-#define __pyx_n_u_accept_async __pyx_string_tab[83]
-#define __pyx_n_u_add __pyx_string_tab[84]
+#define __pyx_kp_u_ivshmem_system_time_limits __pyx_string_tab[28]
+#define __pyx_kp_u_ivshmem_text __pyx_string_tab[29]
+#define __pyx_kp_u_ivshmem_channel_streams_pyx __pyx_string_tab[30]
+#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[31]
+#define __pyx_kp_u_self_probed_cannot_be_converted __pyx_string_tab[32]
+#define __pyx_kp_u_self_stream_cannot_be_converted __pyx_string_tab[33]
+#define __pyx_kp_u_timeout_2 __pyx_string_tab[34]
+#define __pyx_n_u__2 __pyx_string_tab[35]
+#define __pyx_n_u_B __pyx_string_tab[36]
+#define __pyx_n_u_ChannelError __pyx_string_tab[37]
+#define __pyx_n_u_Half __pyx_string_tab[38]
+#define __pyx_n_u_Half___reduce_cython __pyx_string_tab[39]
+#define __pyx_n_u_Half___setstate_cython __pyx_string_tab[40]
+#define __pyx_n_u_Stream __pyx_string_tab[41]
+#define __pyx_n_u_Stream___reduce_cython __pyx_string_tab[42]
+#define __pyx_n_u_Stream___setstate_cython __pyx_string_tab[43]
+#define __pyx_n_u_Stream__recv_now __pyx_string_tab[44]
+#define __pyx_n_u_Stream__send_now __pyx_string_tab[45]
+#define __pyx_n_u_Stream_gettimeout __pyx_string_tab[46]
+#define __pyx_n_u_Stream_makefile __pyx_string_tab[47]
+#define __pyx_n_u_Stream_recv __pyx_string_tab[48]
+#define __pyx_n_u_Stream_recv_async __pyx_string_tab[49]
+#define __pyx_n_u_Stream_recv_into __pyx_string_tab[50]
+#define __pyx_n_u_Stream_send __pyx_string_tab[51]
+#define __pyx_n_u_Stream_sendall __pyx_string_tab[52]
+#define __pyx_n_u_Stream_sendall_async __pyx_string_tab[53]
+#define __pyx_n_u_Stream_setblocking __pyx_string_tab[54]
+#define __pyx_n_u_Stream_settimeout __pyx_string_tab[55]
+#define __pyx_n_u_Stream_shutdown __pyx_string_tab[56]
+#define __pyx_n_u_StreamListener __pyx_string_tab[57]
+#define __pyx_n_u_StreamListener___reduce_cython __pyx_string_tab[58]
+#define __pyx_n_u_StreamListener___setstate_cython __pyx_string_tab[59]
+#define __pyx_n_u_StreamListener_accept __pyx_string_tab[60]
+#define __pyx_n_u_StreamListener_accept_async __pyx_string_tab[61]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[62]
+#define __pyx_n_u_annotate __pyx_string_tab[63]
+#define __pyx_n_u_await __pyx_string_tab[64]
+#define __pyx_n_u_func __pyx_string_tab[65]
+#define __pyx_n_u_getstate __pyx_string_tab[66]
+#define __pyx_n_u_main __pyx_string_tab[67]
+#define __pyx_n_u_module __pyx_string_tab[68]
+#define __pyx_n_u_name_2 __pyx_string_tab[69]
+#define __pyx_n_u_pyx_state __pyx_string_tab[70]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[71]
+#define __pyx_n_u_qualname __pyx_string_tab[72]
+#define __pyx_n_u_reduce __pyx_string_tab[73]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[74]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[75]
+#define __pyx_n_u_set_name __pyx_string_tab[76]
+#define __pyx_n_u_setstate __pyx_string_tab[77]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[78]
+#define __pyx_n_u_test __pyx_string_tab[79]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[80]
+#define __pyx_n_u_recv_now __pyx_string_tab[81]
+#define __pyx_n_u_send_now __pyx_string_tab[82]
+#define __pyx_n_u_accept __pyx_string_tab[83]
+#define __pyx_n_u_accept_async __pyx_string_tab[84]
 #define __pyx_n_u_asynchronous __pyx_string_tab[85]
 #define __pyx_n_u_asyncio_coroutines __pyx_string_tab[86]
 #define __pyx_n_u_buffer __pyx_string_tab[87]
@@ -4624,24 +4624,24 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_counted __pyx_string_tab[96]
 #define __pyx_n_u_data __pyx_string_tab[97]
 #define __pyx_n_u_deadline __pyx_string_tab[98]
-#define __pyx_n_u_done __pyx_string_tab[99]
-#define __pyx_n_u_encoding __pyx_string_tab[100]
-#define __pyx_n_u_errors __pyx_string_tab[101]
-#define __pyx_n_u_flag __pyx_string_tab[102]
-#define __pyx_n_u_g __pyx_string_tab[103]
-#define __pyx_n_u_gettimeout __pyx_string_tab[104]
-#define __pyx_n_u_how __pyx_string_tab[105]
-#define __pyx_n_u_index __pyx_string_tab[106]
-#define __pyx_n_u_items __pyx_string_tab[107]
-#define __pyx_n_u_ivshmem_channel_streams __pyx_string_tab[108]
-#define __pyx_n_u_left __pyx_string_tab[109]
-#define __pyx_n_u_listener __pyx_string_tab[110]
-#define __pyx_n_u_makefile __pyx_string_tab[111]
-#define __pyx_n_u_membership __pyx_string_tab[112]
-#define __pyx_n_u_mode __pyx_string_tab[113]
-#define __pyx_n_u_monotonic __pyx_string_tab[114]
-#define __pyx_n_u_most __pyx_string_tab[115]
-#define __pyx_n_u_n __pyx_string_tab[116]
+#define __pyx_n_u_deadline_of __pyx_string_tab[99]
+#define __pyx_n_u_done __pyx_string_tab[100]
+#define __pyx_n_u_encoding __pyx_string_tab[101]
+#define __pyx_n_u_errors __pyx_string_tab[102]
+#define __pyx_n_u_flag __pyx_string_tab[103]
+#define __pyx_n_u_g __pyx_string_tab[104]
+#define __pyx_n_u_gettimeout __pyx_string_tab[105]
+#define __pyx_n_u_how __pyx_string_tab[106]
+#define __pyx_n_u_index __pyx_string_tab[107]
+#define __pyx_n_u_items __pyx_string_tab[108]
+#define __pyx_n_u_ivshmem_channel_streams __pyx_string_tab[109]
+#define __pyx_n_u_left __pyx_string_tab[110]
+#define __pyx_n_u_listener __pyx_string_tab[111]
+#define __pyx_n_u_makefile __pyx_string_tab[112]
+#define __pyx_n_u_membership __pyx_string_tab[113]
+#define __pyx_n_u_mode __pyx_string_tab[114]
+#define __pyx_n_u_monotonic __pyx_string_tab[115]
+#define __pyx_n_u_most __pyx_string_tab[116]
 #define __pyx_n_u_name __pyx_string_tab[117]
 #define __pyx_n_u_nbytes __pyx_string_tab[118]
 #define __pyx_n_u_newline __pyx_string_tab[119]
@@ -4653,46 +4653,49 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_recv_async __pyx_string_tab[125]
 #define __pyx_n_u_recv_into __pyx_string_tab[126]
 #define __pyx_n_u_room __pyx_string_tab[127]
-#define __pyx_n_u_self __pyx_string_tab[128]
-#define __pyx_n_u_send __pyx_string_tab[129]
-#define __pyx_n_u_sendall __pyx_string_tab[130]
-#define __pyx_n_u_sendall_async __pyx_string_tab[131]
-#define __pyx_n_u_sent __pyx_string_tab[132]
-#define __pyx_n_u_setblocking __pyx_string_tab[133]
-#define __pyx_n_u_setdefault __pyx_string_tab[134]
-#define __pyx_n_u_settimeout __pyx_string_tab[135]
-#define __pyx_n_u_shutdown __pyx_string_tab[136]
-#define __pyx_n_u_size __pyx_string_tab[137]
-#define __pyx_n_u_spin __pyx_string_tab[138]
-#define __pyx_n_u_stream __pyx_string_tab[139]
-#define __pyx_n_u_stream_files __pyx_string_tab[140]
-#define __pyx_n_u_text __pyx_string_tab[141]
-#define __pyx_n_u_throw __pyx_string_tab[142]
-#define __pyx_n_u_time __pyx_string_tab[143]
-#define __pyx_n_u_timeout __pyx_string_tab[144]
-#define __pyx_n_u_until_no_wait __pyx_string_tab[145]
-#define __pyx_n_u_until_something __pyx_string_tab[146]
-#define __pyx_n_u_value __pyx_string_tab[147]
-#define __pyx_n_u_values __pyx_string_tab[148]
-#define __pyx_n_u_view __pyx_string_tab[149]
-#define __pyx_kp_b__2 __pyx_string_tab[150]
-#define __pyx_kp_b_int_struct___pyx_obj_7ivshmem_7c __pyx_string_tab[151]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[152]
-#define __pyx_kp_b_iso88591_xq_wa_AV1_1Ja_6_uCq_AZq_uCq_vXW __pyx_string_tab[153]
-#define __pyx_kp_b_iso88591_A_t81D_q __pyx_string_tab[154]
-#define __pyx_kp_b_iso88591_A23_81F_4xwc_t2S_A_j_1_C1D_4uAXT __pyx_string_tab[155]
-#define __pyx_kp_b_iso88591_A_87_t82Q_AZq_Kq __pyx_string_tab[156]
-#define __pyx_kp_b_iso88591_A_Kxz __pyx_string_tab[157]
-#define __pyx_kp_b_iso88591_A_t1 __pyx_string_tab[158]
-#define __pyx_kp_b_iso88591_A_4r_G1_AV1A_F_q_Yd_S_Cq_KvQ __pyx_string_tab[159]
-#define __pyx_kp_b_iso88591_A_Q_6_t9A_r_4q_E_E_6_U_FRS_AQa __pyx_string_tab[160]
-#define __pyx_kp_b_iso88591_A_5_A_aq_6_T_5_1_1_q_D_Q_q_q_xr __pyx_string_tab[161]
-#define __pyx_kp_b_iso88591_A_6_t5_1_q_4uA_4vT_t9A_AQa __pyx_string_tab[162]
-#define __pyx_kp_b_iso88591_O_XY_5_v __pyx_string_tab[163]
-#define __pyx_kp_b_iso88591_1_V81A_j_883j_Ba_a_AT_4_6_uCq_f __pyx_string_tab[164]
-#define __pyx_kp_b_iso88591_1_1F_iq __pyx_string_tab[165]
-#define __pyx_kp_b_iso88591_2_l_l_ST __pyx_string_tab[166]
-#define __pyx_kp_b_iso88591_0 __pyx_string_tab[167]
+#define __pyx_n_u_seconds_of __pyx_string_tab[128]
+#define __pyx_n_u_self __pyx_string_tab[129]
+#define __pyx_n_u_send __pyx_string_tab[130]
+#define __pyx_n_u_sendall __pyx_string_tab[131]
+#define __pyx_n_u_sendall_async __pyx_string_tab[132]
+#define __pyx_n_u_sent __pyx_string_tab[133]
+#define __pyx_n_u_setblocking __pyx_string_tab[134]
+#define __pyx_n_u_setdefault __pyx_string_tab[135]
+#define __pyx_n_u_settimeout __pyx_string_tab[136]
+#define __pyx_n_u_shutdown __pyx_string_tab[137]
+#define __pyx_n_u_size __pyx_string_tab[138]
+#define __pyx_n_u_spin __pyx_string_tab[139]
+#define __pyx_n_u_stream __pyx_string_tab[140]
+#define __pyx_n_u_stream_files __pyx_string_tab[141]
+#define __pyx_n_u_system_time_limits __pyx_string_tab[142]
+#define __pyx_n_u_text __pyx_string_tab[143]
+#define __pyx_n_u_throw __pyx_string_tab[144]
+#define __pyx_n_u_time __pyx_string_tab[145]
+#define __pyx_n_u_timeout __pyx_string_tab[146]
+#define __pyx_n_u_until_no_wait __pyx_string_tab[147]
+#define __pyx_n_u_until_something __pyx_string_tab[148]
+#define __pyx_n_u_value __pyx_string_tab[149]
+#define __pyx_n_u_values __pyx_string_tab[150]
+#define __pyx_n_u_view __pyx_string_tab[151]
+#define __pyx_kp_b__2 __pyx_string_tab[152]
+#define __pyx_kp_b_int_struct___pyx_obj_7ivshmem_7c __pyx_string_tab[153]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[154]
+#define __pyx_kp_b_iso88591_xq_wa_AV1_1Ja_6_uCq_AZq_uCq_vXW __pyx_string_tab[155]
+#define __pyx_kp_b_iso88591_A23_81F_4xwc_t2S_A_j_1_C1D_4uAXT __pyx_string_tab[156]
+#define __pyx_kp_b_iso88591_A_87_t_Qir_AZq_Kq __pyx_string_tab[157]
+#define __pyx_kp_b_iso88591_A_Kxz __pyx_string_tab[158]
+#define __pyx_kp_b_iso88591_A_t1 __pyx_string_tab[159]
+#define __pyx_kp_b_iso88591_A_t81F __pyx_string_tab[160]
+#define __pyx_kp_b_iso88591_A_6_4uA_4vT_s_AQa __pyx_string_tab[161]
+#define __pyx_kp_b_iso88591_A_4r_G1_AV1A_F_q_Yd_S_Cq_KvQ __pyx_string_tab[162]
+#define __pyx_kp_b_iso88591_A_Q_6_d_1_r_4q_E_e2V4uBfIQ_AQa __pyx_string_tab[163]
+#define __pyx_kp_b_iso88591_A_t81F_a __pyx_string_tab[164]
+#define __pyx_kp_b_iso88591_A_6_t5_1_q_d_4uA_4vT_y_STTU_AQa __pyx_string_tab[165]
+#define __pyx_kp_b_iso88591_O_XY_5_v __pyx_string_tab[166]
+#define __pyx_kp_b_iso88591_1_V81A_j_aq_a_AT_4_6_uCq_fA_q_u __pyx_string_tab[167]
+#define __pyx_kp_b_iso88591_1_1F_iq __pyx_string_tab[168]
+#define __pyx_kp_b_iso88591_2_e1Jd_iWX __pyx_string_tab[169]
+#define __pyx_kp_b_iso88591_0 __pyx_string_tab[170]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_11 __pyx_number_tab[1]
 #define __pyx_int_32 __pyx_number_tab[2]
@@ -4743,7 +4746,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<22; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<168; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<171; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4803,7 +4806,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<22; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<168; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<171; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -5555,7 +5558,7 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/streams.pyx":38
+/* "ivshmem/channel/streams.pyx":40
  *     cdef ivshmem_listener listener
  * 
  *     def __cinit__(self, channels, Membership membership not None, unsigned index, str name):             # <<<<<<<<<<<<<<
@@ -5588,53 +5591,53 @@ static int __pyx_pw_7ivshmem_7channel_7streams_14StreamListener_1__cinit__(PyObj
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_channels,&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_index,&__pyx_mstate_global->__pyx_n_u_name,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 38, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 40, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 38, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 40, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 38, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 40, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 38, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 40, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 38, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 40, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 38, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 40, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 4; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 4, 4, i); __PYX_ERR(0, 38, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 4, 4, i); __PYX_ERR(0, 40, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 4)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 38, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 40, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 38, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 40, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 38, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 40, __pyx_L3_error)
       values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 38, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 40, __pyx_L3_error)
     }
     __pyx_v_channels = values[0];
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[1]);
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 38, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 40, __pyx_L3_error)
     __pyx_v_name = ((PyObject*)values[3]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 38, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 40, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -5645,8 +5648,8 @@ static int __pyx_pw_7ivshmem_7channel_7streams_14StreamListener_1__cinit__(PyObj
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 38, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 38, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 40, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 40, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(((struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name);
 
   /* function exit code */
@@ -5690,17 +5693,17 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/streams.pyx":40
+  /* "ivshmem/channel/streams.pyx":42
  *     def __cinit__(self, channels, Membership membership not None, unsigned index, str name):
  *         cdef int code
  *         open_channel(self, channels, membership, index, name)             # <<<<<<<<<<<<<<
  *         self.listener.channel = &self.channel
  *         self.listener.member = &membership.member
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 40, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 42, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":41
+  /* "ivshmem/channel/streams.pyx":43
  *         cdef int code
  *         open_channel(self, channels, membership, index, name)
  *         self.listener.channel = &self.channel             # <<<<<<<<<<<<<<
@@ -5709,7 +5712,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 */
   __pyx_v_self->listener.channel = (&__pyx_v_self->__pyx_base.channel);
 
-  /* "ivshmem/channel/streams.pyx":42
+  /* "ivshmem/channel/streams.pyx":44
  *         open_channel(self, channels, membership, index, name)
  *         self.listener.channel = &self.channel
  *         self.listener.member = &membership.member             # <<<<<<<<<<<<<<
@@ -5718,7 +5721,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 */
   __pyx_v_self->listener.member = (&__pyx_v_membership->member);
 
-  /* "ivshmem/channel/streams.pyx":43
+  /* "ivshmem/channel/streams.pyx":45
  *         self.listener.channel = &self.channel
  *         self.listener.member = &membership.member
  *         code = ivshmem_listen(&self.listener)             # <<<<<<<<<<<<<<
@@ -5727,7 +5730,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 */
   __pyx_v_code = ivshmem_listen((&__pyx_v_self->listener));
 
-  /* "ivshmem/channel/streams.pyx":44
+  /* "ivshmem/channel/streams.pyx":46
  *         self.listener.member = &membership.member
  *         code = ivshmem_listen(&self.listener)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -5739,7 +5742,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/streams.pyx":45
+    /* "ivshmem/channel/streams.pyx":47
  *         code = ivshmem_listen(&self.listener)
  *         if code == IVSHMEM_TAKEN:
  *             most = self.channel.record.geometry.readers             # <<<<<<<<<<<<<<
@@ -5750,7 +5753,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 
     __pyx_v_most = __pyx_t_3;
 
-    /* "ivshmem/channel/streams.pyx":46
+    /* "ivshmem/channel/streams.pyx":48
  *         if code == IVSHMEM_TAKEN:
  *             most = self.channel.record.geometry.readers
  *             raise ChannelError(f"channel {name!r}: all its {counted(most, 'listener')} are open")             # <<<<<<<<<<<<<<
@@ -5758,27 +5761,27 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
  *             raise self.fail(code)
 */
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 46, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 48, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 46, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 48, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 46, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 48, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
-    __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 46, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 48, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
-    __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 46, __pyx_L1_error)
+    __pyx_t_10 = PyTuple_New(2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 48, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_GIVEREF(__pyx_t_9);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_9) != (0)) __PYX_ERR(0, 46, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 0, __pyx_t_9) != (0)) __PYX_ERR(0, 48, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_listener);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_listener);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_mstate_global->__pyx_n_u_listener) != (0)) __PYX_ERR(0, 46, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_10, 1, __pyx_mstate_global->__pyx_n_u_listener) != (0)) __PYX_ERR(0, 48, __pyx_L1_error);
     __pyx_t_9 = 0;
-    __pyx_t_9 = __Pyx_PyObject_Call(__pyx_t_8, __pyx_t_10, NULL); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 46, __pyx_L1_error)
+    __pyx_t_9 = __Pyx_PyObject_Call(__pyx_t_8, __pyx_t_10, NULL); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 48, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-    __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_t_9, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 46, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyObject_FormatSimple(__pyx_t_9, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 48, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __pyx_t_11[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -5795,7 +5798,7 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
     __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_11[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_11[3]);
     #endif
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_11, 5, __pyx_t_12, __pyx_t_1);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 46, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 48, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
@@ -5817,14 +5820,14 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 46, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 48, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 46, __pyx_L1_error)
+    __PYX_ERR(0, 48, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":44
+    /* "ivshmem/channel/streams.pyx":46
  *         self.listener.member = &membership.member
  *         code = ivshmem_listen(&self.listener)
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -5833,69 +5836,51 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":47
+  /* "ivshmem/channel/streams.pyx":49
  *             most = self.channel.record.geometry.readers
  *             raise ChannelError(f"channel {name!r}: all its {counted(most, 'listener')} are open")
  *         if code:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
- *         self.open = True
+ *         self.enlist()
 */
   __pyx_t_2 = (__pyx_v_code != 0);
 
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/streams.pyx":48
+    /* "ivshmem/channel/streams.pyx":50
  *             raise ChannelError(f"channel {name!r}: all its {counted(most, 'listener')} are open")
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
- *         self.open = True
- *         membership.ends.add(self)
+ *         self.enlist()
+ * 
 */
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 48, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 50, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 48, __pyx_L1_error)
+    __PYX_ERR(0, 50, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":47
+    /* "ivshmem/channel/streams.pyx":49
  *             most = self.channel.record.geometry.readers
  *             raise ChannelError(f"channel {name!r}: all its {counted(most, 'listener')} are open")
  *         if code:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
- *         self.open = True
+ *         self.enlist()
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":49
+  /* "ivshmem/channel/streams.pyx":51
  *         if code:
  *             raise self.fail(code)
- *         self.open = True             # <<<<<<<<<<<<<<
- *         membership.ends.add(self)
- * 
-*/
-  __pyx_v_self->__pyx_base.open = 1;
-
-  /* "ivshmem/channel/streams.pyx":50
- *             raise self.fail(code)
- *         self.open = True
- *         membership.ends.add(self)             # <<<<<<<<<<<<<<
+ *         self.enlist()             # <<<<<<<<<<<<<<
  * 
  *     cdef int attempt(self) except -2:
 */
-  __pyx_t_6 = __pyx_v_membership->ends;
-  __Pyx_INCREF(__pyx_t_6);
-  __pyx_t_13 = 0;
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_6, ((PyObject *)__pyx_v_self)};
-    __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_13, (2-__pyx_t_13) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 50, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_4);
-  }
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 51, __pyx_L1_error)
 
-  /* "ivshmem/channel/streams.pyx":38
+
+  /* "ivshmem/channel/streams.pyx":40
  *     cdef ivshmem_listener listener
  * 
  *     def __cinit__(self, channels, Membership membership not None, unsigned index, str name):             # <<<<<<<<<<<<<<
@@ -5924,8 +5909,8 @@ static int __pyx_pf_7ivshmem_7channel_7streams_14StreamListener___cinit__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":52
- *         membership.ends.add(self)
+/* "ivshmem/channel/streams.pyx":53
+ *         self.enlist()
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
  *         return 0 if ivshmem_listener_has_caller(&self.listener) else IVSHMEM_AGAIN
@@ -5937,7 +5922,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(struct __
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/streams.pyx":53
+  /* "ivshmem/channel/streams.pyx":54
  * 
  *     cdef int attempt(self) except -2:
  *         return 0 if ivshmem_listener_has_caller(&self.listener) else IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -5959,8 +5944,8 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":52
- *         membership.ends.add(self)
+  /* "ivshmem/channel/streams.pyx":53
+ *         self.enlist()
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
  *         return 0 if ivshmem_listener_has_caller(&self.listener) else IVSHMEM_AGAIN
@@ -5973,7 +5958,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":55
+/* "ivshmem/channel/streams.pyx":56
  *         return 0 if ivshmem_listener_has_caller(&self.listener) else IVSHMEM_AGAIN
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -5988,7 +5973,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struc
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":56
+  /* "ivshmem/channel/streams.pyx":57
  * 
  *     cdef int begin_sleep(self) except -2:
  *         ivshmem_sleep_begin(&self.channel, &self.listener.sleep)             # <<<<<<<<<<<<<<
@@ -5997,20 +5982,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struc
 */
   ivshmem_sleep_begin((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->listener.sleep));
 
-  /* "ivshmem/channel/streams.pyx":57
+  /* "ivshmem/channel/streams.pyx":58
  *     cdef int begin_sleep(self) except -2:
  *         ivshmem_sleep_begin(&self.channel, &self.listener.sleep)
  *         return self.attempt()             # <<<<<<<<<<<<<<
  * 
  *     cdef void end_sleep(self) noexcept:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 57, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 58, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":55
+  /* "ivshmem/channel/streams.pyx":56
  *         return 0 if ivshmem_listener_has_caller(&self.listener) else IVSHMEM_AGAIN
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -6027,7 +6012,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":59
+/* "ivshmem/channel/streams.pyx":60
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6037,7 +6022,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struc
 
 static void __pyx_f_7ivshmem_7channel_7streams_14StreamListener_end_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self) {
 
-  /* "ivshmem/channel/streams.pyx":60
+  /* "ivshmem/channel/streams.pyx":61
  * 
  *     cdef void end_sleep(self) noexcept:
  *         ivshmem_sleep_end(&self.channel, &self.listener.sleep)             # <<<<<<<<<<<<<<
@@ -6046,7 +6031,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_14StreamListener_end_sleep(struct
 */
   ivshmem_sleep_end((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->listener.sleep));
 
-  /* "ivshmem/channel/streams.pyx":59
+  /* "ivshmem/channel/streams.pyx":60
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -6058,7 +6043,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_14StreamListener_end_sleep(struct
 
 }
 
-/* "ivshmem/channel/streams.pyx":62
+/* "ivshmem/channel/streams.pyx":63
  *         ivshmem_sleep_end(&self.channel, &self.listener.sleep)
  * 
  *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
@@ -6075,7 +6060,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_mend(struct __pyx
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":63
+  /* "ivshmem/channel/streams.pyx":64
  * 
  *     cdef int mend(self) except -1:
  *         if self.awaited and self.attempt() == 0:             # <<<<<<<<<<<<<<
@@ -6092,7 +6077,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_mend(struct __pyx
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 63, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 64, __pyx_L1_error)
   __pyx_t_2 = (__pyx_t_3 == 0);
 
 
@@ -6103,17 +6088,17 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_mend(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":64
+    /* "ivshmem/channel/streams.pyx":65
  *     cdef int mend(self) except -1:
  *         if self.awaited and self.attempt() == 0:
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 64, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 65, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":63
+    /* "ivshmem/channel/streams.pyx":64
  * 
  *     cdef int mend(self) except -1:
  *         if self.awaited and self.attempt() == 0:             # <<<<<<<<<<<<<<
@@ -6122,7 +6107,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_mend(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":65
+  /* "ivshmem/channel/streams.pyx":66
  *         if self.awaited and self.attempt() == 0:
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -6135,7 +6120,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_mend(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":62
+  /* "ivshmem/channel/streams.pyx":63
  *         ivshmem_sleep_end(&self.channel, &self.listener.sleep)
  * 
  *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
@@ -6152,7 +6137,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_mend(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":67
+/* "ivshmem/channel/streams.pyx":68
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -6163,7 +6148,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_mend(struct __pyx
 static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":68
+  /* "ivshmem/channel/streams.pyx":69
  * 
  *     cdef int give_up(self) except -1:
  *         ivshmem_listener_close(&self.listener)             # <<<<<<<<<<<<<<
@@ -6172,7 +6157,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up(struct __
 */
   ivshmem_listener_close((&__pyx_v_self->listener));
 
-  /* "ivshmem/channel/streams.pyx":69
+  /* "ivshmem/channel/streams.pyx":70
  *     cdef int give_up(self) except -1:
  *         ivshmem_listener_close(&self.listener)
  *         return 0             # <<<<<<<<<<<<<<
@@ -6185,7 +6170,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":67
+  /* "ivshmem/channel/streams.pyx":68
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -6199,7 +6184,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":71
+/* "ivshmem/channel/streams.pyx":72
  *         return 0
  * 
  *     def accept(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -6248,25 +6233,25 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 71, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 72, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 71, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 72, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "accept", 0) < (0)) __PYX_ERR(0, 71, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "accept", 0) < (0)) __PYX_ERR(0, 72, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 71, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 72, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -6279,7 +6264,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("accept", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 71, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("accept", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 72, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6309,105 +6294,93 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   int __pyx_t_2;
-  int __pyx_t_3;
+  PyObject *__pyx_t_3 = NULL;
   PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
-  PyObject *__pyx_t_6 = NULL;
-  size_t __pyx_t_7;
-  long __pyx_t_8;
+  size_t __pyx_t_5;
+  int __pyx_t_6;
+  long __pyx_t_7;
+  PyObject *__pyx_t_8 = NULL;
   int __pyx_t_9;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("accept", 0);
 
-  /* "ivshmem/channel/streams.pyx":84
+  /* "ivshmem/channel/streams.pyx":85
  *             ClosedError: the listener, the channels or the region is closed.
  *         """
  *         cdef Stream stream = Stream.__new__(Stream)             # <<<<<<<<<<<<<<
  *         cdef int code
  *         stream.take_over(self)
 */
-  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Stream(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 84, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Stream(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 85, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_stream = ((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":86
+  /* "ivshmem/channel/streams.pyx":87
  *         cdef Stream stream = Stream.__new__(Stream)
  *         cdef int code
  *         stream.take_over(self)             # <<<<<<<<<<<<<<
- *         deadline = None if timeout is None else monotonic() + timeout
+ *         deadline = deadline_of(timeout)
  *         while True:
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(__pyx_v_stream, __pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 86, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(__pyx_v_stream, __pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 87, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":87
+  /* "ivshmem/channel/streams.pyx":88
  *         cdef int code
  *         stream.take_over(self)
- *         deadline = None if timeout is None else monotonic() + timeout             # <<<<<<<<<<<<<<
+ *         deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
  *         while True:
  *             self.enter()
 */
-  __pyx_t_3 = (__pyx_v_timeout == Py_None);
-  if (__pyx_t_3) {
-    __Pyx_INCREF(Py_None);
-    __pyx_t_1 = Py_None;
-  } else {
-    __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 87, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_6))) {
-      __pyx_t_5 = PyMethod_GET_SELF(__pyx_t_6);
-      assert(__pyx_t_5);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_6);
-      __Pyx_INCREF(__pyx_t_5);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_6, __pyx__function);
-      __pyx_t_7 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_5, NULL};
-      __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 87, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-    }
-    __pyx_t_6 = __Pyx_PyNumber_Add_object_object(__pyx_t_4, __pyx_v_timeout); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 87, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_6);
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __pyx_t_1 = __pyx_t_6;
-    __pyx_t_6 = 0;
+  __pyx_t_3 = NULL;
+  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 88, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_5 = 1;
+  #if CYTHON_UNPACK_METHODS
+  if (unlikely(PyMethod_Check(__pyx_t_4))) {
+    __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_4);
+    assert(__pyx_t_3);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_4);
+    __Pyx_INCREF(__pyx_t_3);
+    __Pyx_INCREF(__pyx__function);
+    __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
+    __pyx_t_5 = 0;
   }
-
+  #endif
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_v_timeout};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 88, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
   __pyx_v_deadline = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":88
+  /* "ivshmem/channel/streams.pyx":89
  *         stream.take_over(self)
- *         deadline = None if timeout is None else monotonic() + timeout
+ *         deadline = deadline_of(timeout)
  *         while True:             # <<<<<<<<<<<<<<
  *             self.enter()
  *             stream.stream.channel = &self.channel
 */
   while (1) {
 
-    /* "ivshmem/channel/streams.pyx":89
- *         deadline = None if timeout is None else monotonic() + timeout
+    /* "ivshmem/channel/streams.pyx":90
+ *         deadline = deadline_of(timeout)
  *         while True:
  *             self.enter()             # <<<<<<<<<<<<<<
  *             stream.stream.channel = &self.channel
  *             code = ivshmem_accept(&self.listener, &stream.stream)
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 89, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 90, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":90
+    /* "ivshmem/channel/streams.pyx":91
  *         while True:
  *             self.enter()
  *             stream.stream.channel = &self.channel             # <<<<<<<<<<<<<<
@@ -6416,7 +6389,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
 */
     __pyx_v_stream->stream.channel = (&__pyx_v_self->__pyx_base.channel);
 
-    /* "ivshmem/channel/streams.pyx":91
+    /* "ivshmem/channel/streams.pyx":92
  *             self.enter()
  *             stream.stream.channel = &self.channel
  *             code = ivshmem_accept(&self.listener, &stream.stream)             # <<<<<<<<<<<<<<
@@ -6425,29 +6398,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
 */
     __pyx_v_code = ivshmem_accept((&__pyx_v_self->listener), (&__pyx_v_stream->stream));
 
-    /* "ivshmem/channel/streams.pyx":92
+    /* "ivshmem/channel/streams.pyx":93
  *             stream.stream.channel = &self.channel
  *             code = ivshmem_accept(&self.listener, &stream.stream)
  *             if code == 0:             # <<<<<<<<<<<<<<
  *                 stream.begin()
  *                 return stream
 */
-    __pyx_t_3 = (__pyx_v_code == 0);
+    __pyx_t_6 = (__pyx_v_code == 0);
 
-    if (__pyx_t_3) {
+    if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/streams.pyx":93
+      /* "ivshmem/channel/streams.pyx":94
  *             code = ivshmem_accept(&self.listener, &stream.stream)
  *             if code == 0:
  *                 stream.begin()             # <<<<<<<<<<<<<<
  *                 return stream
  *             if code != IVSHMEM_AGAIN:
 */
-      __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(__pyx_v_stream); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 93, __pyx_L1_error)
+      __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(__pyx_v_stream); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 94, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":94
+      /* "ivshmem/channel/streams.pyx":95
  *             if code == 0:
  *                 stream.begin()
  *                 return stream             # <<<<<<<<<<<<<<
@@ -6465,7 +6438,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":92
+      /* "ivshmem/channel/streams.pyx":93
  *             stream.stream.channel = &self.channel
  *             code = ivshmem_accept(&self.listener, &stream.stream)
  *             if code == 0:             # <<<<<<<<<<<<<<
@@ -6474,32 +6447,32 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":95
+    /* "ivshmem/channel/streams.pyx":96
  *                 stream.begin()
  *                 return stream
  *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                 raise self.fail(code)
  *             left = None if deadline is None else max(deadline - monotonic(), 0)
 */
-    __pyx_t_3 = (__pyx_v_code != IVSHMEM_AGAIN);
+    __pyx_t_6 = (__pyx_v_code != IVSHMEM_AGAIN);
 
-    if (unlikely(__pyx_t_3)) {
+    if (unlikely(__pyx_t_6)) {
 
 
-      /* "ivshmem/channel/streams.pyx":96
+      /* "ivshmem/channel/streams.pyx":97
  *                 return stream
  *             if code != IVSHMEM_AGAIN:
  *                 raise self.fail(code)             # <<<<<<<<<<<<<<
  *             left = None if deadline is None else max(deadline - monotonic(), 0)
  *             if self.wait(left, spin) == IVSHMEM_AGAIN:
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 96, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 97, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 96, __pyx_L1_error)
+      __PYX_ERR(0, 97, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":95
+      /* "ivshmem/channel/streams.pyx":96
  *                 stream.begin()
  *                 return stream
  *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6508,84 +6481,84 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":97
+    /* "ivshmem/channel/streams.pyx":98
  *             if code != IVSHMEM_AGAIN:
  *                 raise self.fail(code)
  *             left = None if deadline is None else max(deadline - monotonic(), 0)             # <<<<<<<<<<<<<<
  *             if self.wait(left, spin) == IVSHMEM_AGAIN:
  *                 return None
 */
-    __pyx_t_3 = (__pyx_v_deadline == Py_None);
-    if (__pyx_t_3) {
+    __pyx_t_6 = (__pyx_v_deadline == Py_None);
+    if (__pyx_t_6) {
       __Pyx_INCREF(Py_None);
       __pyx_t_1 = Py_None;
     } else {
 
-      __pyx_t_8 = 0;
-      __pyx_t_4 = NULL;
-      __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 97, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_7 = 1;
+      __pyx_t_7 = 0;
+      __pyx_t_3 = NULL;
+      __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 98, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_8);
+      __pyx_t_5 = 1;
       #if CYTHON_UNPACK_METHODS
-      if (unlikely(PyMethod_Check(__pyx_t_5))) {
-        __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_5);
-        assert(__pyx_t_4);
-        PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
-        __Pyx_INCREF(__pyx_t_4);
+      if (unlikely(PyMethod_Check(__pyx_t_8))) {
+        __pyx_t_3 = PyMethod_GET_SELF(__pyx_t_8);
+        assert(__pyx_t_3);
+        PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_8);
+        __Pyx_INCREF(__pyx_t_3);
         __Pyx_INCREF(__pyx__function);
-        __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
-        __pyx_t_7 = 0;
+        __Pyx_DECREF_SET(__pyx_t_8, __pyx__function);
+        __pyx_t_5 = 0;
       }
       #endif
       {
-        PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
-        __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_7, (1-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-        __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-        __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 97, __pyx_L1_error)
-        __Pyx_GOTREF(__pyx_t_6);
-      }
-      __pyx_t_5 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_6); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 97, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_5);
-      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      __pyx_t_4 = __Pyx_PyLong_From_long(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 97, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_4);
-      __pyx_t_9 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_4, __pyx_t_5, Py_GT); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 97, __pyx_L1_error)
-      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (__pyx_t_9) {
-        __pyx_t_4 = __Pyx_PyLong_From_long(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 97, __pyx_L1_error)
+        PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
+        __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+        __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 98, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
-        __pyx_t_6 = __pyx_t_4;
-        __pyx_t_4 = 0;
+      }
+      __pyx_t_8 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_4); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 98, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_8);
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_t_7); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 98, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_3);
+      __pyx_t_9 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_3, __pyx_t_8, Py_GT); if (unlikely((__pyx_t_9 < 0))) __PYX_ERR(0, 98, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+      if (__pyx_t_9) {
+        __pyx_t_3 = __Pyx_PyLong_From_long(__pyx_t_7); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 98, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_3);
+        __pyx_t_4 = __pyx_t_3;
+        __pyx_t_3 = 0;
       } else {
-        __Pyx_INCREF(__pyx_t_5);
-        __pyx_t_6 = __pyx_t_5;
+        __Pyx_INCREF(__pyx_t_8);
+        __pyx_t_4 = __pyx_t_8;
       }
 
-      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __Pyx_INCREF(__pyx_t_6);
-      __pyx_t_1 = __pyx_t_6;
-      __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+      __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+      __Pyx_INCREF(__pyx_t_4);
+      __pyx_t_1 = __pyx_t_4;
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
 
     __Pyx_XDECREF_SET(__pyx_v_left, __pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/streams.pyx":98
+    /* "ivshmem/channel/streams.pyx":99
  *                 raise self.fail(code)
  *             left = None if deadline is None else max(deadline - monotonic(), 0)
  *             if self.wait(left, spin) == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                 return None
  * 
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_left, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 98, __pyx_L1_error)
-    __pyx_t_3 = (__pyx_t_2 == IVSHMEM_AGAIN);
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_StreamListener *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_left, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 99, __pyx_L1_error)
+    __pyx_t_6 = (__pyx_t_2 == IVSHMEM_AGAIN);
 
 
-    if (__pyx_t_3) {
+    if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/streams.pyx":99
+      /* "ivshmem/channel/streams.pyx":100
  *             left = None if deadline is None else max(deadline - monotonic(), 0)
  *             if self.wait(left, spin) == IVSHMEM_AGAIN:
  *                 return None             # <<<<<<<<<<<<<<
@@ -6602,7 +6575,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":98
+      /* "ivshmem/channel/streams.pyx":99
  *                 raise self.fail(code)
  *             left = None if deadline is None else max(deadline - monotonic(), 0)
  *             if self.wait(left, spin) == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -6612,7 +6585,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
     }
   }
 
-  /* "ivshmem/channel/streams.pyx":71
+  /* "ivshmem/channel/streams.pyx":72
  *         return 0
  * 
  *     def accept(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -6625,9 +6598,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
   goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_8);
   __Pyx_AddTraceback("ivshmem.channel.streams.StreamListener.accept", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -6640,7 +6613,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_2accept(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":101
+/* "ivshmem/channel/streams.pyx":102
  *                 return None
  * 
  *     def accept_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -6688,24 +6661,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 101, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 102, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 101, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 102, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "accept_async", 0) < (0)) __PYX_ERR(0, 101, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "accept_async", 0) < (0)) __PYX_ERR(0, 102, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 101, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 102, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -6716,7 +6689,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("accept_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 101, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("accept_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 102, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6750,7 +6723,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_4accept_as
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("accept_async", 0);
 
-  /* "ivshmem/channel/streams.pyx":103
+  /* "ivshmem/channel/streams.pyx":104
  *     def accept_async(self, timeout=None):
  *         """The twin of `accept` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.accept, timeout)             # <<<<<<<<<<<<<<
@@ -6758,12 +6731,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_4accept_as
  *     def __iter__(self):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 103, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 104, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 103, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 104, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_accept); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 103, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_accept); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 104, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -6783,7 +6756,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_4accept_as
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 103, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 104, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -6797,7 +6770,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_4accept_as
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":101
+  /* "ivshmem/channel/streams.pyx":102
  *                 return None
  * 
  *     def accept_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -6819,7 +6792,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_4accept_as
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":105
+/* "ivshmem/channel/streams.pyx":106
  *         return asynchronous.until_something(self, self.accept, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -6847,7 +6820,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_6__iter__(
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/streams.pyx":106
+  /* "ivshmem/channel/streams.pyx":107
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -6865,7 +6838,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_6__iter__(
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":105
+  /* "ivshmem/channel/streams.pyx":106
  *         return asynchronous.until_something(self, self.accept, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -6880,7 +6853,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_6__iter__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":108
+/* "ivshmem/channel/streams.pyx":109
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -6914,7 +6887,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_8__next__(
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/streams.pyx":109
+  /* "ivshmem/channel/streams.pyx":110
  * 
  *     def __next__(self):
  *         return self.accept()             # <<<<<<<<<<<<<<
@@ -6928,7 +6901,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_8__next__(
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_accept, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 109, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 110, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -6942,7 +6915,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_8__next__(
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":108
+  /* "ivshmem/channel/streams.pyx":109
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -6962,7 +6935,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_8__next__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":111
+/* "ivshmem/channel/streams.pyx":112
  *         return self.accept()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -6990,7 +6963,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_10__aiter_
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/streams.pyx":112
+  /* "ivshmem/channel/streams.pyx":113
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -7008,7 +6981,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_10__aiter_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":111
+  /* "ivshmem/channel/streams.pyx":112
  *         return self.accept()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -7023,7 +6996,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_10__aiter_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":114
+/* "ivshmem/channel/streams.pyx":115
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -7057,7 +7030,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_12__anext_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/streams.pyx":115
+  /* "ivshmem/channel/streams.pyx":116
  * 
  *     def __anext__(self):
  *         return self.accept_async()             # <<<<<<<<<<<<<<
@@ -7071,7 +7044,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_12__anext_
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_accept_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 115, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 116, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -7085,7 +7058,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_12__anext_
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":114
+  /* "ivshmem/channel/streams.pyx":115
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -7311,7 +7284,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_14StreamListener_16__setsta
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":118
+/* "ivshmem/channel/streams.pyx":119
  * 
  * 
  * def connect(channels, Membership membership not None, unsigned index, str name):             # <<<<<<<<<<<<<<
@@ -7362,53 +7335,53 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_channels,&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_index,&__pyx_mstate_global->__pyx_n_u_name,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 118, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 119, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 118, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 119, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 118, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 119, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 118, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 119, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 118, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 119, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "connect", 0) < (0)) __PYX_ERR(0, 118, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "connect", 0) < (0)) __PYX_ERR(0, 119, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 4; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("connect", 1, 4, 4, i); __PYX_ERR(0, 118, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("connect", 1, 4, 4, i); __PYX_ERR(0, 119, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 4)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 118, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 119, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 118, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 119, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 118, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 119, __pyx_L3_error)
       values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 118, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 119, __pyx_L3_error)
     }
     __pyx_v_channels = values[0];
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[1]);
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 118, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 119, __pyx_L3_error)
     __pyx_v_name = ((PyObject*)values[3]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("connect", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 118, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("connect", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 119, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7419,8 +7392,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 118, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 118, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 119, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 119, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7streams_connect(__pyx_self, __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name);
 
   /* function exit code */
@@ -7466,29 +7439,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("connect", 0);
 
-  /* "ivshmem/channel/streams.pyx":125
+  /* "ivshmem/channel/streams.pyx":126
  *         ChannelError: all connections are in use.
  *     """
  *     cdef Stream stream = Stream.__new__(Stream)             # <<<<<<<<<<<<<<
  *     cdef int code
  *     open_channel(stream, channels, membership, index, name)
 */
-  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Stream(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 125, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_7streams_Stream(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 126, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_stream = ((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":127
+  /* "ivshmem/channel/streams.pyx":128
  *     cdef Stream stream = Stream.__new__(Stream)
  *     cdef int code
  *     open_channel(stream, channels, membership, index, name)             # <<<<<<<<<<<<<<
  *     stream.stream.channel = &stream.channel
  *     stream.stream.member = &membership.member
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_stream), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 127, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_5roles_open_channel(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_stream), __pyx_v_channels, __pyx_v_membership, __pyx_v_index, __pyx_v_name); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 128, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":128
+  /* "ivshmem/channel/streams.pyx":129
  *     cdef int code
  *     open_channel(stream, channels, membership, index, name)
  *     stream.stream.channel = &stream.channel             # <<<<<<<<<<<<<<
@@ -7497,7 +7470,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   __pyx_v_stream->stream.channel = (&__pyx_v_stream->__pyx_base.channel);
 
-  /* "ivshmem/channel/streams.pyx":129
+  /* "ivshmem/channel/streams.pyx":130
  *     open_channel(stream, channels, membership, index, name)
  *     stream.stream.channel = &stream.channel
  *     stream.stream.member = &membership.member             # <<<<<<<<<<<<<<
@@ -7506,7 +7479,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   __pyx_v_stream->stream.member = (&__pyx_v_membership->member);
 
-  /* "ivshmem/channel/streams.pyx":130
+  /* "ivshmem/channel/streams.pyx":131
  *     stream.stream.channel = &stream.channel
  *     stream.stream.member = &membership.member
  *     code = ivshmem_stream_connect(&stream.stream)             # <<<<<<<<<<<<<<
@@ -7515,7 +7488,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   __pyx_v_code = ivshmem_stream_connect((&__pyx_v_stream->stream));
 
-  /* "ivshmem/channel/streams.pyx":131
+  /* "ivshmem/channel/streams.pyx":132
  *     stream.stream.member = &membership.member
  *     code = ivshmem_stream_connect(&stream.stream)
  *     if code == IVSHMEM_NOT_FOUND:             # <<<<<<<<<<<<<<
@@ -7527,7 +7500,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/streams.pyx":132
+    /* "ivshmem/channel/streams.pyx":133
  *     code = ivshmem_stream_connect(&stream.stream)
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise ConnectionRefusedError(f"channel {name!r}: no process listens")             # <<<<<<<<<<<<<<
@@ -7535,7 +7508,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
  *         most = stream.channel.record.geometry.writers
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 132, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 133, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_6[1] = __pyx_t_5;
@@ -7549,7 +7522,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
     __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
     #endif
     __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_2);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 132, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 133, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_9 = 1;
@@ -7558,14 +7531,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ConnectionRefusedError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 132, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 133, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 132, __pyx_L1_error)
+    __PYX_ERR(0, 133, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":131
+    /* "ivshmem/channel/streams.pyx":132
  *     stream.stream.member = &membership.member
  *     code = ivshmem_stream_connect(&stream.stream)
  *     if code == IVSHMEM_NOT_FOUND:             # <<<<<<<<<<<<<<
@@ -7574,7 +7547,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":133
+  /* "ivshmem/channel/streams.pyx":134
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise ConnectionRefusedError(f"channel {name!r}: no process listens")
  *     if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -7586,7 +7559,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/streams.pyx":134
+    /* "ivshmem/channel/streams.pyx":135
  *         raise ConnectionRefusedError(f"channel {name!r}: no process listens")
  *     if code == IVSHMEM_TAKEN:
  *         most = stream.channel.record.geometry.writers             # <<<<<<<<<<<<<<
@@ -7597,7 +7570,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 
     __pyx_v_most = __pyx_t_10;
 
-    /* "ivshmem/channel/streams.pyx":135
+    /* "ivshmem/channel/streams.pyx":136
  *     if code == IVSHMEM_TAKEN:
  *         most = stream.channel.record.geometry.writers
  *         raise ChannelError(f"channel {name!r}: all its {counted(most, 'connection')} are in use")             # <<<<<<<<<<<<<<
@@ -7605,27 +7578,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
  *         raise stream.fail(code)
 */
     __pyx_t_8 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 135, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 136, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 135, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 136, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 135, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_11, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 136, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_12 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 135, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_uint32_t(__pyx_v_most); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 136, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_13 = PyTuple_New(2); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 135, __pyx_L1_error)
+    __pyx_t_13 = PyTuple_New(2); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 136, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_GIVEREF(__pyx_t_12);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 0, __pyx_t_12) != (0)) __PYX_ERR(0, 135, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 0, __pyx_t_12) != (0)) __PYX_ERR(0, 136, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_connection);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_connection);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 1, __pyx_mstate_global->__pyx_n_u_connection) != (0)) __PYX_ERR(0, 135, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 1, __pyx_mstate_global->__pyx_n_u_connection) != (0)) __PYX_ERR(0, 136, __pyx_L1_error);
     __pyx_t_12 = 0;
-    __pyx_t_12 = __Pyx_PyObject_Call(__pyx_t_11, __pyx_t_13, NULL); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 135, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyObject_Call(__pyx_t_11, __pyx_t_13, NULL); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 136, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
     __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-    __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_t_12, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 135, __pyx_L1_error)
+    __pyx_t_13 = __Pyx_PyObject_FormatSimple(__pyx_t_12, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 136, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
     __pyx_t_14[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -7642,7 +7615,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
     __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_14[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_14[3]);
     #endif
     __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_14, 5, __pyx_t_7, __pyx_t_2);
-    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 135, __pyx_L1_error)
+    if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 136, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
@@ -7664,14 +7637,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
       __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 135, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 136, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 135, __pyx_L1_error)
+    __PYX_ERR(0, 136, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":133
+    /* "ivshmem/channel/streams.pyx":134
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise ConnectionRefusedError(f"channel {name!r}: no process listens")
  *     if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -7680,7 +7653,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":136
+  /* "ivshmem/channel/streams.pyx":137
  *         most = stream.channel.record.geometry.writers
  *         raise ChannelError(f"channel {name!r}: all its {counted(most, 'connection')} are in use")
  *     if code:             # <<<<<<<<<<<<<<
@@ -7692,20 +7665,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/streams.pyx":137
+    /* "ivshmem/channel/streams.pyx":138
  *         raise ChannelError(f"channel {name!r}: all its {counted(most, 'connection')} are in use")
  *     if code:
  *         raise stream.fail(code)             # <<<<<<<<<<<<<<
  *     stream.begin()
  *     membership.flush()
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_stream->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_stream), __pyx_v_code); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 137, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_stream->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_stream), __pyx_v_code); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 138, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 137, __pyx_L1_error)
+    __PYX_ERR(0, 138, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":136
+    /* "ivshmem/channel/streams.pyx":137
  *         most = stream.channel.record.geometry.writers
  *         raise ChannelError(f"channel {name!r}: all its {counted(most, 'connection')} are in use")
  *     if code:             # <<<<<<<<<<<<<<
@@ -7714,27 +7687,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":138
+  /* "ivshmem/channel/streams.pyx":139
  *     if code:
  *         raise stream.fail(code)
  *     stream.begin()             # <<<<<<<<<<<<<<
  *     membership.flush()
  *     return stream
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(__pyx_v_stream); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 138, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(__pyx_v_stream); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 139, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":139
+  /* "ivshmem/channel/streams.pyx":140
  *         raise stream.fail(code)
  *     stream.begin()
  *     membership.flush()             # <<<<<<<<<<<<<<
  *     return stream
  * 
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->flush(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 139, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->flush(__pyx_v_membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 140, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":140
+  /* "ivshmem/channel/streams.pyx":141
  *     stream.begin()
  *     membership.flush()
  *     return stream             # <<<<<<<<<<<<<<
@@ -7752,7 +7725,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":118
+  /* "ivshmem/channel/streams.pyx":119
  * 
  * 
  * def connect(channels, Membership membership not None, unsigned index, str name):             # <<<<<<<<<<<<<<
@@ -7780,7 +7753,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_connect(CYTHON_UNUSED PyObj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":148
+/* "ivshmem/channel/streams.pyx":149
  * 
  * 
  * cdef int look(ivshmem_stream *stream, int direction) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -7795,7 +7768,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/streams.pyx":151
+  /* "ivshmem/channel/streams.pyx":152
  *     """0: a call in this direction would not wait; IVSHMEM_AGAIN; or an error."""
  *     cdef ivshmem_other_end other
  *     cdef int code = ivshmem_stream_look(stream, &other)             # <<<<<<<<<<<<<<
@@ -7804,7 +7777,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
 */
   __pyx_v_code = ivshmem_stream_look(__pyx_v_stream, (&__pyx_v_other));
 
-  /* "ivshmem/channel/streams.pyx":152
+  /* "ivshmem/channel/streams.pyx":153
  *     cdef ivshmem_other_end other
  *     cdef int code = ivshmem_stream_look(stream, &other)
  *     if code:             # <<<<<<<<<<<<<<
@@ -7816,7 +7789,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":153
+    /* "ivshmem/channel/streams.pyx":154
  *     cdef int code = ivshmem_stream_look(stream, &other)
  *     if code:
  *         return code             # <<<<<<<<<<<<<<
@@ -7829,7 +7802,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":152
+    /* "ivshmem/channel/streams.pyx":153
  *     cdef ivshmem_other_end other
  *     cdef int code = ivshmem_stream_look(stream, &other)
  *     if code:             # <<<<<<<<<<<<<<
@@ -7838,7 +7811,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":154
+  /* "ivshmem/channel/streams.pyx":155
  *     if code:
  *         return code
  *     if other.closed:             # <<<<<<<<<<<<<<
@@ -7850,7 +7823,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":155
+    /* "ivshmem/channel/streams.pyx":156
  *         return code
  *     if other.closed:
  *         return 0             # <<<<<<<<<<<<<<
@@ -7863,7 +7836,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":154
+    /* "ivshmem/channel/streams.pyx":155
  *     if code:
  *         return code
  *     if other.closed:             # <<<<<<<<<<<<<<
@@ -7872,7 +7845,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":156
+  /* "ivshmem/channel/streams.pyx":157
  *     if other.closed:
  *         return 0
  *     if direction == SEND:             # <<<<<<<<<<<<<<
@@ -7884,7 +7857,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":157
+    /* "ivshmem/channel/streams.pyx":158
  *         return 0
  *     if direction == SEND:
  *         if other.receives_no_more or stream.sends_no_more:             # <<<<<<<<<<<<<<
@@ -7910,7 +7883,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/streams.pyx":158
+      /* "ivshmem/channel/streams.pyx":159
  *     if direction == SEND:
  *         if other.receives_no_more or stream.sends_no_more:
  *             return 0             # <<<<<<<<<<<<<<
@@ -7923,7 +7896,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":157
+      /* "ivshmem/channel/streams.pyx":158
  *         return 0
  *     if direction == SEND:
  *         if other.receives_no_more or stream.sends_no_more:             # <<<<<<<<<<<<<<
@@ -7932,7 +7905,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":159
+    /* "ivshmem/channel/streams.pyx":160
  *         if other.receives_no_more or stream.sends_no_more:
  *             return 0
  *         if ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes:             # <<<<<<<<<<<<<<
@@ -7944,7 +7917,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
     if (__pyx_t_1) {
 
 
-      /* "ivshmem/channel/streams.pyx":160
+      /* "ivshmem/channel/streams.pyx":161
  *             return 0
  *         if ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes:
  *             return 0             # <<<<<<<<<<<<<<
@@ -7957,7 +7930,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":159
+      /* "ivshmem/channel/streams.pyx":160
  *         if other.receives_no_more or stream.sends_no_more:
  *             return 0
  *         if ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes:             # <<<<<<<<<<<<<<
@@ -7966,7 +7939,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":161
+    /* "ivshmem/channel/streams.pyx":162
  *         if ivshmem_ahead(stream.sent, other.received) < stream.channel.layout.cell_bytes:
  *             return 0
  *         return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -7979,7 +7952,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":156
+    /* "ivshmem/channel/streams.pyx":157
  *     if other.closed:
  *         return 0
  *     if direction == SEND:             # <<<<<<<<<<<<<<
@@ -7988,7 +7961,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":162
+  /* "ivshmem/channel/streams.pyx":163
  *             return 0
  *         return IVSHMEM_AGAIN
  *     if other.sent != stream.received or other.sends_no_more or stream.receives_no_more:             # <<<<<<<<<<<<<<
@@ -8024,7 +7997,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":163
+    /* "ivshmem/channel/streams.pyx":164
  *         return IVSHMEM_AGAIN
  *     if other.sent != stream.received or other.sends_no_more or stream.receives_no_more:
  *         return 0             # <<<<<<<<<<<<<<
@@ -8037,7 +8010,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/streams.pyx":162
+    /* "ivshmem/channel/streams.pyx":163
  *             return 0
  *         return IVSHMEM_AGAIN
  *     if other.sent != stream.received or other.sends_no_more or stream.receives_no_more:             # <<<<<<<<<<<<<<
@@ -8046,7 +8019,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":164
+  /* "ivshmem/channel/streams.pyx":165
  *     if other.sent != stream.received or other.sends_no_more or stream.receives_no_more:
  *         return 0
  *     return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -8059,7 +8032,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":148
+  /* "ivshmem/channel/streams.pyx":149
  * 
  * 
  * cdef int look(ivshmem_stream *stream, int direction) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8074,7 +8047,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_look(struct ivshmem_stream *__pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":167
+/* "ivshmem/channel/streams.pyx":168
  * 
  * 
  * cdef int64_t probe_stream(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8086,7 +8059,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
   struct __pyx_t_7ivshmem_7channel_7streams_Probed *__pyx_v_probed;
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":168
+  /* "ivshmem/channel/streams.pyx":169
  * 
  * cdef int64_t probe_stream(void *what) noexcept nogil:
  *     cdef Probed *probed = <Probed *>what             # <<<<<<<<<<<<<<
@@ -8095,7 +8068,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
 */
   __pyx_v_probed = ((struct __pyx_t_7ivshmem_7channel_7streams_Probed *)__pyx_v_what);
 
-  /* "ivshmem/channel/streams.pyx":169
+  /* "ivshmem/channel/streams.pyx":170
  * cdef int64_t probe_stream(void *what) noexcept nogil:
  *     cdef Probed *probed = <Probed *>what
  *     return look(probed.stream, probed.direction) != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -8108,7 +8081,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":167
+  /* "ivshmem/channel/streams.pyx":168
  * 
  * 
  * cdef int64_t probe_stream(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -8122,7 +8095,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":179
+/* "ivshmem/channel/streams.pyx":181
  *     cdef Probed probed
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -8133,12 +8106,12 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_probe_stream(void *__pyx_v_wha
 static int __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":180
+  /* "ivshmem/channel/streams.pyx":182
  * 
  *     cdef int attempt(self) except -2:
  *         return look(self.probed.stream, self.probed.direction)             # <<<<<<<<<<<<<<
  * 
- *     cdef ChannelEnd sleeper(self):
+ *     cdef int enter(self) except -1:
 */
   {
 
@@ -8146,7 +8119,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":179
+  /* "ivshmem/channel/streams.pyx":181
  *     cdef Probed probed
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -8160,8 +8133,53 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":182
+/* "ivshmem/channel/streams.pyx":184
  *         return look(self.probed.stream, self.probed.direction)
+ * 
+ *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
+ *         return self.stream.enter()
+ * 
+*/
+
+static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/channel/streams.pyx":185
+ * 
+ *     cdef int enter(self) except -1:
+ *         return self.stream.enter()             # <<<<<<<<<<<<<<
+ * 
+ *     cdef ChannelEnd sleeper(self):
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->stream->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->stream)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 185, __pyx_L1_error)
+  {
+    __pyx_r = __pyx_t_1;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/streams.pyx":184
+ *         return look(self.probed.stream, self.probed.direction)
+ * 
+ *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
+ *         return self.stream.enter()
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.streams.Half.enter", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/streams.pyx":187
+ *         return self.stream.enter()
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
  *         return self.stream
@@ -8173,7 +8191,7 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivsh
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("sleeper", 0);
 
-  /* "ivshmem/channel/streams.pyx":183
+  /* "ivshmem/channel/streams.pyx":188
  * 
  *     cdef ChannelEnd sleeper(self):
  *         return self.stream             # <<<<<<<<<<<<<<
@@ -8191,8 +8209,8 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivsh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":182
- *         return look(self.probed.stream, self.probed.direction)
+  /* "ivshmem/channel/streams.pyx":187
+ *         return self.stream.enter()
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
  *         return self.stream
@@ -8206,7 +8224,7 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":185
+/* "ivshmem/channel/streams.pyx":190
  *         return self.stream
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -8221,7 +8239,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":186
+  /* "ivshmem/channel/streams.pyx":191
  * 
  *     cdef int begin_sleep(self) except -2:
  *         ivshmem_stream_sleep(self.probed.stream)             # <<<<<<<<<<<<<<
@@ -8230,20 +8248,20 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj
 */
   ivshmem_stream_sleep(__pyx_v_self->probed.stream);
 
-  /* "ivshmem/channel/streams.pyx":187
+  /* "ivshmem/channel/streams.pyx":192
  *     cdef int begin_sleep(self) except -2:
  *         ivshmem_stream_sleep(self.probed.stream)
  *         return self.attempt()             # <<<<<<<<<<<<<<
  * 
  *     cdef void end_sleep(self) noexcept:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 187, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 192, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":185
+  /* "ivshmem/channel/streams.pyx":190
  *         return self.stream
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -8260,7 +8278,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":189
+/* "ivshmem/channel/streams.pyx":194
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -8270,7 +8288,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep(struct __pyx_obj
 
 static void __pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self) {
 
-  /* "ivshmem/channel/streams.pyx":190
+  /* "ivshmem/channel/streams.pyx":195
  * 
  *     cdef void end_sleep(self) noexcept:
  *         self.stream.end_sleep()             # <<<<<<<<<<<<<<
@@ -8279,7 +8297,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep(struct __pyx_obj_
 */
   __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(__pyx_v_self->stream);
 
-  /* "ivshmem/channel/streams.pyx":189
+  /* "ivshmem/channel/streams.pyx":194
  *         return self.attempt()
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -8291,7 +8309,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep(struct __pyx_obj_
 
 }
 
-/* "ivshmem/channel/streams.pyx":192
+/* "ivshmem/channel/streams.pyx":197
  *         self.stream.end_sleep()
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -8302,7 +8320,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep(struct __pyx_obj_
 static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":193
+  /* "ivshmem/channel/streams.pyx":198
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.probed             # <<<<<<<<<<<<<<
@@ -8311,7 +8329,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7
 */
   (__pyx_v_what[0]) = (&__pyx_v_self->probed);
 
-  /* "ivshmem/channel/streams.pyx":194
+  /* "ivshmem/channel/streams.pyx":199
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.probed
  *         probe[0] = probe_stream             # <<<<<<<<<<<<<<
@@ -8320,7 +8338,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7
 */
   (__pyx_v_probe[0]) = __pyx_f_7ivshmem_7channel_7streams_probe_stream;
 
-  /* "ivshmem/channel/streams.pyx":195
+  /* "ivshmem/channel/streams.pyx":200
  *         what[0] = &self.probed
  *         probe[0] = probe_stream
  *         return 1             # <<<<<<<<<<<<<<
@@ -8333,7 +8351,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_4Half_probe(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":192
+  /* "ivshmem/channel/streams.pyx":197
  *         self.stream.end_sleep()
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -8553,7 +8571,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_4Half_2__setstate_cython__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":210
+/* "ivshmem/channel/streams.pyx":214
  *     cdef object timeout
  * 
  *     cdef int take_over(self, StreamListener listener) except -1:             # <<<<<<<<<<<<<<
@@ -8568,7 +8586,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   struct ivshmem_channel __pyx_t_2;
   __Pyx_RefNannySetupContext("take_over", 0);
 
-  /* "ivshmem/channel/streams.pyx":211
+  /* "ivshmem/channel/streams.pyx":215
  * 
  *     cdef int take_over(self, StreamListener listener) except -1:
  *         self.channels = listener.channels             # <<<<<<<<<<<<<<
@@ -8582,7 +8600,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   __Pyx_DECREF_SET(__pyx_v_self->__pyx_base.channels, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":212
+  /* "ivshmem/channel/streams.pyx":216
  *     cdef int take_over(self, StreamListener listener) except -1:
  *         self.channels = listener.channels
  *         self.membership = listener.membership             # <<<<<<<<<<<<<<
@@ -8596,7 +8614,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   __Pyx_DECREF_SET(__pyx_v_self->__pyx_base.membership, ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":213
+  /* "ivshmem/channel/streams.pyx":217
  *         self.channels = listener.channels
  *         self.membership = listener.membership
  *         self.name = listener.name             # <<<<<<<<<<<<<<
@@ -8610,7 +8628,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   __Pyx_DECREF_SET(__pyx_v_self->__pyx_base.name, ((PyObject*)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":214
+  /* "ivshmem/channel/streams.pyx":218
  *         self.membership = listener.membership
  *         self.name = listener.name
  *         self.channel = listener.channel             # <<<<<<<<<<<<<<
@@ -8621,7 +8639,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
 
   __pyx_v_self->__pyx_base.channel = __pyx_t_2;
 
-  /* "ivshmem/channel/streams.pyx":215
+  /* "ivshmem/channel/streams.pyx":219
  *         self.name = listener.name
  *         self.channel = listener.channel
  *         return 0             # <<<<<<<<<<<<<<
@@ -8634,7 +8652,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":210
+  /* "ivshmem/channel/streams.pyx":214
  *     cdef object timeout
  * 
  *     cdef int take_over(self, StreamListener listener) except -1:             # <<<<<<<<<<<<<<
@@ -8649,125 +8667,62 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_take_over(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":217
+/* "ivshmem/channel/streams.pyx":221
  *         return 0
  * 
  *     cdef int begin(self) except -1:             # <<<<<<<<<<<<<<
  *         self.stream.channel = &self.channel
- *         self.sending = self.half(SEND)
+ *         return self.enlist()
 */
 
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
   int __pyx_r;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  size_t __pyx_t_3;
+  int __pyx_t_1;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("begin", 0);
 
-  /* "ivshmem/channel/streams.pyx":218
+  /* "ivshmem/channel/streams.pyx":222
  * 
  *     cdef int begin(self) except -1:
  *         self.stream.channel = &self.channel             # <<<<<<<<<<<<<<
- *         self.sending = self.half(SEND)
- *         self.receiving = self.half(RECEIVE)
+ *         return self.enlist()
+ * 
 */
   __pyx_v_self->stream.channel = (&__pyx_v_self->__pyx_base.channel);
 
-  /* "ivshmem/channel/streams.pyx":219
+  /* "ivshmem/channel/streams.pyx":223
  *     cdef int begin(self) except -1:
  *         self.stream.channel = &self.channel
- *         self.sending = self.half(SEND)             # <<<<<<<<<<<<<<
- *         self.receiving = self.half(RECEIVE)
- *         self.open = True
-*/
-  __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 219, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __Pyx_GIVEREF(__pyx_t_1);
-  __Pyx_GOTREF((PyObject *)__pyx_v_self->sending);
-  __Pyx_DECREF_SET(__pyx_v_self->sending, ((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)__pyx_t_1));
-  __pyx_t_1 = 0;
-
-  /* "ivshmem/channel/streams.pyx":220
- *         self.stream.channel = &self.channel
- *         self.sending = self.half(SEND)
- *         self.receiving = self.half(RECEIVE)             # <<<<<<<<<<<<<<
- *         self.open = True
- *         self.membership.ends.add(self)
-*/
-  __pyx_t_1 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 220, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __Pyx_GIVEREF(__pyx_t_1);
-  __Pyx_GOTREF((PyObject *)__pyx_v_self->receiving);
-  __Pyx_DECREF_SET(__pyx_v_self->receiving, ((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)__pyx_t_1));
-  __pyx_t_1 = 0;
-
-  /* "ivshmem/channel/streams.pyx":221
- *         self.sending = self.half(SEND)
- *         self.receiving = self.half(RECEIVE)
- *         self.open = True             # <<<<<<<<<<<<<<
- *         self.membership.ends.add(self)
- *         return 0
-*/
-  __pyx_v_self->__pyx_base.open = 1;
-
-  /* "ivshmem/channel/streams.pyx":222
- *         self.receiving = self.half(RECEIVE)
- *         self.open = True
- *         self.membership.ends.add(self)             # <<<<<<<<<<<<<<
- *         return 0
- * 
-*/
-  __pyx_t_2 = __pyx_v_self->__pyx_base.membership->ends;
-  __Pyx_INCREF(__pyx_t_2);
-  __pyx_t_3 = 0;
-  {
-    PyObject *__pyx_callargs[2] = {__pyx_t_2, ((PyObject *)__pyx_v_self)};
-    __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 222, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-  }
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-
-  /* "ivshmem/channel/streams.pyx":223
- *         self.open = True
- *         self.membership.ends.add(self)
- *         return 0             # <<<<<<<<<<<<<<
+ *         return self.enlist()             # <<<<<<<<<<<<<<
  * 
  *     cdef Half half(self, int direction):
 */
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enlist(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 223, __pyx_L1_error)
   {
-
-    __pyx_r = 0;
+    __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":217
+  /* "ivshmem/channel/streams.pyx":221
  *         return 0
  * 
  *     cdef int begin(self) except -1:             # <<<<<<<<<<<<<<
  *         self.stream.channel = &self.channel
- *         self.sending = self.half(SEND)
+ *         return self.enlist()
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_2);
   __Pyx_AddTraceback("ivshmem.channel.streams.Stream.begin", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
-  __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
 /* "ivshmem/channel/streams.pyx":225
- *         return 0
+ *         return self.enlist()
  * 
  *     cdef Half half(self, int direction):             # <<<<<<<<<<<<<<
  *         cdef Half half = Half.__new__(Half)
@@ -8813,7 +8768,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
  *         half.stream = self
  *         half.membership = self.membership             # <<<<<<<<<<<<<<
  *         half.name = self.name
- *         half.open = True
+ *         half.probed.stream = &self.stream
 */
   __pyx_t_1 = ((PyObject *)__pyx_v_self->__pyx_base.membership);
   __Pyx_INCREF(__pyx_t_1);
@@ -8826,8 +8781,8 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
  *         half.stream = self
  *         half.membership = self.membership
  *         half.name = self.name             # <<<<<<<<<<<<<<
- *         half.open = True
  *         half.probed.stream = &self.stream
+ *         half.probed.direction = direction
 */
   __pyx_t_1 = __pyx_v_self->__pyx_base.name;
   __Pyx_INCREF(__pyx_t_1);
@@ -8839,23 +8794,14 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
   /* "ivshmem/channel/streams.pyx":230
  *         half.membership = self.membership
  *         half.name = self.name
- *         half.open = True             # <<<<<<<<<<<<<<
- *         half.probed.stream = &self.stream
- *         half.probed.direction = direction
-*/
-  __pyx_v_half->__pyx_base.open = 1;
-
-  /* "ivshmem/channel/streams.pyx":231
- *         half.name = self.name
- *         half.open = True
  *         half.probed.stream = &self.stream             # <<<<<<<<<<<<<<
  *         half.probed.direction = direction
  *         return half
 */
   __pyx_v_half->probed.stream = (&__pyx_v_self->stream);
 
-  /* "ivshmem/channel/streams.pyx":232
- *         half.open = True
+  /* "ivshmem/channel/streams.pyx":231
+ *         half.name = self.name
  *         half.probed.stream = &self.stream
  *         half.probed.direction = direction             # <<<<<<<<<<<<<<
  *         return half
@@ -8863,7 +8809,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
 */
   __pyx_v_half->probed.direction = __pyx_v_direction;
 
-  /* "ivshmem/channel/streams.pyx":233
+  /* "ivshmem/channel/streams.pyx":232
  *         half.probed.stream = &self.stream
  *         half.probed.direction = direction
  *         return half             # <<<<<<<<<<<<<<
@@ -8882,7 +8828,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
   goto __pyx_L0;
 
   /* "ivshmem/channel/streams.pyx":225
- *         return 0
+ *         return self.enlist()
  * 
  *     cdef Half half(self, int direction):             # <<<<<<<<<<<<<<
  *         cdef Half half = Half.__new__(Half)
@@ -8901,7 +8847,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":235
+/* "ivshmem/channel/streams.pyx":234
  *         return half
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -8912,7 +8858,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":236
+  /* "ivshmem/channel/streams.pyx":235
  * 
  *     cdef int attempt(self) except -2:
  *         return look(&self.stream, RECEIVE)             # <<<<<<<<<<<<<<
@@ -8925,7 +8871,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":235
+  /* "ivshmem/channel/streams.pyx":234
  *         return half
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -8939,7 +8885,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":238
+/* "ivshmem/channel/streams.pyx":237
  *         return look(&self.stream, RECEIVE)
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -8950,7 +8896,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":239
+  /* "ivshmem/channel/streams.pyx":238
  * 
  *     cdef int begin_sleep(self) except -2:
  *         ivshmem_stream_sleep(&self.stream)             # <<<<<<<<<<<<<<
@@ -8959,7 +8905,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
 */
   ivshmem_stream_sleep((&__pyx_v_self->stream));
 
-  /* "ivshmem/channel/streams.pyx":240
+  /* "ivshmem/channel/streams.pyx":239
  *     cdef int begin_sleep(self) except -2:
  *         ivshmem_stream_sleep(&self.stream)
  *         return look(&self.stream, RECEIVE)             # <<<<<<<<<<<<<<
@@ -8972,7 +8918,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":238
+  /* "ivshmem/channel/streams.pyx":237
  *         return look(&self.stream, RECEIVE)
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -8986,7 +8932,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":242
+/* "ivshmem/channel/streams.pyx":241
  *         return look(&self.stream, RECEIVE)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -8996,7 +8942,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_o
 
 static void __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
 
-  /* "ivshmem/channel/streams.pyx":243
+  /* "ivshmem/channel/streams.pyx":242
  * 
  *     cdef void end_sleep(self) noexcept:
  *         ivshmem_sleep_end(&self.channel, &self.stream.sleep)             # <<<<<<<<<<<<<<
@@ -9005,7 +8951,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(struct __pyx_ob
 */
   ivshmem_sleep_end((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->stream.sleep));
 
-  /* "ivshmem/channel/streams.pyx":242
+  /* "ivshmem/channel/streams.pyx":241
  *         return look(&self.stream, RECEIVE)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -9017,12 +8963,12 @@ static void __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(struct __pyx_ob
 
 }
 
-/* "ivshmem/channel/streams.pyx":245
+/* "ivshmem/channel/streams.pyx":244
  *         ivshmem_sleep_end(&self.channel, &self.stream.sleep)
  * 
  *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
- *         if self.awaited and look(&self.stream, RECEIVE) != IVSHMEM_AGAIN:
- *             self.membership.kick_all()
+ *         if self.awaited and (
+ *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN
 */
 
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_mend(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
@@ -9034,12 +8980,12 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_mend(struct __pyx_obj_7ivs
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/streams.pyx":246
+  /* "ivshmem/channel/streams.pyx":245
  * 
  *     cdef int mend(self) except -1:
- *         if self.awaited and look(&self.stream, RECEIVE) != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
- *             self.membership.kick_all()
- *         return 0
+ *         if self.awaited and (             # <<<<<<<<<<<<<<
+ *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN
+ *             or look(&self.stream, SEND) != IVSHMEM_AGAIN
 */
   __pyx_t_2 = (__pyx_v_self->__pyx_base.awaited != 0);
 
@@ -9051,36 +8997,70 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_mend(struct __pyx_obj_7ivs
 
     goto __pyx_L4_bool_binop_done;
   }
+
+  /* "ivshmem/channel/streams.pyx":246
+ *     cdef int mend(self) except -1:
+ *         if self.awaited and (
+ *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
+ *             or look(&self.stream, SEND) != IVSHMEM_AGAIN
+ *         ):
+*/
   __pyx_t_2 = (__pyx_f_7ivshmem_7channel_7streams_look((&__pyx_v_self->stream), __pyx_e_7ivshmem_7channel_7streams_RECEIVE) != IVSHMEM_AGAIN);
+
+  if (!__pyx_t_2) {
+
+  } else {
+
+    __pyx_t_1 = __pyx_t_2;
+
+    goto __pyx_L4_bool_binop_done;
+  }
+
+  /* "ivshmem/channel/streams.pyx":247
+ *         if self.awaited and (
+ *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN
+ *             or look(&self.stream, SEND) != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
+ *         ):
+ *             self.membership.kick_all()
+*/
+  __pyx_t_2 = (__pyx_f_7ivshmem_7channel_7streams_look((&__pyx_v_self->stream), __pyx_e_7ivshmem_7channel_7streams_SEND) != IVSHMEM_AGAIN);
 
 
   __pyx_t_1 = __pyx_t_2;
 
   __pyx_L4_bool_binop_done:;
+
+  /* "ivshmem/channel/streams.pyx":245
+ * 
+ *     cdef int mend(self) except -1:
+ *         if self.awaited and (             # <<<<<<<<<<<<<<
+ *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN
+ *             or look(&self.stream, SEND) != IVSHMEM_AGAIN
+*/
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":247
- *     cdef int mend(self) except -1:
- *         if self.awaited and look(&self.stream, RECEIVE) != IVSHMEM_AGAIN:
+    /* "ivshmem/channel/streams.pyx":249
+ *             or look(&self.stream, SEND) != IVSHMEM_AGAIN
+ *         ):
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 247, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 249, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":246
+    /* "ivshmem/channel/streams.pyx":245
  * 
  *     cdef int mend(self) except -1:
- *         if self.awaited and look(&self.stream, RECEIVE) != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
- *             self.membership.kick_all()
- *         return 0
+ *         if self.awaited and (             # <<<<<<<<<<<<<<
+ *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN
+ *             or look(&self.stream, SEND) != IVSHMEM_AGAIN
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":248
- *         if self.awaited and look(&self.stream, RECEIVE) != IVSHMEM_AGAIN:
+  /* "ivshmem/channel/streams.pyx":250
+ *         ):
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
  * 
@@ -9092,12 +9072,12 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_mend(struct __pyx_obj_7ivs
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":245
+  /* "ivshmem/channel/streams.pyx":244
  *         ivshmem_sleep_end(&self.channel, &self.stream.sleep)
  * 
  *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
- *         if self.awaited and look(&self.stream, RECEIVE) != IVSHMEM_AGAIN:
- *             self.membership.kick_all()
+ *         if self.awaited and (
+ *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN
 */
 
   /* function exit code */
@@ -9109,7 +9089,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_mend(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":250
+/* "ivshmem/channel/streams.pyx":252
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -9120,7 +9100,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_mend(struct __pyx_obj_7ivs
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/streams.pyx":251
+  /* "ivshmem/channel/streams.pyx":253
  * 
  *     cdef int give_up(self) except -1:
  *         ivshmem_stream_close(&self.stream)             # <<<<<<<<<<<<<<
@@ -9129,7 +9109,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
 */
   ivshmem_stream_close((&__pyx_v_self->stream));
 
-  /* "ivshmem/channel/streams.pyx":252
+  /* "ivshmem/channel/streams.pyx":254
  *     cdef int give_up(self) except -1:
  *         ivshmem_stream_close(&self.stream)
  *         return 0             # <<<<<<<<<<<<<<
@@ -9142,7 +9122,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":250
+  /* "ivshmem/channel/streams.pyx":252
  *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -9156,12 +9136,12 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":256
+/* "ivshmem/channel/streams.pyx":258
  *     # As a socket.
  * 
  *     def settimeout(self, timeout):             # <<<<<<<<<<<<<<
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
- *         if timeout is not None and timeout < 0:
+ *         if timeout is not None and seconds_of(timeout) < 0:
 */
 
 /* Python wrapper */
@@ -9204,32 +9184,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 256, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 258, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 256, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 258, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "settimeout", 0) < (0)) __PYX_ERR(0, 256, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "settimeout", 0) < (0)) __PYX_ERR(0, 258, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, i); __PYX_ERR(0, 256, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, i); __PYX_ERR(0, 258, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 256, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 258, __pyx_L3_error)
     }
     __pyx_v_timeout = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 256, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("settimeout", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 258, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9258,20 +9238,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
   PyObject *__pyx_t_3 = NULL;
   PyObject *__pyx_t_4 = NULL;
   PyObject *__pyx_t_5 = NULL;
-  PyObject *__pyx_t_6[3];
-  Py_ssize_t __pyx_t_7;
-  int __pyx_t_8;
-  PyObject *__pyx_t_9 = NULL;
-  size_t __pyx_t_10;
+  size_t __pyx_t_6;
+  PyObject *__pyx_t_7[3];
+  Py_ssize_t __pyx_t_8;
+  int __pyx_t_9;
+  PyObject *__pyx_t_10 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("settimeout", 0);
 
-  /* "ivshmem/channel/streams.pyx":258
+  /* "ivshmem/channel/streams.pyx":260
  *     def settimeout(self, timeout):
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
- *         if timeout is not None and timeout < 0:             # <<<<<<<<<<<<<<
+ *         if timeout is not None and seconds_of(timeout) < 0:             # <<<<<<<<<<<<<<
  *             raise ValueError(f"timeout {timeout!r}: 0 or more seconds, or None")
  *         self.timeout = timeout
 */
@@ -9284,7 +9264,31 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 258, __pyx_L1_error)
+  __pyx_t_4 = NULL;
+  __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_seconds_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 260, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
+  __pyx_t_6 = 1;
+  #if CYTHON_UNPACK_METHODS
+  if (unlikely(PyMethod_Check(__pyx_t_5))) {
+    __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_5);
+    assert(__pyx_t_4);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
+    __Pyx_INCREF(__pyx_t_4);
+    __Pyx_INCREF(__pyx__function);
+    __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
+    __pyx_t_6 = 0;
+  }
+  #endif
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_v_timeout};
+    __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 260, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_3);
+  }
+  __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_3, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 260, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   __pyx_t_1 = __pyx_t_2;
 
@@ -9292,55 +9296,55 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":259
+    /* "ivshmem/channel/streams.pyx":261
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
- *         if timeout is not None and timeout < 0:
+ *         if timeout is not None and seconds_of(timeout) < 0:
  *             raise ValueError(f"timeout {timeout!r}: 0 or more seconds, or None")             # <<<<<<<<<<<<<<
  *         self.timeout = timeout
  * 
 */
-    __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_timeout), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 259, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_timeout_2;
-    __pyx_t_6[1] = __pyx_t_5;
-    __pyx_t_6[2] = __pyx_mstate_global->__pyx_kp_u_0_or_more_seconds_or_None;
-    __pyx_t_7 = 36;
+    __pyx_t_5 = NULL;
+    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_timeout), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 261, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_timeout_2;
+    __pyx_t_7[1] = __pyx_t_4;
+    __pyx_t_7[2] = __pyx_mstate_global->__pyx_kp_u_0_or_more_seconds_or_None;
+    __pyx_t_8 = 36;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_7 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_6[1]);
+    __pyx_t_8 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_7[1]);
     #endif
-    __pyx_t_8 = 0;
+    __pyx_t_9 = 0;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_8 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
+    __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
     #endif
-    __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_8);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 259, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_9);
-    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __pyx_t_10 = 1;
+    __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_9);
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 261, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_10);
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __pyx_t_6 = 1;
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_9};
-      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 259, __pyx_L1_error)
+      PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_t_10};
+      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 261, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 259, __pyx_L1_error)
+    __PYX_ERR(0, 261, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":258
+    /* "ivshmem/channel/streams.pyx":260
  *     def settimeout(self, timeout):
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
- *         if timeout is not None and timeout < 0:             # <<<<<<<<<<<<<<
+ *         if timeout is not None and seconds_of(timeout) < 0:             # <<<<<<<<<<<<<<
  *             raise ValueError(f"timeout {timeout!r}: 0 or more seconds, or None")
  *         self.timeout = timeout
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":260
- *         if timeout is not None and timeout < 0:
+  /* "ivshmem/channel/streams.pyx":262
+ *         if timeout is not None and seconds_of(timeout) < 0:
  *             raise ValueError(f"timeout {timeout!r}: 0 or more seconds, or None")
  *         self.timeout = timeout             # <<<<<<<<<<<<<<
  * 
@@ -9351,12 +9355,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
   __Pyx_GOTREF(__pyx_v_self->timeout);
   __Pyx_DECREF_SET(__pyx_v_self->timeout, __pyx_v_timeout);
 
-  /* "ivshmem/channel/streams.pyx":256
+  /* "ivshmem/channel/streams.pyx":258
  *     # As a socket.
  * 
  *     def settimeout(self, timeout):             # <<<<<<<<<<<<<<
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
- *         if timeout is not None and timeout < 0:
+ *         if timeout is not None and seconds_of(timeout) < 0:
 */
 
   /* function exit code */
@@ -9366,7 +9370,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_9);
+  __Pyx_XDECREF(__pyx_t_10);
   __Pyx_AddTraceback("ivshmem.channel.streams.Stream.settimeout", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -9375,7 +9379,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_settimeout(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":262
+/* "ivshmem/channel/streams.pyx":264
  *         self.timeout = timeout
  * 
  *     def gettimeout(self):             # <<<<<<<<<<<<<<
@@ -9431,7 +9435,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2gettimeout(struct 
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("gettimeout", 0);
 
-  /* "ivshmem/channel/streams.pyx":264
+  /* "ivshmem/channel/streams.pyx":266
  *     def gettimeout(self):
  *         """Return what `settimeout` set; None: no limit."""
  *         return self.timeout             # <<<<<<<<<<<<<<
@@ -9449,7 +9453,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2gettimeout(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":262
+  /* "ivshmem/channel/streams.pyx":264
  *         self.timeout = timeout
  * 
  *     def gettimeout(self):             # <<<<<<<<<<<<<<
@@ -9464,7 +9468,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_2gettimeout(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":266
+/* "ivshmem/channel/streams.pyx":268
  *         return self.timeout
  * 
  *     def setblocking(self, flag):             # <<<<<<<<<<<<<<
@@ -9512,32 +9516,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_flag,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 266, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 268, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 266, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 268, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "setblocking", 0) < (0)) __PYX_ERR(0, 266, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "setblocking", 0) < (0)) __PYX_ERR(0, 268, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, i); __PYX_ERR(0, 266, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, i); __PYX_ERR(0, 268, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 266, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 268, __pyx_L3_error)
     }
     __pyx_v_flag = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 266, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("setblocking", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 268, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9568,14 +9572,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4setblocking(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("setblocking", 0);
 
-  /* "ivshmem/channel/streams.pyx":268
+  /* "ivshmem/channel/streams.pyx":270
  *     def setblocking(self, flag):
  *         """True: as settimeout(None); False: as settimeout(0)."""
  *         self.timeout = None if flag else 0             # <<<<<<<<<<<<<<
  * 
- *     cdef int await_half(self, Half half, object deadline) except -1:
+ *     cdef int await_half(self, int direction, object timeout, object deadline) except -1:
 */
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_flag); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 268, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_v_flag); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 270, __pyx_L1_error)
   if (__pyx_t_2) {
     __Pyx_INCREF(Py_None);
     __pyx_t_1 = Py_None;
@@ -9589,7 +9593,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4setblocking(struct
   __Pyx_DECREF_SET(__pyx_v_self->timeout, __pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":266
+  /* "ivshmem/channel/streams.pyx":268
  *         return self.timeout
  * 
  *     def setblocking(self, flag):             # <<<<<<<<<<<<<<
@@ -9610,16 +9614,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_4setblocking(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":270
+/* "ivshmem/channel/streams.pyx":272
  *         self.timeout = None if flag else 0
  * 
- *     cdef int await_half(self, Half half, object deadline) except -1:             # <<<<<<<<<<<<<<
+ *     cdef int await_half(self, int direction, object timeout, object deadline) except -1:             # <<<<<<<<<<<<<<
  *         cdef int code
- *         if self.timeout is not None and self.timeout == 0:
+ *         cdef Half half
 */
 
-static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_half, PyObject *__pyx_v_deadline) {
+static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_direction, PyObject *__pyx_v_timeout, PyObject *__pyx_v_deadline) {
   int __pyx_v_code;
+  struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_half = 0;
   PyObject *__pyx_v_left = NULL;
   int __pyx_r;
   __Pyx_RefNannyDeclarations
@@ -9641,14 +9646,14 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("await_half", 0);
 
-  /* "ivshmem/channel/streams.pyx":272
- *     cdef int await_half(self, Half half, object deadline) except -1:
+  /* "ivshmem/channel/streams.pyx":275
  *         cdef int code
- *         if self.timeout is not None and self.timeout == 0:             # <<<<<<<<<<<<<<
+ *         cdef Half half
+ *         if timeout is not None and timeout == 0:             # <<<<<<<<<<<<<<
  *             if self.watched:
  *                 self.arm()
 */
-  __pyx_t_2 = (__pyx_v_self->timeout != Py_None);
+  __pyx_t_2 = (__pyx_v_timeout != Py_None);
   if (__pyx_t_2) {
 
   } else {
@@ -9657,7 +9662,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_2 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_self->timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 272, __pyx_L1_error)
+  __pyx_t_2 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 275, __pyx_L1_error)
 
   __pyx_t_1 = __pyx_t_2;
 
@@ -9665,43 +9670,43 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/streams.pyx":273
- *         cdef int code
- *         if self.timeout is not None and self.timeout == 0:
+    /* "ivshmem/channel/streams.pyx":276
+ *         cdef Half half
+ *         if timeout is not None and timeout == 0:
  *             if self.watched:             # <<<<<<<<<<<<<<
  *                 self.arm()
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
 */
     if (__pyx_v_self->__pyx_base.watched) {
 
-      /* "ivshmem/channel/streams.pyx":274
- *         if self.timeout is not None and self.timeout == 0:
+      /* "ivshmem/channel/streams.pyx":277
+ *         if timeout is not None and timeout == 0:
  *             if self.watched:
  *                 self.arm()             # <<<<<<<<<<<<<<
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.arm(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 274, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.arm(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 277, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":273
- *         cdef int code
- *         if self.timeout is not None and self.timeout == 0:
+      /* "ivshmem/channel/streams.pyx":276
+ *         cdef Half half
+ *         if timeout is not None and timeout == 0:
  *             if self.watched:             # <<<<<<<<<<<<<<
  *                 self.arm()
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":275
+    /* "ivshmem/channel/streams.pyx":278
  *             if self.watched:
  *                 self.arm()
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")             # <<<<<<<<<<<<<<
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
- *         code = half.wait(left, None)
+ *         half = self.half(direction)
 */
     __pyx_t_5 = NULL;
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 275, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 278, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
     __pyx_t_7[1] = __pyx_t_6;
@@ -9715,7 +9720,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
     __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
     #endif
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_3);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 275, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 278, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_10 = 1;
@@ -9724,28 +9729,28 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BlockingIOError)), __pyx_callargs+__pyx_t_10, (3-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 275, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 278, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 275, __pyx_L1_error)
+    __PYX_ERR(0, 278, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":272
- *     cdef int await_half(self, Half half, object deadline) except -1:
+    /* "ivshmem/channel/streams.pyx":275
  *         cdef int code
- *         if self.timeout is not None and self.timeout == 0:             # <<<<<<<<<<<<<<
+ *         cdef Half half
+ *         if timeout is not None and timeout == 0:             # <<<<<<<<<<<<<<
  *             if self.watched:
  *                 self.arm()
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":276
+  /* "ivshmem/channel/streams.pyx":279
  *                 self.arm()
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
  *         left = None if deadline is None else max(deadline - monotonic(), 0)             # <<<<<<<<<<<<<<
+ *         half = self.half(direction)
  *         code = half.wait(left, None)
- *         if code == IVSHMEM_AGAIN:
 */
   __pyx_t_1 = (__pyx_v_deadline == Py_None);
   if (__pyx_t_1) {
@@ -9755,7 +9760,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
 
     __pyx_t_11 = 0;
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 276, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 279, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9774,18 +9779,18 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_9 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_10, (1-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 276, __pyx_L1_error)
+      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 279, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_9);
     }
-    __pyx_t_6 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_9); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 276, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyNumber_Subtract_object_object(__pyx_v_deadline, __pyx_t_9); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 279, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-    __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 276, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 279, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_2 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_6, Py_GT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 276, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyObject_CompareBoolGt_int_object(__pyx_t_5, __pyx_t_6, Py_GT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 279, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     if (__pyx_t_2) {
-      __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 276, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyLong_From_long(__pyx_t_11); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 279, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __pyx_t_9 = __pyx_t_5;
       __pyx_t_5 = 0;
@@ -9803,21 +9808,33 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   __pyx_v_left = __pyx_t_4;
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":277
+  /* "ivshmem/channel/streams.pyx":280
  *             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
  *         left = None if deadline is None else max(deadline - monotonic(), 0)
+ *         half = self.half(direction)             # <<<<<<<<<<<<<<
+ *         code = half.wait(left, None)
+ *         if code == IVSHMEM_AGAIN:
+*/
+  __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_v_direction)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 280, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_v_half = ((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)__pyx_t_4);
+  __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/streams.pyx":281
+ *         left = None if deadline is None else max(deadline - monotonic(), 0)
+ *         half = self.half(direction)
  *         code = half.wait(left, None)             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_AGAIN:
- *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {self.timeout:g} s")
+ *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Half *)__pyx_v_half->__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_half), __pyx_v_left, Py_None); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 277, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Half *)__pyx_v_half->__pyx_base.__pyx_vtab)->__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_half), __pyx_v_left, Py_None); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 281, __pyx_L1_error)
   __pyx_v_code = __pyx_t_3;
 
-  /* "ivshmem/channel/streams.pyx":278
- *         left = None if deadline is None else max(deadline - monotonic(), 0)
+  /* "ivshmem/channel/streams.pyx":282
+ *         half = self.half(direction)
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
- *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {self.timeout:g} s")
+ *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:
 */
   __pyx_t_1 = (__pyx_v_code == IVSHMEM_AGAIN);
@@ -9825,17 +9842,17 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":279
+    /* "ivshmem/channel/streams.pyx":283
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:
- *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {self.timeout:g} s")             # <<<<<<<<<<<<<<
+ *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")             # <<<<<<<<<<<<<<
  *         if code:
  *             raise self.fail(code)
 */
     __pyx_t_9 = NULL;
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 279, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 283, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_5 = __Pyx_PyObject_Format(__pyx_v_self->timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 279, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_Format(__pyx_v_timeout, __pyx_mstate_global->__pyx_n_u_g); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 283, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
     __pyx_t_12[1] = __pyx_t_6;
@@ -9851,7 +9868,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
     __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
     #endif
     __pyx_t_13 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_8, __pyx_t_3);
-    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 279, __pyx_L1_error)
+    if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 283, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -9861,25 +9878,25 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
       __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TimeoutError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 279, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 283, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 279, __pyx_L1_error)
+    __PYX_ERR(0, 283, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":278
- *         left = None if deadline is None else max(deadline - monotonic(), 0)
+    /* "ivshmem/channel/streams.pyx":282
+ *         half = self.half(direction)
  *         code = half.wait(left, None)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
- *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {self.timeout:g} s")
+ *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":280
+  /* "ivshmem/channel/streams.pyx":284
  *         if code == IVSHMEM_AGAIN:
- *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {self.timeout:g} s")
+ *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
  *         return 0
@@ -9889,34 +9906,34 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/streams.pyx":281
- *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {self.timeout:g} s")
+    /* "ivshmem/channel/streams.pyx":285
+ *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 281, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 285, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 281, __pyx_L1_error)
+    __PYX_ERR(0, 285, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":280
+    /* "ivshmem/channel/streams.pyx":284
  *         if code == IVSHMEM_AGAIN:
- *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {self.timeout:g} s")
+ *             raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
  *         if code:             # <<<<<<<<<<<<<<
  *             raise self.fail(code)
  *         return 0
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":282
+  /* "ivshmem/channel/streams.pyx":286
  *         if code:
  *             raise self.fail(code)
  *         return 0             # <<<<<<<<<<<<<<
  * 
- *     cdef object deadline(self):
+ *     @cython.critical_section
 */
   {
 
@@ -9924,12 +9941,12 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":270
+  /* "ivshmem/channel/streams.pyx":272
  *         self.timeout = None if flag else 0
  * 
- *     cdef int await_half(self, Half half, object deadline) except -1:             # <<<<<<<<<<<<<<
+ *     cdef int await_half(self, int direction, object timeout, object deadline) except -1:             # <<<<<<<<<<<<<<
  *         cdef int code
- *         if self.timeout is not None and self.timeout == 0:
+ *         cdef Half half
 */
 
   /* function exit code */
@@ -9943,111 +9960,15 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_ob
   __pyx_r = -1;
   __pyx_L0:;
 
+  __Pyx_XDECREF((PyObject *)__pyx_v_half);
   __Pyx_XDECREF(__pyx_v_left);
 
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":284
+/* "ivshmem/channel/streams.pyx":288
  *         return 0
- * 
- *     cdef object deadline(self):             # <<<<<<<<<<<<<<
- *         return None if self.timeout is None else monotonic() + self.timeout
- * 
-*/
-
-static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_deadline(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  int __pyx_t_2;
-  PyObject *__pyx_t_3 = NULL;
-  PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
-  size_t __pyx_t_6;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("deadline", 0);
-
-  /* "ivshmem/channel/streams.pyx":285
- * 
- *     cdef object deadline(self):
- *         return None if self.timeout is None else monotonic() + self.timeout             # <<<<<<<<<<<<<<
- * 
- *     @cython.critical_section
-*/
-  __pyx_t_2 = (__pyx_v_self->timeout == Py_None);
-  if (__pyx_t_2) {
-    __Pyx_INCREF(Py_None);
-    __pyx_t_1 = Py_None;
-  } else {
-    __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_monotonic); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 285, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_5))) {
-      __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_5);
-      assert(__pyx_t_4);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
-      __Pyx_INCREF(__pyx_t_4);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
-      __pyx_t_6 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
-      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 285, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_3);
-    }
-    __pyx_t_5 = __Pyx_PyNumber_Add_object_object(__pyx_t_3, __pyx_v_self->timeout); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 285, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_5);
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __pyx_t_1 = __pyx_t_5;
-    __pyx_t_5 = 0;
-  }
-
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_1;
-    }
-    __Pyx_XDECREF(__pyx_temp);
-  }
-  __pyx_t_1 = 0;
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/streams.pyx":284
- *         return 0
- * 
- *     cdef object deadline(self):             # <<<<<<<<<<<<<<
- *         return None if self.timeout is None else monotonic() + self.timeout
- * 
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_AddTraceback("ivshmem.channel.streams.Stream.deadline", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = 0;
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/streams.pyx":287
- *         return None if self.timeout is None else monotonic() + self.timeout
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def send(self, data):
@@ -10094,32 +10015,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 287, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 288, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 287, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 288, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send", 0) < (0)) __PYX_ERR(0, 287, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "send", 0) < (0)) __PYX_ERR(0, 288, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, i); __PYX_ERR(0, 287, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, i); __PYX_ERR(0, 288, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 287, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 288, __pyx_L3_error)
     }
     __pyx_v_data = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 287, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("send", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 288, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10142,21 +10063,25 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_data) {
   Py_buffer __pyx_v_view;
+  PyObject *__pyx_v_timeout = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   int __pyx_t_2;
   int __pyx_t_3;
   PyObject *__pyx_t_4 = NULL;
-  int64_t __pyx_t_5;
-  int __pyx_t_6;
-  char const *__pyx_t_7;
-  PyObject *__pyx_t_8 = NULL;
-  PyObject *__pyx_t_9 = NULL;
-  PyObject *__pyx_t_10 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  PyObject *__pyx_t_6 = NULL;
+  size_t __pyx_t_7;
+  int64_t __pyx_t_8;
+  int __pyx_t_9;
+  char const *__pyx_t_10;
   PyObject *__pyx_t_11 = NULL;
   PyObject *__pyx_t_12 = NULL;
   PyObject *__pyx_t_13 = NULL;
+  PyObject *__pyx_t_14 = NULL;
+  PyObject *__pyx_t_15 = NULL;
+  PyObject *__pyx_t_16 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -10168,17 +10093,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":298
+        /* "ivshmem/channel/streams.pyx":299
  *         """
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             if view.len == 0:
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 298, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 299, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":299
+        /* "ivshmem/channel/streams.pyx":300
  *         cdef Py_buffer view
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -10187,24 +10112,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":300
+          /* "ivshmem/channel/streams.pyx":301
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             if view.len == 0:             # <<<<<<<<<<<<<<
  *                 return 0
- *             return self.push(<const char *>view.buf, view.len, self.deadline())
+ *             timeout = self.timeout
 */
           __pyx_t_3 = (__pyx_v_view.len == 0);
 
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/streams.pyx":301
+            /* "ivshmem/channel/streams.pyx":302
  *         try:
  *             if view.len == 0:
  *                 return 0             # <<<<<<<<<<<<<<
- *             return self.push(<const char *>view.buf, view.len, self.deadline())
- *         finally:
+ *             timeout = self.timeout
+ *             return self.push(<const char *>view.buf, view.len, timeout, deadline_of(timeout))
 */
             {
               PyObject *__pyx_temp;
@@ -10218,27 +10143,60 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L6_return;
 
-            /* "ivshmem/channel/streams.pyx":300
+            /* "ivshmem/channel/streams.pyx":301
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             if view.len == 0:             # <<<<<<<<<<<<<<
  *                 return 0
- *             return self.push(<const char *>view.buf, view.len, self.deadline())
+ *             timeout = self.timeout
 */
           }
 
-          /* "ivshmem/channel/streams.pyx":302
+          /* "ivshmem/channel/streams.pyx":303
  *             if view.len == 0:
  *                 return 0
- *             return self.push(<const char *>view.buf, view.len, self.deadline())             # <<<<<<<<<<<<<<
+ *             timeout = self.timeout             # <<<<<<<<<<<<<<
+ *             return self.push(<const char *>view.buf, view.len, timeout, deadline_of(timeout))
+ *         finally:
+*/
+          __pyx_t_4 = __pyx_v_self->timeout;
+          __Pyx_INCREF(__pyx_t_4);
+          __pyx_v_timeout = __pyx_t_4;
+          __pyx_t_4 = 0;
+
+          /* "ivshmem/channel/streams.pyx":304
+ *                 return 0
+ *             timeout = self.timeout
+ *             return self.push(<const char *>view.buf, view.len, timeout, deadline_of(timeout))             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_4 = __pyx_f_7ivshmem_7channel_7streams_6Stream_deadline(__pyx_v_self); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 302, __pyx_L7_error)
-          __Pyx_GOTREF(__pyx_t_4);
-          __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_t_4); if (unlikely(__pyx_t_5 == ((int64_t)-1L))) __PYX_ERR(0, 302, __pyx_L7_error)
+          __pyx_t_5 = NULL;
+          __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 304, __pyx_L7_error)
+          __Pyx_GOTREF(__pyx_t_6);
+          __pyx_t_7 = 1;
+          #if CYTHON_UNPACK_METHODS
+          if (unlikely(PyMethod_Check(__pyx_t_6))) {
+            __pyx_t_5 = PyMethod_GET_SELF(__pyx_t_6);
+            assert(__pyx_t_5);
+            PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_6);
+            __Pyx_INCREF(__pyx_t_5);
+            __Pyx_INCREF(__pyx__function);
+            __Pyx_DECREF_SET(__pyx_t_6, __pyx__function);
+            __pyx_t_7 = 0;
+          }
+          #endif
+          {
+            PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_v_timeout};
+            __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_7, (2-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+            __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 304, __pyx_L7_error)
+            __Pyx_GOTREF(__pyx_t_4);
+          }
+          __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_v_timeout, __pyx_t_4); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 304, __pyx_L7_error)
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_5); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 302, __pyx_L7_error)
+          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_8); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 304, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_4);
 
           {
@@ -10254,57 +10212,59 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/streams.pyx":304
- *             return self.push(<const char *>view.buf, view.len, self.deadline())
+        /* "ivshmem/channel/streams.pyx":306
+ *             return self.push(<const char *>view.buf, view.len, timeout, deadline_of(timeout))
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
  * 
- *     cdef int64_t push(self, const char *data, uint64_t size, object deadline) except -1:
+ *     cdef int64_t push(
 */
         /*finally:*/ {
           __pyx_L7_error:;
           /*exception exit:*/{
             __Pyx_PyThreadState_declare
             __Pyx_PyThreadState_assign
-            __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0;
+            __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0;
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-             __Pyx_ExceptionSwap(&__pyx_t_11, &__pyx_t_12, &__pyx_t_13);
-            if ( unlikely(__Pyx_GetException(&__pyx_t_8, &__pyx_t_9, &__pyx_t_10) < 0)) __Pyx_ErrFetch(&__pyx_t_8, &__pyx_t_9, &__pyx_t_10);
-            __Pyx_XGOTREF(__pyx_t_8);
-            __Pyx_XGOTREF(__pyx_t_9);
-            __Pyx_XGOTREF(__pyx_t_10);
+            __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+            __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
+             __Pyx_ExceptionSwap(&__pyx_t_14, &__pyx_t_15, &__pyx_t_16);
+            if ( unlikely(__Pyx_GetException(&__pyx_t_11, &__pyx_t_12, &__pyx_t_13) < 0)) __Pyx_ErrFetch(&__pyx_t_11, &__pyx_t_12, &__pyx_t_13);
             __Pyx_XGOTREF(__pyx_t_11);
             __Pyx_XGOTREF(__pyx_t_12);
             __Pyx_XGOTREF(__pyx_t_13);
-            __pyx_t_2 = __pyx_lineno; __pyx_t_6 = __pyx_clineno; __pyx_t_7 = __pyx_filename;
+            __Pyx_XGOTREF(__pyx_t_14);
+            __Pyx_XGOTREF(__pyx_t_15);
+            __Pyx_XGOTREF(__pyx_t_16);
+            __pyx_t_2 = __pyx_lineno; __pyx_t_9 = __pyx_clineno; __pyx_t_10 = __pyx_filename;
             {
               PyBuffer_Release((&__pyx_v_view));
             }
+            __Pyx_XGIVEREF(__pyx_t_14);
+            __Pyx_XGIVEREF(__pyx_t_15);
+            __Pyx_XGIVEREF(__pyx_t_16);
+            __Pyx_ExceptionReset(__pyx_t_14, __pyx_t_15, __pyx_t_16);
             __Pyx_XGIVEREF(__pyx_t_11);
             __Pyx_XGIVEREF(__pyx_t_12);
             __Pyx_XGIVEREF(__pyx_t_13);
-            __Pyx_ExceptionReset(__pyx_t_11, __pyx_t_12, __pyx_t_13);
-            __Pyx_XGIVEREF(__pyx_t_8);
-            __Pyx_XGIVEREF(__pyx_t_9);
-            __Pyx_XGIVEREF(__pyx_t_10);
-            __Pyx_ErrRestore(__pyx_t_8, __pyx_t_9, __pyx_t_10);
-            __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0;
-            __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_6; __pyx_filename = __pyx_t_7;
+            __Pyx_ErrRestore(__pyx_t_11, __pyx_t_12, __pyx_t_13);
+            __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0;
+            __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_9; __pyx_filename = __pyx_t_10;
             goto __pyx_L4_error;
           }
           __pyx_L6_return: {
-            __pyx_t_13 = __pyx_r;
+            __pyx_t_16 = __pyx_r;
             __pyx_r = 0;
             PyBuffer_Release((&__pyx_v_view));
-            __pyx_r = __pyx_t_13;
-            __pyx_t_13 = 0;
+            __pyx_r = __pyx_t_16;
+            __pyx_t_16 = 0;
             goto __pyx_L3_return;
           }
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":287
- *         return None if self.timeout is None else monotonic() + self.timeout
+      /* "ivshmem/channel/streams.pyx":288
+ *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def send(self, data):
@@ -10312,11 +10272,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
 */
       /*finally:*/ {
         __pyx_L3_return: {
-          __pyx_t_13 = __pyx_r;
+          __pyx_t_16 = __pyx_r;
           __pyx_r = 0;
           __Pyx_PyCriticalSection_End(&__pyx_cs);
-          __pyx_r = __pyx_t_13;
-          __pyx_t_13 = 0;
+          __pyx_r = __pyx_t_16;
+          __pyx_t_16 = 0;
           goto __pyx_L0;
         }
         __pyx_L4_error: {
@@ -10333,24 +10293,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_6send(struct __pyx_
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
   __Pyx_AddTraceback("ivshmem.channel.streams.Stream.send", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
+  __Pyx_XDECREF(__pyx_v_timeout);
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":306
+/* "ivshmem/channel/streams.pyx":308
  *             PyBuffer_Release(&view)
  * 
- *     cdef int64_t push(self, const char *data, uint64_t size, object deadline) except -1:             # <<<<<<<<<<<<<<
- *         cdef int64_t n
- *         while True:
+ *     cdef int64_t push(             # <<<<<<<<<<<<<<
+ *         self, const char *data, uint64_t size, object timeout, object deadline
+ *     ) except -1:
 */
 
-static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, char const *__pyx_v_data, uint64_t __pyx_v_size, PyObject *__pyx_v_deadline) {
+static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, char const *__pyx_v_data, uint64_t __pyx_v_size, PyObject *__pyx_v_timeout, PyObject *__pyx_v_deadline) {
   int64_t __pyx_v_n;
   int64_t __pyx_r;
   __Pyx_RefNannyDeclarations
@@ -10368,8 +10331,8 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("push", 0);
 
-  /* "ivshmem/channel/streams.pyx":308
- *     cdef int64_t push(self, const char *data, uint64_t size, object deadline) except -1:
+  /* "ivshmem/channel/streams.pyx":312
+ *     ) except -1:
  *         cdef int64_t n
  *         while True:             # <<<<<<<<<<<<<<
  *             self.enter()
@@ -10377,17 +10340,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
   while (1) {
 
-    /* "ivshmem/channel/streams.pyx":309
+    /* "ivshmem/channel/streams.pyx":313
  *         cdef int64_t n
  *         while True:
  *             self.enter()             # <<<<<<<<<<<<<<
  *             n = ivshmem_send(&self.stream, data, size)
  *             if self.membership.rings.count:
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 309, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 313, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":310
+    /* "ivshmem/channel/streams.pyx":314
  *         while True:
  *             self.enter()
  *             n = ivshmem_send(&self.stream, data, size)             # <<<<<<<<<<<<<<
@@ -10396,7 +10359,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     __pyx_v_n = ivshmem_send((&__pyx_v_self->stream), __pyx_v_data, __pyx_v_size);
 
-    /* "ivshmem/channel/streams.pyx":311
+    /* "ivshmem/channel/streams.pyx":315
  *             self.enter()
  *             n = ivshmem_send(&self.stream, data, size)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -10408,17 +10371,17 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":312
+      /* "ivshmem/channel/streams.pyx":316
  *             n = ivshmem_send(&self.stream, data, size)
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return n
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 312, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 316, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":311
+      /* "ivshmem/channel/streams.pyx":315
  *             self.enter()
  *             n = ivshmem_send(&self.stream, data, size)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -10427,7 +10390,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":313
+    /* "ivshmem/channel/streams.pyx":317
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -10439,7 +10402,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/streams.pyx":314
+      /* "ivshmem/channel/streams.pyx":318
  *                 self.membership.flush()
  *             if n >= 0:
  *                 return n             # <<<<<<<<<<<<<<
@@ -10452,7 +10415,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":313
+      /* "ivshmem/channel/streams.pyx":317
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -10461,7 +10424,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":315
+    /* "ivshmem/channel/streams.pyx":319
  *             if n >= 0:
  *                 return n
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -10473,7 +10436,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/channel/streams.pyx":316
+      /* "ivshmem/channel/streams.pyx":320
  *                 return n
  *             if n == IVSHMEM_CLOSED:
  *                 raise BrokenPipeError(             # <<<<<<<<<<<<<<
@@ -10482,14 +10445,14 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
       __pyx_t_4 = NULL;
 
-      /* "ivshmem/channel/streams.pyx":317
+      /* "ivshmem/channel/streams.pyx":321
  *             if n == IVSHMEM_CLOSED:
  *                 raise BrokenPipeError(
  *                     32, f"connection of {self.name!r}: the other end receives no more"             # <<<<<<<<<<<<<<
  *                 )
  *             if n != IVSHMEM_AGAIN:
 */
-      __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 317, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 321, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
       __pyx_t_6[1] = __pyx_t_5;
@@ -10503,7 +10466,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
       __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
       #endif
       __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_1);
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 317, __pyx_L1_error)
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 321, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
       __pyx_t_9 = 1;
@@ -10512,14 +10475,14 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
         __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BrokenPipeError)), __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
         __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 316, __pyx_L1_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 320, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_3);
       }
       __Pyx_Raise(__pyx_t_3, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __PYX_ERR(0, 316, __pyx_L1_error)
+      __PYX_ERR(0, 320, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":315
+      /* "ivshmem/channel/streams.pyx":319
  *             if n >= 0:
  *                 return n
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -10528,60 +10491,57 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":319
+    /* "ivshmem/channel/streams.pyx":323
  *                     32, f"connection of {self.name!r}: the other end receives no more"
  *                 )
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                 raise self.fail(<int>n)
- *             self.await_half(self.sending, deadline)
+ *             self.await_half(SEND, timeout, deadline)
 */
     __pyx_t_2 = (__pyx_v_n != IVSHMEM_AGAIN);
 
     if (unlikely(__pyx_t_2)) {
 
 
-      /* "ivshmem/channel/streams.pyx":320
+      /* "ivshmem/channel/streams.pyx":324
  *                 )
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)             # <<<<<<<<<<<<<<
- *             self.await_half(self.sending, deadline)
+ *             self.await_half(SEND, timeout, deadline)
  * 
 */
-      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 320, __pyx_L1_error)
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 324, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_Raise(__pyx_t_3, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      __PYX_ERR(0, 320, __pyx_L1_error)
+      __PYX_ERR(0, 324, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":319
+      /* "ivshmem/channel/streams.pyx":323
  *                     32, f"connection of {self.name!r}: the other end receives no more"
  *                 )
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                 raise self.fail(<int>n)
- *             self.await_half(self.sending, deadline)
+ *             self.await_half(SEND, timeout, deadline)
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":321
+    /* "ivshmem/channel/streams.pyx":325
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)
- *             self.await_half(self.sending, deadline)             # <<<<<<<<<<<<<<
+ *             self.await_half(SEND, timeout, deadline)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-    __pyx_t_3 = ((PyObject *)__pyx_v_self->sending);
-    __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, ((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)__pyx_t_3), __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 321, __pyx_L1_error)
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 325, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/channel/streams.pyx":306
+  /* "ivshmem/channel/streams.pyx":308
  *             PyBuffer_Release(&view)
  * 
- *     cdef int64_t push(self, const char *data, uint64_t size, object deadline) except -1:             # <<<<<<<<<<<<<<
- *         cdef int64_t n
- *         while True:
+ *     cdef int64_t push(             # <<<<<<<<<<<<<<
+ *         self, const char *data, uint64_t size, object timeout, object deadline
+ *     ) except -1:
 */
 
   /* function exit code */
@@ -10601,8 +10561,8 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":323
- *             self.await_half(self.sending, deadline)
+/* "ivshmem/channel/streams.pyx":327
+ *             self.await_half(SEND, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def sendall(self, data):
@@ -10649,32 +10609,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 323, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 327, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 323, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 327, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall", 0) < (0)) __PYX_ERR(0, 323, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall", 0) < (0)) __PYX_ERR(0, 327, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, i); __PYX_ERR(0, 323, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, i); __PYX_ERR(0, 327, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 323, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 327, __pyx_L3_error)
     }
     __pyx_v_data = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 323, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("sendall", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 327, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10698,22 +10658,26 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_data) {
   Py_buffer __pyx_v_view;
   uint64_t __pyx_v_done;
+  PyObject *__pyx_v_timeout = NULL;
   PyObject *__pyx_v_deadline = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   int __pyx_t_2;
   PyObject *__pyx_t_3 = NULL;
-  int __pyx_t_4;
-  int64_t __pyx_t_5;
-  int __pyx_t_6;
-  char const *__pyx_t_7;
-  PyObject *__pyx_t_8 = NULL;
-  PyObject *__pyx_t_9 = NULL;
-  PyObject *__pyx_t_10 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  size_t __pyx_t_6;
+  int __pyx_t_7;
+  int64_t __pyx_t_8;
+  int __pyx_t_9;
+  char const *__pyx_t_10;
   PyObject *__pyx_t_11 = NULL;
   PyObject *__pyx_t_12 = NULL;
   PyObject *__pyx_t_13 = NULL;
+  PyObject *__pyx_t_14 = NULL;
+  PyObject *__pyx_t_15 = NULL;
+  PyObject *__pyx_t_16 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -10725,7 +10689,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":330
+        /* "ivshmem/channel/streams.pyx":334
  *         """
  *         cdef Py_buffer view
  *         cdef uint64_t done = 0             # <<<<<<<<<<<<<<
@@ -10734,69 +10698,102 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
 */
         __pyx_v_done = 0;
 
-        /* "ivshmem/channel/streams.pyx":331
+        /* "ivshmem/channel/streams.pyx":335
  *         cdef Py_buffer view
  *         cdef uint64_t done = 0
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
- *             deadline = self.deadline()
+ *             timeout = self.timeout
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 331, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 335, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":332
+        /* "ivshmem/channel/streams.pyx":336
  *         cdef uint64_t done = 0
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
- *             deadline = self.deadline()
- *             while done < <uint64_t>view.len:
+ *             timeout = self.timeout
+ *             deadline = deadline_of(timeout)
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":333
+          /* "ivshmem/channel/streams.pyx":337
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
- *             deadline = self.deadline()             # <<<<<<<<<<<<<<
+ *             timeout = self.timeout             # <<<<<<<<<<<<<<
+ *             deadline = deadline_of(timeout)
  *             while done < <uint64_t>view.len:
- *                 done += self.push(<const char *>view.buf + done, view.len - done, deadline)
 */
-          __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_deadline(__pyx_v_self); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 333, __pyx_L7_error)
-          __Pyx_GOTREF(__pyx_t_3);
+          __pyx_t_3 = __pyx_v_self->timeout;
+          __Pyx_INCREF(__pyx_t_3);
+          __pyx_v_timeout = __pyx_t_3;
+          __pyx_t_3 = 0;
+
+          /* "ivshmem/channel/streams.pyx":338
+ *         try:
+ *             timeout = self.timeout
+ *             deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
+ *             while done < <uint64_t>view.len:
+ *                 done += self.push(
+*/
+          __pyx_t_4 = NULL;
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 338, __pyx_L7_error)
+          __Pyx_GOTREF(__pyx_t_5);
+          __pyx_t_6 = 1;
+          #if CYTHON_UNPACK_METHODS
+          if (unlikely(PyMethod_Check(__pyx_t_5))) {
+            __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_5);
+            assert(__pyx_t_4);
+            PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
+            __Pyx_INCREF(__pyx_t_4);
+            __Pyx_INCREF(__pyx__function);
+            __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
+            __pyx_t_6 = 0;
+          }
+          #endif
+          {
+            PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_v_timeout};
+            __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+            __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+            __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 338, __pyx_L7_error)
+            __Pyx_GOTREF(__pyx_t_3);
+          }
           __pyx_v_deadline = __pyx_t_3;
           __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/streams.pyx":334
- *         try:
- *             deadline = self.deadline()
+          /* "ivshmem/channel/streams.pyx":339
+ *             timeout = self.timeout
+ *             deadline = deadline_of(timeout)
  *             while done < <uint64_t>view.len:             # <<<<<<<<<<<<<<
- *                 done += self.push(<const char *>view.buf + done, view.len - done, deadline)
- *         finally:
+ *                 done += self.push(
+ *                     <const char *>view.buf + done, view.len - done, timeout, deadline
 */
           while (1) {
-            __pyx_t_4 = (__pyx_v_done < ((uint64_t)__pyx_v_view.len));
+            __pyx_t_7 = (__pyx_v_done < ((uint64_t)__pyx_v_view.len));
 
 
-            if (!__pyx_t_4) break;
+            if (!__pyx_t_7) break;
 
-            /* "ivshmem/channel/streams.pyx":335
- *             deadline = self.deadline()
+            /* "ivshmem/channel/streams.pyx":340
+ *             deadline = deadline_of(timeout)
  *             while done < <uint64_t>view.len:
- *                 done += self.push(<const char *>view.buf + done, view.len - done, deadline)             # <<<<<<<<<<<<<<
- *         finally:
- *             PyBuffer_Release(&view)
+ *                 done += self.push(             # <<<<<<<<<<<<<<
+ *                     <const char *>view.buf + done, view.len - done, timeout, deadline
+ *                 )
 */
-            __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, (((char const *)__pyx_v_view.buf) + __pyx_v_done), (__pyx_v_view.len - __pyx_v_done), __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int64_t)-1L))) __PYX_ERR(0, 335, __pyx_L7_error)
-            __pyx_v_done = (__pyx_v_done + __pyx_t_5);
+            __pyx_t_8 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, (((char const *)__pyx_v_view.buf) + __pyx_v_done), (__pyx_v_view.len - __pyx_v_done), __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_8 == ((int64_t)-1L))) __PYX_ERR(0, 340, __pyx_L7_error)
+            __pyx_v_done = (__pyx_v_done + __pyx_t_8);
 
           }
         }
 
-        /* "ivshmem/channel/streams.pyx":337
- *                 done += self.push(<const char *>view.buf + done, view.len - done, deadline)
+        /* "ivshmem/channel/streams.pyx":344
+ *                 )
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
  * 
- *     cdef int64_t pull(self, char *into, uint64_t room) except -1:
+ *     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:
 */
         /*finally:*/ {
           /*normal exit:*/{
@@ -10807,38 +10804,40 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
           /*exception exit:*/{
             __Pyx_PyThreadState_declare
             __Pyx_PyThreadState_assign
-            __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0;
+            __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0;
             __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-             __Pyx_ExceptionSwap(&__pyx_t_11, &__pyx_t_12, &__pyx_t_13);
-            if ( unlikely(__Pyx_GetException(&__pyx_t_8, &__pyx_t_9, &__pyx_t_10) < 0)) __Pyx_ErrFetch(&__pyx_t_8, &__pyx_t_9, &__pyx_t_10);
-            __Pyx_XGOTREF(__pyx_t_8);
-            __Pyx_XGOTREF(__pyx_t_9);
-            __Pyx_XGOTREF(__pyx_t_10);
+            __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+            __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+             __Pyx_ExceptionSwap(&__pyx_t_14, &__pyx_t_15, &__pyx_t_16);
+            if ( unlikely(__Pyx_GetException(&__pyx_t_11, &__pyx_t_12, &__pyx_t_13) < 0)) __Pyx_ErrFetch(&__pyx_t_11, &__pyx_t_12, &__pyx_t_13);
             __Pyx_XGOTREF(__pyx_t_11);
             __Pyx_XGOTREF(__pyx_t_12);
             __Pyx_XGOTREF(__pyx_t_13);
-            __pyx_t_2 = __pyx_lineno; __pyx_t_6 = __pyx_clineno; __pyx_t_7 = __pyx_filename;
+            __Pyx_XGOTREF(__pyx_t_14);
+            __Pyx_XGOTREF(__pyx_t_15);
+            __Pyx_XGOTREF(__pyx_t_16);
+            __pyx_t_2 = __pyx_lineno; __pyx_t_9 = __pyx_clineno; __pyx_t_10 = __pyx_filename;
             {
               PyBuffer_Release((&__pyx_v_view));
             }
+            __Pyx_XGIVEREF(__pyx_t_14);
+            __Pyx_XGIVEREF(__pyx_t_15);
+            __Pyx_XGIVEREF(__pyx_t_16);
+            __Pyx_ExceptionReset(__pyx_t_14, __pyx_t_15, __pyx_t_16);
             __Pyx_XGIVEREF(__pyx_t_11);
             __Pyx_XGIVEREF(__pyx_t_12);
             __Pyx_XGIVEREF(__pyx_t_13);
-            __Pyx_ExceptionReset(__pyx_t_11, __pyx_t_12, __pyx_t_13);
-            __Pyx_XGIVEREF(__pyx_t_8);
-            __Pyx_XGIVEREF(__pyx_t_9);
-            __Pyx_XGIVEREF(__pyx_t_10);
-            __Pyx_ErrRestore(__pyx_t_8, __pyx_t_9, __pyx_t_10);
-            __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0;
-            __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_6; __pyx_filename = __pyx_t_7;
+            __Pyx_ErrRestore(__pyx_t_11, __pyx_t_12, __pyx_t_13);
+            __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0;
+            __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_9; __pyx_filename = __pyx_t_10;
             goto __pyx_L4_error;
           }
           __pyx_L8:;
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":323
- *             self.await_half(self.sending, deadline)
+      /* "ivshmem/channel/streams.pyx":327
+ *             self.await_half(SEND, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def sendall(self, data):
@@ -10864,76 +10863,100 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_8sendall(struct __p
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
   __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
   __Pyx_AddTraceback("ivshmem.channel.streams.Stream.sendall", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
 
+  __Pyx_XDECREF(__pyx_v_timeout);
   __Pyx_XDECREF(__pyx_v_deadline);
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":339
+/* "ivshmem/channel/streams.pyx":346
  *             PyBuffer_Release(&view)
  * 
- *     cdef int64_t pull(self, char *into, uint64_t room) except -1:             # <<<<<<<<<<<<<<
+ *     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:             # <<<<<<<<<<<<<<
  *         cdef int64_t n
- *         deadline = self.deadline()
+ *         deadline = deadline_of(timeout)
 */
 
-static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, char *__pyx_v_into, uint64_t __pyx_v_room) {
+static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, char *__pyx_v_into, uint64_t __pyx_v_room, PyObject *__pyx_v_timeout) {
   int64_t __pyx_v_n;
   PyObject *__pyx_v_deadline = NULL;
   int64_t __pyx_r;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
-  int __pyx_t_2;
-  int __pyx_t_3;
-  PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
-  PyObject *__pyx_t_6[3];
-  Py_ssize_t __pyx_t_7;
-  PyObject *__pyx_t_8 = NULL;
-  size_t __pyx_t_9;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  size_t __pyx_t_4;
+  int __pyx_t_5;
+  int __pyx_t_6;
+  PyObject *__pyx_t_7[3];
+  Py_ssize_t __pyx_t_8;
+  PyObject *__pyx_t_9 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("pull", 0);
 
-  /* "ivshmem/channel/streams.pyx":341
- *     cdef int64_t pull(self, char *into, uint64_t room) except -1:
+  /* "ivshmem/channel/streams.pyx":348
+ *     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:
  *         cdef int64_t n
- *         deadline = self.deadline()             # <<<<<<<<<<<<<<
+ *         deadline = deadline_of(timeout)             # <<<<<<<<<<<<<<
  *         while True:
  *             self.enter()
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_7streams_6Stream_deadline(__pyx_v_self); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 341, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
+  __pyx_t_2 = NULL;
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_deadline_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 348, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+  __pyx_t_4 = 1;
+  #if CYTHON_UNPACK_METHODS
+  if (unlikely(PyMethod_Check(__pyx_t_3))) {
+    __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_3);
+    assert(__pyx_t_2);
+    PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
+    __Pyx_INCREF(__pyx_t_2);
+    __Pyx_INCREF(__pyx__function);
+    __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
+    __pyx_t_4 = 0;
+  }
+  #endif
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_v_timeout};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 348, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
   __pyx_v_deadline = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":342
+  /* "ivshmem/channel/streams.pyx":349
  *         cdef int64_t n
- *         deadline = self.deadline()
+ *         deadline = deadline_of(timeout)
  *         while True:             # <<<<<<<<<<<<<<
  *             self.enter()
  *             n = ivshmem_receive(&self.stream, into, room)
 */
   while (1) {
 
-    /* "ivshmem/channel/streams.pyx":343
- *         deadline = self.deadline()
+    /* "ivshmem/channel/streams.pyx":350
+ *         deadline = deadline_of(timeout)
  *         while True:
  *             self.enter()             # <<<<<<<<<<<<<<
  *             n = ivshmem_receive(&self.stream, into, room)
  *             if self.membership.rings.count:
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 343, __pyx_L1_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 350, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/streams.pyx":344
+    /* "ivshmem/channel/streams.pyx":351
  *         while True:
  *             self.enter()
  *             n = ivshmem_receive(&self.stream, into, room)             # <<<<<<<<<<<<<<
@@ -10942,29 +10965,29 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     __pyx_v_n = ivshmem_receive((&__pyx_v_self->stream), __pyx_v_into, __pyx_v_room);
 
-    /* "ivshmem/channel/streams.pyx":345
+    /* "ivshmem/channel/streams.pyx":352
  *             self.enter()
  *             n = ivshmem_receive(&self.stream, into, room)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
  *                 self.membership.flush()
  *             if n >= 0:
 */
-    __pyx_t_3 = (__pyx_v_self->__pyx_base.membership->rings.count != 0);
+    __pyx_t_6 = (__pyx_v_self->__pyx_base.membership->rings.count != 0);
 
-    if (__pyx_t_3) {
+    if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/streams.pyx":346
+      /* "ivshmem/channel/streams.pyx":353
  *             n = ivshmem_receive(&self.stream, into, room)
  *             if self.membership.rings.count:
  *                 self.membership.flush()             # <<<<<<<<<<<<<<
  *             if n >= 0:
  *                 return n
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 346, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 353, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/streams.pyx":345
+      /* "ivshmem/channel/streams.pyx":352
  *             self.enter()
  *             n = ivshmem_receive(&self.stream, into, room)
  *             if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -10973,19 +10996,19 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":347
+    /* "ivshmem/channel/streams.pyx":354
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n >= 0:             # <<<<<<<<<<<<<<
  *                 return n
  *             if n == IVSHMEM_CLOSED:
 */
-    __pyx_t_3 = (__pyx_v_n >= 0);
+    __pyx_t_6 = (__pyx_v_n >= 0);
 
-    if (__pyx_t_3) {
+    if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/streams.pyx":348
+      /* "ivshmem/channel/streams.pyx":355
  *                 self.membership.flush()
  *             if n >= 0:
  *                 return n             # <<<<<<<<<<<<<<
@@ -10998,7 +11021,7 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/streams.pyx":347
+      /* "ivshmem/channel/streams.pyx":354
  *             if self.membership.rings.count:
  *                 self.membership.flush()
  *             if n >= 0:             # <<<<<<<<<<<<<<
@@ -11007,65 +11030,65 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":349
+    /* "ivshmem/channel/streams.pyx":356
  *             if n >= 0:
  *                 return n
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
  *                 raise ConnectionResetError(
  *                     104, f"connection of {self.name!r}: the other end is gone"
 */
-    __pyx_t_3 = (__pyx_v_n == IVSHMEM_CLOSED);
+    __pyx_t_6 = (__pyx_v_n == IVSHMEM_CLOSED);
 
-    if (unlikely(__pyx_t_3)) {
+    if (unlikely(__pyx_t_6)) {
 
 
-      /* "ivshmem/channel/streams.pyx":350
+      /* "ivshmem/channel/streams.pyx":357
  *                 return n
  *             if n == IVSHMEM_CLOSED:
  *                 raise ConnectionResetError(             # <<<<<<<<<<<<<<
  *                     104, f"connection of {self.name!r}: the other end is gone"
  *                 )
 */
-      __pyx_t_4 = NULL;
+      __pyx_t_3 = NULL;
 
-      /* "ivshmem/channel/streams.pyx":351
+      /* "ivshmem/channel/streams.pyx":358
  *             if n == IVSHMEM_CLOSED:
  *                 raise ConnectionResetError(
  *                     104, f"connection of {self.name!r}: the other end is gone"             # <<<<<<<<<<<<<<
  *                 )
  *             if n != IVSHMEM_AGAIN:
 */
-      __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 351, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
-      __pyx_t_6[1] = __pyx_t_5;
-      __pyx_t_6[2] = __pyx_mstate_global->__pyx_kp_u_the_other_end_is_gone;
-      __pyx_t_7 = 37;
+      __pyx_t_2 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 358, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+      __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_connection_of;
+      __pyx_t_7[1] = __pyx_t_2;
+      __pyx_t_7[2] = __pyx_mstate_global->__pyx_kp_u_the_other_end_is_gone;
+      __pyx_t_8 = 37;
       #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-      __pyx_t_7 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_6[1]);
+      __pyx_t_8 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_7[1]);
       #endif
-      __pyx_t_2 = 0;
+      __pyx_t_5 = 0;
       #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-      __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
+      __pyx_t_5 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]);
       #endif
-      __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_2);
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 351, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_8);
-      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __pyx_t_9 = 1;
+      __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_7, 3, __pyx_t_8, __pyx_t_5);
+      if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 358, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_9);
+      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+      __pyx_t_4 = 1;
       {
-        PyObject *__pyx_callargs[3] = {__pyx_t_4, __pyx_mstate_global->__pyx_int_104, __pyx_t_8};
-        __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ConnectionResetError)), __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-        __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-        __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 350, __pyx_L1_error)
+        PyObject *__pyx_callargs[3] = {__pyx_t_3, __pyx_mstate_global->__pyx_int_104, __pyx_t_9};
+        __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ConnectionResetError)), __pyx_callargs+__pyx_t_4, (3-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+        __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 357, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 350, __pyx_L1_error)
+      __PYX_ERR(0, 357, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":349
+      /* "ivshmem/channel/streams.pyx":356
  *             if n >= 0:
  *                 return n
  *             if n == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -11074,60 +11097,57 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":353
+    /* "ivshmem/channel/streams.pyx":360
  *                     104, f"connection of {self.name!r}: the other end is gone"
  *                 )
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                 raise self.fail(<int>n)
- *             self.await_half(self.receiving, deadline)
+ *             self.await_half(RECEIVE, timeout, deadline)
 */
-    __pyx_t_3 = (__pyx_v_n != IVSHMEM_AGAIN);
+    __pyx_t_6 = (__pyx_v_n != IVSHMEM_AGAIN);
 
-    if (unlikely(__pyx_t_3)) {
+    if (unlikely(__pyx_t_6)) {
 
 
-      /* "ivshmem/channel/streams.pyx":354
+      /* "ivshmem/channel/streams.pyx":361
  *                 )
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)             # <<<<<<<<<<<<<<
- *             self.await_half(self.receiving, deadline)
+ *             self.await_half(RECEIVE, timeout, deadline)
  * 
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 354, __pyx_L1_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), ((int)__pyx_v_n)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 361, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 354, __pyx_L1_error)
+      __PYX_ERR(0, 361, __pyx_L1_error)
 
-      /* "ivshmem/channel/streams.pyx":353
+      /* "ivshmem/channel/streams.pyx":360
  *                     104, f"connection of {self.name!r}: the other end is gone"
  *                 )
  *             if n != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                 raise self.fail(<int>n)
- *             self.await_half(self.receiving, deadline)
+ *             self.await_half(RECEIVE, timeout, deadline)
 */
     }
 
-    /* "ivshmem/channel/streams.pyx":355
+    /* "ivshmem/channel/streams.pyx":362
  *             if n != IVSHMEM_AGAIN:
  *                 raise self.fail(<int>n)
- *             self.await_half(self.receiving, deadline)             # <<<<<<<<<<<<<<
+ *             self.await_half(RECEIVE, timeout, deadline)             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-    __pyx_t_1 = ((PyObject *)__pyx_v_self->receiving);
-    __Pyx_INCREF(__pyx_t_1);
-    __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, ((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)__pyx_t_1), __pyx_v_deadline); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 355, __pyx_L1_error)
-    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+    __pyx_t_5 = __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE, __pyx_v_timeout, __pyx_v_deadline); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 362, __pyx_L1_error)
 
   }
 
-  /* "ivshmem/channel/streams.pyx":339
+  /* "ivshmem/channel/streams.pyx":346
  *             PyBuffer_Release(&view)
  * 
- *     cdef int64_t pull(self, char *into, uint64_t room) except -1:             # <<<<<<<<<<<<<<
+ *     cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:             # <<<<<<<<<<<<<<
  *         cdef int64_t n
- *         deadline = self.deadline()
+ *         deadline = deadline_of(timeout)
 */
 
   /* function exit code */
@@ -11135,9 +11155,9 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
   goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_9);
   __Pyx_AddTraceback("ivshmem.channel.streams.Stream.pull", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1L;
   __pyx_L0:;
@@ -11148,8 +11168,8 @@ static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":357
- *             self.await_half(self.receiving, deadline)
+/* "ivshmem/channel/streams.pyx":364
+ *             self.await_half(RECEIVE, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def recv(self, Py_ssize_t size):
@@ -11196,32 +11216,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 357, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 364, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 357, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 364, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv", 0) < (0)) __PYX_ERR(0, 357, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv", 0) < (0)) __PYX_ERR(0, 364, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, i); __PYX_ERR(0, 357, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, i); __PYX_ERR(0, 364, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 357, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 364, __pyx_L3_error)
     }
-    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 358, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 365, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 357, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("recv", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 364, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11244,29 +11264,16 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 }
 
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10recv(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, Py_ssize_t __pyx_v_size) {
-  PyObject *__pyx_v_data = 0;
-  int64_t __pyx_v_n;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
-  int __pyx_t_2;
+  PyObject *__pyx_t_2 = NULL;
   PyObject *__pyx_t_3 = NULL;
   PyObject *__pyx_t_4 = NULL;
-  PyObject *__pyx_t_5 = NULL;
-  PyObject *__pyx_t_6[3];
-  Py_ssize_t __pyx_t_7;
-  int __pyx_t_8;
-  PyObject *__pyx_t_9 = NULL;
-  size_t __pyx_t_10;
-  Py_ssize_t __pyx_t_11;
-  Py_ssize_t __pyx_t_12;
-  int64_t __pyx_t_13;
-  PyObject *__pyx_t_14 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("recv", 0);
-
   {
       __Pyx_PyCriticalSection __pyx_cs;
       __pyx_t_1 = ((PyObject *)__pyx_v_self);
@@ -11274,171 +11281,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10recv(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":367
- *         cdef bytes data
- *         cdef int64_t n
- *         if size < 0:             # <<<<<<<<<<<<<<
- *             raise ValueError(f"cannot receive {size} bytes")
- *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
-*/
-        __pyx_t_2 = (__pyx_v_size < 0);
-
-        if (unlikely(__pyx_t_2)) {
-
-
-          /* "ivshmem/channel/streams.pyx":368
- *         cdef int64_t n
- *         if size < 0:
- *             raise ValueError(f"cannot receive {size} bytes")             # <<<<<<<<<<<<<<
- *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
- *         if size == 0:
-*/
-          __pyx_t_4 = NULL;
-          __pyx_t_5 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 368, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_5);
-          __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_cannot_receive;
-          __pyx_t_6[1] = __pyx_t_5;
-          __pyx_t_6[2] = __pyx_mstate_global->__pyx_kp_u_bytes;
-          __pyx_t_7 = 21;
-          #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-          __pyx_t_7 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_6[1]);
-          #endif
-          __pyx_t_8 = 0;
-          __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_8);
-          if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 368, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_9);
-          __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-          __pyx_t_10 = 1;
-          {
-            PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_9};
-            __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-            __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 368, __pyx_L4_error)
-            __Pyx_GOTREF(__pyx_t_3);
-          }
-          __Pyx_Raise(__pyx_t_3, 0, 0, 0);
-          __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __PYX_ERR(0, 368, __pyx_L4_error)
-
-          /* "ivshmem/channel/streams.pyx":367
- *         cdef bytes data
- *         cdef int64_t n
- *         if size < 0:             # <<<<<<<<<<<<<<
- *             raise ValueError(f"cannot receive {size} bytes")
- *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
-*/
-        }
-
-        /* "ivshmem/channel/streams.pyx":369
- *         if size < 0:
- *             raise ValueError(f"cannot receive {size} bytes")
- *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)             # <<<<<<<<<<<<<<
- *         if size == 0:
- *             return b""
-*/
-
-        __pyx_t_7 = ((Py_ssize_t)__pyx_v_self->__pyx_base.channel.layout.cell_bytes);
-
-        __pyx_t_11 = __pyx_v_size;
-        __pyx_t_2 = (__pyx_t_7 < __pyx_t_11);
-
-        if (__pyx_t_2) {
-
-          __pyx_t_12 = __pyx_t_7;
-        } else {
-
-          __pyx_t_12 = __pyx_t_11;
-        }
-
-        __pyx_v_size = __pyx_t_12;
-
-
-        /* "ivshmem/channel/streams.pyx":370
- *             raise ValueError(f"cannot receive {size} bytes")
- *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
- *         if size == 0:             # <<<<<<<<<<<<<<
- *             return b""
- *         data = PyBytes_FromStringAndSize(NULL, size)
-*/
-        __pyx_t_2 = (__pyx_v_size == 0);
-
-        if (__pyx_t_2) {
-
-
-          /* "ivshmem/channel/streams.pyx":371
- *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
- *         if size == 0:
- *             return b""             # <<<<<<<<<<<<<<
- *         data = PyBytes_FromStringAndSize(NULL, size)
- *         n = self.pull(PyBytes_AS_STRING(data), size)
-*/
-          {
-            PyObject *__pyx_temp;
-            {
-              __pyx_temp = __pyx_r;
-              __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_b__2);
-              __pyx_r = __pyx_mstate_global->__pyx_kp_b__2;
-            }
-            __Pyx_XDECREF(__pyx_temp);
-          }
-          __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-          goto __pyx_L3_return;
-
-          /* "ivshmem/channel/streams.pyx":370
- *             raise ValueError(f"cannot receive {size} bytes")
- *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
- *         if size == 0:             # <<<<<<<<<<<<<<
- *             return b""
- *         data = PyBytes_FromStringAndSize(NULL, size)
-*/
-        }
-
         /* "ivshmem/channel/streams.pyx":372
- *         if size == 0:
- *             return b""
- *         data = PyBytes_FromStringAndSize(NULL, size)             # <<<<<<<<<<<<<<
- *         n = self.pull(PyBytes_AS_STRING(data), size)
- *         return data if n == size else data[:n]
+ *             TimeoutError, BlockingIOError, ChannelCorrupt, ClosedError: as of `send`.
+ *         """
+ *         return self.receive(size, self.timeout)             # <<<<<<<<<<<<<<
+ * 
+ *     cdef bytes receive(self, Py_ssize_t size, object timeout):
 */
-        __pyx_t_3 = PyBytes_FromStringAndSize(NULL, __pyx_v_size); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 372, __pyx_L4_error)
+        __pyx_t_2 = __pyx_v_self->timeout;
+        __Pyx_INCREF(__pyx_t_2);
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_v_size, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 372, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
-        __pyx_v_data = ((PyObject*)__pyx_t_3);
-        __pyx_t_3 = 0;
-
-        /* "ivshmem/channel/streams.pyx":373
- *             return b""
- *         data = PyBytes_FromStringAndSize(NULL, size)
- *         n = self.pull(PyBytes_AS_STRING(data), size)             # <<<<<<<<<<<<<<
- *         return data if n == size else data[:n]
- * 
-*/
-        __pyx_t_13 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, PyBytes_AS_STRING(__pyx_v_data), __pyx_v_size); if (unlikely(__pyx_t_13 == ((int64_t)-1L))) __PYX_ERR(0, 373, __pyx_L4_error)
-        __pyx_v_n = __pyx_t_13;
-
-        /* "ivshmem/channel/streams.pyx":374
- *         data = PyBytes_FromStringAndSize(NULL, size)
- *         n = self.pull(PyBytes_AS_STRING(data), size)
- *         return data if n == size else data[:n]             # <<<<<<<<<<<<<<
- * 
- *     @cython.critical_section
-*/
-        __pyx_t_2 = (__pyx_v_n == __pyx_v_size);
-
-        if (__pyx_t_2) {
-          __Pyx_INCREF(__pyx_v_data);
-          __pyx_t_3 = __pyx_v_data;
-        } else {
-          if (unlikely(__pyx_v_data == Py_None)) {
-            PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-            __PYX_ERR(0, 374, __pyx_L4_error)
-          }
-          __pyx_t_9 = PySequence_GetSlice(__pyx_v_data, 0, __pyx_v_n); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 374, __pyx_L4_error)
-          __Pyx_GOTREF(__pyx_t_9);
-          __pyx_t_3 = __pyx_t_9;
-          __pyx_t_9 = 0;
-        }
-
+        __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         {
           PyObject *__pyx_temp;
           {
@@ -11452,8 +11306,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10recv(struct __pyx
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/streams.pyx":357
- *             self.await_half(self.receiving, deadline)
+      /* "ivshmem/channel/streams.pyx":364
+ *             self.await_half(RECEIVE, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def recv(self, Py_ssize_t size):
@@ -11461,11 +11315,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10recv(struct __pyx
 */
       /*finally:*/ {
         __pyx_L3_return: {
-          __pyx_t_14 = __pyx_r;
+          __pyx_t_4 = __pyx_r;
           __pyx_r = 0;
           __Pyx_PyCriticalSection_End(&__pyx_cs);
-          __pyx_r = __pyx_t_14;
-          __pyx_t_14 = 0;
+          __pyx_r = __pyx_t_4;
+          __pyx_t_4 = 0;
           goto __pyx_L0;
         }
         __pyx_L4_error: {
@@ -11481,12 +11335,238 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10recv(struct __pyx
   goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_XDECREF(__pyx_t_4);
-  __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_9);
   __Pyx_AddTraceback("ivshmem.channel.streams.Stream.recv", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
+  __pyx_L0:;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/streams.pyx":374
+ *         return self.receive(size, self.timeout)
+ * 
+ *     cdef bytes receive(self, Py_ssize_t size, object timeout):             # <<<<<<<<<<<<<<
+ *         cdef bytes data
+ *         cdef int64_t n
+*/
+
+static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_receive(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, Py_ssize_t __pyx_v_size, PyObject *__pyx_v_timeout) {
+  PyObject *__pyx_v_data = 0;
+  int64_t __pyx_v_n;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5[3];
+  Py_ssize_t __pyx_t_6;
+  int __pyx_t_7;
+  PyObject *__pyx_t_8 = NULL;
+  size_t __pyx_t_9;
+  Py_ssize_t __pyx_t_10;
+  Py_ssize_t __pyx_t_11;
+  int64_t __pyx_t_12;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("receive", 0);
+
+
+  /* "ivshmem/channel/streams.pyx":377
+ *         cdef bytes data
+ *         cdef int64_t n
+ *         if size < 0:             # <<<<<<<<<<<<<<
+ *             raise ValueError(f"cannot receive {size} bytes")
+ *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
+*/
+  __pyx_t_1 = (__pyx_v_size < 0);
+
+  if (unlikely(__pyx_t_1)) {
+
+
+    /* "ivshmem/channel/streams.pyx":378
+ *         cdef int64_t n
+ *         if size < 0:
+ *             raise ValueError(f"cannot receive {size} bytes")             # <<<<<<<<<<<<<<
+ *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
+ *         if size == 0:
+*/
+    __pyx_t_3 = NULL;
+    __pyx_t_4 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 378, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_cannot_receive;
+    __pyx_t_5[1] = __pyx_t_4;
+    __pyx_t_5[2] = __pyx_mstate_global->__pyx_kp_u_bytes;
+    __pyx_t_6 = 21;
+    #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+    __pyx_t_6 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_5[1]);
+    #endif
+    __pyx_t_7 = 0;
+    __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 378, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __pyx_t_9 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_t_8};
+      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 378, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+    }
+    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __PYX_ERR(0, 378, __pyx_L1_error)
+
+    /* "ivshmem/channel/streams.pyx":377
+ *         cdef bytes data
+ *         cdef int64_t n
+ *         if size < 0:             # <<<<<<<<<<<<<<
+ *             raise ValueError(f"cannot receive {size} bytes")
+ *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
+*/
+  }
+
+  /* "ivshmem/channel/streams.pyx":379
+ *         if size < 0:
+ *             raise ValueError(f"cannot receive {size} bytes")
+ *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)             # <<<<<<<<<<<<<<
+ *         if size == 0:
+ *             return b""
+*/
+
+  __pyx_t_6 = ((Py_ssize_t)__pyx_v_self->__pyx_base.channel.layout.cell_bytes);
+
+  __pyx_t_10 = __pyx_v_size;
+  __pyx_t_1 = (__pyx_t_6 < __pyx_t_10);
+
+  if (__pyx_t_1) {
+
+    __pyx_t_11 = __pyx_t_6;
+  } else {
+
+    __pyx_t_11 = __pyx_t_10;
+  }
+
+  __pyx_v_size = __pyx_t_11;
+
+
+  /* "ivshmem/channel/streams.pyx":380
+ *             raise ValueError(f"cannot receive {size} bytes")
+ *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
+ *         if size == 0:             # <<<<<<<<<<<<<<
+ *             return b""
+ *         data = PyBytes_FromStringAndSize(NULL, size)
+*/
+  __pyx_t_1 = (__pyx_v_size == 0);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/streams.pyx":381
+ *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
+ *         if size == 0:
+ *             return b""             # <<<<<<<<<<<<<<
+ *         data = PyBytes_FromStringAndSize(NULL, size)
+ *         n = self.pull(PyBytes_AS_STRING(data), size, timeout)
+*/
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_b__2);
+        __pyx_r = __pyx_mstate_global->__pyx_kp_b__2;
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    goto __pyx_L0;
+
+    /* "ivshmem/channel/streams.pyx":380
+ *             raise ValueError(f"cannot receive {size} bytes")
+ *         size = min(size, <Py_ssize_t>self.channel.layout.cell_bytes)
+ *         if size == 0:             # <<<<<<<<<<<<<<
+ *             return b""
+ *         data = PyBytes_FromStringAndSize(NULL, size)
+*/
+  }
+
+  /* "ivshmem/channel/streams.pyx":382
+ *         if size == 0:
+ *             return b""
+ *         data = PyBytes_FromStringAndSize(NULL, size)             # <<<<<<<<<<<<<<
+ *         n = self.pull(PyBytes_AS_STRING(data), size, timeout)
+ *         return data if n == size else data[:n]
+*/
+  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 382, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __pyx_v_data = ((PyObject*)__pyx_t_2);
+  __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/streams.pyx":383
+ *             return b""
+ *         data = PyBytes_FromStringAndSize(NULL, size)
+ *         n = self.pull(PyBytes_AS_STRING(data), size, timeout)             # <<<<<<<<<<<<<<
+ *         return data if n == size else data[:n]
+ * 
+*/
+  __pyx_t_12 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, PyBytes_AS_STRING(__pyx_v_data), __pyx_v_size, __pyx_v_timeout); if (unlikely(__pyx_t_12 == ((int64_t)-1L))) __PYX_ERR(0, 383, __pyx_L1_error)
+  __pyx_v_n = __pyx_t_12;
+
+  /* "ivshmem/channel/streams.pyx":384
+ *         data = PyBytes_FromStringAndSize(NULL, size)
+ *         n = self.pull(PyBytes_AS_STRING(data), size, timeout)
+ *         return data if n == size else data[:n]             # <<<<<<<<<<<<<<
+ * 
+ *     @cython.critical_section
+*/
+  __pyx_t_1 = (__pyx_v_n == __pyx_v_size);
+
+  if (__pyx_t_1) {
+    __Pyx_INCREF(__pyx_v_data);
+    __pyx_t_2 = __pyx_v_data;
+  } else {
+    if (unlikely(__pyx_v_data == Py_None)) {
+      PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
+      __PYX_ERR(0, 384, __pyx_L1_error)
+    }
+    __pyx_t_8 = PySequence_GetSlice(__pyx_v_data, 0, __pyx_v_n); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 384, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_8);
+    __pyx_t_2 = __pyx_t_8;
+    __pyx_t_8 = 0;
+  }
+
+  {
+    PyObject *__pyx_temp;
+    {
+      __pyx_temp = __pyx_r;
+      __pyx_r = ((PyObject*)__pyx_t_2);
+    }
+    __Pyx_XDECREF(__pyx_temp);
+  }
+  __pyx_t_2 = 0;
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/streams.pyx":374
+ *         return self.receive(size, self.timeout)
+ * 
+ *     cdef bytes receive(self, Py_ssize_t size, object timeout):             # <<<<<<<<<<<<<<
+ *         cdef bytes data
+ *         cdef int64_t n
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_AddTraceback("ivshmem.channel.streams.Stream.receive", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = 0;
   __pyx_L0:;
   __Pyx_XDECREF(__pyx_v_data);
 
@@ -11496,7 +11576,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_10recv(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":376
+/* "ivshmem/channel/streams.pyx":386
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11545,48 +11625,48 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_nbytes,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 376, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 386, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 376, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 386, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 376, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 386, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_into", 0) < (0)) __PYX_ERR(0, 376, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_into", 0) < (0)) __PYX_ERR(0, 386, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, i); __PYX_ERR(0, 376, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, i); __PYX_ERR(0, 386, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 376, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 386, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 376, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 386, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_buffer = values[0];
     if (values[1]) {
-      __pyx_v_nbytes = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_nbytes == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 377, __pyx_L3_error)
+      __pyx_v_nbytes = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_nbytes == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 387, __pyx_L3_error)
     } else {
       __pyx_v_nbytes = ((Py_ssize_t)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 376, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("recv_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 386, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11645,17 +11725,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/streams.pyx":388
+        /* "ivshmem/channel/streams.pyx":398
  *         cdef Py_buffer view
  *         cdef Py_ssize_t room
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
  *         try:
  *             room = view.len if nbytes == 0 else nbytes
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 388, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 398, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/streams.pyx":389
+        /* "ivshmem/channel/streams.pyx":399
  *         cdef Py_ssize_t room
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -11664,7 +11744,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/streams.pyx":390
+          /* "ivshmem/channel/streams.pyx":400
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:
  *             room = view.len if nbytes == 0 else nbytes             # <<<<<<<<<<<<<<
@@ -11683,12 +11763,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
 
           __pyx_v_room = __pyx_t_3;
 
-          /* "ivshmem/channel/streams.pyx":391
+          /* "ivshmem/channel/streams.pyx":401
  *         try:
  *             room = view.len if nbytes == 0 else nbytes
  *             if not 0 <= room <= view.len:             # <<<<<<<<<<<<<<
  *                 raise ValueError(f"{nbytes} bytes into a buffer of {view.len}")
- *             return self.pull(<char *>view.buf, room) if room else 0
+ *             return self.pull(<char *>view.buf, room, self.timeout) if room else 0
 */
           __pyx_t_4 = (0 <= __pyx_v_room);
           if (__pyx_t_4) {
@@ -11700,17 +11780,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
           if (unlikely(__pyx_t_5)) {
 
 
-            /* "ivshmem/channel/streams.pyx":392
+            /* "ivshmem/channel/streams.pyx":402
  *             room = view.len if nbytes == 0 else nbytes
  *             if not 0 <= room <= view.len:
  *                 raise ValueError(f"{nbytes} bytes into a buffer of {view.len}")             # <<<<<<<<<<<<<<
- *             return self.pull(<char *>view.buf, room) if room else 0
+ *             return self.pull(<char *>view.buf, room, self.timeout) if room else 0
  *         finally:
 */
             __pyx_t_7 = NULL;
-            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_nbytes, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 392, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_nbytes, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 402, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
-            __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 392, __pyx_L7_error)
+            __pyx_t_9 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 402, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_9);
             __pyx_t_10[0] = __pyx_t_8;
             __pyx_t_10[1] = __pyx_mstate_global->__pyx_kp_u_bytes_into_a_buffer_of;
@@ -11721,7 +11801,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
             #endif
             __pyx_t_2 = 0;
             __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_10, 3, __pyx_t_3, __pyx_t_2);
-            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 392, __pyx_L7_error)
+            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 402, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_11);
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
@@ -11731,34 +11811,37 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
               __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 392, __pyx_L7_error)
+              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 402, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_6);
             }
             __Pyx_Raise(__pyx_t_6, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-            __PYX_ERR(0, 392, __pyx_L7_error)
+            __PYX_ERR(0, 402, __pyx_L7_error)
 
-            /* "ivshmem/channel/streams.pyx":391
+            /* "ivshmem/channel/streams.pyx":401
  *         try:
  *             room = view.len if nbytes == 0 else nbytes
  *             if not 0 <= room <= view.len:             # <<<<<<<<<<<<<<
  *                 raise ValueError(f"{nbytes} bytes into a buffer of {view.len}")
- *             return self.pull(<char *>view.buf, room) if room else 0
+ *             return self.pull(<char *>view.buf, room, self.timeout) if room else 0
 */
           }
 
-          /* "ivshmem/channel/streams.pyx":393
+          /* "ivshmem/channel/streams.pyx":403
  *             if not 0 <= room <= view.len:
  *                 raise ValueError(f"{nbytes} bytes into a buffer of {view.len}")
- *             return self.pull(<char *>view.buf, room) if room else 0             # <<<<<<<<<<<<<<
+ *             return self.pull(<char *>view.buf, room, self.timeout) if room else 0             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
           __pyx_t_5 = (__pyx_v_room != 0);
 
           if (__pyx_t_5) {
-            __pyx_t_13 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, ((char *)__pyx_v_view.buf), __pyx_v_room); if (unlikely(__pyx_t_13 == ((int64_t)-1L))) __PYX_ERR(0, 393, __pyx_L7_error)
-            __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_t_13); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 393, __pyx_L7_error)
+            __pyx_t_11 = __pyx_v_self->timeout;
+            __Pyx_INCREF(__pyx_t_11);
+            __pyx_t_13 = __pyx_f_7ivshmem_7channel_7streams_6Stream_pull(__pyx_v_self, ((char *)__pyx_v_view.buf), __pyx_v_room, __pyx_t_11); if (unlikely(__pyx_t_13 == ((int64_t)-1L))) __PYX_ERR(0, 403, __pyx_L7_error)
+            __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
+            __pyx_t_11 = __Pyx_PyLong_From_int64_t(__pyx_t_13); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 403, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_11);
 
             __pyx_t_6 = __pyx_t_11;
@@ -11781,8 +11864,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/streams.pyx":395
- *             return self.pull(<char *>view.buf, room) if room else 0
+        /* "ivshmem/channel/streams.pyx":405
+ *             return self.pull(<char *>view.buf, room, self.timeout) if room else 0
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
  * 
@@ -11834,7 +11917,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
         }
       }
 
-      /* "ivshmem/channel/streams.pyx":376
+      /* "ivshmem/channel/streams.pyx":386
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -11878,12 +11961,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_12recv_into(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":397
+/* "ivshmem/channel/streams.pyx":407
  *             PyBuffer_Release(&view)
  * 
  *     def recv_async(self, Py_ssize_t size, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `recv` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_no_wait(self.receiving, self._recv_now, timeout, size)
+ *         return asynchronous.until_no_wait(self.half(RECEIVE), self._recv_now, timeout, size)
 */
 
 /* Python wrapper */
@@ -11927,46 +12010,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 397, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 407, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 397, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 407, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 397, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 407, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_async", 0) < (0)) __PYX_ERR(0, 397, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "recv_async", 0) < (0)) __PYX_ERR(0, 407, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, i); __PYX_ERR(0, 397, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, i); __PYX_ERR(0, 407, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 397, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 407, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 397, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 407, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
     }
-    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 397, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_size == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 407, __pyx_L3_error)
     __pyx_v_timeout = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 397, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("recv_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 407, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11996,30 +12079,33 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_async(struct
   PyObject *__pyx_t_3 = NULL;
   PyObject *__pyx_t_4 = NULL;
   PyObject *__pyx_t_5 = NULL;
-  size_t __pyx_t_6;
+  PyObject *__pyx_t_6 = NULL;
+  size_t __pyx_t_7;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("recv_async", 0);
 
-  /* "ivshmem/channel/streams.pyx":399
+  /* "ivshmem/channel/streams.pyx":409
  *     def recv_async(self, Py_ssize_t size, timeout=None):
  *         """The twin of `recv` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_no_wait(self.receiving, self._recv_now, timeout, size)             # <<<<<<<<<<<<<<
+ *         return asynchronous.until_no_wait(self.half(RECEIVE), self._recv_now, timeout, size)             # <<<<<<<<<<<<<<
  * 
- *     def _recv_now(self, size):
+ *     @cython.critical_section
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 399, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 409, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_no_wait); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 399, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_no_wait); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 409, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_recv_now); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 399, __pyx_L1_error)
+  __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_RECEIVE)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 409, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = PyLong_FromSsize_t(__pyx_v_size); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 399, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_recv_now); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 409, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = 1;
+  __pyx_t_6 = PyLong_FromSsize_t(__pyx_v_size); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 409, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_6);
+  __pyx_t_7 = 1;
   #if CYTHON_UNPACK_METHODS
   if (unlikely(PyMethod_Check(__pyx_t_4))) {
     __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_4);
@@ -12028,17 +12114,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_async(struct
     __Pyx_INCREF(__pyx_t_2);
     __Pyx_INCREF(__pyx__function);
     __Pyx_DECREF_SET(__pyx_t_4, __pyx__function);
-    __pyx_t_6 = 0;
+    __pyx_t_7 = 0;
   }
   #endif
   {
-    PyObject *__pyx_callargs[5] = {__pyx_t_2, ((PyObject *)__pyx_v_self->receiving), __pyx_t_3, __pyx_v_timeout, __pyx_t_5};
-    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_6, (5-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    PyObject *__pyx_callargs[5] = {__pyx_t_2, __pyx_t_3, __pyx_t_5, __pyx_v_timeout, __pyx_t_6};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_7, (5-__pyx_t_7) | (__pyx_t_7*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 399, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 409, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -12052,12 +12139,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_async(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":397
+  /* "ivshmem/channel/streams.pyx":407
  *             PyBuffer_Release(&view)
  * 
  *     def recv_async(self, Py_ssize_t size, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `recv` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_no_wait(self.receiving, self._recv_now, timeout, size)
+ *         return asynchronous.until_no_wait(self.half(RECEIVE), self._recv_now, timeout, size)
 */
 
   /* function exit code */
@@ -12067,6 +12154,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_async(struct
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_6);
   __Pyx_AddTraceback("ivshmem.channel.streams.Stream.recv_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -12075,12 +12163,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_14recv_async(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":401
- *         return asynchronous.until_no_wait(self.receiving, self._recv_now, timeout, size)
+/* "ivshmem/channel/streams.pyx":411
+ *         return asynchronous.until_no_wait(self.half(RECEIVE), self._recv_now, timeout, size)
  * 
- *     def _recv_now(self, size):             # <<<<<<<<<<<<<<
- *         return self.at_once(self.recv, size)
- * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def _recv_now(self, size):
+ *         """Receive as after settimeout(0), whatever another thread has set."""
 */
 
 /* Python wrapper */
@@ -12091,7 +12179,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_16_recv_now, "None");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_16_recv_now, "Receive as after settimeout(0), whatever another thread has set.");
 static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_17_recv_now = {"_recv_now", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_17_recv_now, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_16_recv_now};
 static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_17_recv_now(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -12123,32 +12211,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 401, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 411, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 401, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 411, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_recv_now", 0) < (0)) __PYX_ERR(0, 401, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_recv_now", 0) < (0)) __PYX_ERR(0, 411, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, i); __PYX_ERR(0, 401, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, i); __PYX_ERR(0, 411, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 401, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 411, __pyx_L3_error)
     }
     __pyx_v_size = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 401, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_recv_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 411, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12173,47 +12261,74 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16_recv_now(struct 
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
+  Py_ssize_t __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_recv_now", 0);
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
 
-  /* "ivshmem/channel/streams.pyx":402
- * 
+        /* "ivshmem/channel/streams.pyx":414
  *     def _recv_now(self, size):
- *         return self.at_once(self.recv, size)             # <<<<<<<<<<<<<<
+ *         """Receive as after settimeout(0), whatever another thread has set."""
+ *         return self.receive(size, 0)             # <<<<<<<<<<<<<<
  * 
  *     async def sendall_async(self, data, timeout=None):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_recv); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 402, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_at_once(__pyx_v_self, __pyx_t_1, __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 402, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_2;
-    }
-    __Pyx_XDECREF(__pyx_temp);
-  }
-  __pyx_t_2 = 0;
-  goto __pyx_L0;
+        __pyx_t_2 = __Pyx_PyIndex_AsSsize_t(__pyx_v_size); if (unlikely((__pyx_t_2 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 414, __pyx_L4_error)
+        __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_receive(__pyx_v_self, __pyx_t_2, __pyx_mstate_global->__pyx_int_0); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 414, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_3);
 
-  /* "ivshmem/channel/streams.pyx":401
- *         return asynchronous.until_no_wait(self.receiving, self._recv_now, timeout, size)
+        {
+          PyObject *__pyx_temp;
+          {
+            __pyx_temp = __pyx_r;
+            __pyx_r = __pyx_t_3;
+          }
+          __Pyx_XDECREF(__pyx_temp);
+        }
+        __pyx_t_3 = 0;
+        __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+        goto __pyx_L3_return;
+      }
+
+      /* "ivshmem/channel/streams.pyx":411
+ *         return asynchronous.until_no_wait(self.half(RECEIVE), self._recv_now, timeout, size)
  * 
- *     def _recv_now(self, size):             # <<<<<<<<<<<<<<
- *         return self.at_once(self.recv, size)
- * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def _recv_now(self, size):
+ *         """Receive as after settimeout(0), whatever another thread has set."""
 */
+      /*finally:*/ {
+        __pyx_L3_return: {
+          __pyx_t_4 = __pyx_r;
+          __pyx_r = 0;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_4;
+          __pyx_t_4 = 0;
+          goto __pyx_L0;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  }
 
   /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
   __Pyx_AddTraceback("ivshmem.channel.streams.Stream._recv_now", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -12223,8 +12338,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_16_recv_now(struct 
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/streams.pyx":404
- *         return self.at_once(self.recv, size)
+/* "ivshmem/channel/streams.pyx":416
+ *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `sendall` for asyncio. The time limit is for each part that finds room.
@@ -12272,35 +12387,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 404, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 416, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 404, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 416, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 404, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 416, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall_async", 0) < (0)) __PYX_ERR(0, 404, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sendall_async", 0) < (0)) __PYX_ERR(0, 416, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, i); __PYX_ERR(0, 404, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, i); __PYX_ERR(0, 416, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 404, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 416, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 404, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 416, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -12311,7 +12426,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 404, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("sendall_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 416, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12344,7 +12459,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_18sendall_async(str
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 404, __pyx_L1_error)
+    __PYX_ERR(0, 416, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -12358,7 +12473,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_18sendall_async(str
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_timeout);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_timeout);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams); if (unlikely(!gen)) __PYX_ERR(0, 404, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams); if (unlikely(!gen)) __PYX_ERR(0, 416, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -12384,9 +12499,10 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
   size_t __pyx_t_4;
   int __pyx_t_5;
   PyObject *__pyx_t_6 = NULL;
-  __Pyx_PySendResult __pyx_t_7;
-  Py_ssize_t __pyx_t_8;
+  PyObject *__pyx_t_7 = NULL;
+  __Pyx_PySendResult __pyx_t_8;
   Py_ssize_t __pyx_t_9;
+  Py_ssize_t __pyx_t_10;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -12402,17 +12518,17 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
-    __PYX_ERR(0, 404, __pyx_L1_error)
+    __PYX_ERR(0, 416, __pyx_L1_error)
   }
 
-  /* "ivshmem/channel/streams.pyx":409
+  /* "ivshmem/channel/streams.pyx":421
  *         After a cancellation it is unknown how much was sent.
  *         """
  *         view = memoryview(data).cast("B")             # <<<<<<<<<<<<<<
  *         while view:
- *             sent = await asynchronous.until_no_wait(self.sending, self._send_now, timeout, view)
+ *             sent = await asynchronous.until_no_wait(
 */
-  __pyx_t_3 = PyMemoryView_FromObject(__pyx_cur_scope->__pyx_v_data); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 409, __pyx_L1_error)
+  __pyx_t_3 = PyMemoryView_FromObject(__pyx_cur_scope->__pyx_v_data); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 421, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_2 = __pyx_t_3;
   __Pyx_INCREF(__pyx_t_2);
@@ -12422,41 +12538,51 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cast, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 409, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 421, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyMemoryView_Check(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("memoryview", __pyx_t_1))) __PYX_ERR(0, 409, __pyx_L1_error)
+  if (!(likely(PyMemoryView_Check(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("memoryview", __pyx_t_1))) __PYX_ERR(0, 421, __pyx_L1_error)
   __Pyx_GIVEREF(__pyx_t_1);
   __pyx_cur_scope->__pyx_v_view = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/streams.pyx":410
+  /* "ivshmem/channel/streams.pyx":422
  *         """
  *         view = memoryview(data).cast("B")
  *         while view:             # <<<<<<<<<<<<<<
- *             sent = await asynchronous.until_no_wait(self.sending, self._send_now, timeout, view)
- *             view = view[sent:]
+ *             sent = await asynchronous.until_no_wait(
+ *                 self.half(SEND), self._send_now, timeout, view
 */
   while (1) {
-    __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_view); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 410, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_view); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 422, __pyx_L1_error)
 
     if (!__pyx_t_5) break;
 
-    /* "ivshmem/channel/streams.pyx":411
+    /* "ivshmem/channel/streams.pyx":423
  *         view = memoryview(data).cast("B")
  *         while view:
- *             sent = await asynchronous.until_no_wait(self.sending, self._send_now, timeout, view)             # <<<<<<<<<<<<<<
- *             view = view[sent:]
- * 
+ *             sent = await asynchronous.until_no_wait(             # <<<<<<<<<<<<<<
+ *                 self.half(SEND), self._send_now, timeout, view
+ *             )
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 411, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 423, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
-    __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_until_no_wait); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 411, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_until_no_wait); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 423, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __pyx_t_2 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_send_now); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 411, __pyx_L1_error)
+
+    /* "ivshmem/channel/streams.pyx":424
+ *         while view:
+ *             sent = await asynchronous.until_no_wait(
+ *                 self.half(SEND), self._send_now, timeout, view             # <<<<<<<<<<<<<<
+ *             )
+ *             view = view[sent:]
+*/
+    __pyx_t_2 = ((PyObject *)__pyx_f_7ivshmem_7channel_7streams_6Stream_half(__pyx_cur_scope->__pyx_v_self, __pyx_e_7ivshmem_7channel_7streams_SEND)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 424, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
+    __pyx_t_7 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_send_now); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 424, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_4 = 1;
     #if CYTHON_UNPACK_METHODS
     if (unlikely(PyMethod_Check(__pyx_t_6))) {
@@ -12470,17 +12596,18 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
     }
     #endif
     {
-      PyObject *__pyx_callargs[5] = {__pyx_t_3, ((PyObject *)__pyx_cur_scope->__pyx_v_self->sending), __pyx_t_2, __pyx_cur_scope->__pyx_v_timeout, __pyx_cur_scope->__pyx_v_view};
+      PyObject *__pyx_callargs[5] = {__pyx_t_3, __pyx_t_2, __pyx_t_7, __pyx_cur_scope->__pyx_v_timeout, __pyx_cur_scope->__pyx_v_view};
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_6, __pyx_callargs+__pyx_t_4, (5-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 411, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 423, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
-    __pyx_t_7 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_1, &__pyx_r);
+    __pyx_t_8 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_1, &__pyx_r);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    if (likely(__pyx_t_7 == PYGEN_NEXT)) {
+    if (likely(__pyx_t_8 == PYGEN_NEXT)) {
       __Pyx_GOTREF(__pyx_r);
       __Pyx_XGIVEREF(__pyx_r);
       __Pyx_RefNannyFinishContext();
@@ -12489,40 +12616,40 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
       __pyx_generator->resume_label = 1;
       return __pyx_r;
       __pyx_L6_resume_from_await:;
-      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 411, __pyx_L1_error)
+      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 423, __pyx_L1_error)
       __pyx_t_1 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_1);
-    } else if (likely(__pyx_t_7 == PYGEN_RETURN)) {
+    } else if (likely(__pyx_t_8 == PYGEN_RETURN)) {
       __Pyx_GOTREF(__pyx_r);
       __pyx_t_1 = __pyx_r; __pyx_r = NULL;
     } else {
       __Pyx_XGOTREF(__pyx_r);
-      __PYX_ERR(0, 411, __pyx_L1_error)
+      __PYX_ERR(0, 423, __pyx_L1_error)
     }
     __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_sent);
     __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_sent, __pyx_t_1);
     __Pyx_GIVEREF(__pyx_t_1);
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/streams.pyx":412
- *         while view:
- *             sent = await asynchronous.until_no_wait(self.sending, self._send_now, timeout, view)
+    /* "ivshmem/channel/streams.pyx":426
+ *                 self.half(SEND), self._send_now, timeout, view
+ *             )
  *             view = view[sent:]             # <<<<<<<<<<<<<<
  * 
- *     def _send_now(self, data):
+ *     @cython.critical_section
 */
     __Pyx_INCREF(__pyx_cur_scope->__pyx_v_sent);
     __pyx_t_1 = __pyx_cur_scope->__pyx_v_sent;
     __pyx_t_5 = (__pyx_t_1 == Py_None);
     if (__pyx_t_5) {
 
-      __pyx_t_8 = 0;
+      __pyx_t_9 = 0;
     } else {
-      __pyx_t_9 = __Pyx_PyIndex_AsSsize_t(__pyx_t_1); if (unlikely((__pyx_t_9 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 412, __pyx_L1_error)
-      __pyx_t_8 = __pyx_t_9;
+      __pyx_t_10 = __Pyx_PyIndex_AsSsize_t(__pyx_t_1); if (unlikely((__pyx_t_10 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 426, __pyx_L1_error)
+      __pyx_t_9 = __pyx_t_10;
     }
 
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __pyx_t_1 = PySequence_GetSlice(__pyx_cur_scope->__pyx_v_view, __pyx_t_8, PY_SSIZE_T_MAX); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 412, __pyx_L1_error)
+    __pyx_t_1 = PySequence_GetSlice(__pyx_cur_scope->__pyx_v_view, __pyx_t_9, PY_SSIZE_T_MAX); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 426, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
 
     __Pyx_GOTREF(__pyx_cur_scope->__pyx_v_view);
@@ -12532,8 +12659,8 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
   }
   CYTHON_MAYBE_UNUSED_VAR(__pyx_cur_scope);
 
-  /* "ivshmem/channel/streams.pyx":404
- *         return self.at_once(self.recv, size)
+  /* "ivshmem/channel/streams.pyx":416
+ *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `sendall` for asyncio. The time limit is for each part that finds room.
@@ -12548,6 +12675,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
   __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_3);
   __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
   if (__Pyx_PyErr_Occurred()) {
     __Pyx_Generator_Replace_StopIteration(0);
     __Pyx_AddTraceback("sendall_async", __pyx_clineno, __pyx_lineno, __pyx_filename);
@@ -12563,12 +12691,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7streams_6Stream_20generator(__pyx_C
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":414
+/* "ivshmem/channel/streams.pyx":428
  *             view = view[sent:]
  * 
- *     def _send_now(self, data):             # <<<<<<<<<<<<<<
- *         return self.at_once(self.send, data)
- * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def _send_now(self, data):
+ *         """Send as after settimeout(0), whatever another thread has set."""
 */
 
 /* Python wrapper */
@@ -12579,7 +12707,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_21_send_now, "None");
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_7streams_6Stream_21_send_now, "Send as after settimeout(0), whatever another thread has set.");
 static PyMethodDef __pyx_mdef_7ivshmem_7channel_7streams_6Stream_22_send_now = {"_send_now", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_6Stream_22_send_now, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_6Stream_21_send_now};
 static PyObject *__pyx_pw_7ivshmem_7channel_7streams_6Stream_22_send_now(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -12611,32 +12739,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 414, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 428, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 414, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 428, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_send_now", 0) < (0)) __PYX_ERR(0, 414, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_send_now", 0) < (0)) __PYX_ERR(0, 428, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, i); __PYX_ERR(0, 414, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, i); __PYX_ERR(0, 428, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 414, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 428, __pyx_L3_error)
     }
     __pyx_v_data = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 414, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_send_now", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 428, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -12658,243 +12786,165 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 }
 
 static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_21_send_now(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_data) {
+  Py_buffer __pyx_v_view;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("_send_now", 0);
-
-  /* "ivshmem/channel/streams.pyx":415
- * 
- *     def _send_now(self, data):
- *         return self.at_once(self.send, data)             # <<<<<<<<<<<<<<
- * 
- *     cdef object at_once(self, object call, object argument):
-*/
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_send); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 415, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_7streams_6Stream_at_once(__pyx_v_self, __pyx_t_1, __pyx_v_data); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 415, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  {
-    PyObject *__pyx_temp;
-    {
-      __pyx_temp = __pyx_r;
-      __pyx_r = __pyx_t_2;
-    }
-    __Pyx_XDECREF(__pyx_temp);
-  }
-  __pyx_t_2 = 0;
-  goto __pyx_L0;
-
-  /* "ivshmem/channel/streams.pyx":414
- *             view = view[sent:]
- * 
- *     def _send_now(self, data):             # <<<<<<<<<<<<<<
- *         return self.at_once(self.send, data)
- * 
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_AddTraceback("ivshmem.channel.streams.Stream._send_now", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __pyx_L0:;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/streams.pyx":417
- *         return self.at_once(self.send, data)
- * 
- *     cdef object at_once(self, object call, object argument):             # <<<<<<<<<<<<<<
- *         """Call without a wait, whatever `settimeout` says."""
- *         timeout = self.timeout
-*/
-
-static PyObject *__pyx_f_7ivshmem_7channel_7streams_6Stream_at_once(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, PyObject *__pyx_v_call, PyObject *__pyx_v_argument) {
-  PyObject *__pyx_v_timeout = NULL;
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  PyObject *__pyx_t_1 = NULL;
-  PyObject *__pyx_t_2 = NULL;
-  PyObject *__pyx_t_3 = NULL;
-  size_t __pyx_t_4;
+  int __pyx_t_2;
+  int64_t __pyx_t_3;
+  PyObject *__pyx_t_4 = NULL;
   int __pyx_t_5;
-  int __pyx_t_6;
-  char const *__pyx_t_7;
+  char const *__pyx_t_6;
+  PyObject *__pyx_t_7 = NULL;
   PyObject *__pyx_t_8 = NULL;
   PyObject *__pyx_t_9 = NULL;
   PyObject *__pyx_t_10 = NULL;
   PyObject *__pyx_t_11 = NULL;
   PyObject *__pyx_t_12 = NULL;
-  PyObject *__pyx_t_13 = NULL;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("at_once", 0);
+  __Pyx_RefNannySetupContext("_send_now", 0);
+  {
+      __Pyx_PyCriticalSection __pyx_cs;
+      __pyx_t_1 = ((PyObject *)__pyx_v_self);
+      __Pyx_INCREF(__pyx_t_1);
+      __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
+      /*try:*/ {
 
-  /* "ivshmem/channel/streams.pyx":419
- *     cdef object at_once(self, object call, object argument):
- *         """Call without a wait, whatever `settimeout` says."""
- *         timeout = self.timeout             # <<<<<<<<<<<<<<
- *         self.timeout = 0
+        /* "ivshmem/channel/streams.pyx":432
+ *         """Send as after settimeout(0), whatever another thread has set."""
+ *         cdef Py_buffer view
+ *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
+ *             return self.push(<const char *>view.buf, view.len, 0, None)
 */
-  __pyx_t_1 = __pyx_v_self->timeout;
-  __Pyx_INCREF(__pyx_t_1);
-  __pyx_v_timeout = __pyx_t_1;
-  __pyx_t_1 = 0;
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 432, __pyx_L4_error)
 
-  /* "ivshmem/channel/streams.pyx":420
- *         """Call without a wait, whatever `settimeout` says."""
- *         timeout = self.timeout
- *         self.timeout = 0             # <<<<<<<<<<<<<<
- *         try:
- *             return call(argument)
-*/
-  __Pyx_INCREF(__pyx_mstate_global->__pyx_int_0);
-  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_int_0);
-  __Pyx_GOTREF(__pyx_v_self->timeout);
-  __Pyx_DECREF_SET(__pyx_v_self->timeout, __pyx_mstate_global->__pyx_int_0);
 
-  /* "ivshmem/channel/streams.pyx":421
- *         timeout = self.timeout
- *         self.timeout = 0
+        /* "ivshmem/channel/streams.pyx":433
+ *         cdef Py_buffer view
+ *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
- *             return call(argument)
+ *             return self.push(<const char *>view.buf, view.len, 0, None)
  *         finally:
 */
-  /*try:*/ {
+        /*try:*/ {
 
-    /* "ivshmem/channel/streams.pyx":422
- *         self.timeout = 0
+          /* "ivshmem/channel/streams.pyx":434
+ *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
- *             return call(argument)             # <<<<<<<<<<<<<<
+ *             return self.push(<const char *>view.buf, view.len, 0, None)             # <<<<<<<<<<<<<<
  *         finally:
- *             self.timeout = timeout
+ *             PyBuffer_Release(&view)
 */
-    __pyx_t_2 = NULL;
-    __Pyx_INCREF(__pyx_v_call);
-    __pyx_t_3 = __pyx_v_call; 
-    __pyx_t_4 = 1;
-    #if CYTHON_UNPACK_METHODS
-    if (unlikely(PyMethod_Check(__pyx_t_3))) {
-      __pyx_t_2 = PyMethod_GET_SELF(__pyx_t_3);
-      assert(__pyx_t_2);
-      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_3);
-      __Pyx_INCREF(__pyx_t_2);
-      __Pyx_INCREF(__pyx__function);
-      __Pyx_DECREF_SET(__pyx_t_3, __pyx__function);
-      __pyx_t_4 = 0;
-    }
-    #endif
-    {
-      PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_v_argument};
-      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 422, __pyx_L4_error)
-      __Pyx_GOTREF(__pyx_t_1);
-    }
-    {
-      PyObject *__pyx_temp;
-      {
-        __pyx_temp = __pyx_r;
-        __pyx_r = __pyx_t_1;
-      }
-      __Pyx_XDECREF(__pyx_temp);
-    }
-    __pyx_t_1 = 0;
-    goto __pyx_L3_return;
-  }
+          __pyx_t_3 = __pyx_f_7ivshmem_7channel_7streams_6Stream_push(__pyx_v_self, ((char const *)__pyx_v_view.buf), __pyx_v_view.len, __pyx_mstate_global->__pyx_int_0, Py_None); if (unlikely(__pyx_t_3 == ((int64_t)-1L))) __PYX_ERR(0, 434, __pyx_L7_error)
+          __pyx_t_4 = __Pyx_PyLong_From_int64_t(__pyx_t_3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 434, __pyx_L7_error)
+          __Pyx_GOTREF(__pyx_t_4);
 
-  /* "ivshmem/channel/streams.pyx":424
- *             return call(argument)
+          {
+            PyObject *__pyx_temp;
+            {
+              __pyx_temp = __pyx_r;
+              __pyx_r = __pyx_t_4;
+            }
+            __Pyx_XDECREF(__pyx_temp);
+          }
+          __pyx_t_4 = 0;
+          __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+          goto __pyx_L6_return;
+        }
+
+        /* "ivshmem/channel/streams.pyx":436
+ *             return self.push(<const char *>view.buf, view.len, 0, None)
  *         finally:
- *             self.timeout = timeout             # <<<<<<<<<<<<<<
+ *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
  * 
  *     def shutdown(self, int how):
 */
-  /*finally:*/ {
-    __pyx_L4_error:;
-    /*exception exit:*/{
-      __Pyx_PyThreadState_declare
-      __Pyx_PyThreadState_assign
-      __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0;
-      __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-       __Pyx_ExceptionSwap(&__pyx_t_11, &__pyx_t_12, &__pyx_t_13);
-      if ( unlikely(__Pyx_GetException(&__pyx_t_8, &__pyx_t_9, &__pyx_t_10) < 0)) __Pyx_ErrFetch(&__pyx_t_8, &__pyx_t_9, &__pyx_t_10);
-      __Pyx_XGOTREF(__pyx_t_8);
-      __Pyx_XGOTREF(__pyx_t_9);
-      __Pyx_XGOTREF(__pyx_t_10);
-      __Pyx_XGOTREF(__pyx_t_11);
-      __Pyx_XGOTREF(__pyx_t_12);
-      __Pyx_XGOTREF(__pyx_t_13);
-      __pyx_t_5 = __pyx_lineno; __pyx_t_6 = __pyx_clineno; __pyx_t_7 = __pyx_filename;
-      {
-        __Pyx_INCREF(__pyx_v_timeout);
-        __Pyx_GIVEREF(__pyx_v_timeout);
-        __Pyx_GOTREF(__pyx_v_self->timeout);
-        __Pyx_DECREF_SET(__pyx_v_self->timeout, __pyx_v_timeout);
+        /*finally:*/ {
+          __pyx_L7_error:;
+          /*exception exit:*/{
+            __Pyx_PyThreadState_declare
+            __Pyx_PyThreadState_assign
+            __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0;
+            __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+             __Pyx_ExceptionSwap(&__pyx_t_10, &__pyx_t_11, &__pyx_t_12);
+            if ( unlikely(__Pyx_GetException(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9) < 0)) __Pyx_ErrFetch(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9);
+            __Pyx_XGOTREF(__pyx_t_7);
+            __Pyx_XGOTREF(__pyx_t_8);
+            __Pyx_XGOTREF(__pyx_t_9);
+            __Pyx_XGOTREF(__pyx_t_10);
+            __Pyx_XGOTREF(__pyx_t_11);
+            __Pyx_XGOTREF(__pyx_t_12);
+            __pyx_t_2 = __pyx_lineno; __pyx_t_5 = __pyx_clineno; __pyx_t_6 = __pyx_filename;
+            {
+              PyBuffer_Release((&__pyx_v_view));
+            }
+            __Pyx_XGIVEREF(__pyx_t_10);
+            __Pyx_XGIVEREF(__pyx_t_11);
+            __Pyx_XGIVEREF(__pyx_t_12);
+            __Pyx_ExceptionReset(__pyx_t_10, __pyx_t_11, __pyx_t_12);
+            __Pyx_XGIVEREF(__pyx_t_7);
+            __Pyx_XGIVEREF(__pyx_t_8);
+            __Pyx_XGIVEREF(__pyx_t_9);
+            __Pyx_ErrRestore(__pyx_t_7, __pyx_t_8, __pyx_t_9);
+            __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0;
+            __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_5; __pyx_filename = __pyx_t_6;
+            goto __pyx_L4_error;
+          }
+          __pyx_L6_return: {
+            __pyx_t_12 = __pyx_r;
+            __pyx_r = 0;
+            PyBuffer_Release((&__pyx_v_view));
+            __pyx_r = __pyx_t_12;
+            __pyx_t_12 = 0;
+            goto __pyx_L3_return;
+          }
+        }
       }
-      __Pyx_XGIVEREF(__pyx_t_11);
-      __Pyx_XGIVEREF(__pyx_t_12);
-      __Pyx_XGIVEREF(__pyx_t_13);
-      __Pyx_ExceptionReset(__pyx_t_11, __pyx_t_12, __pyx_t_13);
-      __Pyx_XGIVEREF(__pyx_t_8);
-      __Pyx_XGIVEREF(__pyx_t_9);
-      __Pyx_XGIVEREF(__pyx_t_10);
-      __Pyx_ErrRestore(__pyx_t_8, __pyx_t_9, __pyx_t_10);
-      __pyx_t_8 = 0; __pyx_t_9 = 0; __pyx_t_10 = 0; __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0;
-      __pyx_lineno = __pyx_t_5; __pyx_clineno = __pyx_t_6; __pyx_filename = __pyx_t_7;
-      goto __pyx_L1_error;
-    }
-    __pyx_L3_return: {
-      __pyx_t_13 = __pyx_r;
-      __pyx_r = 0;
-      __Pyx_INCREF(__pyx_v_timeout);
-      __Pyx_GIVEREF(__pyx_v_timeout);
-      __Pyx_GOTREF(__pyx_v_self->timeout);
-      __Pyx_DECREF_SET(__pyx_v_self->timeout, __pyx_v_timeout);
-      __pyx_r = __pyx_t_13;
-      __pyx_t_13 = 0;
-      goto __pyx_L0;
-    }
+
+      /* "ivshmem/channel/streams.pyx":428
+ *             view = view[sent:]
+ * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def _send_now(self, data):
+ *         """Send as after settimeout(0), whatever another thread has set."""
+*/
+      /*finally:*/ {
+        __pyx_L3_return: {
+          __pyx_t_12 = __pyx_r;
+          __pyx_r = 0;
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          __pyx_r = __pyx_t_12;
+          __pyx_t_12 = 0;
+          goto __pyx_L0;
+        }
+        __pyx_L4_error: {
+          __Pyx_PyCriticalSection_End(&__pyx_cs);
+          goto __pyx_L1_error;
+        }
+      }
+      __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   }
 
-  /* "ivshmem/channel/streams.pyx":417
- *         return self.at_once(self.send, data)
- * 
- *     cdef object at_once(self, object call, object argument):             # <<<<<<<<<<<<<<
- *         """Call without a wait, whatever `settimeout` says."""
- *         timeout = self.timeout
-*/
-
   /* function exit code */
+  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
+  goto __pyx_L0;
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_1);
-  __Pyx_XDECREF(__pyx_t_2);
-  __Pyx_XDECREF(__pyx_t_3);
-  __Pyx_AddTraceback("ivshmem.channel.streams.Stream.at_once", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = 0;
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_AddTraceback("ivshmem.channel.streams.Stream._send_now", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
   __pyx_L0:;
-  __Pyx_XDECREF(__pyx_v_timeout);
+
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":426
- *             self.timeout = timeout
+/* "ivshmem/channel/streams.pyx":438
+ *             PyBuffer_Release(&view)
  * 
  *     def shutdown(self, int how):             # <<<<<<<<<<<<<<
  *         """As of a socket: socket.SHUT_RD, SHUT_WR or SHUT_RDWR.
@@ -12941,32 +12991,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_how,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 426, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 438, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 426, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 438, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "shutdown", 0) < (0)) __PYX_ERR(0, 426, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "shutdown", 0) < (0)) __PYX_ERR(0, 438, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, i); __PYX_ERR(0, 426, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, i); __PYX_ERR(0, 438, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 426, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 438, __pyx_L3_error)
     }
-    __pyx_v_how = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_how == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 426, __pyx_L3_error)
+    __pyx_v_how = __Pyx_PyLong_As_int(values[0]); if (unlikely((__pyx_v_how == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 438, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 426, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("shutdown", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 438, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13006,7 +13056,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("shutdown", 0);
 
-  /* "ivshmem/channel/streams.pyx":431
+  /* "ivshmem/channel/streams.pyx":443
  *         What was sent can still be received.
  *         """
  *         if not 0 <= how <= 2:             # <<<<<<<<<<<<<<
@@ -13023,7 +13073,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/streams.pyx":432
+    /* "ivshmem/channel/streams.pyx":444
  *         """
  *         if not 0 <= how <= 2:
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")             # <<<<<<<<<<<<<<
@@ -13031,7 +13081,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyUnicode_From_int(__pyx_v_how, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 432, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_int(__pyx_v_how, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 444, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_how_2;
     __pyx_t_6[1] = __pyx_t_5;
@@ -13042,7 +13092,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
     #endif
     __pyx_t_8 = 0;
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_8);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 432, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 444, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __pyx_t_10 = 1;
@@ -13051,14 +13101,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 432, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 444, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 432, __pyx_L1_error)
+    __PYX_ERR(0, 444, __pyx_L1_error)
 
-    /* "ivshmem/channel/streams.pyx":431
+    /* "ivshmem/channel/streams.pyx":443
  *         What was sent can still be received.
  *         """
  *         if not 0 <= how <= 2:             # <<<<<<<<<<<<<<
@@ -13067,17 +13117,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
 */
   }
 
-  /* "ivshmem/channel/streams.pyx":433
+  /* "ivshmem/channel/streams.pyx":445
  *         if not 0 <= how <= 2:
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")
  *         self.enter()             # <<<<<<<<<<<<<<
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
  *         self.membership.flush()
 */
-  __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 433, __pyx_L1_error)
+  __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 445, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":434
+  /* "ivshmem/channel/streams.pyx":446
  *             raise ValueError(f"how {how}: SHUT_RD, SHUT_WR or SHUT_RDWR")
  *         self.enter()
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)             # <<<<<<<<<<<<<<
@@ -13086,18 +13136,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
 */
   ivshmem_stream_shutdown((&__pyx_v_self->stream), (__pyx_v_how != 0), (__pyx_v_how != 1));
 
-  /* "ivshmem/channel/streams.pyx":435
+  /* "ivshmem/channel/streams.pyx":447
  *         self.enter()
  *         ivshmem_stream_shutdown(&self.stream, how != 0, how != 1)
  *         self.membership.flush()             # <<<<<<<<<<<<<<
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):
 */
-  __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 435, __pyx_L1_error)
+  __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.membership); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 447, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/streams.pyx":426
- *             self.timeout = timeout
+  /* "ivshmem/channel/streams.pyx":438
+ *             PyBuffer_Release(&view)
  * 
  *     def shutdown(self, int how):             # <<<<<<<<<<<<<<
  *         """As of a socket: socket.SHUT_RD, SHUT_WR or SHUT_RDWR.
@@ -13120,7 +13170,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_23shutdown(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/streams.pyx":437
+/* "ivshmem/channel/streams.pyx":449
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -13172,22 +13222,22 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mode,&__pyx_mstate_global->__pyx_n_u_buffering,&__pyx_mstate_global->__pyx_n_u_encoding,&__pyx_mstate_global->__pyx_n_u_errors,&__pyx_mstate_global->__pyx_n_u_newline,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 437, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 449, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 437, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 449, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 437, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 449, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "makefile", 0) < (0)) __PYX_ERR(0, 437, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "makefile", 0) < (0)) __PYX_ERR(0, 449, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)__pyx_mstate_global->__pyx_n_u_r));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
@@ -13197,11 +13247,11 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 437, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 449, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 437, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 449, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -13220,7 +13270,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("makefile", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 437, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("makefile", 0, 0, 2, __pyx_nargs); __PYX_ERR(0, 449, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13254,15 +13304,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25makefile(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("makefile", 0);
 
-  /* "ivshmem/channel/streams.pyx":439
+  /* "ivshmem/channel/streams.pyx":451
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):
  *         """Return a file over the connection, as of a socket. To close it leaves this end open."""
  *         return stream_files.over(self, mode, buffering, encoding, errors, newline)             # <<<<<<<<<<<<<<
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_stream_files); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 439, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_stream_files); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 451, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_over); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 439, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_over); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 451, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5 = 1;
@@ -13282,7 +13332,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25makefile(struct _
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (7-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 439, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 451, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -13296,7 +13346,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7streams_6Stream_25makefile(struct _
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/streams.pyx":437
+  /* "ivshmem/channel/streams.pyx":449
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -13595,17 +13645,6 @@ static int __pyx_tp_traverse_7ivshmem_7channel_7streams_StreamListener(PyObject 
   return 0;
 }
 
-static int __pyx_tp_clear_7ivshmem_7channel_7streams_StreamListener(PyObject *o) {
-  #if !CYTHON_USE_MODULE_STATE
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) {
-    inquiry clear = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_clear, inquiry);
-    if (clear) clear(o);
-  } else
-  #endif
-  { __Pyx_call_next_tp_clear(o, __pyx_tp_clear_7ivshmem_7channel_7streams_StreamListener); }
-  return 0;
-}
-
 static PyObject *__pyx_specialmethod___pyx_pw_7ivshmem_7channel_7streams_14StreamListener_9__next__(PyObject *self, CYTHON_UNUSED PyObject *arg) {
   PyObject *res = __pyx_pw_7ivshmem_7channel_7streams_14StreamListener_9__next__(self);
   if (!res && !PyErr_Occurred()) { PyErr_SetNone(PyExc_StopIteration); }
@@ -13639,7 +13678,6 @@ static PyType_Slot __pyx_type_7ivshmem_7channel_7streams_StreamListener_slots[] 
   #endif
   {Py_tp_doc, (void *)PyDoc_STR("A listener of a channel of bytes; made by its `listen()`. It iterates over connections.")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_7streams_StreamListener},
-  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7channel_7streams_StreamListener},
   {Py_tp_iter, (void *)__pyx_pw_7ivshmem_7channel_7streams_14StreamListener_7__iter__},
   {Py_tp_iternext, (void *)__pyx_pw_7ivshmem_7channel_7streams_14StreamListener_9__next__},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_7streams_StreamListener},
@@ -13685,7 +13723,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_7streams_StreamListener = {
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
   PyDoc_STR("A listener of a channel of bytes; made by its `listen()`. It iterates over connections."), /*tp_doc*/
   __pyx_tp_traverse_7ivshmem_7channel_7streams_StreamListener, /*tp_traverse*/
-  __pyx_tp_clear_7ivshmem_7channel_7streams_StreamListener, /*tp_clear*/
+  0, /*tp_clear*/
   0, /*tp_richcompare*/
   0, /*tp_weaklistoffset*/
   __pyx_pw_7ivshmem_7channel_7streams_14StreamListener_7__iter__, /*tp_iter*/
@@ -13809,22 +13847,6 @@ static int __pyx_tp_traverse_7ivshmem_7channel_7streams_Half(PyObject *o, visitp
   return 0;
 }
 
-static int __pyx_tp_clear_7ivshmem_7channel_7streams_Half(PyObject *o) {
-  PyObject* tmp;
-  struct __pyx_obj_7ivshmem_7channel_7streams_Half *p = (struct __pyx_obj_7ivshmem_7channel_7streams_Half *)o;
-  #if !CYTHON_USE_MODULE_STATE
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) {
-    inquiry clear = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_clear, inquiry);
-    if (clear) clear(o);
-  } else
-  #endif
-  { __Pyx_call_next_tp_clear(o, __pyx_tp_clear_7ivshmem_7channel_7streams_Half); }
-  tmp = ((PyObject*)p->stream);
-  p->stream = ((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)Py_None); Py_INCREF(Py_None);
-  Py_XDECREF(tmp);
-  return 0;
-}
-
 static PyMethodDef __pyx_methods_7ivshmem_7channel_7streams_Half[] = {
   {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_4Half_1__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_4Half___reduce_cython__},
   {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_7streams_4Half_3__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_7streams_4Half_2__setstate_cython__},
@@ -13835,7 +13857,6 @@ static PyType_Slot __pyx_type_7ivshmem_7channel_7streams_Half_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_7streams_Half},
   {Py_tp_doc, (void *)PyDoc_STR("A direction of a Stream, as something to wait for: two threads may wait, one for each.")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_7streams_Half},
-  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7channel_7streams_Half},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_7streams_Half},
   {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_7streams_Half},
   {0, 0},
@@ -13872,7 +13893,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_7streams_Half = {
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
   PyDoc_STR("A direction of a Stream, as something to wait for: two threads may wait, one for each."), /*tp_doc*/
   __pyx_tp_traverse_7ivshmem_7channel_7streams_Half, /*tp_traverse*/
-  __pyx_tp_clear_7ivshmem_7channel_7streams_Half, /*tp_clear*/
+  0, /*tp_clear*/
   0, /*tp_richcompare*/
   0, /*tp_weaklistoffset*/
   0, /*tp_iter*/
@@ -13930,8 +13951,6 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_7streams_Stream __pyx_vtable_7i
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_7streams_Stream(PyObject *o, CYTHON_UNUSED PyObject *a, CYTHON_UNUSED PyObject *k) {
   struct __pyx_obj_7ivshmem_7channel_7streams_Stream *p = ((struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)o);
   p->__pyx_base.__pyx_vtab = (struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd*)__pyx_vtabptr_7ivshmem_7channel_7streams_Stream;
-  p->sending = ((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)Py_None); Py_INCREF(Py_None);
-  p->receiving = ((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)Py_None); Py_INCREF(Py_None);
   p->timeout = Py_None; Py_INCREF(Py_None);
   return o;
 }
@@ -13960,8 +13979,6 @@ static void __pyx_tp_dealloc_7ivshmem_7channel_7streams_Stream(PyObject *o) {
   }
   #endif
   PyObject_GC_UnTrack(o);
-  Py_CLEAR(p->sending);
-  Py_CLEAR(p->receiving);
   Py_CLEAR(p->timeout);
   #if CYTHON_USE_TYPE_SPECS
   PyObject *tp = (PyObject*)Py_TYPE(o);
@@ -13994,37 +14011,9 @@ static int __pyx_tp_traverse_7ivshmem_7channel_7streams_Stream(PyObject *o, visi
     e = __Pyx_call_type_traverse(o, 0, v, a);
     if (e) return e;
   }
-  if (p->sending) {
-    e = (*v)(((PyObject *)p->sending), a); if (e) return e;
-  }
-  if (p->receiving) {
-    e = (*v)(((PyObject *)p->receiving), a); if (e) return e;
-  }
   if (p->timeout) {
     e = (*v)(p->timeout, a); if (e) return e;
   }
-  return 0;
-}
-
-static int __pyx_tp_clear_7ivshmem_7channel_7streams_Stream(PyObject *o) {
-  PyObject* tmp;
-  struct __pyx_obj_7ivshmem_7channel_7streams_Stream *p = (struct __pyx_obj_7ivshmem_7channel_7streams_Stream *)o;
-  #if !CYTHON_USE_MODULE_STATE
-  if (likely(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) {
-    inquiry clear = __Pyx_PyType_GetSlot(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, tp_clear, inquiry);
-    if (clear) clear(o);
-  } else
-  #endif
-  { __Pyx_call_next_tp_clear(o, __pyx_tp_clear_7ivshmem_7channel_7streams_Stream); }
-  tmp = ((PyObject*)p->sending);
-  p->sending = ((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)Py_None); Py_INCREF(Py_None);
-  Py_XDECREF(tmp);
-  tmp = ((PyObject*)p->receiving);
-  p->receiving = ((struct __pyx_obj_7ivshmem_7channel_7streams_Half *)Py_None); Py_INCREF(Py_None);
-  Py_XDECREF(tmp);
-  tmp = ((PyObject*)p->timeout);
-  p->timeout = Py_None; Py_INCREF(Py_None);
-  Py_XDECREF(tmp);
   return 0;
 }
 
@@ -14051,7 +14040,6 @@ static PyType_Slot __pyx_type_7ivshmem_7channel_7streams_Stream_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_7streams_Stream},
   {Py_tp_doc, (void *)PyDoc_STR("One end of a connection, which works as a socket does; made by `connect` and `accept`.\n\n    One thread may send while another receives. Two that send at once mix their bytes.\n    ")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_7streams_Stream},
-  {Py_tp_clear, (void *)__pyx_tp_clear_7ivshmem_7channel_7streams_Stream},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_7streams_Stream},
   {Py_tp_new, (void *)__pyx_tp_new_7ivshmem_7channel_7streams_Stream},
   {0, 0},
@@ -14088,7 +14076,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_7streams_Stream = {
   Py_TPFLAGS_DEFAULT|Py_TPFLAGS_HAVE_VERSION_TAG|Py_TPFLAGS_HAVE_GC, /*tp_flags*/
   PyDoc_STR("One end of a connection, which works as a socket does; made by `connect` and `accept`.\n\n    One thread may send while another receives. Two that send at once mix their bytes.\n    "), /*tp_doc*/
   __pyx_tp_traverse_7ivshmem_7channel_7streams_Stream, /*tp_traverse*/
-  __pyx_tp_clear_7ivshmem_7channel_7streams_Stream, /*tp_clear*/
+  0, /*tp_clear*/
   0, /*tp_richcompare*/
   0, /*tp_weaklistoffset*/
   0, /*tp_iter*/
@@ -14431,11 +14419,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_StreamList
   __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base.mend = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_mend;
   __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base.give_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 32, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 33, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams_StreamListener_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener)) __PYX_ERR(0, 32, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener)) __PYX_ERR(0, 33, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener = &__pyx_type_7ivshmem_7channel_7streams_StreamListener;
   #endif
@@ -14443,7 +14431,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_StreamList
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 32, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener);
@@ -14453,12 +14441,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_StreamList
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 32, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_StreamListener, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 32, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_vtabptr_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_StreamListener, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener, __pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 32, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -14478,17 +14466,18 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Half(__pyx
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7streams_Half ---*/
   __pyx_vtabptr_7ivshmem_7channel_7streams_Half = &__pyx_vtable_7ivshmem_7channel_7streams_Half;
   __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd;
+  __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.enter = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_4Half_enter;
   __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.attempt = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_4Half_attempt;
   __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_4Half_begin_sleep;
   __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_4Half_end_sleep;
   __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.sleeper = (struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *(*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_4Half_sleeper;
   __pyx_vtable_7ivshmem_7channel_7streams_Half.__pyx_base.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_7streams_4Half_probe;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 172, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 173, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams_Half_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half)) __PYX_ERR(0, 172, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half)) __PYX_ERR(0, 173, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half = &__pyx_type_7ivshmem_7channel_7streams_Half;
   #endif
@@ -14496,7 +14485,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Half(__pyx
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 172, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 173, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half);
@@ -14506,12 +14495,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Half(__pyx
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half, __pyx_vtabptr_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 172, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Half, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 172, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half, __pyx_vtabptr_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 173, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Half, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 173, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7streams_Half, __pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 172, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Half) < (0)) __PYX_ERR(0, 173, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -14539,17 +14528,16 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Stream(__p
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.take_over = (int (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *))__pyx_f_7ivshmem_7channel_7streams_6Stream_take_over;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.begin = (int (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *))__pyx_f_7ivshmem_7channel_7streams_6Stream_begin;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.half = (struct __pyx_obj_7ivshmem_7channel_7streams_Half *(*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int))__pyx_f_7ivshmem_7channel_7streams_6Stream_half;
-  __pyx_vtable_7ivshmem_7channel_7streams_Stream.await_half = (int (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, struct __pyx_obj_7ivshmem_7channel_7streams_Half *, PyObject *))__pyx_f_7ivshmem_7channel_7streams_6Stream_await_half;
-  __pyx_vtable_7ivshmem_7channel_7streams_Stream.deadline = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *))__pyx_f_7ivshmem_7channel_7streams_6Stream_deadline;
-  __pyx_vtable_7ivshmem_7channel_7streams_Stream.push = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, char const *, uint64_t, PyObject *))__pyx_f_7ivshmem_7channel_7streams_6Stream_push;
-  __pyx_vtable_7ivshmem_7channel_7streams_Stream.pull = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, char *, uint64_t))__pyx_f_7ivshmem_7channel_7streams_6Stream_pull;
-  __pyx_vtable_7ivshmem_7channel_7streams_Stream.at_once = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, PyObject *, PyObject *))__pyx_f_7ivshmem_7channel_7streams_6Stream_at_once;
+  __pyx_vtable_7ivshmem_7channel_7streams_Stream.await_half = (int (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, int, PyObject *, PyObject *))__pyx_f_7ivshmem_7channel_7streams_6Stream_await_half;
+  __pyx_vtable_7ivshmem_7channel_7streams_Stream.push = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, char const *, uint64_t, PyObject *, PyObject *))__pyx_f_7ivshmem_7channel_7streams_6Stream_push;
+  __pyx_vtable_7ivshmem_7channel_7streams_Stream.pull = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, char *, uint64_t, PyObject *))__pyx_f_7ivshmem_7channel_7streams_6Stream_pull;
+  __pyx_vtable_7ivshmem_7channel_7streams_Stream.receive = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, Py_ssize_t, PyObject *))__pyx_f_7ivshmem_7channel_7streams_6Stream_receive;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 198, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams_Stream_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream)) __PYX_ERR(0, 198, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream)) __PYX_ERR(0, 203, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream = &__pyx_type_7ivshmem_7channel_7streams_Stream;
   #endif
@@ -14557,7 +14545,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Stream(__p
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 198, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 203, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream);
@@ -14567,12 +14555,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Stream(__p
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_vtabptr_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 198, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Stream, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 198, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_vtabptr_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 203, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Stream, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 203, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_7streams_Stream, __pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 198, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams_Stream) < (0)) __PYX_ERR(0, 203, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -14590,14 +14578,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async)) __PYX_ERR(0, 404, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async)) __PYX_ERR(0, 416, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async = &__pyx_type_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async) < (0)) __PYX_ERR(0, 404, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async) < (0)) __PYX_ERR(0, 416, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7streams___pyx_scope_struct__sendall_async);
@@ -14822,8 +14810,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) __PYX_ERR(9, 42, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) != 1)) __PYX_ERR(9, 42, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd) __PYX_ERR(9, 43, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd, (void**)&__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd) != 1)) __PYX_ERR(9, 43, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -15206,8 +15194,8 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
  * from time import monotonic
  * 
  * from ..errors import ChannelError             # <<<<<<<<<<<<<<
+ * from ..system.time_limits import deadline_of, seconds_of
  * from ..text import counted
- * from . import asynchronous, stream_files
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError};
@@ -15229,19 +15217,19 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   /* "ivshmem/channel/streams.pyx":24
  * 
  * from ..errors import ChannelError
- * from ..text import counted             # <<<<<<<<<<<<<<
+ * from ..system.time_limits import deadline_of, seconds_of             # <<<<<<<<<<<<<<
+ * from ..text import counted
  * from . import asynchronous, stream_files
- * 
 */
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 24, __pyx_L1_error)
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_deadline_of,__pyx_mstate_global->__pyx_n_u_seconds_of};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_system_time_limits, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_system_time_limits, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 24, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_3 = 0; {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_deadline_of,__pyx_mstate_global->__pyx_n_u_seconds_of};
+    for (__pyx_t_3=0; __pyx_t_3 < 2; __pyx_t_3++) {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 24, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 24, __pyx_L1_error)
@@ -15252,20 +15240,20 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
 
   /* "ivshmem/channel/streams.pyx":25
  * from ..errors import ChannelError
- * from ..text import counted
- * from . import asynchronous, stream_files             # <<<<<<<<<<<<<<
+ * from ..system.time_limits import deadline_of, seconds_of
+ * from ..text import counted             # <<<<<<<<<<<<<<
+ * from . import asynchronous, stream_files
  * 
- * cdef enum:
 */
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_asynchronous,__pyx_mstate_global->__pyx_n_u_stream_files};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u__2, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_channel, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 25, __pyx_L1_error)
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 25, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
-    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_asynchronous,__pyx_mstate_global->__pyx_n_u_stream_files};
-    for (__pyx_t_3=0; __pyx_t_3 < 2; __pyx_t_3++) {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
+    __pyx_t_3 = 0; {
       __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 25, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
       if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 25, __pyx_L1_error)
@@ -15274,17 +15262,41 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/streams.pyx":71
+  /* "ivshmem/channel/streams.pyx":26
+ * from ..system.time_limits import deadline_of, seconds_of
+ * from ..text import counted
+ * from . import asynchronous, stream_files             # <<<<<<<<<<<<<<
+ * 
+ * cdef enum:
+*/
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_asynchronous,__pyx_mstate_global->__pyx_n_u_stream_files};
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u__2, __pyx_imported_names, 2, __pyx_mstate_global->__pyx_kp_u_ivshmem_channel, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 26, __pyx_L1_error)
+  }
+  __pyx_t_2 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_2);
+  {
+    PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_asynchronous,__pyx_mstate_global->__pyx_n_u_stream_files};
+    for (__pyx_t_3=0; __pyx_t_3 < 2; __pyx_t_3++) {
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 26, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 26, __pyx_L1_error)
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    }
+  }
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/streams.pyx":72
  *         return 0
  * 
  *     def accept(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Accept the next connection.
  * 
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 71, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 72, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 71, __pyx_L1_error)
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_14StreamListener_3accept, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamListener_accept, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 71, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 72, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_14StreamListener_3accept, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamListener_accept, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 72, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -15292,23 +15304,23 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_mstate_global->__pyx_n_u_accept, __pyx_t_4) < (0)) __PYX_ERR(0, 71, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_mstate_global->__pyx_n_u_accept, __pyx_t_4) < (0)) __PYX_ERR(0, 72, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":101
+  /* "ivshmem/channel/streams.pyx":102
  *                 return None
  * 
  *     def accept_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `accept` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.accept, timeout)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_14StreamListener_5accept_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamListener_accept_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 101, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_14StreamListener_5accept_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_StreamListener_accept_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 102, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_mstate_global->__pyx_n_u_accept_async, __pyx_t_4) < (0)) __PYX_ERR(0, 101, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_StreamListener, __pyx_mstate_global->__pyx_n_u_accept_async, __pyx_t_4) < (0)) __PYX_ERR(0, 102, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -15338,19 +15350,19 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":118
+  /* "ivshmem/channel/streams.pyx":119
  * 
  * 
  * def connect(channels, Membership membership not None, unsigned index, str name):             # <<<<<<<<<<<<<<
  *     """Return a Stream to a listener of a channel.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_1connect, 0, __pyx_mstate_global->__pyx_n_u_connect, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 118, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_1connect, 0, __pyx_mstate_global->__pyx_n_u_connect, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 119, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_connect, __pyx_t_4) < (0)) __PYX_ERR(0, 118, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_connect, __pyx_t_4) < (0)) __PYX_ERR(0, 119, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -15380,202 +15392,202 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":256
+  /* "ivshmem/channel/streams.pyx":258
  *     # As a socket.
  * 
  *     def settimeout(self, timeout):             # <<<<<<<<<<<<<<
  *         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
- *         if timeout is not None and timeout < 0:
+ *         if timeout is not None and seconds_of(timeout) < 0:
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_1settimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_settimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 256, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_1settimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_settimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 258, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_settimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 256, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_settimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 258, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":262
+  /* "ivshmem/channel/streams.pyx":264
  *         self.timeout = timeout
  * 
  *     def gettimeout(self):             # <<<<<<<<<<<<<<
  *         """Return what `settimeout` set; None: no limit."""
  *         return self.timeout
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_3gettimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_gettimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 262, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_3gettimeout, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_gettimeout, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 264, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_gettimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 262, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_gettimeout, __pyx_t_4) < (0)) __PYX_ERR(0, 264, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":266
+  /* "ivshmem/channel/streams.pyx":268
  *         return self.timeout
  * 
  *     def setblocking(self, flag):             # <<<<<<<<<<<<<<
  *         """True: as settimeout(None); False: as settimeout(0)."""
  *         self.timeout = None if flag else 0
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_5setblocking, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_setblocking, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 266, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_5setblocking, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_setblocking, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 268, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_setblocking, __pyx_t_4) < (0)) __PYX_ERR(0, 266, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_setblocking, __pyx_t_4) < (0)) __PYX_ERR(0, 268, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":287
- *         return None if self.timeout is None else monotonic() + self.timeout
+  /* "ivshmem/channel/streams.pyx":288
+ *         return 0
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def send(self, data):
  *         """Send what there is room for, at least a byte; return how many bytes that were.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_7send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 287, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_7send, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_send, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 288, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send, __pyx_t_4) < (0)) __PYX_ERR(0, 287, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send, __pyx_t_4) < (0)) __PYX_ERR(0, 288, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":323
- *             self.await_half(self.sending, deadline)
+  /* "ivshmem/channel/streams.pyx":327
+ *             self.await_half(SEND, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def sendall(self, data):
  *         """Send all of a buffer. The time limit is for all of it; otherwise as `send`.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_9sendall, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_sendall, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 323, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_9sendall, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_sendall, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 327, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall, __pyx_t_4) < (0)) __PYX_ERR(0, 323, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall, __pyx_t_4) < (0)) __PYX_ERR(0, 327, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":357
- *             self.await_half(self.receiving, deadline)
+  /* "ivshmem/channel/streams.pyx":364
+ *             self.await_half(RECEIVE, timeout, deadline)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def recv(self, Py_ssize_t size):
  *         """Receive at most `size` bytes, at least one; b"": the other end sends no more.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_11recv, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 357, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_11recv, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 364, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv, __pyx_t_4) < (0)) __PYX_ERR(0, 357, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv, __pyx_t_4) < (0)) __PYX_ERR(0, 364, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":376
+  /* "ivshmem/channel/streams.pyx":386
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def recv_into(self, buffer, Py_ssize_t nbytes=0):
  *         """Receive into a buffer; return how many bytes, 0: the other end sends no more.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_13recv_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 376, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_13recv_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 386, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[1]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_into, __pyx_t_4) < (0)) __PYX_ERR(0, 376, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_into, __pyx_t_4) < (0)) __PYX_ERR(0, 386, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":397
+  /* "ivshmem/channel/streams.pyx":407
  *             PyBuffer_Release(&view)
  * 
  *     def recv_async(self, Py_ssize_t size, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `recv` for asyncio: a coroutine. To cancel it takes nothing."""
- *         return asynchronous.until_no_wait(self.receiving, self._recv_now, timeout, size)
+ *         return asynchronous.until_no_wait(self.half(RECEIVE), self._recv_now, timeout, size)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_15recv_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 397, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_15recv_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_recv_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 407, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_async, __pyx_t_4) < (0)) __PYX_ERR(0, 397, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_async, __pyx_t_4) < (0)) __PYX_ERR(0, 407, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":401
- *         return asynchronous.until_no_wait(self.receiving, self._recv_now, timeout, size)
+  /* "ivshmem/channel/streams.pyx":411
+ *         return asynchronous.until_no_wait(self.half(RECEIVE), self._recv_now, timeout, size)
  * 
- *     def _recv_now(self, size):             # <<<<<<<<<<<<<<
- *         return self.at_once(self.recv, size)
- * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def _recv_now(self, size):
+ *         """Receive as after settimeout(0), whatever another thread has set."""
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_17_recv_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__recv_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 401, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_17_recv_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__recv_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 411, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_now, __pyx_t_4) < (0)) __PYX_ERR(0, 401, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_recv_now, __pyx_t_4) < (0)) __PYX_ERR(0, 411, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":404
- *         return self.at_once(self.recv, size)
+  /* "ivshmem/channel/streams.pyx":416
+ *         return self.receive(size, 0)
  * 
  *     async def sendall_async(self, data, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `sendall` for asyncio. The time limit is for each part that finds room.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_19sendall_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 404, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_19sendall_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Stream_sendall_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 416, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_t_4) < (0)) __PYX_ERR(0, 404, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_sendall_async, __pyx_t_4) < (0)) __PYX_ERR(0, 416, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":414
+  /* "ivshmem/channel/streams.pyx":428
  *             view = view[sent:]
  * 
- *     def _send_now(self, data):             # <<<<<<<<<<<<<<
- *         return self.at_once(self.send, data)
- * 
+ *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     def _send_now(self, data):
+ *         """Send as after settimeout(0), whatever another thread has set."""
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_22_send_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__send_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 414, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_22_send_now, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream__send_now, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 428, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send_now, __pyx_t_4) < (0)) __PYX_ERR(0, 414, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_send_now, __pyx_t_4) < (0)) __PYX_ERR(0, 428, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":426
- *             self.timeout = timeout
+  /* "ivshmem/channel/streams.pyx":438
+ *             PyBuffer_Release(&view)
  * 
  *     def shutdown(self, int how):             # <<<<<<<<<<<<<<
  *         """As of a socket: socket.SHUT_RD, SHUT_WR or SHUT_RDWR.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_24shutdown, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_shutdown, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 426, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_24shutdown, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_shutdown, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 438, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_shutdown, __pyx_t_4) < (0)) __PYX_ERR(0, 426, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_shutdown, __pyx_t_4) < (0)) __PYX_ERR(0, 438, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/streams.pyx":437
+  /* "ivshmem/channel/streams.pyx":449
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
  *         """Return a file over the connection, as of a socket. To close it leaves this end open."""
  *         return stream_files.over(self, mode, buffering, encoding, errors, newline)
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 437, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(3); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 449, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_encoding, Py_None) < (0)) __PYX_ERR(0, 437, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_errors, Py_None) < (0)) __PYX_ERR(0, 437, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_newline, Py_None) < (0)) __PYX_ERR(0, 437, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_26makefile, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_makefile, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 437, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_encoding, Py_None) < (0)) __PYX_ERR(0, 449, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_errors, Py_None) < (0)) __PYX_ERR(0, 449, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_newline, Py_None) < (0)) __PYX_ERR(0, 449, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7streams_6Stream_26makefile, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Stream_makefile, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_streams, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 449, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -15583,7 +15595,7 @@ __Pyx_RefNannySetupContext("PyInit_streams", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[2]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_makefile, __pyx_t_2) < (0)) __PYX_ERR(0, 437, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_7streams_Stream, __pyx_mstate_global->__pyx_n_u_makefile, __pyx_t_2) < (0)) __PYX_ERR(0, 449, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -15680,7 +15692,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/streams.pyx":71
+  /* "ivshmem/channel/streams.pyx":72
  *         return 0
  * 
  *     def accept(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -15689,12 +15701,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 71, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 72, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/channel/streams.pyx":376
+  /* "ivshmem/channel/streams.pyx":386
  *         return data if n == size else data[:n]
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15703,12 +15715,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 376, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 386, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/streams.pyx":437
+  /* "ivshmem/channel/streams.pyx":449
  *         self.membership.flush()
  * 
  *     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):             # <<<<<<<<<<<<<<
@@ -15717,7 +15729,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_n_u_r, Py_None};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 437, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 449, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -15758,41 +15770,41 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{11},{9},{6},{24},{2},{15},{1},{28},{31},{10},{15},{20},{19},{23},{32},{1},{179},{8},{15},{8},{14},{7},{6},{2},{4},{9},{16},{14},{12},{27},{50},{63},{63},{8},{0},{1},{12},{4},{22},{24},{6},{24},{26},{16},{16},{17},{15},{11},{17},{16},{11},{14},{20},{18},{17},{15},{14},{32},{34},{21},{27},{20},{12},{9},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{9},{9},{6},{12},{3},{12},{18},{6},{9},{4},{8},{18},{5},{4},{7},{10},{7},{4},{8},{4},{8},{6},{4},{1},{10},{3},{5},{5},{23},{4},{8},{8},{10},{4},{9},{4},{1},{4},{6},{7},{4},{4},{3},{1},{4},{10},{9},{4},{4},{4},{7},{13},{4},{11},{10},{10},{8},{4},{4},{6},{12},{4},{5},{4},{7},{13},{15},{5},{6},{4}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{0},{179},{9},{174},{17},{103},{39},{13},{9},{69},{86},{105},{70},{36},{174},{23},{27},{5}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{11},{9},{6},{24},{2},{15},{1},{28},{31},{10},{15},{20},{19},{23},{32},{1},{179},{8},{15},{8},{14},{7},{6},{2},{4},{9},{16},{14},{26},{12},{27},{50},{63},{63},{8},{0},{1},{12},{4},{22},{24},{6},{24},{26},{16},{16},{17},{15},{11},{17},{16},{11},{14},{20},{18},{17},{15},{14},{32},{34},{21},{27},{20},{12},{9},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{9},{9},{6},{12},{12},{18},{6},{9},{4},{8},{18},{5},{4},{7},{10},{7},{4},{8},{11},{4},{8},{6},{4},{1},{10},{3},{5},{5},{23},{4},{8},{8},{10},{4},{9},{4},{4},{6},{7},{4},{4},{3},{1},{4},{10},{9},{4},{10},{4},{4},{7},{13},{4},{11},{10},{10},{8},{4},{4},{6},{12},{18},{4},{5},{4},{7},{13},{15},{5},{6},{4}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{0},{179},{9},{174},{108},{43},{13},{9},{17},{52},{69},{97},{19},{81},{36},{164},{23},{31},{5}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1703 bytes) */
-static const char cstring[] = "x\332\235VKs\333F\022\0267L,\331*E\262\\\262Kvv\207\211b\331\261\303\230\216,+\252\335l1zl^\353X\217\304vR\273\250!0\244`\203\003\0223\340#\273\265\245#\2178\342\210#\2168\342\310#\217<\362\350\237\240\237\260\337\000 E\255\343\303\306U\032N\367t\367|\375uO\303\204:\214\230\234\270\202\021\265\265\033\214\223JW2\221\255&\2276\241\244\342V\253\314!v\225\020qG:\214\221\252Cku\306\345\335\3426y@l\207\324m\370\013\246\333\334\020\367\225\342\211\315\33169\372\372\307c\355p\367~\272yv\250N2\335\263\303mB-\213\230R\220m\254\244m\273\226A\332\324\224\333\204\333\244\341\330:\023\202X\246\220\214\013\245\223\047&\257\341\252\0263\024\354m\"O\000\032\213C\030\207J\220Zr\353E\265\303tf\266\220\r\202*\230\177}bK\006\033*\311NW\236\330\\9\032\3142+\314\241\222Y]\"\244c\352\022\3560\342\344\351\336\323O7\2666\010Mb\275d:\000\013\267\242[T\010D\005+\025\327\264$\000\311n\203\211\"\371\246J\272\266K8\003L\360\327\200\335\264\003\200qP%\023\230\353\224#/*M\233kpG~\353\3040\001Y\002\262\362\336\247\226`Ej\030\032\354\230\236\230\217S\":\360qf\021\320\316\225\013r\001\034\303\024\264b1\306\325Z\323O\35462L%\303l\211\223:\253\0273\317\342Xf\216c;b,I\326\221\331\376\263\314\3623\220\302h]\024\033\335\016\2104X\225\272\226$\232\3460\303\325\231\246\021\303M\000s\233\177\n\376Z&\265p\252\233\334\224\232&\230U-\242\242\025P\222\345Pa\nv\21392\245\211\222\247i5\354\212\342\230T\321*\rS\177e\201\223\304=\005\360{\334\245Yg\266+\311W;i.{*\331\257\251UU\177\305I\nz\022@\3232-J$P\231s\375Q\002 ]\337\364\232\350\337\342W\204\203\336B\025\333c\03151\246\344\032\223\031\320LQ\247\257X\325\264X&*\367\251\255FE\227\353\323\n\365Z3Y\205\236\332\342\235]\224.8\003p\305\262\365W`\352\\s\021\2128q\245a\267y*~\237<I\346\\\224\336F\311\324\371[\250\231XP]g\r\371\233\312\024\261\246=\355v\360\267\213\367\251=A\227\036\262\252\246eo\010M\210\275\032 jSu\225\271\246\325\306w\342_\235\232<\371\265\r\327J4\234\326\223_t\265\226\231\251mK\252\327\242\016\232.\265\306F\343V\177#\321\211\202u\224\2004\047\201""\305\324\365o\244\257i\230\262\n\255)4\335v\300\267\311\331\244O&\r\22220\315\003\346A\362{\342\330\334vE\2627\355\342$\206HGv\272\242\256:\0252{\310B\267\324% B:Tg\025\252\277\322-[\215n\203es\344|\234\350\266\313\361\300\014*\251\301\250\241<\r\214X\206\003\003a\323\251Q\265h\255v\336\275\2307&7X\307\224\254.\376w\336dS\304bUie\005\036\2679\3140\201\305\211\331@yX\035\211I\233\233z\335\026\222+6y\362M\342\254\255Pp\324\036\337\001\247a7\034\305\327\371\213\230<\005\307\266\353jp(\026\263\266\277\320\375\020\344T\353c\233\r\265\363\356\037\267\2750\177e\002\3039C\237\254\232\302,\324\244\224\250B[yd^\240\314\264P7M\265b*\010\033\247\352\353\325\242\226\313\222E\264L\006\242$\271\203x\256\256F\251\352<\214/\355q\306\232\3668\243M+=8gG\033O1|\217>\271\217\261\367C:\361\260\377\177#\375}\262U\336.\362\254\361\344\333*\247\343\336\235Q\3771\320\262\010\247\271Q\376r\357\236wp\232;[\230yw\325_\361;A3\314\275\316/z9\357\206\277\032\3749lGT\031\255{7\375\262\377SPJ\205U\277\344\177\033\340\344\312\360J!X\n\n\301f\2704\312_:u{;\275\346hva\270\260\026\224\203\237\303f\224\233R\277\337ky\317\375g\3017\341\001lz\226_\360\267\203\203\341\355\307Q3\276\0247\373\357\365\251\262V\001zUo\317_\362\013\352\276\333\036\202(M\031\027\366J\247e\025Iz[\000\261\033\\\n\232P<\374\374lef\356&\002n\005\245`?,\214f\347F\363\313\336\206\327\361\333\201\036^\007\216y\345\364\320;\362g\203|P\036-\256x/\203\\p5(\r\327v\372\245\376\356 \227z\270\310\364yp\034\256\204\335\370r\277\360z\376\026\024\007>=-\277\236\275\322\333\362\036\373\037\3732\330\n\037\"\213\371\253\336\0478\375Y\3216\232\235\357}\3475\225\231\332t\374_\303%%\250k\001\372\354\362\314\334|o\243\347x\313\336\337\374\322\330\025\234\002\014<\366=\200\376\223\337\004\246k\301\213\320\210>\212\216\342|\274\0237\323\300-\377\000A\026f\346\376\350\203\275U\244\272\t\346o\253{\221\352uO\372_ \020\242~\3549(\335F\320\034-\336\360\363\376\036\254\212Q>\332\213\257\306\233\375k\375\037\007\037\016\366\207\207GSy\235]S\320\036y\177\000\204""\024\326\360\203bHC\334|\325+x\233\376-\320q#\272\036\343\256+\260{\307+)\252J\250\303\360\375;a\016T% w\275w\275\203\341\312:\330\270\024&\365\356\000\3132Z\305\010?\014\313\270(+\3224rE\317#\377\0350\262x\335k\236\227\340\237\341F\330\212\216\343\225X\366\277\030\224\047p\207\371[\376\017\303{\177\211\3771(\016\237\277P\374\376\333\177\004\326V\202V\370\013*vgP\030\346?\200\177\351lU\261\365\023jU\nQ\210\205\336K?\347/\215f\227\321;[\301\347\301\313h.^\216\277\212i\002d\321{\317\243*\377u\377&\232\367\030\035\r0_&\355\275\021\374+*D\233\361\222\302\353z;\000\212\376\251\372\345\014\364\224\322@{\240\210\312w\013%\331\t\376\023\275\210+\375\271\301\265\301\3018\333\034\236Z+8\002\003\312}\230\377((%y\014o\336\003\324\375h-2c\250\037F\2054\275/\303\245p-\264\342\265\330\032\334\035\036\035\017/?\210r\377\005\202\224\252\225";
-    PyObject *data = __Pyx_DecompressString(cstring, 1703, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1688 bytes) */
+static const char cstring[] = "x\332\235V\315s\333D\024\217\007\323&mH\023\332I\231\224\302\232\206\266\320\326\324%\264!@\231\2206\264|\224\270\t\375b@\263\226V\316\266\362\256\255]\331q\31309\372\250\343\036\367\250\243\216>\372\230\243\217>\366O\310\237\300[Iv\034B\017\220\031\257v\237\336{\373{\277\367\241 \354\023D\031\n\004Af\313\353\204\241J[\022\221\255\224I\2160\252\004\256K|\304]\204\304e\351\023\202\\\037Wk\204\311O\212+\350:\342>\252q\260\027\304\346\314\021W\215\340\001gd\005m\336\373u\313zx\347j\272y\374\320\274\311d\217\037\256 \354y\210J\201V`E-\036x\016ja*W\020\343\250\356s\233\010\201<*$a\302\310\3446eU\270\252I\034\003{\005\311m\000\r\213\217\010\003\221@\325\344\326\303b\237\330\2046!\032pj`~\373\200K\002:X\242\265\266\334\346\314\030:\304\243\025\342cI\2746\022\322\247\266\004sPbh\343\356\306\265\245\345%\204\023_\317\211\r\200EP\261=,\004x\005V*\001\365$\000\222\355:\021Et\337Em\036 F\000&\360W\007\275q\003\000\306\200*\231\300\274\204\031\304\205%\345\314\002s\210\357\022r(@\226\000\331X\257cO\220\"v\034\013\364\210\235\250\017CB6\340c\304C@;3&\020\013\300q\250\300\025\217\020f\326\252\275\315[\020azrhSl\327H\255\230Y\026\207g\342\373\334\027\303\223h\003\347\265\242\2445by\264\006)\032\276\221dGf\373\3172\037\237\001]\004\327D\261\336\336\001\212\035\342\342\300\223\310\262|\342\0046\261,\344\004I(\214\263k\300l\223b\017\336\332\224QiY\202xn\021r]\001\262\262\350*\304\004\324$\276L\t\304h#\315\023\257\030\366\221\013ET\247\366\013\017\330J\314S\000\377\307\334D\310\003\211\276[Kc\271kh\270\207=\327\374\212\243\020\354\304\201eeRH\236\200\234\035\3107\023\000\351z\324j$\177\203]\021\014\354&\344\2675<C\266\234\261s\225\310\014h&\250\341\027\304\245\036\311\216\306|lka\321f\366\270\300\364qv6\256\307\266\320\201\207O\207\214\001p\305\343\366\013`\352@r\030\212\330\016\244\303[,=\376\2244+\361\017\237\336D\311\330\3737P3\322\300\266M\352\362_\205)b\313\332h\357\300\357\016t\256\365\000\252\364!q-+\353.(B\330\233\321b6n`\324-\253:\274\023\376j\230\262\344\311\235\300K$\014""\327\222\047T\265\225\251\231mS\232>2/\032\001\366\206J\303R?\022\350H@v\314\001\302\0349\026c\327\037\t\337\262`\376\032\264TX6\367\201o\312\310\250NF\005\22220\316C\262l\373\234\361@${\312\213#\007\"\235\344\351\nI\005m\231u\261\260=s\003\260 }l\223\n\266_\330\0367\023\335!\331x9\23026\017\030t\227\203%v\010v\214\345\360iq\327\201!L@\307\201\033\322\271\342z\270Z=\250b\230H\2249d\207\302\220\021\377\234H\3314\361\210+\275,\321\303r\0075\230\321b\233\326!M\244\0061J\316\250]\343B\032RY\362\321b\244ep0(\001\370P\370u^\367\rm\007\2151\352\010\237\363Z\366\311\002\324f\222\030Z\263>8\324\016p\220c\275\000\333l\312\035\264\303\260\017\004}I\004\314\361,\214d\265\014xqt\250\232a*!W-#\313\374\000\261\324\203\324Z\246Z\323\203\340\360\326|\372\232\330\013H\262\210&%\300\241D\227\341\206\3006\323\326\024\047L8\353VF\250u+c\324*]? \316\032\016:\370\230}z\025&\343/\351P\204\375\177\365\364\363hk\254\003\210\274\312\222\017\263\034\367\373\311\204\371\257\302\312<\354\346\006\371\023\235+ay7\267?3\361\366\202\232W;\272\021\345^\347g\303\\\370\236Z\320_G\255\030\033\245K\3419\265\252\036\351RzXP%\365\203\2067\047\373\047\013zN\027\364\315hn\220?\276\033t\326:\215\301\344L\177fQ\257\352gQ#\316\215\211Ou\232\341\023\365X\337\217\312\240\323\361TA\255\350r\377\342\255\270\321=\336m\364\216\365\260\3216\016:nxW\315\251\202\271\357b\010N\214d\025.\354\224vW\0077>\337\237\237\230:\007\366\313\272\244\327\243\302`rj0}:\\\nwTK\333\321Y\270v\372TG\2067\302M5\251\363zu0;\037>\3279\375\256.\365\027\327z\245\336\235\275\\j\021@`O\364V4\0375\343\255\356\371\336\363\376F\371\365\364\373 -+\274\273\372z\362dg9\274\245>VR\257D\345\210\306~wn0\375n\370)h<3t\r&\247;?\206\r\243j6;\352e4g\016\346~\000\273\177lbj\026\266\313\300\331\272.\200`2\205~\023\210\273h\314\247\016\200\374\021-%0\346\273\242W\030C\261\177bbj\272\263\324\361\303\323\341\367\2524\274\037\022\002\241\301\265\353!P\360\241j@\204g\364\323\310\211/\304\233\335|w\255\333H\3215U\031\234\314LL}\240\200\372\205\177\334>\037:\300""\364\364\331\360\025d2q\376q\350C\372\227tc0\373\236\312\253\273znp\346#\275\250It#z\024/\305A\367\273\256\333\273\277W\206\350\3369?B9;\036\352\2426\242\371\243\301\032b\276PoA\030\263g\303\306\350\372\243\034\264\367N\3667\267\372[\277\216\230\350\347\337W\277\364\257|\323\375}\257\330\177\362\324\220\374\247\372\002\242\236\327\315\350\267\356\211\336\345\275B?\177\036|\224\366\027L\264\217\364rT\212 \0333\235\347*\247\346\006\223\247\303\257\024V\215\004\311lx,\304&\336K\352\034\324\353\026\0241\300\270\235T\364\222~\025\027\342\233&\331\247:A\270\006H\241\206\\\265\232\241\036\023:P\035@\275\261]V_\3525\375W\374\264[\351M\355\235\331+\017\303\315Aw5\365&P`\314\373\371\013\272\224\240\357\237\273\002\000\327\343\305\230vA|#.\244A\335\216\346\242\305\210\304\245\370\207\256\323\273\272G\373\217\237\364O\\\217s\177\003D{\302W";
+    PyObject *data = __Pyx_DecompressString(cstring, 1688, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2202 bytes) */
-static const char cstring[] = "\377 are in \367use\006\002open? bytes\000\003\031\000\377to a buf\377fer of  \377s(tree f\377ragment)\377.: 0 or \373moH\000secon\367ds,\r\001None\377: SHUT_R\233D,\003\003WR\047\001\r\004W\377R: all i\357ts :\003\000 wo\377uld wait\377: no pro\377cess lis\357tens\020\001thi\273ngh\000ved\263\001:\277 the o\002\000rw en\020\000s gq\002~\t\013receiv\321\000|R\000\243\001?Note8\000\377at Cytho\377n is del\377iberatel\377y strict\376\357\000than PE\177P-484 a`\000\337rejec\256\000su?bclass\247 \223 \337built\305 ty\377pes. If ?you ne\244\000\275 \345p%\000 &\010\262\000n s\373et\271\002\047anno\177tation_<\000^\335\000\047 di\260\000t\260\000\375 \373 False.oadd_%\000ec*\002\355 \314\004 c\235\000nel\305 \364 n\225\000B\000\241Adi\177sableen\002\001\237gchow\337\000\010\003d\377ivshmem.\3723\004.\010\005error\275s\026\005text#\004/\372]\004/\222 eams.\367pyx\233@defa\377ult __re\377duce__ d\265u\323 o\270@n-\275 v\367ial\033\000cini\377t__self.\262\317@b\267@\275\004be\263\001vwert\241#a P\210C\333ob\340! f\323`piGckl\361@:\002{\003 \0140\377timeout \353BC\252#E\351\001Hal\325f\000\001.\272\006c\211b__\264\017\004\240@s\227@e_\020\005S\203tr\377\000\000\003$\017\017\006!\024.\326\247 cv\303@w:\005se;nd\005\010get\242\004\\\004\377makefile\336k\004recv\000\010_a\357sync\005\tintqo\227\004W\001\000\010all\000\013\3760\nsetbloc\317king6\006|\014sh\277utdown\375\003L\006\216\206\002er\000\013\373\025&\005\346 \2744~\031\006acceptH\014|\017\003\351\003__Pyx\001\000\377Dict_Nex\277tRef__\275\205\004e\343__\t\000\275\207\001\005\001fun\341c\r\001\324 \301C\033\000mai}n!\001modul*\002\027nam2\002pT\000 \004\007\001\363vt\276\205\001L\001qual\260\035\005\343\204\005\241n\375\204\006ex\200\001s\207et_Q\005\275f\232\000\301n_\337_test\264\000is\377_corouti\213ne\237f_\231e\221#\374\ta\373dd\372Bhrono\273us\206bio.;\006s\374\255\212\003\263\212\003ingcas\235t\246\207\004scla\001\206 t\377raceback7clo\267\212\001de\301\207\004\305\207\007\277countej\000t\337adead6\001do\377neencod""i\373ng\260\207\003flagg\376\264\204\007howinde?xitems\340\207\r\277\207\004oleft\323\212\003er\337\204\005\377membersh\333ip\234@em\326\000to\377nicmostn\272\243An\225\214\002new\274\001n\377extoverp\007opr\225\205\001\231\205\001\214\205\003\005\002\207\205\001\217room\364\207\001\343\205\001\347\205\001a\363ll\000\004\265\205\003sent.\360\204\010set\316\210\004s\200\206\006\357\204\005\377sizespinT\375\210\004\203\207\002_\227\206\001s\246\211\001t\203@\361w\340\207\001\341\207\004\260 il_n\363o_\310\214\001\007\003some\276\271\214\002value\000\002s\367vie\246 t (s\317truc\307\211\001\201\204\001ob\267j_7\237\212\004_7\332\212\004_\35310\224\047_\276\210\005nd ?*, PyO\253\211\003\t\000\362\032-M\352&F\001unsikgn\327\215\002tL\t)\000\225\217\001\375_\346\213\004\200\001\330\004\n\210\377+\220Q\200\001\360\016\000\377\005\032\230\026\230x\240q\377\250\001\340\004\020\220\001\220\377\030\230\032\240<\250w\260\375a!\001\047\220\033\230A\230\367V\2401\007\003\032\2301\230\373J\240\027\000\013\320\013!\240\377\021\240!\2406\250\021\330\377\004\007\200u\210C\210q\377\330\010\016\320\016$\240A\277\240Z\250q\260\001\014\010\017\377\210v\220X\230W\240I\373\250Q!\000\210l\230!\230\377:\240Q\320&7\260q\177\270\007\270q\300\006\300j\000\373\007\200=\001\210f\220E\230\267\021\230!\236\001&\220\246\000\016\376\017\000A\330\004\013\2101\200\377A\330\010\017\210t\2208\276\202\000D\240\007\240q\016\0002\2773\360\026\000\t\033N\0008\377\2401\240F\250!\330\010\377\t\330\014\023\2204\220x\277\230w\240c\250\027\205\000\014\3761\0012\220S\230\010\240\004\377\240A\330\020\026\220j\240\377\001\240\022\2401\320$C\277\3001\300D\310\001,\003u\376\347\000X\240T\250\026\250y\177\270\n\300!\340\014\034\370\000\377Q\230a\200A\340\010\013\377\2108\2207\230%\230t\357\2408\2502\303\000\014\022\220\365*\226 Z\263!\330\010\014\210\353K\220\213\000\340\004\002x\230z\343\250\0210\001\250\001\262\000\360\n\000\377\t\014\2104\210r\220\023\037\220G\2301\3304\004\321 \212\000v8\000F\220\262\000\037\230q""\221\000\377\024\240Y\250d\260#\260\177S\270\004\270C\270qS\003\337v\230Q\200A\245@\t\036\325\230\273 \032\271 6\367 &\250}\001\346\002\027\220t\2309\323\000\356\216\000%\220r\270@4\240q\177\330\020\030\230\004\230E\235@\377.\260\004\260E\270\022\270\3776\300\024\300U\310\"\310oF\320RS\315\010\360\024\227\001\3475\220\002\200\000\314\003\320\035.\367\250a\250\307@\022\220!\220\3676\230\034\214 \030\260\027\270~i\000\013\2105\220\003\220\274\000\375\023\002\000\010\017\320\017(\250\371\001\250 \240\002D\220\005\220Q\327\320\026\047\302`\0079\001\017\210\365x\211\000\023\250`d\250\"\250\341A\274\000\236D\256\t\307A5\230\003\336\217 \020\027\220q\371\047^\250\3774\250v\260T\270\026\270\337t\3009\310A\376&\320\004\377\034\230O\320+=\270]\277\310.\320XY\340\211`|\373\2305\307@\026\240v\250[\376\257@(\310!\320\004\035\230\277^\2501\360\032\000\253 V\366\251@1\250\272@\016\210j\230\277\001\230\021\330\010\023\271`8\377\2403\240j\260\t\270\023\357\270B\270a\251b\020\220\006\373\220a\223A\047\230\033\240A\352\376@\021\276a>\332\204\0024\240{\337\260!\2606\270\020\000\017\210gu\220C\246\000\275`f\230\304`D\260\002\n\010d\234`\302@\372a8\220@\377C\240~\260Y\270b\300\277\t\310\024\310Q\330\377b5>\203\000\026\230v\240S\271@\360\001\337\320\004#\2401\303\002\320\033\377+\2501\250F\260$\260\377i\270q\320\0042\260!\376\331\003>\250\021\250$\250l\377\270$\270l\310)\320S?T\320\n0\260\001";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2202, 3060);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2191 bytes) */
+static const char cstring[] = "\377 are in \367use\006\002open? bytes\000\003\031\000\377to a buf\377fer of  \377s(tree f\377ragment)\377.: 0 or \373moH\000secon\367ds,\r\001None\377: SHUT_R\233D,\003\003WR\047\001\r\004W\377R: all i\357ts :\003\000 wo\377uld wait\377: no pro\377cess lis\357tens\020\001thi\273ngh\000ved\263\001:\277 the o\002\000rw en\020\000s gq\002~\t\013receiv\321\000|R\000\243\001?Note8\000\377at Cytho\377n is del\377iberatel\377y strict\376\357\000than PE\177P-484 a`\000\337rejec\256\000su?bclass\247 \223 \337built\305 ty\377pes. If ?you ne\244\000\275 \345p%\000 &\010\262\000n s\373et\271\002\047anno\177tation_<\000^\335\000\047 di\260\000t\260\000\375 \373 False.oadd_%\000ec*\002\355 \314\004 c\235\000nel\305 \364 n\225\000B\000\241Adi\177sableen\002\001\237gchow\337\000\010\003d\377ivshmem.\3723\004.\010\005error\355s\026\005sy\361 m.t\177ime_lim\240@^0\005text=\004/w\004\375/\254 eams.p\373yx\265@defau\377lt __red\377uce__ du\332\355 o\322@n-\327 vi\373al\033\000cinit\177__self.\351@\331b\321@\327\004be\315\001ve\273rt\273#a P\242Co\355b\372! f\355`pic#kl\213`:\002{\003 \0140\336\001\277out BC\304#E^\203!Half\000\001.\272\006Mc\243b__\017\004\272@s\261@;e_\020\005Str\377\000\000\003h$\017\017\006!\024.\247 cv\335@\275w:\005send\005\010g\363et\242\004\\\004make\357filek\004rec\375v\000\010_async\036\005\tinto\227\004W\001\000\010\347all\000\0130\nset\377blocking\3746\006|\014shutdokwn\375\003L\250\206\002er\000\013\340\373\025&\005\346 \2744\031\006acc\307eptH\014\017\003\351\003__\367Pyx\001\000Dict\377_NextRef;__\327\205\004e__\t\000\327\207\001\036\005\001func\r\001\324 \301C\336\033\000main!\001mowdul*\002nam2\0021pT\000 \004\007\001vt\330\205\001L\001\017qual\035\005\343\204\005\241n\375\204\006{ex\200\001set_Q\005\370\275f\232\000\301n__tes\375t\264\000is_cor\277outine\237f_\360\231e\221#\374\t\367Bhronwous\203bio.8\006\371s\304\212\003\312\212\003ingca;st\275\207\004scl^\001\203 \377tracebacokclo\316\212\001de\330\207\004\376\334\207\007counted\377datadead\3746""\001\000\005_ofdon\377eencodin}g\322\207\003flagg\274\204\007\377howindex\237items\202\210\r\307\207\004l\267eft\365\212\003er\347\204\005m\377embershi\355p\244@em\341\000ton\277icmost\252An\356\266\214\002new\306\001nex\377toverpop\301r\234\205\001\240\205\001\223\205\003\005\002\216\205\001ro\203om\254\214\004\263\000\205\210\001\364\205\001\370\205\001a\363ll\000\004\306\205\003sent.\201\205\010set\337\210\004s\221\206\006\200\205\005\377sizespin\224\216\211\004\224\207\002_\250\206\001s\303\211\017\311\211\001t\342\251@w\345\211\001\204\210\004\326 il_\347no_\205\215\001\007\003som}e\366\214\002value\000\002\357svie\301 t (\237struc\352\211\001\244\204\001oobj_7\334\212\004_7\227\213\004\327_10\257\047_\341\210\005nd\177 *, PyO\316\211\003\344\t\000\032-M\205FF\001uns\327ign\224\216\002tL\t)\000\372\322\217\001_\243\214\004\200\001\330\004\n\377\210+\220Q\200\001\360\016\377\000\005\032\230\026\230x\240\377q\250\001\340\004\020\220\001\377\220\030\230\032\240<\250w\373\260a!\001\047\220\033\230A\357\230V\2401\007\003\032\2301\367\230J\240\027\000\013\320\013!\377\240\021\240!\2406\250\021\377\330\004\007\200u\210C\210\377q\330\010\016\320\016$\240\177A\240Z\250q\260\001\014\010\377\017\210v\220X\230W\240\367I\250Q!\000\210l\230!\377\230:\240Q\320&7\260\377q\270\007\270q\300\006\300\366j\000\007\200=\001\210f\220Eo\230\021\230!\236\001&\220\246\000\375\016\017\000A\330\004\013\2101\377\200A\33023\360\026\000\373\t\033=\0008\2401\240F\377\250!\330\010\t\330\014\023\377\2204\220x\230w\240c\373\250\027t\000\014\017\210t\220\3772\220S\230\010\240\004\240\377A\330\020\026\220j\240\001\377\240\022\2401\320$C\300_1\300D\310\001,\003u\326\000\377X\240T\250\026\250v\260\377T\270\035\300j\320PQ\367\340\014\034\354\000Q\230a\200\377A\340\010\013\2108\2207\377\230%\230t\240:\250Q\377\250i\260r\270\021\330\014\327\022\220*\216 Z\253!\330\010\237\014\210K\220q\047\001\005\001x\217\230z\250\0214\001|\001\252\000\360\257\006\000\t\020\210\0008\261 F\277\240!\200A\360\010\265""\0036\316\266 &\250\001\262\006\205\001^\250}4\202\002\026\270s\300!{\010\377\360\n\000\t\014\2104\210\177r\220\023\220G\2301x\005\330\216@\330\000}\000F\220\200 \037\230\375q\337\000\024\240Y\250d\260\377#\260S\270\004\270C\270\335q\230\003v\230Qv\000\016\000\227\t\036\230\370 \032\366 r\t\026{\220d\347 \014\027\220{\307@\356X\002%\220r\374@4\240q\377\330\020\030\230\004\230E\240\377\021\330\024\"\240$\240e\377\2502\250V\2604\260u\377\270B\270f\300I\310Q\266\333\000\r\035\244%\360\020\337\t$\341\240\274 \240E\341\t\225A5\230\003~\304\000\020\027\220q\330\014x\004\374\273A\366\013y\310\013\320ST\367\320TU\207F\320\004\034\230\377O\320+=\270]\310.\377\320XY\340\010\017\210|\373\2305\325@\026\240v\250[\377\270\n\300(\310!\320\004\177\035\230^\2501\360\032\352\001\277V\2408\2501\250\303@\016\377\210j\230\001\230\021\330\010\177\023\220;\230a\230q\255b\337\020\220\006\220a\311A\047\230\347\033\240A\202`\327@\023\220>\376\315\204\0024\240{\260!\2606>\351A\017\210u\220C\247\000\301`#f\230\310`\261\002\n\010d\233`\370 \376\376a8\2309\240C\240~\377\260Y\270b\300\t\310\024\327\310Q\330\203\204\0025y\000\026\230\347v\240S\355@\361\001\320\004#\273\2401\271\002\320\033+\236\000F\377\260$\260i\270q\320\004\3672\260!\317\003>\250\021\250\377$\250e\2601\260J\270\377d\300,\310i\320WX\037\320\n0\260\001";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2191, 3112);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3060 bytes) */
-static const char bytes[] = " are in use are open bytes bytes into a buffer of  s(tree fragment).: 0 or more seconds, or None: SHUT_RD, SHUT_WR or SHUT_RDWR: all its : it would wait: no process listens: nothing moved in : the other end is gone: the other end receives no more?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notecannot receive channel connection of disableenablegchow isenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/streams.pyxno default __reduce__ due to non-trivial __cinit__self.probed cannot be converted to a Python object for picklingself.stream cannot be converted to a Python object for picklingtimeout BChannelErrorHalfHalf.__reduce_cython__Half.__setstate_cython__StreamStream.__reduce_cython__Stream.__setstate_cython__Stream._recv_nowStream._send_nowStream.gettimeoutStream.makefileStream.recvStream.recv_asyncStream.recv_intoStream.sendStream.sendallStream.sendall_asyncStream.setblockingStream.settimeoutStream.shutdownStreamListenerStreamListener.__reduce_cython__StreamListener.__setstate_cython__StreamListener.acceptStreamListener.accept_async__Pyx_PyDict_NextRef__annotate____await____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutine_recv_now_send_nowacceptaccept_asyncaddasynchronousasyncio.coroutinesbufferbufferingcastchannelscline_in_tracebackclosecodeconnectconnectioncounteddatadeadlinedoneencodingerrorsflagggettimeouthowindexitemsivshmem.channel.streamsleftlistenermakefilemembershipmodemonotonicmostnnamenbytesnewlinenextoverpoprrecvrecv_asyncrecv_intoroomselfsendsendallsendall_asyncsentsetblockingsetdefaultsettimeoutshutdownsizespinstreamstream_filestextthrowtimetimeoutuntil_no_waituntil_somethingvaluevaluesviewint (struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, PyObj""ect *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, unsigned int, PyObject *)\000open_channel\200\001\330\004\n\210+\220Q\200\001\360\016\000\005\032\230\026\230x\240q\250\001\340\004\020\220\001\220\030\230\032\240<\250w\260a\330\004\n\210\047\220\033\230A\230V\2401\330\004\n\210\047\220\032\2301\230J\240a\330\004\013\320\013!\240\021\240!\2406\250\021\330\004\007\200u\210C\210q\330\010\016\320\016$\240A\240Z\250q\260\001\330\004\007\200u\210C\210q\330\010\017\210v\220X\230W\240I\250Q\330\010\016\210l\230!\230:\240Q\320&7\260q\270\007\270q\300\006\300a\330\004\007\200q\330\010\016\210f\220E\230\021\230!\330\004\n\210&\220\001\330\004\016\210f\220A\330\004\013\2101\200A\330\010\017\210t\2208\2301\230D\240\007\240q\200A\33023\360\026\000\t\033\230!\2308\2401\240F\250!\330\010\t\330\014\023\2204\220x\230w\240c\250\027\260\001\330\014\017\210t\2202\220S\230\010\240\004\240A\330\020\026\220j\240\001\240\022\2401\320$C\3001\300D\310\001\330\014\023\2204\220u\230A\230X\240T\250\026\250y\270\n\300!\340\014\034\230A\230Q\230a\200A\340\010\013\2108\2207\230%\230t\2408\2502\250Q\330\014\022\220*\230A\230Z\240q\250\001\330\010\014\210K\220q\200A\340\010\014\210K\220x\230z\250\021\200A\340\010\017\210t\2201\200A\360\n\000\t\014\2104\210r\220\023\220G\2301\330\014\022\220*\230A\230V\2401\240A\330\010\014\210F\220!\330\010\037\230q\240\001\240\024\240Y\250d\260#\260S\270\004\270C\270q\330\010\014\210K\220v\230Q\200A\360\016\000\t\036\230Q\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\027\220t\2309\240A\330\014\022\220%\220r\230\032\2404\240q\330\020\030\230\004\230E\240\021\240.\260\004\260E\270\022\2706\300\024\300U\310\"\310F\320RS\340\014\034\230A\230Q\230a\200A\360\024\000\t\014\2105\220\002\220!\330\014\022\220*\230A\320\035.\250a\250q\330\010\022\220!\2206\230\034\240T\250\030\260\027\270\001\330\010\013\2105\220\003\2201\330\014\023\2201\330\010\017\320\017(\250\001\250\026\250q\330\010\014\210D\220\005\220Q\320\026\047\240q\250\007\250q""\330\010\017\210x\220r\230\023\230J\240d\250\"\250A\200A\360\026\000\t\033\230!\2306\240\021\240&\250\001\330\010\t\330\014\017\210t\2205\230\003\2301\330\020\027\220q\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270t\3009\310A\340\014\034\230A\230Q\230a\320\004\034\230O\320+=\270]\310.\320XY\340\010\017\210|\2305\240\001\240\026\240v\250[\270\n\300(\310!\320\004\035\230^\2501\360\032\000\t\036\230V\2408\2501\250A\340\010\016\210j\230\001\230\021\330\010\023\2208\2308\2403\240j\260\t\270\023\270B\270a\330\010\t\330\014\020\220\006\220a\330\014\022\220\047\230\033\240A\240T\250\021\330\014\023\220>\240\021\240!\2404\240{\260!\2606\270\021\330\014\017\210u\220C\220q\330\020\026\220f\230A\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220d\230%\230q\240\001\330\014\023\2208\2309\240C\240~\260Y\270b\300\t\310\024\310Q\330\014\017\210t\2205\230\001\230\026\230v\240S\250\001\330\020\027\220q\320\004#\2401\340\010\017\210|\320\033+\2501\250F\260$\260i\270q\320\0042\260!\340\010\017\210|\230>\250\021\250$\250l\270$\270l\310)\320ST\320\n0\260\001";
+    #else /* compression: none (3112 bytes) */
+static const char bytes[] = " are in use are open bytes bytes into a buffer of  s(tree fragment).: 0 or more seconds, or None: SHUT_RD, SHUT_WR or SHUT_RDWR: all its : it would wait: no process listens: nothing moved in : the other end is gone: the other end receives no more?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notecannot receive channel connection of disableenablegchow isenabledivshmem.channel.ivshmem.errorsivshmem.system.time_limitsivshmem.textivshmem/channel/streams.pyxno default __reduce__ due to non-trivial __cinit__self.probed cannot be converted to a Python object for picklingself.stream cannot be converted to a Python object for picklingtimeout BChannelErrorHalfHalf.__reduce_cython__Half.__setstate_cython__StreamStream.__reduce_cython__Stream.__setstate_cython__Stream._recv_nowStream._send_nowStream.gettimeoutStream.makefileStream.recvStream.recv_asyncStream.recv_intoStream.sendStream.sendallStream.sendall_asyncStream.setblockingStream.settimeoutStream.shutdownStreamListenerStreamListener.__reduce_cython__StreamListener.__setstate_cython__StreamListener.acceptStreamListener.accept_async__Pyx_PyDict_NextRef__annotate____await____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutine_recv_now_send_nowacceptaccept_asyncasynchronousasyncio.coroutinesbufferbufferingcastchannelscline_in_tracebackclosecodeconnectconnectioncounteddatadeadlinedeadline_ofdoneencodingerrorsflagggettimeouthowindexitemsivshmem.channel.streamsleftlistenermakefilemembershipmodemonotonicmostnamenbytesnewlinenextoverpoprrecvrecv_asyncrecv_intoroomseconds_ofselfsendsendallsendall_asyncsentsetblockingsetdefaultsettimeoutshutdownsizespinstreamstream_filessystem.time_limitstextthrowtimetimeoutuntil_no_waituntil_somethingvaluevaluesviewint (struct"" __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, PyObject *, struct __pyx_obj_7ivshmem_7channel_10membership_Membership *, unsigned int, PyObject *)\000open_channel\200\001\330\004\n\210+\220Q\200\001\360\016\000\005\032\230\026\230x\240q\250\001\340\004\020\220\001\220\030\230\032\240<\250w\260a\330\004\n\210\047\220\033\230A\230V\2401\330\004\n\210\047\220\032\2301\230J\240a\330\004\013\320\013!\240\021\240!\2406\250\021\330\004\007\200u\210C\210q\330\010\016\320\016$\240A\240Z\250q\260\001\330\004\007\200u\210C\210q\330\010\017\210v\220X\230W\240I\250Q\330\010\016\210l\230!\230:\240Q\320&7\260q\270\007\270q\300\006\300a\330\004\007\200q\330\010\016\210f\220E\230\021\230!\330\004\n\210&\220\001\330\004\016\210f\220A\330\004\013\2101\200A\33023\360\026\000\t\033\230!\2308\2401\240F\250!\330\010\t\330\014\023\2204\220x\230w\240c\250\027\260\001\330\014\017\210t\2202\220S\230\010\240\004\240A\330\020\026\220j\240\001\240\022\2401\320$C\3001\300D\310\001\330\014\023\2204\220u\230A\230X\240T\250\026\250v\260T\270\035\300j\320PQ\340\014\034\230A\230Q\230a\200A\340\010\013\2108\2207\230%\230t\240:\250Q\250i\260r\270\021\330\014\022\220*\230A\230Z\240q\250\001\330\010\014\210K\220q\200A\340\010\014\210K\220x\230z\250\021\200A\340\010\017\210t\2201\200A\360\006\000\t\020\210t\2208\2301\230F\240!\200A\360\010\000\t\033\230!\2306\240\021\240&\250\001\330\010\t\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270s\300!\340\014\034\230A\230Q\230a\200A\360\n\000\t\014\2104\210r\220\023\220G\2301\330\014\022\220*\230A\230V\2401\240A\330\010\014\210F\220!\330\010\037\230q\240\001\240\024\240Y\250d\260#\260S\270\004\270C\270q\330\010\014\210K\220v\230Q\200A\360\016\000\t\036\230Q\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\026\220d\230!\330\014\027\220{\240!\2401\330\014\022\220%\220r\230\032\2404\240q\330\020\030\230\004\230E\240\021\330\024\"\240$\240e\2502\250V\2604\260u\270B\270f\300I\310Q\360\006\000\r\035\230A\230Q\230a\200A\360\020\000\t\020""\210t\2208\2301\230F\240$\240a\200A\360\026\000\t\033\230!\2306\240\021\240&\250\001\330\010\t\330\014\017\210t\2205\230\003\2301\330\020\027\220q\330\014\026\220d\230!\330\014\023\2204\220u\230A\230^\2504\250v\260T\270\026\270y\310\013\320ST\320TU\340\014\034\230A\230Q\230a\320\004\034\230O\320+=\270]\310.\320XY\340\010\017\210|\2305\240\001\240\026\240v\250[\270\n\300(\310!\320\004\035\230^\2501\360\032\000\t\036\230V\2408\2501\250A\340\010\016\210j\230\001\230\021\330\010\023\220;\230a\230q\330\010\t\330\014\020\220\006\220a\330\014\022\220\047\230\033\240A\240T\250\021\330\014\023\220>\240\021\240!\2404\240{\260!\2606\270\021\330\014\017\210u\220C\220q\330\020\026\220f\230A\330\020\027\220q\330\014\017\210u\220C\220q\330\020\026\220d\230%\230q\240\001\330\014\023\2208\2309\240C\240~\260Y\270b\300\t\310\024\310Q\330\014\017\210t\2205\230\001\230\026\230v\240S\250\001\330\020\027\220q\320\004#\2401\340\010\017\210|\320\033+\2501\250F\260$\260i\270q\320\0042\260!\340\010\017\210|\230>\250\021\250$\250e\2601\260J\270d\300,\310i\320WX\320\n0\260\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 150; i++) {
+    for (int i = 0; i < 152; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 34) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 35) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -15800,8 +15812,8 @@ static const char bytes[] = " are in use are open bytes bytes into a buffer of  
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 150; i < 168; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-150].length;
+    for (int i = 152; i < 171; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-152].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -15811,15 +15823,15 @@ static const char bytes[] = " are in use are open bytes bytes into a buffer of  
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 168; i++) {
+    for (Py_ssize_t i = 0; i < 171; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 150;
-      for (Py_ssize_t i=0; i<18; ++i) {
+      PyObject **table = stringtab + 152;
+      for (Py_ssize_t i=0; i<19; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -15905,17 +15917,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 404};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 416};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_sent};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_sendall_async, __pyx_mstate->__pyx_kp_b_iso88591_0, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 71};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 72};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_stream, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_deadline, __pyx_mstate->__pyx_n_u_left};
-    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_accept, __pyx_mstate->__pyx_kp_b_iso88591_1_V81A_j_883j_Ba_a_AT_4_6_uCq_f, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_accept, __pyx_mstate->__pyx_kp_b_iso88591_1_V81A_j_aq_a_AT_4_6_uCq_fA_q_u, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 101};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 102};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_accept_async, __pyx_mstate->__pyx_kp_b_iso88591_1_1F_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
@@ -15930,7 +15942,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 118};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 119};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_channels, __pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_stream, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_most};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_connect, __pyx_mstate->__pyx_kp_b_iso88591_xq_wa_AV1_1Ja_6_uCq_AZq_uCq_vXW, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
@@ -15945,62 +15957,62 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 256};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 258};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_settimeout, __pyx_mstate->__pyx_kp_b_iso88591_A_87_t82Q_AZq_Kq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_settimeout, __pyx_mstate->__pyx_kp_b_iso88591_A_87_t_Qir_AZq_Kq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 262};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 264};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_gettimeout, __pyx_mstate->__pyx_kp_b_iso88591_A_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 266};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 268};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_flag};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_setblocking, __pyx_mstate->__pyx_kp_b_iso88591_A_Kxz, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 287};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view};
-    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send, __pyx_mstate->__pyx_kp_b_iso88591_A_6_t5_1_q_4uA_4vT_t9A_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 288};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_timeout};
+    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send, __pyx_mstate->__pyx_kp_b_iso88591_A_6_t5_1_q_d_4uA_4vT_y_STTU_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 323};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_n_u_deadline};
-    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_sendall, __pyx_mstate->__pyx_kp_b_iso88591_A_Q_6_t9A_r_4q_E_E_6_U_FRS_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 327};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_deadline};
+    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_sendall, __pyx_mstate->__pyx_kp_b_iso88591_A_Q_6_d_1_r_4q_E_e2V4uBfIQ_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 357};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_n};
-    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv, __pyx_mstate->__pyx_kp_b_iso88591_A_5_A_aq_6_T_5_1_1_q_D_Q_q_q_xr, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 364};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size};
+    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv, __pyx_mstate->__pyx_kp_b_iso88591_A_t81F_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 376};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 386};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_nbytes, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_room};
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_into, __pyx_mstate->__pyx_kp_b_iso88591_A23_81F_4xwc_t2S_A_j_1_C1D_4uAXT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 397};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 407};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_async, __pyx_mstate->__pyx_kp_b_iso88591_2_l_l_ST, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_async, __pyx_mstate->__pyx_kp_b_iso88591_2_e1Jd_iWX, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 401};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 411};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size};
-    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_now, __pyx_mstate->__pyx_kp_b_iso88591_A_t81D_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_recv_now, __pyx_mstate->__pyx_kp_b_iso88591_A_t81F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 414};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data};
-    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send_now, __pyx_mstate->__pyx_kp_b_iso88591_A_t81D_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 428};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_view};
+    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_send_now, __pyx_mstate->__pyx_kp_b_iso88591_A_6_4uA_4vT_s_AQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 426};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 438};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_how};
     __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_shutdown, __pyx_mstate->__pyx_kp_b_iso88591_A_4r_G1_AV1A_F_q_Yd_S_Cq_KvQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 3, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 437};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 3, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 449};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_mode, __pyx_mstate->__pyx_n_u_buffering, __pyx_mstate->__pyx_n_u_encoding, __pyx_mstate->__pyx_n_u_errors, __pyx_mstate->__pyx_n_u_newline};
     __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_streams_pyx, __pyx_mstate->__pyx_n_u_makefile, __pyx_mstate->__pyx_kp_b_iso88591_O_XY_5_v, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
@@ -17652,31 +17664,6 @@ bad:
     return;
 }
 
-/* PyObjectFastCallMethod */
-#if !CYTHON_VECTORCALL
-static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
-    PyObject *result;
-    switch (__Pyx_PyVectorcall_NARGS(nargsf)) {
-        case 1:
-            return PyObject_CallMethodObjArgs(args[0], name, NULL);
-        case 2:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], NULL);
-        case 3:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], NULL);
-        case 4:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], NULL);
-        case 5:
-            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], args[4], NULL);
-    }
-    PyObject *attr = PyObject_GetAttr(args[0], name);
-    if (unlikely(!attr))
-        return NULL;
-    result = __Pyx_PyObject_FastCall(attr, args+1, nargsf - 1);
-    Py_DECREF(attr);
-    return result;
-}
-#endif
-
 /* FormatTypeName (used by RaiseErrorWithObjectTypes) */
 #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
 static __Pyx_TypeName
@@ -17733,157 +17720,6 @@ type2_failed:
 #endif
     __Pyx_DECREF_TypeName(type_name1);
 }
-
-/* PyNumberBinop */
-#if !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL || CYTHON_COMPILING_IN_LIMITED_API)
-#if CYTHON_USE_TYPE_SLOTS || __PYX_LIMITED_VERSION_HEX >= 0x030A0000
-#ifndef __Pyx_DEFINED_BinopTypeError
-#define __Pyx_DEFINED_BinopTypeError
-static void __Pyx_BinopTypeError(PyObject *op1, PyObject *op2, const char* op, int inplace) {
-    char opname[4] = {op[0], op[1], 0, 0};
-    if (inplace) {
-        opname[op[1] ? 2 : 1] = '=';
-    }
-    __Pyx_RaiseErrorWithObjectTypes1(
-        PyExc_TypeError,
-        "unsupported operand type(s) for %.3s: '" __Pyx_FMT_TYPENAME "' and '" __Pyx_FMT_TYPENAME "'",
-        opname, op1, op2);
-}
-#endif
-#endif
-#ifndef __Pyx_DEFINED_PyNumber_Add_xfloat_object
-#define __Pyx_DEFINED_PyNumber_Add_xfloat_object
-static PyObject* __Pyx_PyNumber_Add_xfloat_object(PyObject *op1, PyObject *op2, int inplace) {
-    if (PyLong_CheckExact(op2)) {
-        double int_op2;
-        #if CYTHON_USE_PYLONG_INTERNALS
-        if (__Pyx_PyLong_IsCompact(op2)) {
-            Py_ssize_t compact_op2 = __Pyx_PyLong_CompactValue(op2);
-            if (compact_op2 == 0) return __Pyx_NewRef(op1);
-            int_op2 = (double) compact_op2;
-        } else
-        #endif
-        {
-            int_op2 = PyLong_AsDouble(op2);
-            if (unlikely((int_op2 == -1.) && PyErr_Occurred())) return NULL;
-            #if !CYTHON_USE_PYLONG_INTERNALS
-            if (int_op2 == 0.) return __Pyx_NewRef(op1);
-            #endif
-        }
-        double float_op1 = __Pyx_PyFloat_AS_DOUBLE(op1);
-        #if !CYTHON_ASSUME_SAFE_MACROS
-        if (unlikely((float_op1 == -1.) && PyErr_Occurred())) return NULL;
-        #endif
-        return PyFloat_FromDouble(float_op1 + int_op2);
-    }
-    if (PyLong_Check(op2)) {
-        binaryfunc slot_func = __Pyx_PyType_GetSubSlot(&PyFloat_Type, tp_as_number, nb_add, binaryfunc);
-        if (likely(slot_func)) {
-            return slot_func(op1, op2);
-        }
-    }
-    #if CYTHON_USE_TYPE_SLOTS || __PYX_LIMITED_VERSION_HEX >= 0x030A0000
-    {
-        PyTypeObject *type_op2 = Py_TYPE(op2);
-        binaryfunc slot_func = __Pyx_PyType_GetSubSlot(type_op2, tp_as_number, nb_add, binaryfunc);
-        if (likely(slot_func)) {
-            PyObject *result = slot_func(op1, op2);
-            if (likely(result != Py_NotImplemented)) {
-                return result;
-            }
-            Py_DECREF(result);
-        }
-        __Pyx_BinopTypeError(op1, op2, "+", inplace);
-        return NULL;
-    }
-    #else
-    return (inplace) ? PyNumber_InPlaceAdd(op1, op2) : PyNumber_Add(op1, op2);
-    #endif
-}
-#endif
-#ifndef __Pyx_DEFINED_PyNumber_Add_xint_object
-#define __Pyx_DEFINED_PyNumber_Add_xint_object
-static PyObject* __Pyx_PyNumber_Add_xint_object(PyObject *op1, PyObject *op2, int inplace) {
-    if (PyFloat_CheckExact(op2)) {
-        double int_op1;
-        #if CYTHON_USE_PYLONG_INTERNALS
-        if (__Pyx_PyLong_IsCompact(op1)) {
-            Py_ssize_t compact_op1 = __Pyx_PyLong_CompactValue(op1);
-            if (compact_op1 == 0) return __Pyx_NewRef(op2);
-            int_op1 = (double) compact_op1;
-        } else
-        #endif
-        {
-            int_op1 = PyLong_AsDouble(op1);
-            if (unlikely((int_op1 == -1.) && PyErr_Occurred())) return NULL;
-            #if !CYTHON_USE_PYLONG_INTERNALS
-            if (int_op1 == 0.) return __Pyx_NewRef(op2);
-            #endif
-        }
-        double float_op2 = __Pyx_PyFloat_AS_DOUBLE(op2);
-        #if !CYTHON_ASSUME_SAFE_MACROS
-        if (unlikely((float_op2 == -1.) && PyErr_Occurred())) return NULL;
-        #endif
-        return PyFloat_FromDouble(int_op1 + float_op2);
-    }
-    #if CYTHON_USE_TYPE_SLOTS || __PYX_LIMITED_VERSION_HEX >= 0x030A0000
-    {
-        PyTypeObject *type_op2 = Py_TYPE(op2);
-        binaryfunc slot_func = __Pyx_PyType_GetSubSlot(type_op2, tp_as_number, nb_add, binaryfunc);
-        if (likely(slot_func)) {
-            PyObject *result = slot_func(op1, op2);
-            if (likely(result != Py_NotImplemented)) {
-                return result;
-            }
-            Py_DECREF(result);
-        }
-        __Pyx_BinopTypeError(op1, op2, "+", inplace);
-        return NULL;
-    }
-    #else
-    return (inplace) ? PyNumber_InPlaceAdd(op1, op2) : PyNumber_Add(op1, op2);
-    #endif
-}
-#endif
-static CYTHON_INLINE PyObject* __Pyx__PyNumber_Add_object_object(PyObject *op1, PyObject *op2, int inplace) {
-    if (PyFloat_CheckExact(op1)) {
-        if (PyFloat_CheckExact(op2)) {
-            double float_op2 = __Pyx_PyFloat_AS_DOUBLE(op2);
-            #if !CYTHON_ASSUME_SAFE_MACROS
-            if (unlikely((float_op2 == -1.) && PyErr_Occurred())) return NULL;
-            #endif
-            double float_op1 = __Pyx_PyFloat_AS_DOUBLE(op1);
-            #if !CYTHON_ASSUME_SAFE_MACROS
-            if (unlikely((float_op1 == -1.) && PyErr_Occurred())) return NULL;
-            #endif
-            return PyFloat_FromDouble(float_op1 + float_op2);
-        }
-        return __Pyx_PyNumber_Add_xfloat_object(op1, op2, inplace);
-    }
-    if (PyLong_CheckExact(op1)) {
-        if (PyLong_CheckExact(op2)) {
-            #if CYTHON_USE_PYLONG_INTERNALS
-            if (__Pyx_PyLong_IsCompact(op1)) {
-                Py_ssize_t int_op1 = __Pyx_PyLong_CompactValue(op1);
-                if (int_op1 == 0) return __Pyx_NewRef(op2);
-                if (__Pyx_PyLong_IsCompact(op2)) {
-                    Py_ssize_t int_op2 = __Pyx_PyLong_CompactValue(op2);
-                    if (int_op2 == 0) return __Pyx_NewRef(op1);
-                    return PyLong_FromSsize_t(int_op1 + int_op2);
-                }
-            }
-            else if (__Pyx_PyLong_IsZero(op2)) return __Pyx_NewRef(op1);
-            #endif
-            binaryfunc slot_func = __Pyx_PyType_GetSubSlot(&PyLong_Type, tp_as_number, nb_add, binaryfunc);
-            if (likely(slot_func)) {
-                return slot_func(op1, op2);
-            }
-        }
-        return __Pyx_PyNumber_Add_xint_object(op1, op2, inplace);
-    }
-    return (inplace) ? PyNumber_InPlaceAdd(op1, op2) : PyNumber_Add(op1, op2);
-}
-#endif
 
 /* PyNumberBinop */
 #if !(CYTHON_COMPILING_IN_PYPY || CYTHON_COMPILING_IN_GRAAL || CYTHON_COMPILING_IN_LIMITED_API)
@@ -18166,6 +18002,31 @@ __pyx_return_true:
 __pyx_return_false:
     return 0;
 }
+
+/* PyObjectFastCallMethod */
+#if !CYTHON_VECTORCALL
+static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf) {
+    PyObject *result;
+    switch (__Pyx_PyVectorcall_NARGS(nargsf)) {
+        case 1:
+            return PyObject_CallMethodObjArgs(args[0], name, NULL);
+        case 2:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], NULL);
+        case 3:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], NULL);
+        case 4:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], NULL);
+        case 5:
+            return PyObject_CallMethodObjArgs(args[0], name, args[1], args[2], args[3], args[4], NULL);
+    }
+    PyObject *attr = PyObject_GetAttr(args[0], name);
+    if (unlikely(!attr))
+        return NULL;
+    result = __Pyx_PyObject_FastCall(attr, args+1, nargsf - 1);
+    Py_DECREF(attr);
+    return result;
+}
+#endif
 
 /* RejectKeywords */
 static void __Pyx_RejectKeywords(const char* function_name, PyObject *kwds) {
@@ -20825,18 +20686,6 @@ static int __Pyx_call_next_tp_traverse(PyObject* obj, visitproc v, void *a, trav
     if (type && tp_traverse)
         return tp_traverse(obj, v, a);
     return 0;
-}
-
-/* CallNextTpClear */
-static void __Pyx_call_next_tp_clear(PyObject* obj, inquiry current_tp_clear) {
-    PyTypeObject* type = Py_TYPE(obj);
-    inquiry tp_clear = NULL;
-    while (type && __Pyx_PyType_GetSlot(type, tp_clear, inquiry) != current_tp_clear)
-        type = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
-    while (type && (tp_clear = __Pyx_PyType_GetSlot(type, tp_clear, inquiry)) == current_tp_clear)
-        type = __Pyx_PyType_GetSlot(type, tp_base, PyTypeObject*);
-    if (type && tp_clear)
-        tp_clear(obj);
 }
 
 /* AllocateExtensionType */

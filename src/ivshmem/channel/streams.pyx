@@ -21,6 +21,7 @@ from .roles cimport open_channel
 from time import monotonic
 
 from ..errors import ChannelError
+from ..system.time_limits import deadline_of, seconds_of
 from ..text import counted
 from . import asynchronous, stream_files
 
@@ -29,6 +30,7 @@ cdef enum:
     RECEIVE = 1
 
 
+@cython.no_gc_clear
 @cython.final
 cdef class StreamListener(ChannelEnd):
     """A listener of a channel of bytes; made by its `listen()`. It iterates over connections."""
@@ -46,8 +48,7 @@ cdef class StreamListener(ChannelEnd):
             raise ChannelError(f"channel {name!r}: all its {counted(most, 'listener')} are open")
         if code:
             raise self.fail(code)
-        self.open = True
-        membership.ends.add(self)
+        self.enlist()
 
     cdef int attempt(self) except -2:
         return 0 if ivshmem_listener_has_caller(&self.listener) else IVSHMEM_AGAIN
@@ -84,7 +85,7 @@ cdef class StreamListener(ChannelEnd):
         cdef Stream stream = Stream.__new__(Stream)
         cdef int code
         stream.take_over(self)
-        deadline = None if timeout is None else monotonic() + timeout
+        deadline = deadline_of(timeout)
         while True:
             self.enter()
             stream.stream.channel = &self.channel
@@ -169,6 +170,7 @@ cdef int64_t probe_stream(void *what) noexcept nogil:
     return look(probed.stream, probed.direction) != IVSHMEM_AGAIN
 
 
+@cython.no_gc_clear
 @cython.final
 cdef class Half(ChannelEnd):
     """A direction of a Stream, as something to wait for: two threads may wait, one for each."""
@@ -178,6 +180,9 @@ cdef class Half(ChannelEnd):
 
     cdef int attempt(self) except -2:
         return look(self.probed.stream, self.probed.direction)
+
+    cdef int enter(self) except -1:
+        return self.stream.enter()
 
     cdef ChannelEnd sleeper(self):
         return self.stream
@@ -195,6 +200,7 @@ cdef class Half(ChannelEnd):
         return 1
 
 
+@cython.no_gc_clear
 @cython.final
 cdef class Stream(ChannelEnd):
     """One end of a connection, which works as a socket does; made by `connect` and `accept`.
@@ -203,8 +209,6 @@ cdef class Stream(ChannelEnd):
     """
 
     cdef ivshmem_stream stream
-    cdef Half sending
-    cdef Half receiving
     cdef object timeout
 
     cdef int take_over(self, StreamListener listener) except -1:
@@ -216,18 +220,13 @@ cdef class Stream(ChannelEnd):
 
     cdef int begin(self) except -1:
         self.stream.channel = &self.channel
-        self.sending = self.half(SEND)
-        self.receiving = self.half(RECEIVE)
-        self.open = True
-        self.membership.ends.add(self)
-        return 0
+        return self.enlist()
 
     cdef Half half(self, int direction):
         cdef Half half = Half.__new__(Half)
         half.stream = self
         half.membership = self.membership
         half.name = self.name
-        half.open = True
         half.probed.stream = &self.stream
         half.probed.direction = direction
         return half
@@ -243,7 +242,10 @@ cdef class Stream(ChannelEnd):
         ivshmem_sleep_end(&self.channel, &self.stream.sleep)
 
     cdef int mend(self) except -1:
-        if self.awaited and look(&self.stream, RECEIVE) != IVSHMEM_AGAIN:
+        if self.awaited and (
+            look(&self.stream, RECEIVE) != IVSHMEM_AGAIN
+            or look(&self.stream, SEND) != IVSHMEM_AGAIN
+        ):
             self.membership.kick_all()
         return 0
 
@@ -255,7 +257,7 @@ cdef class Stream(ChannelEnd):
 
     def settimeout(self, timeout):
         """Set how many seconds a call may wait; None: for ever; 0: calls do not wait."""
-        if timeout is not None and timeout < 0:
+        if timeout is not None and seconds_of(timeout) < 0:
             raise ValueError(f"timeout {timeout!r}: 0 or more seconds, or None")
         self.timeout = timeout
 
@@ -267,22 +269,21 @@ cdef class Stream(ChannelEnd):
         """True: as settimeout(None); False: as settimeout(0)."""
         self.timeout = None if flag else 0
 
-    cdef int await_half(self, Half half, object deadline) except -1:
+    cdef int await_half(self, int direction, object timeout, object deadline) except -1:
         cdef int code
-        if self.timeout is not None and self.timeout == 0:
+        cdef Half half
+        if timeout is not None and timeout == 0:
             if self.watched:
                 self.arm()
             raise BlockingIOError(11, f"connection of {self.name!r}: it would wait")
         left = None if deadline is None else max(deadline - monotonic(), 0)
+        half = self.half(direction)
         code = half.wait(left, None)
         if code == IVSHMEM_AGAIN:
-            raise TimeoutError(f"connection of {self.name!r}: nothing moved in {self.timeout:g} s")
+            raise TimeoutError(f"connection of {self.name!r}: nothing moved in {timeout:g} s")
         if code:
             raise self.fail(code)
         return 0
-
-    cdef object deadline(self):
-        return None if self.timeout is None else monotonic() + self.timeout
 
     @cython.critical_section
     def send(self, data):
@@ -299,11 +300,14 @@ cdef class Stream(ChannelEnd):
         try:
             if view.len == 0:
                 return 0
-            return self.push(<const char *>view.buf, view.len, self.deadline())
+            timeout = self.timeout
+            return self.push(<const char *>view.buf, view.len, timeout, deadline_of(timeout))
         finally:
             PyBuffer_Release(&view)
 
-    cdef int64_t push(self, const char *data, uint64_t size, object deadline) except -1:
+    cdef int64_t push(
+        self, const char *data, uint64_t size, object timeout, object deadline
+    ) except -1:
         cdef int64_t n
         while True:
             self.enter()
@@ -318,7 +322,7 @@ cdef class Stream(ChannelEnd):
                 )
             if n != IVSHMEM_AGAIN:
                 raise self.fail(<int>n)
-            self.await_half(self.sending, deadline)
+            self.await_half(SEND, timeout, deadline)
 
     @cython.critical_section
     def sendall(self, data):
@@ -330,15 +334,18 @@ cdef class Stream(ChannelEnd):
         cdef uint64_t done = 0
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
-            deadline = self.deadline()
+            timeout = self.timeout
+            deadline = deadline_of(timeout)
             while done < <uint64_t>view.len:
-                done += self.push(<const char *>view.buf + done, view.len - done, deadline)
+                done += self.push(
+                    <const char *>view.buf + done, view.len - done, timeout, deadline
+                )
         finally:
             PyBuffer_Release(&view)
 
-    cdef int64_t pull(self, char *into, uint64_t room) except -1:
+    cdef int64_t pull(self, char *into, uint64_t room, object timeout) except -1:
         cdef int64_t n
-        deadline = self.deadline()
+        deadline = deadline_of(timeout)
         while True:
             self.enter()
             n = ivshmem_receive(&self.stream, into, room)
@@ -352,7 +359,7 @@ cdef class Stream(ChannelEnd):
                 )
             if n != IVSHMEM_AGAIN:
                 raise self.fail(<int>n)
-            self.await_half(self.receiving, deadline)
+            self.await_half(RECEIVE, timeout, deadline)
 
     @cython.critical_section
     def recv(self, Py_ssize_t size):
@@ -362,6 +369,9 @@ cdef class Stream(ChannelEnd):
             ConnectionResetError: the other end's process is gone, without having closed.
             TimeoutError, BlockingIOError, ChannelCorrupt, ClosedError: as of `send`.
         """
+        return self.receive(size, self.timeout)
+
+    cdef bytes receive(self, Py_ssize_t size, object timeout):
         cdef bytes data
         cdef int64_t n
         if size < 0:
@@ -370,7 +380,7 @@ cdef class Stream(ChannelEnd):
         if size == 0:
             return b""
         data = PyBytes_FromStringAndSize(NULL, size)
-        n = self.pull(PyBytes_AS_STRING(data), size)
+        n = self.pull(PyBytes_AS_STRING(data), size, timeout)
         return data if n == size else data[:n]
 
     @cython.critical_section
@@ -390,16 +400,18 @@ cdef class Stream(ChannelEnd):
             room = view.len if nbytes == 0 else nbytes
             if not 0 <= room <= view.len:
                 raise ValueError(f"{nbytes} bytes into a buffer of {view.len}")
-            return self.pull(<char *>view.buf, room) if room else 0
+            return self.pull(<char *>view.buf, room, self.timeout) if room else 0
         finally:
             PyBuffer_Release(&view)
 
     def recv_async(self, Py_ssize_t size, timeout=None):
         """The twin of `recv` for asyncio: a coroutine. To cancel it takes nothing."""
-        return asynchronous.until_no_wait(self.receiving, self._recv_now, timeout, size)
+        return asynchronous.until_no_wait(self.half(RECEIVE), self._recv_now, timeout, size)
 
+    @cython.critical_section
     def _recv_now(self, size):
-        return self.at_once(self.recv, size)
+        """Receive as after settimeout(0), whatever another thread has set."""
+        return self.receive(size, 0)
 
     async def sendall_async(self, data, timeout=None):
         """The twin of `sendall` for asyncio. The time limit is for each part that finds room.
@@ -408,20 +420,20 @@ cdef class Stream(ChannelEnd):
         """
         view = memoryview(data).cast("B")
         while view:
-            sent = await asynchronous.until_no_wait(self.sending, self._send_now, timeout, view)
+            sent = await asynchronous.until_no_wait(
+                self.half(SEND), self._send_now, timeout, view
+            )
             view = view[sent:]
 
+    @cython.critical_section
     def _send_now(self, data):
-        return self.at_once(self.send, data)
-
-    cdef object at_once(self, object call, object argument):
-        """Call without a wait, whatever `settimeout` says."""
-        timeout = self.timeout
-        self.timeout = 0
+        """Send as after settimeout(0), whatever another thread has set."""
+        cdef Py_buffer view
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
-            return call(argument)
+            return self.push(<const char *>view.buf, view.len, 0, None)
         finally:
-            self.timeout = timeout
+            PyBuffer_Release(&view)
 
     def shutdown(self, int how):
         """As of a socket: socket.SHUT_RD, SHUT_WR or SHUT_RDWR.

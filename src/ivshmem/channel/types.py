@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _SCALAR = re.compile(
-    r"\|[bBiu]1|\|b1|[<>](?:[iu][248]|f(?:2|4|8)|c(?:8|16)|M8\[\w+\]|m8\[\w+\])|\|S[1-9]\d{0,8}"
+    r"\|[biu]1|[<>](?:[iu][248]|f[248]|c(?:8|16)"
+    r"|[Mm]8\[(?:[1-9]\d{0,8})?(?:Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\])|\|S[1-9]\d{0,8}",
+    re.ASCII,
 )
-_SHAPE = re.compile(r"(?:\?|[1-9]\d{0,9})(?:x[1-9]\d{0,9}){0,15}")
+_SHAPE = re.compile(r"(?:\?|[1-9]\d{0,9})(?:x[1-9]\d{0,9}){0,15}", re.ASCII)
 _FIELD = re.compile(r"(\w{1,32}):([^*,:]+)(?:\*([0-9x]+))?")
 
 
@@ -134,14 +136,17 @@ def _itemsize(dtype: str) -> int:
             raise ChannelTypeError(f"dtype {plain(dtype)!r} is not allowed in a channel")
         return _scalar_size(dtype)
     total = 0
+    names = set()
     for part in dtype.split(","):
         match = _FIELD.fullmatch(part)
         if (
             match is None
+            or match[1] in names
             or not _SCALAR.fullmatch(match[2])
             or (match[3] and not _SHAPE.fullmatch(match[3]))
         ):
             raise ChannelTypeError(f"dtype {plain(dtype)!r} is not allowed in a channel")
+        names.add(match[1])
         count = math.prod(map(int, match[3].split("x"))) if match[3] else 1
         total += _scalar_size(match[2]) * count
     return total

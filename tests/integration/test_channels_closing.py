@@ -1,0 +1,401 @@
+"""Channels, regions and ends that close, or are collected, while something uses them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from support.waiting import until
+
+from ivshmem import ClosedError, Directory, Region, channel
+from ivshmem.channel import Channels
+
+PATIENCE = 30.0
+LARGE = 1 << 20  # of which a copy releases the GIL
+
+
+@pytest.fixture
+def region() -> Iterator[Region]:
+    with Region.create("32M") as region:
+        Directory.create(region, channels="24M").close()
+        yield region
+
+
+@pytest.fixture
+def channels(region: Region) -> Iterator[Channels]:
+    with channel.open(region) as channels:
+        yield channels
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Run `work` in a forked child; return its wait status."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitpid(pid, 0)[1]
+
+
+# What blocks, by its name: each makes ends and returns a call that waits for ever.
+def _blocked_get(channels: Channels) -> Callable[[], Any]:
+    return channels.create_messages("a", limit=8).reader().get
+
+
+def _blocked_put(channels: Channels) -> Callable[[], Any]:
+    messages = channels.create_messages("a", limit=8, slots=1)
+    reader, writer = messages.reader("block"), messages.writer()
+    writer.put(b"x")
+    return lambda: (writer.put(b"y"), reader)
+
+
+def _blocked_view(channels: Channels) -> Callable[[], Any]:
+    messages = channels.create_messages("a", limit=8)
+    reader, writer = messages.reader(), messages.writer()
+    writer.put(b"x")
+    view = reader.view(0)
+    return lambda: (reader.view(), view)
+
+
+def _blocked_take(channels: Channels) -> Callable[[], Any]:
+    return channels.create_queue("a", limit=8).reader().take
+
+
+def _blocked_value(channels: Channels) -> Callable[[], Any]:
+    return channels.create_value("a", limit=8).reader().wait_changed
+
+
+def _blocked_call(channels: Channels) -> Callable[[], Any]:
+    caller = channels.create_calls("a", limit=8).caller()
+    return lambda: caller.call(b"x")
+
+
+def _blocked_server(channels: Channels) -> Callable[[], Any]:
+    return channels.create_calls("a", limit=8).server().take
+
+
+def _blocked_accept(channels: Channels) -> Callable[[], Any]:
+    return channels.create_bytes("a").listen().accept
+
+
+def _blocked_recv(channels: Channels) -> Callable[[], Any]:
+    room = channels.create_bytes("a")
+    listener = room.listen()
+    stream = room.connect()
+    return lambda: (stream.recv(1), listener)
+
+
+def _blocked_send(channels: Channels) -> Callable[[], Any]:
+    room = channels.create_bytes("a")
+    listener = room.listen()
+    stream = room.connect()
+    return lambda: (stream.makefile("wb").write(bytes(1 << 20)), listener)
+
+
+BLOCKED = [
+    _blocked_get,
+    _blocked_put,
+    _blocked_view,
+    _blocked_take,
+    _blocked_value,
+    _blocked_call,
+    _blocked_server,
+    _blocked_accept,
+    _blocked_recv,
+    _blocked_send,
+]
+_names = [each.__name__[9:] for each in BLOCKED]
+
+
+@pytest.mark.parametrize("how", ["channels", "region"])
+@pytest.mark.parametrize("begin", BLOCKED, ids=_names)
+def test_close_ends_each_call_that_waits(
+    region: Region, channels: Channels, begin: Callable[[Channels], Any], how: str
+) -> None:
+    call = begin(channels)
+    raised: list[BaseException] = []
+    begun = threading.Event()
+
+    def work() -> None:
+        begun.set()
+        try:
+            call()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    begun.wait(PATIENCE)
+    time.sleep(0.01)  # most of the time it sleeps now; the test is right if it does not
+    with contextlib.suppress(BufferError):  # a View is alive
+        (channels if how == "channels" else region).close()
+    thread.join(PATIENCE)
+    assert [type(error) for error in raised] == [ClosedError]
+
+
+@pytest.mark.parametrize("begin", BLOCKED, ids=_names)
+def test_a_signal_handler_that_raises_ends_each_call(
+    channels: Channels, begin: Callable[[Channels], Any]
+) -> None:
+    call = begin(channels)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for _ in range(2):
+            threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
+            with pytest.raises(KeyboardInterrupt):
+                call()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_another_threads_close_of_an_end(channels: Channels) -> None:
+    room = channels.create_bytes("a")
+    listener = room.listen()
+    stream = room.connect()
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            stream.recv(1)
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    time.sleep(0.01)  # as above
+    stream.close()
+    thread.join(PATIENCE)
+    assert [str(error) for error in raised] == ["this Stream of 'a' is closed"]
+    listener.close()
+
+
+def test_asyncio_tasks_hear_of_close(region: Region) -> None:
+    async def main(what: Callable[[Channels], object]) -> None:
+        channels = channel.open(region)
+        name = f"a{id(channels)}"
+        reader = channels.create_messages(name, limit=8).reader()
+        task = asyncio.ensure_future(reader.get_async())
+        await asyncio.sleep(0.01)
+        what(channels)
+        with pytest.raises(ClosedError):
+            await asyncio.wait_for(task, PATIENCE)
+        channels.close()
+
+    asyncio.run(main(Channels.close))
+    asyncio.run(main(lambda _: region.close()))
+
+
+def test_what_is_collected_is_closed(channels: Channels) -> None:
+    messages = channels.create_messages("a", limit=8, slots=1, writers=1, readers=1)
+    for _ in range(3):
+        messages.reader("block")
+        writer = messages.writer()
+        assert [writer.put(b"x", 0), writer.put(b"y", 0)] == [0, 0]
+        del writer
+    room = channels.create_bytes("b", connections=1)
+    listener = room.listen()
+    for _ in range(3):
+        room.connect()
+        assert listener.accept(0).recv(1) == b""  # type: ignore[union-attr]
+    queue = channels.create_queue("c", limit=8, readers=1)
+    queue.writer().put(b"x")
+    assert bytes(queue.reader().take(0)) == b"x"  # type: ignore[arg-type]
+    assert queue.reader().get(0) == b"x"
+
+
+def test_cycles_of_everything(region: Region) -> None:
+    channels = channel.open(region)
+    messages = channels.create_messages("a", limit=8)
+    queue = channels.create_queue("b", limit=8)
+    calls = channels.create_calls("c", limit=8)
+    writer, reader = messages.writer(), messages.reader()
+    writer.put(b"x")
+    work = queue.writer()
+    work.put(b"y")
+    caller = calls.caller()
+    everything: list[Any] = [
+        channels, messages, queue, writer, reader, reader.view(0), writer.loan(), work,
+        queue.reader().take(0), caller, caller.submit(b"z"), calls.server().take(0),
+    ]  # fmt: skip
+    everything += [memoryview(everything[6]), memoryview(everything[5]), everything]
+    gone = weakref.ref(channels)
+    thread = channels._thread
+    del channels, messages, queue, calls, writer, reader, work, caller, everything
+    with pytest.warns(ResourceWarning, match="unclosed"):
+        gc.collect()
+    assert gone() is None
+    thread.join(PATIENCE)
+    with channel.open(region) as again:
+        assert len(again.places()) == 1
+
+
+def test_a_loan_in_use_keeps_its_writer(region: Region, channels: Channels) -> None:
+    messages = channels.create_messages("a", limit=8, writers=1)
+    writer = messages.writer()
+    loan = writer.loan()
+    buffer = memoryview(loan)
+    with pytest.raises(BufferError, match="1 memoryview or arrays of loans are in use"):
+        writer.close()
+    buffer[:1] = b"x"
+    with pytest.raises(BufferError):
+        channels.close()
+    # The place is this process's until no store can come.
+    with channel.open(region) as other:
+        assert len(other.places()) == 2
+        with pytest.raises(channel.ChannelError, match="all its 1 writer are open"):
+            other.open("a").writer()  # type: ignore[attr-defined]
+        buffer.release()
+        until(lambda: len(other.places()) == 1, "the place was freed")
+        other.open("a").writer().put(b"y")  # type: ignore[attr-defined]
+
+
+def test_close_during_large_copies(region: Region) -> None:
+    """Another writer never gets a cell that a copy without the GIL still writes to."""
+    data = bytes(LARGE)
+    for turn in range(6):
+        channels = channel.open(region)
+        messages = channels.create_messages("a", limit=LARGE, slots=2, overflow="overwrite")
+        writer, reader = messages.writer(), messages.reader()
+
+        def work(call: Callable[..., object], *args: bytes) -> None:
+            with contextlib.suppress(ClosedError):
+                while True:
+                    call(*args)
+
+        threads = [
+            threading.Thread(target=work, args=(writer.put, data)),
+            threading.Thread(target=work, args=(reader.get,)),
+        ]
+        for thread in threads:
+            thread.start()
+        assert messages.reader().get(PATIENCE) == data
+        (writer if turn % 2 else channels).close()
+        threads[0].join(PATIENCE)
+        channels.close()
+        threads[1].join(PATIENCE)
+        with channel.open(region) as again:
+            again.remove("a")
+
+
+def test_a_forked_child_changes_nothing(channels: Channels) -> None:
+    messages = channels.create_messages("a", limit=8, slots=1)
+    queue = channels.create_queue("b", limit=8)
+    calls = channels.create_calls("c", limit=8)
+    writer, reader = messages.writer(), messages.reader("block")
+    things: dict[str, Any] = {}
+    writer.put(b"x")
+    things["view"] = reader.view(0)
+    with queue.writer() as one:
+        one.put(b"y")
+    things["taken"] = queue.reader().take(0)
+    things["pending"] = calls.caller().submit(b"z")
+    things["call"] = calls.server().take(0)
+    assert in_child(things.clear) == 0
+    with pytest.raises(TimeoutError):
+        writer.put(b"w", 0)  # the view still holds it
+    assert queue.reader().get(0) is None
+    things["call"].reply(b"ok")
+    assert things["pending"].result(PATIENCE) == b"ok"
+    things["taken"].done()
+    things["view"].release()
+    writer.put(b"w", PATIENCE)
+
+
+def test_a_forked_child_opens_channels_of_its_own(region: Region, channels: Channels) -> None:
+    messages = channels.create_messages("a", limit=8)
+    reader = messages.reader()
+    fds = len(os.listdir("/proc/self/fd"))
+
+    def work() -> None:
+        channels.close()
+        with channel.open(region) as own:
+            own.open("a").writer().put(b"x")  # type: ignore[attr-defined]
+        assert len(os.listdir("/proc/self/fd")) < fds
+
+    assert in_child(work) == 0
+    assert reader.get(PATIENCE) == b"x"
+
+
+def test_a_zombie_has_ended(region: Region, channels: Channels) -> None:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            own = channel.open(region)
+            assert len(own.places()) == 2
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        until(lambda: len(channels.places()) == 1, "the place was freed")
+    finally:
+        os.waitpid(pid, 0)
+
+
+def test_a_failure_in_the_middle_leaves_nothing(
+    region: Region, channels: Channels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(MemoryError):
+            channel.open(region)
+    assert len(channels.places()) == 1
+    messages = channels.create_messages("a", limit=8, writers=1, readers=1)
+    room = channels.create_bytes("b", listeners=1, connections=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(weakref.WeakSet, "add", fail)
+        for make in (messages.writer, messages.reader, room.listen):
+            with pytest.raises(MemoryError):
+                make()
+    messages.writer().put(b"x")
+    messages.reader()
+    with room.listen():
+        with monkeypatch.context() as patch:
+            patch.setattr(weakref.WeakSet, "add", fail)
+            with pytest.raises(MemoryError):
+                room.connect()
+
+
+def test_the_interpreter_ends_with_everything_open() -> None:
+    code = """if True:
+        import threading
+        from ivshmem import Directory, Region, channel
+        region = Region.create("16M")
+        Directory.create(region, channels="8M").close()
+        channels = channel.open(region)
+        messages = channels.create_messages("a", limit=8)
+        writer, reader = messages.writer(), messages.reader()
+        writer.put(b"x")
+        view, loan = reader.view(), writer.loan()
+        buffers = memoryview(view), memoryview(loan)
+        pending = channels.create_calls("b", limit=8).caller().submit(b"x")
+        room = channels.create_bytes("c")
+        listener, stream = room.listen(), room.connect()
+        for call in (reader.get, stream.recv, pending.result, listener.accept, listener.accept):
+            args = (1,) if call == stream.recv else ()
+            threading.Thread(target=call, args=args, daemon=True).start()
+    """
+    made = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (made.returncode, made.stderr) == (0, "")
