@@ -42,7 +42,7 @@ ROOMS: dict[str, str] = {
     "migration": "text errors native system memory qemu server service",
     "bench": "text errors system memory peer server",
     "cli": "text errors native _core system lasting protocol memory qemu peer server service guest"
-    " doctor migration bench",
+    " doctor migration bench channel",
     "__main__": "cli",
 }
 

@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 BEAT = 0.1  # seconds between two signs of life of a process
 LEASE = 1.0  # seconds without one after which a process counts as silent
 
+NO_ROOM = (
+    "the region has no room for channels: make it by `ivshmem serve --channels SIZE`, or by"
+    " Directory.create(channels=SIZE)"
+)
+
 _MAPPINGS = {"write-back": 0, "write-combining": 1, "uncached": 2}
 _WAYS: dict[str, Literal["write-back", "write-combining", "uncached"]] = {
     "host": "write-back",
@@ -390,6 +395,7 @@ class Channels(Uncopied):
                 tuple(WriterInfo(*writer) for writer in facts["writing"]),
                 tuple(ReaderInfo(*reader) for reader in facts["reading"]),
                 facts["connections"],
+                facts["unfinished"],
             )
             for facts in records.listing(self._member)
         ]
@@ -484,10 +490,7 @@ def open(  # noqa: A001 - as guest.open
         name = os.path.basename(sys.argv[0] if sys.argv else "") or "python"
     area = find_area(region)
     if area is None:
-        raise NoChannels(
-            "the region has no room for channels: make it by `ivshmem serve --channels SIZE`, or by"
-            " Directory.create(channels=SIZE)"
-        )
+        raise NoChannels(NO_ROOM)
     return Channels._join(place, area.offset, vector, mapping, beat, lease, name)
 
 

@@ -61,6 +61,7 @@ class ChannelInfo:
         created: seconds since 1970.
         writers, readers: those that are there; of bytes: readers are listeners.
         connections: of bytes.
+        unfinished: messages of a queue that no reader is done with, or calls without a reply.
     """
 
     name: str
@@ -79,6 +80,7 @@ class ChannelInfo:
     writers: tuple[WriterInfo, ...]
     readers: tuple[ReaderInfo, ...]
     connections: int
+    unfinished: int
 
 
 @dataclass(frozen=True)

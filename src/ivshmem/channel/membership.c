@@ -2805,7 +2805,7 @@ struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells {
 static struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *__pyx_vtabptr_7ivshmem_5_core_Doorbells;
 
 
-/* "ivshmem/channel/membership.pyx":608
+/* "ivshmem/channel/membership.pyx":609
  * # -- sleeping -------------------------------------------------------------------------------------
  * 
  * cdef class Wakeup:             # <<<<<<<<<<<<<<
@@ -2820,7 +2820,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup {
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *__pyx_vtabptr_7ivshmem_7channel_10membership_Wakeup;
 
 
-/* "ivshmem/channel/membership.pyx":681
+/* "ivshmem/channel/membership.pyx":682
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -11401,7 +11401,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
  *             self.ending.close()
  *         self.threads = None             # <<<<<<<<<<<<<<
  *         self.loops = None
- *         if self.pinned:
+ *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
 */
   __Pyx_INCREF(Py_None);
   __Pyx_GIVEREF(Py_None);
@@ -11412,8 +11412,8 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
  *             self.ending.close()
  *         self.threads = None
  *         self.loops = None             # <<<<<<<<<<<<<<
+ *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:
- *             self.leave()
 */
   __Pyx_INCREF(Py_None);
   __Pyx_GIVEREF(Py_None);
@@ -11423,14 +11423,28 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   /* "ivshmem/channel/membership.pyx":537
  *         self.threads = None
  *         self.loops = None
+ *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive             # <<<<<<<<<<<<<<
+ *         if self.pinned:
+ *             self.leave()
+*/
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 537, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  __Pyx_GIVEREF(__pyx_t_2);
+  __Pyx_GOTREF(__pyx_v_self->bells);
+  __Pyx_DECREF_SET(__pyx_v_self->bells, ((PyObject*)__pyx_t_2));
+  __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/membership.pyx":538
+ *         self.loops = None
+ *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:             # <<<<<<<<<<<<<<
  *             self.leave()
  *             self.pinned = False
 */
   if (__pyx_v_self->pinned) {
 
-    /* "ivshmem/channel/membership.pyx":538
- *         self.loops = None
+    /* "ivshmem/channel/membership.pyx":539
+ *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:
  *             self.leave()             # <<<<<<<<<<<<<<
  *             self.pinned = False
@@ -11438,7 +11452,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
     ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
 
-    /* "ivshmem/channel/membership.pyx":539
+    /* "ivshmem/channel/membership.pyx":540
  *         if self.pinned:
  *             self.leave()
  *             self.pinned = False             # <<<<<<<<<<<<<<
@@ -11447,7 +11461,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
     __pyx_v_self->pinned = 0;
 
-    /* "ivshmem/channel/membership.pyx":540
+    /* "ivshmem/channel/membership.pyx":541
  *             self.leave()
  *             self.pinned = False
  *             let_go(self.mapping)             # <<<<<<<<<<<<<<
@@ -11459,16 +11473,16 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
     (void)(__pyx_f_7ivshmem_7channel_10membership_let_go(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_2)));
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/membership.pyx":537
- *         self.threads = None
+    /* "ivshmem/channel/membership.pyx":538
  *         self.loops = None
+ *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:             # <<<<<<<<<<<<<<
  *             self.leave()
  *             self.pinned = False
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":541
+  /* "ivshmem/channel/membership.pyx":542
  *             self.pinned = False
  *             let_go(self.mapping)
  *         return 0             # <<<<<<<<<<<<<<
@@ -11501,7 +11515,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":543
+/* "ivshmem/channel/membership.pyx":544
  *         return 0
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -11513,7 +11527,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":544
+  /* "ivshmem/channel/membership.pyx":545
  * 
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.generation == generation:             # <<<<<<<<<<<<<<
@@ -11535,7 +11549,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":545
+    /* "ivshmem/channel/membership.pyx":546
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.generation == generation:
  *             ivshmem_leave_area(&self.member)             # <<<<<<<<<<<<<<
@@ -11544,7 +11558,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
     ivshmem_leave_area((&__pyx_v_self->member));
 
-    /* "ivshmem/channel/membership.pyx":544
+    /* "ivshmem/channel/membership.pyx":545
  * 
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.generation == generation:             # <<<<<<<<<<<<<<
@@ -11553,7 +11567,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":546
+  /* "ivshmem/channel/membership.pyx":547
  *         if self.joined and self.generation == generation:
  *             ivshmem_leave_area(&self.member)
  *         self.joined = False             # <<<<<<<<<<<<<<
@@ -11562,7 +11576,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
   __pyx_v_self->joined = 0;
 
-  /* "ivshmem/channel/membership.pyx":543
+  /* "ivshmem/channel/membership.pyx":544
  *         return 0
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -11574,7 +11588,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 
 }
 
-/* "ivshmem/channel/membership.pyx":548
+/* "ivshmem/channel/membership.pyx":549
  *         self.joined = False
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -11600,7 +11614,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
   PyObject *__pyx_t_1 = NULL;
   __Pyx_RefNannySetupContext("__dealloc__", 0);
 
-  /* "ivshmem/channel/membership.pyx":549
+  /* "ivshmem/channel/membership.pyx":550
  * 
  *     def __dealloc__(self):
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -11609,7 +11623,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
   if (__pyx_v_self->pinned) {
 
-    /* "ivshmem/channel/membership.pyx":550
+    /* "ivshmem/channel/membership.pyx":551
  *     def __dealloc__(self):
  *         if self.pinned:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -11618,7 +11632,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
     ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
 
-    /* "ivshmem/channel/membership.pyx":551
+    /* "ivshmem/channel/membership.pyx":552
  *         if self.pinned:
  *             self.leave()
  *             let_go(self.mapping)             # <<<<<<<<<<<<<<
@@ -11630,7 +11644,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
     (void)(__pyx_f_7ivshmem_7channel_10membership_let_go(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_1)));
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":549
+    /* "ivshmem/channel/membership.pyx":550
  * 
  *     def __dealloc__(self):
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -11639,7 +11653,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":552
+  /* "ivshmem/channel/membership.pyx":553
  *             self.leave()
  *             let_go(self.mapping)
  *         free(self.pulses)             # <<<<<<<<<<<<<<
@@ -11648,7 +11662,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
   free(__pyx_v_self->pulses);
 
-  /* "ivshmem/channel/membership.pyx":548
+  /* "ivshmem/channel/membership.pyx":549
  *         self.joined = False
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -11661,7 +11675,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/channel/membership.pyx":554
+/* "ivshmem/channel/membership.pyx":555
  *         free(self.pulses)
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):             # <<<<<<<<<<<<<<
@@ -11697,7 +11711,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail", 0);
 
-  /* "ivshmem/channel/membership.pyx":556
+  /* "ivshmem/channel/membership.pyx":557
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""             # <<<<<<<<<<<<<<
@@ -11708,12 +11722,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   else
   {
     Py_ssize_t __pyx_temp = __Pyx_PyUnicode_IS_TRUE(__pyx_v_name);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 556, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 557, __pyx_L1_error)
     __pyx_t_2 = (__pyx_temp != 0);
   }
 
   if (__pyx_t_2) {
-    __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 556, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 557, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_4[1] = __pyx_t_3;
@@ -11727,7 +11741,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[1]);
     #endif
     __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 556, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 557, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_7;
@@ -11740,7 +11754,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_v_of = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":557
+  /* "ivshmem/channel/membership.pyx":558
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""
  *         if code == IVSHMEM_CORRUPT and channel != NULL:             # <<<<<<<<<<<<<<
@@ -11766,7 +11780,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":558
+    /* "ivshmem/channel/membership.pyx":559
  *         of = f"channel {name!r}: " if name else ""
  *         if code == IVSHMEM_CORRUPT and channel != NULL:
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"             # <<<<<<<<<<<<<<
@@ -11778,11 +11792,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     if (__pyx_t_2) {
 
       __pyx_t_9 = __pyx_v_channel->fault.word;
-      __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_9); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 558, __pyx_L1_error)
-      __pyx_t_7 = __Pyx_decode_c_string(__pyx_t_9, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 558, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_9); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 559, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_decode_c_string(__pyx_t_9, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 559, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
 
-      if (!(likely(PyUnicode_CheckExact(__pyx_t_7)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_7))) __PYX_ERR(0, 558, __pyx_L1_error)
+      if (!(likely(PyUnicode_CheckExact(__pyx_t_7)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_7))) __PYX_ERR(0, 559, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_7);
       __pyx_t_1 = __pyx_t_7;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -11794,7 +11808,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_v_word = __pyx_t_1;
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":559
+    /* "ivshmem/channel/membership.pyx":560
  *         if code == IVSHMEM_CORRUPT and channel != NULL:
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             return ChannelCorrupt(             # <<<<<<<<<<<<<<
@@ -11802,38 +11816,38 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 f" {channel.fault.slot}, is impossible ({channel.fault.seen:#x}): some process that"
 */
     __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelCorrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 559, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelCorrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 560, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
 
-    /* "ivshmem/channel/membership.pyx":560
+    /* "ivshmem/channel/membership.pyx":561
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, which belongs to slot"             # <<<<<<<<<<<<<<
  *                 f" {channel.fault.slot}, is impossible ({channel.fault.seen:#x}): some process that"
  *                 " can write to the memory has spoiled it"
 */
-    __pyx_t_10 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 560, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 561, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_v_word, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 560, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_v_word, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 561, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.offset); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 560, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.offset); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 561, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_13 = __Pyx_PyObject_Format(__pyx_t_12, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 560, __pyx_L1_error)
+    __pyx_t_13 = __Pyx_PyObject_Format(__pyx_t_12, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 561, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
 
-    /* "ivshmem/channel/membership.pyx":561
+    /* "ivshmem/channel/membership.pyx":562
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, which belongs to slot"
  *                 f" {channel.fault.slot}, is impossible ({channel.fault.seen:#x}): some process that"             # <<<<<<<<<<<<<<
  *                 " can write to the memory has spoiled it"
  *             )
 */
-    __pyx_t_12 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_channel->fault.slot, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 561, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_channel->fault.slot, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 562, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_14 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.seen); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 561, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.seen); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 562, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
-    __pyx_t_15 = __Pyx_PyObject_Format(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 561, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyObject_Format(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 562, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
     __pyx_t_16[0] = __pyx_t_10;
@@ -11847,7 +11861,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_16[8] = __pyx_t_15;
     __pyx_t_16[9] = __pyx_mstate_global->__pyx_kp_u_some_process_that_can_write_to;
 
-    /* "ivshmem/channel/membership.pyx":560
+    /* "ivshmem/channel/membership.pyx":561
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, which belongs to slot"             # <<<<<<<<<<<<<<
@@ -11866,7 +11880,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_16[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_16[2]) | __Pyx_PyUnicode_KIND_04(__pyx_t_16[4]) | __Pyx_PyUnicode_KIND_04(__pyx_t_16[8]);
     #endif
     __pyx_t_14 = __Pyx_PyUnicode_Join(__pyx_t_16, 10, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 560, __pyx_L1_error)
+    if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 561, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
@@ -11891,7 +11905,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 559, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 560, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -11905,7 +11919,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":557
+    /* "ivshmem/channel/membership.pyx":558
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""
  *         if code == IVSHMEM_CORRUPT and channel != NULL:             # <<<<<<<<<<<<<<
@@ -11914,7 +11928,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":564
+  /* "ivshmem/channel/membership.pyx":565
  *                 " can write to the memory has spoiled it"
  *             )
  *         if code == IVSHMEM_NO_AREA:             # <<<<<<<<<<<<<<
@@ -11926,7 +11940,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":565
+    /* "ivshmem/channel/membership.pyx":566
  *             )
  *         if code == IVSHMEM_NO_AREA:
  *             return NoChannels(             # <<<<<<<<<<<<<<
@@ -11934,7 +11948,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 " or by Directory.create(channels=SIZE)"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 565, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 566, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __pyx_t_17 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -11953,7 +11967,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_14, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 565, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 566, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -11967,7 +11981,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":564
+    /* "ivshmem/channel/membership.pyx":565
  *                 " can write to the memory has spoiled it"
  *             )
  *         if code == IVSHMEM_NO_AREA:             # <<<<<<<<<<<<<<
@@ -11976,7 +11990,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":569
+  /* "ivshmem/channel/membership.pyx":570
  *                 " or by Directory.create(channels=SIZE)"
  *             )
  *         if code == IVSHMEM_VERSION:             # <<<<<<<<<<<<<<
@@ -11988,7 +12002,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":570
+    /* "ivshmem/channel/membership.pyx":571
  *             )
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")             # <<<<<<<<<<<<<<
@@ -11996,7 +12010,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             return ChannelError(
 */
     __pyx_t_14 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 570, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 571, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_17 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -12015,7 +12029,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 570, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 571, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -12029,7 +12043,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":569
+    /* "ivshmem/channel/membership.pyx":570
  *                 " or by Directory.create(channels=SIZE)"
  *             )
  *         if code == IVSHMEM_VERSION:             # <<<<<<<<<<<<<<
@@ -12038,7 +12052,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":571
+  /* "ivshmem/channel/membership.pyx":572
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -12050,7 +12064,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":572
+    /* "ivshmem/channel/membership.pyx":573
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:
  *             return ChannelError(             # <<<<<<<<<<<<<<
@@ -12058,17 +12072,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 " info` lists them"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 572, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 573, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
 
-    /* "ivshmem/channel/membership.pyx":573
+    /* "ivshmem/channel/membership.pyx":574
  *         if code == IVSHMEM_TAKEN:
  *             return ChannelError(
  *                 f"all {self.member.area.places} places of the area are taken; `ivshmem channel"             # <<<<<<<<<<<<<<
  *                 " info` lists them"
  *             )
 */
-    __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 573, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 574, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_all;
     __pyx_t_4[1] = __pyx_t_7;
@@ -12079,7 +12093,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     #endif
     __pyx_t_6 = 0;
     __pyx_t_15 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 573, __pyx_L1_error)
+    if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 574, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_17 = 1;
@@ -12100,7 +12114,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 572, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 573, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -12114,7 +12128,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":571
+    /* "ivshmem/channel/membership.pyx":572
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -12123,7 +12137,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":576
+  /* "ivshmem/channel/membership.pyx":577
  *                 " info` lists them"
  *             )
  *         if code == IVSHMEM_READ_ONLY:             # <<<<<<<<<<<<<<
@@ -12135,7 +12149,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":577
+    /* "ivshmem/channel/membership.pyx":578
  *             )
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")             # <<<<<<<<<<<<<<
@@ -12143,11 +12157,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             return ClosedError(
 */
     __pyx_t_14 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 577, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 578, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
-    __pyx_t_3 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 577, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 578, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_7 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_region_is_mapped_for_reading_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 577, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_region_is_mapped_for_reading_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 578, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_17 = 1;
@@ -12168,7 +12182,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 577, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 578, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -12182,7 +12196,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":576
+    /* "ivshmem/channel/membership.pyx":577
  *                 " info` lists them"
  *             )
  *         if code == IVSHMEM_READ_ONLY:             # <<<<<<<<<<<<<<
@@ -12191,7 +12205,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":578
+  /* "ivshmem/channel/membership.pyx":579
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -12203,7 +12217,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":579
+    /* "ivshmem/channel/membership.pyx":580
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:
  *             return ClosedError(             # <<<<<<<<<<<<<<
@@ -12211,19 +12225,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             )
 */
     __pyx_t_15 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 579, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 580, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
 
-    /* "ivshmem/channel/membership.pyx":580
+    /* "ivshmem/channel/membership.pyx":581
  *         if code == IVSHMEM_CLOSED:
  *             return ClosedError(
  *                 f"{of}another process removed the channel, or the place of this process"             # <<<<<<<<<<<<<<
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:
 */
-    __pyx_t_14 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 580, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 581, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
-    __pyx_t_3 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_another_process_removed_the_chan); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 580, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_another_process_removed_the_chan); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 581, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
     __pyx_t_17 = 1;
@@ -12244,7 +12258,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 579, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 580, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -12258,7 +12272,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":578
+    /* "ivshmem/channel/membership.pyx":579
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -12267,7 +12281,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":582
+  /* "ivshmem/channel/membership.pyx":583
  *                 f"{of}another process removed the channel, or the place of this process"
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:             # <<<<<<<<<<<<<<
@@ -12279,7 +12293,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":583
+    /* "ivshmem/channel/membership.pyx":584
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:
  *             return ChannelError(             # <<<<<<<<<<<<<<
@@ -12287,19 +12301,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 " the device in another way (resource2_wc)"
 */
     __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 583, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 584, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
 
-    /* "ivshmem/channel/membership.pyx":584
+    /* "ivshmem/channel/membership.pyx":585
  *         if code == IVSHMEM_NO_ATOMICS:
  *             return ChannelError(
  *                 f"{of}this mapping of the memory has no compare-exchange, which a queue needs: open"             # <<<<<<<<<<<<<<
  *                 " the device in another way (resource2_wc)"
  *             )
 */
-    __pyx_t_15 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 584, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 585, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
-    __pyx_t_14 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_15, __pyx_mstate_global->__pyx_kp_u_this_mapping_of_the_memory_has_n); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 584, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_15, __pyx_mstate_global->__pyx_kp_u_this_mapping_of_the_memory_has_n); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 585, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
     __pyx_t_17 = 1;
@@ -12320,7 +12334,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 583, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 584, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -12334,7 +12348,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":582
+    /* "ivshmem/channel/membership.pyx":583
  *                 f"{of}another process removed the channel, or the place of this process"
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:             # <<<<<<<<<<<<<<
@@ -12343,7 +12357,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":587
+  /* "ivshmem/channel/membership.pyx":588
  *                 " the device in another way (resource2_wc)"
  *             )
  *         return ChannelError(f"{of}error {-code} of ivshmem_channel.h")             # <<<<<<<<<<<<<<
@@ -12351,11 +12365,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  * 
 */
   __pyx_t_3 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 587, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 588, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_14);
-  __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 587, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 588, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_15 = __Pyx_PyUnicode_From_int((-__pyx_v_code), 0, ' ', 'd'); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 587, __pyx_L1_error)
+  __pyx_t_15 = __Pyx_PyUnicode_From_int((-__pyx_v_code), 0, ' ', 'd'); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 588, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_15);
   __pyx_t_18[0] = __pyx_t_7;
   __pyx_t_18[1] = __pyx_mstate_global->__pyx_kp_u_error;
@@ -12370,7 +12384,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_18[0]);
   #endif
   __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_18, 4, __pyx_t_5, __pyx_t_6);
-  if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 587, __pyx_L1_error)
+  if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 588, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_12);
   __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
   __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
@@ -12392,7 +12406,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 587, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 588, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -12406,7 +12420,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":554
+  /* "ivshmem/channel/membership.pyx":555
  *         free(self.pulses)
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):             # <<<<<<<<<<<<<<
@@ -12857,7 +12871,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_14__setsta
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":597
+/* "ivshmem/channel/membership.pyx":598
  * 
  * 
  * cdef int let_go(Mapping mapping) noexcept:             # <<<<<<<<<<<<<<
@@ -12871,7 +12885,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_let_go(struct __pyx_obj_7ivshm
   int __pyx_t_1;
   char *__pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":599
+  /* "ivshmem/channel/membership.pyx":600
  * cdef int let_go(Mapping mapping) noexcept:
  *     cdef char *start
  *     if ivshmem_leave(&mapping.accesses):             # <<<<<<<<<<<<<<
@@ -12883,7 +12897,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_let_go(struct __pyx_obj_7ivshm
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":600
+    /* "ivshmem/channel/membership.pyx":601
  *     cdef char *start
  *     if ivshmem_leave(&mapping.accesses):
  *         start = mapping.start             # <<<<<<<<<<<<<<
@@ -12894,7 +12908,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_let_go(struct __pyx_obj_7ivshm
 
     __pyx_v_start = __pyx_t_2;
 
-    /* "ivshmem/channel/membership.pyx":601
+    /* "ivshmem/channel/membership.pyx":602
  *     if ivshmem_leave(&mapping.accesses):
  *         start = mapping.start
  *         mapping.start = NULL             # <<<<<<<<<<<<<<
@@ -12903,7 +12917,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_let_go(struct __pyx_obj_7ivshm
 */
     __pyx_v_mapping->start = NULL;
 
-    /* "ivshmem/channel/membership.pyx":602
+    /* "ivshmem/channel/membership.pyx":603
  *         start = mapping.start
  *         mapping.start = NULL
  *         munmap(start, mapping.length)             # <<<<<<<<<<<<<<
@@ -12912,7 +12926,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_let_go(struct __pyx_obj_7ivshm
 */
     (void)(munmap(__pyx_v_start, __pyx_v_mapping->length));
 
-    /* "ivshmem/channel/membership.pyx":599
+    /* "ivshmem/channel/membership.pyx":600
  * cdef int let_go(Mapping mapping) noexcept:
  *     cdef char *start
  *     if ivshmem_leave(&mapping.accesses):             # <<<<<<<<<<<<<<
@@ -12921,7 +12935,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_let_go(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":603
+  /* "ivshmem/channel/membership.pyx":604
  *         mapping.start = NULL
  *         munmap(start, mapping.length)
  *     return 0             # <<<<<<<<<<<<<<
@@ -12934,7 +12948,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_let_go(struct __pyx_obj_7ivshm
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":597
+  /* "ivshmem/channel/membership.pyx":598
  * 
  * 
  * cdef int let_go(Mapping mapping) noexcept:             # <<<<<<<<<<<<<<
@@ -12949,7 +12963,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_let_go(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":618
+/* "ivshmem/channel/membership.pyx":619
  *     """
  * 
  *     def __cinit__(self, Membership membership not None):             # <<<<<<<<<<<<<<
@@ -12995,32 +13009,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 618, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 619, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 618, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 619, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 618, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 619, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, i); __PYX_ERR(0, 618, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, i); __PYX_ERR(0, 619, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 618, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 619, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 618, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 619, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13031,7 +13045,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 618, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 619, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(((struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)__pyx_v_self), __pyx_v_membership);
 
   /* function exit code */
@@ -13068,7 +13082,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/membership.pyx":619
+  /* "ivshmem/channel/membership.pyx":620
  * 
  *     def __cinit__(self, Membership membership not None):
  *         cdef Doorbells doorbells = membership.doorbells             # <<<<<<<<<<<<<<
@@ -13080,7 +13094,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
   __pyx_v_doorbells = ((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":620
+  /* "ivshmem/channel/membership.pyx":621
  *     def __cinit__(self, Membership membership not None):
  *         cdef Doorbells doorbells = membership.doorbells
  *         self.membership = membership             # <<<<<<<<<<<<<<
@@ -13092,7 +13106,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
   __Pyx_GOTREF((PyObject *)__pyx_v_self->membership);
   __Pyx_DECREF_SET(__pyx_v_self->membership, __pyx_v_membership);
 
-  /* "ivshmem/channel/membership.pyx":621
+  /* "ivshmem/channel/membership.pyx":622
  *         cdef Doorbells doorbells = membership.doorbells
  *         self.membership = membership
  *         self.epoll = Epoll()             # <<<<<<<<<<<<<<
@@ -13105,7 +13119,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 621, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 622, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -13113,7 +13127,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
   __Pyx_DECREF_SET(__pyx_v_self->epoll, ((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":622
+  /* "ivshmem/channel/membership.pyx":623
  *         self.membership = membership
  *         self.epoll = Epoll()
  *         self.pause = FIRST_PAUSE             # <<<<<<<<<<<<<<
@@ -13122,7 +13136,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
 */
   __pyx_v_self->pause = __pyx_v_7ivshmem_7channel_10membership_FIRST_PAUSE;
 
-  /* "ivshmem/channel/membership.pyx":623
+  /* "ivshmem/channel/membership.pyx":624
  *         self.epoll = Epoll()
  *         self.pause = FIRST_PAUSE
  *         self.kick = membership.kick             # <<<<<<<<<<<<<<
@@ -13136,7 +13150,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
   __Pyx_DECREF_SET(__pyx_v_self->kick, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":624
+  /* "ivshmem/channel/membership.pyx":625
  *         self.pause = FIRST_PAUSE
  *         self.kick = membership.kick
  *         if self.kick is None:             # <<<<<<<<<<<<<<
@@ -13147,20 +13161,20 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
   if (unlikely(__pyx_t_4)) {
 
 
-    /* "ivshmem/channel/membership.pyx":625
+    /* "ivshmem/channel/membership.pyx":626
  *         self.kick = membership.kick
  *         if self.kick is None:
  *             raise membership.unusable()             # <<<<<<<<<<<<<<
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
  *         if membership.vector >= 0 and doorbells is not None:
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->unusable(__pyx_v_membership); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 625, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->unusable(__pyx_v_membership); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 626, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 625, __pyx_L1_error)
+    __PYX_ERR(0, 626, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":624
+    /* "ivshmem/channel/membership.pyx":625
  *         self.pause = FIRST_PAUSE
  *         self.kick = membership.kick
  *         if self.kick is None:             # <<<<<<<<<<<<<<
@@ -13169,7 +13183,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":626
+  /* "ivshmem/channel/membership.pyx":627
  *         if self.kick is None:
  *             raise membership.unusable()
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)             # <<<<<<<<<<<<<<
@@ -13180,10 +13194,10 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
   __Pyx_INCREF(__pyx_t_2);
   __pyx_t_5 = ((PyObject *)__pyx_v_self->kick);
   __Pyx_INCREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_5), 0)[0])); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 626, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_5), 0)[0])); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 627, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  __pyx_t_5 = __Pyx_PyLong_From_unsigned_int((EPOLLIN | ((unsigned int)EPOLLET))); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 626, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_From_unsigned_int((EPOLLIN | ((unsigned int)EPOLLET))); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 627, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_3 = 0;
   {
@@ -13192,12 +13206,12 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 626, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 627, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":627
+  /* "ivshmem/channel/membership.pyx":628
  *             raise membership.unusable()
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
  *         if membership.vector >= 0 and doorbells is not None:             # <<<<<<<<<<<<<<
@@ -13222,7 +13236,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/channel/membership.pyx":628
+    /* "ivshmem/channel/membership.pyx":629
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
  *         if membership.vector >= 0 and doorbells is not None:
  *             if not membership.told:             # <<<<<<<<<<<<<<
@@ -13234,7 +13248,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/membership.pyx":629
+      /* "ivshmem/channel/membership.pyx":630
  *         if membership.vector >= 0 and doorbells is not None:
  *             if not membership.told:
  *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])             # <<<<<<<<<<<<<<
@@ -13243,11 +13257,11 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
 */
       __pyx_t_1 = ((PyObject *)__pyx_v_self->kick);
       __Pyx_INCREF(__pyx_t_1);
-      __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_doorbells->__pyx_vtab)->tell_after_waits(__pyx_v_doorbells, (__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1), 0)[0])); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 629, __pyx_L1_error)
+      __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_doorbells->__pyx_vtab)->tell_after_waits(__pyx_v_doorbells, (__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1), 0)[0])); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 630, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
 
-      /* "ivshmem/channel/membership.pyx":630
+      /* "ivshmem/channel/membership.pyx":631
  *             if not membership.told:
  *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])
  *                 membership.told = True             # <<<<<<<<<<<<<<
@@ -13256,7 +13270,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
 */
       __pyx_v_membership->told = 1;
 
-      /* "ivshmem/channel/membership.pyx":628
+      /* "ivshmem/channel/membership.pyx":629
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
  *         if membership.vector >= 0 and doorbells is not None:
  *             if not membership.told:             # <<<<<<<<<<<<<<
@@ -13265,7 +13279,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":631
+    /* "ivshmem/channel/membership.pyx":632
  *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])
  *                 membership.told = True
  *             self.epoll.add(             # <<<<<<<<<<<<<<
@@ -13275,7 +13289,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
     __pyx_t_5 = ((PyObject *)__pyx_v_self->epoll);
     __Pyx_INCREF(__pyx_t_5);
 
-    /* "ivshmem/channel/membership.pyx":632
+    /* "ivshmem/channel/membership.pyx":633
  *                 membership.told = True
  *             self.epoll.add(
  *                 place_of(doorbells.own, membership.vector)[0],             # <<<<<<<<<<<<<<
@@ -13284,18 +13298,18 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
 */
     __pyx_t_6 = ((PyObject *)__pyx_v_doorbells->own);
     __Pyx_INCREF(__pyx_t_6);
-    __pyx_t_2 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_6), __pyx_v_membership->vector)[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 632, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_6), __pyx_v_membership->vector)[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 633, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-    /* "ivshmem/channel/membership.pyx":634
+    /* "ivshmem/channel/membership.pyx":635
  *                 place_of(doorbells.own, membership.vector)[0],
  *                 1,
  *                 _EPOLLIN | <unsigned int>EPOLLET,             # <<<<<<<<<<<<<<
  *             )
  * 
 */
-    __pyx_t_6 = __Pyx_PyLong_From_unsigned_int((EPOLLIN | ((unsigned int)EPOLLET))); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 634, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From_unsigned_int((EPOLLIN | ((unsigned int)EPOLLET))); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 635, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_3 = 0;
     {
@@ -13304,12 +13318,12 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 631, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 632, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":627
+    /* "ivshmem/channel/membership.pyx":628
  *             raise membership.unusable()
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
  *         if membership.vector >= 0 and doorbells is not None:             # <<<<<<<<<<<<<<
@@ -13318,7 +13332,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":618
+  /* "ivshmem/channel/membership.pyx":619
  *     """
  * 
  *     def __cinit__(self, Membership membership not None):             # <<<<<<<<<<<<<<
@@ -13343,7 +13357,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":637
+/* "ivshmem/channel/membership.pyx":638
  *             )
  * 
  *     cdef int wait(self, int64_t deadline) except -1:             # <<<<<<<<<<<<<<
@@ -13377,7 +13391,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/channel/membership.pyx":639
+  /* "ivshmem/channel/membership.pyx":640
  *     cdef int wait(self, int64_t deadline) except -1:
  *         """Sleep until a ring or a kick came, at the latest until the next beat."""
  *         cdef Membership membership = self.membership             # <<<<<<<<<<<<<<
@@ -13389,7 +13403,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
   __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":646
+  /* "ivshmem/channel/membership.pyx":647
  *         cdef int milliseconds
  *         cdef int n
  *         if membership.polls:             # <<<<<<<<<<<<<<
@@ -13398,7 +13412,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
 */
   if (__pyx_v_membership->polls) {
 
-    /* "ivshmem/channel/membership.pyx":647
+    /* "ivshmem/channel/membership.pyx":648
  *         cdef int n
  *         if membership.polls:
  *             limit = min(deadline, now() + self.pause)             # <<<<<<<<<<<<<<
@@ -13422,7 +13436,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
     __pyx_v_limit = __pyx_t_4;
 
 
-    /* "ivshmem/channel/membership.pyx":648
+    /* "ivshmem/channel/membership.pyx":649
  *         if membership.polls:
  *             limit = min(deadline, now() + self.pause)
  *             self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)             # <<<<<<<<<<<<<<
@@ -13446,7 +13460,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
     __pyx_v_self->pause = __pyx_t_3;
 
 
-    /* "ivshmem/channel/membership.pyx":649
+    /* "ivshmem/channel/membership.pyx":650
  *             limit = min(deadline, now() + self.pause)
  *             self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)
  *             one.fd = self.epoll.epfd             # <<<<<<<<<<<<<<
@@ -13457,7 +13471,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
 
     __pyx_v_one.fd = __pyx_t_6;
 
-    /* "ivshmem/channel/membership.pyx":650
+    /* "ivshmem/channel/membership.pyx":651
  *             self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)
  *             one.fd = self.epoll.epfd
  *             one.events = _POLLIN             # <<<<<<<<<<<<<<
@@ -13466,7 +13480,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
 */
     __pyx_v_one.events = POLLIN;
 
-    /* "ivshmem/channel/membership.pyx":651
+    /* "ivshmem/channel/membership.pyx":652
  *             one.fd = self.epoll.epfd
  *             one.events = _POLLIN
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -13479,7 +13493,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/channel/membership.pyx":652
+          /* "ivshmem/channel/membership.pyx":653
  *             one.events = _POLLIN
  *             with nogil:
  *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)             # <<<<<<<<<<<<<<
@@ -13488,7 +13502,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
 */
           __pyx_v_n = ppoll((&__pyx_v_one), 1, __pyx_f_7ivshmem_6native_11descriptors_time_left(__pyx_v_limit, (&__pyx_v_left)), NULL);
 
-          /* "ivshmem/channel/membership.pyx":653
+          /* "ivshmem/channel/membership.pyx":654
  *             with nogil:
  *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)
  *                 if n > 0:             # <<<<<<<<<<<<<<
@@ -13500,7 +13514,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
           if (__pyx_t_5) {
 
 
-            /* "ivshmem/channel/membership.pyx":654
+            /* "ivshmem/channel/membership.pyx":655
  *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)
  *                 if n > 0:
  *                     epoll_wait(one.fd, events, 2, 0)             # <<<<<<<<<<<<<<
@@ -13509,7 +13523,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
 */
             (void)(epoll_wait(__pyx_v_one.fd, __pyx_v_events, 2, 0));
 
-            /* "ivshmem/channel/membership.pyx":653
+            /* "ivshmem/channel/membership.pyx":654
  *             with nogil:
  *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)
  *                 if n > 0:             # <<<<<<<<<<<<<<
@@ -13519,7 +13533,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
           }
         }
 
-        /* "ivshmem/channel/membership.pyx":651
+        /* "ivshmem/channel/membership.pyx":652
  *             one.fd = self.epoll.epfd
  *             one.events = _POLLIN
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -13536,7 +13550,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
         }
     }
 
-    /* "ivshmem/channel/membership.pyx":646
+    /* "ivshmem/channel/membership.pyx":647
  *         cdef int milliseconds
  *         cdef int n
  *         if membership.polls:             # <<<<<<<<<<<<<<
@@ -13546,7 +13560,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/membership.pyx":656
+  /* "ivshmem/channel/membership.pyx":657
  *                     epoll_wait(one.fd, events, 2, 0)
  *         else:
  *             limit = min(deadline, now() + membership.beat) - now()             # <<<<<<<<<<<<<<
@@ -13571,7 +13585,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
     __pyx_v_limit = (__pyx_t_2 - __pyx_f_7ivshmem_6native_11descriptors_now());
 
 
-    /* "ivshmem/channel/membership.pyx":657
+    /* "ivshmem/channel/membership.pyx":658
  *         else:
  *             limit = min(deadline, now() + membership.beat) - now()
  *             milliseconds = <int>max((limit + 999999) // 1000000, 0)             # <<<<<<<<<<<<<<
@@ -13595,7 +13609,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
     __pyx_v_milliseconds = ((int)__pyx_t_3);
 
 
-    /* "ivshmem/channel/membership.pyx":658
+    /* "ivshmem/channel/membership.pyx":659
  *             limit = min(deadline, now() + membership.beat) - now()
  *             milliseconds = <int>max((limit + 999999) // 1000000, 0)
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -13608,7 +13622,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/channel/membership.pyx":659
+          /* "ivshmem/channel/membership.pyx":660
  *             milliseconds = <int>max((limit + 999999) // 1000000, 0)
  *             with nogil:
  *                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)             # <<<<<<<<<<<<<<
@@ -13618,7 +13632,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
           __pyx_v_n = epoll_wait(__pyx_v_self->epoll->epfd, __pyx_v_events, 2, __pyx_v_milliseconds);
         }
 
-        /* "ivshmem/channel/membership.pyx":658
+        /* "ivshmem/channel/membership.pyx":659
  *             limit = min(deadline, now() + membership.beat) - now()
  *             milliseconds = <int>max((limit + 999999) // 1000000, 0)
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -13637,27 +13651,27 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/membership.pyx":660
+  /* "ivshmem/channel/membership.pyx":661
  *             with nogil:
  *                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)
  *         PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         membership.check()
  *         if membership.doorbells is not None and membership.doorbells.closed:
 */
-  __pyx_t_6 = PyErr_CheckSignals(); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 660, __pyx_L1_error)
+  __pyx_t_6 = PyErr_CheckSignals(); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 661, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":661
+  /* "ivshmem/channel/membership.pyx":662
  *                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)
  *         PyErr_CheckSignals()
  *         membership.check()             # <<<<<<<<<<<<<<
  *         if membership.doorbells is not None and membership.doorbells.closed:
  *             raise ClosedError("the endpoint is closed")
 */
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 661, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 662, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":662
+  /* "ivshmem/channel/membership.pyx":663
  *         PyErr_CheckSignals()
  *         membership.check()
  *         if membership.doorbells is not None and membership.doorbells.closed:             # <<<<<<<<<<<<<<
@@ -13673,9 +13687,9 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
 
     goto __pyx_L12_bool_binop_done;
   }
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_membership->doorbells), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 662, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_membership->doorbells), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 663, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_8 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 662, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 663, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
   __pyx_t_5 = __pyx_t_8;
@@ -13684,7 +13698,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
   if (unlikely(__pyx_t_5)) {
 
 
-    /* "ivshmem/channel/membership.pyx":663
+    /* "ivshmem/channel/membership.pyx":664
  *         membership.check()
  *         if membership.doorbells is not None and membership.doorbells.closed:
  *             raise ClosedError("the endpoint is closed")             # <<<<<<<<<<<<<<
@@ -13692,7 +13706,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
  * 
 */
     __pyx_t_9 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 663, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 664, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __pyx_t_11 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -13711,14 +13725,14 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_10, __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 663, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 664, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 663, __pyx_L1_error)
+    __PYX_ERR(0, 664, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":662
+    /* "ivshmem/channel/membership.pyx":663
  *         PyErr_CheckSignals()
  *         membership.check()
  *         if membership.doorbells is not None and membership.doorbells.closed:             # <<<<<<<<<<<<<<
@@ -13727,7 +13741,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":664
+  /* "ivshmem/channel/membership.pyx":665
  *         if membership.doorbells is not None and membership.doorbells.closed:
  *             raise ClosedError("the endpoint is closed")
  *         return 0             # <<<<<<<<<<<<<<
@@ -13740,7 +13754,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":637
+  /* "ivshmem/channel/membership.pyx":638
  *             )
  * 
  *     cdef int wait(self, int64_t deadline) except -1:             # <<<<<<<<<<<<<<
@@ -13768,7 +13782,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":666
+/* "ivshmem/channel/membership.pyx":667
  *         return 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -13828,14 +13842,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_6Wakeup_2fileno(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/channel/membership.pyx":668
+  /* "ivshmem/channel/membership.pyx":669
  *     def fileno(self):
  *         """Return the epoll object's descriptor, which stays this object's."""
  *         return self.epoll.epfd             # <<<<<<<<<<<<<<
  * 
  *     def clear_rings(self):
 */
-  __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_self->epoll->epfd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 668, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_self->epoll->epfd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 669, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -13848,7 +13862,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_6Wakeup_2fileno(struct 
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":666
+  /* "ivshmem/channel/membership.pyx":667
  *         return 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -13867,7 +13881,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_6Wakeup_2fileno(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":670
+/* "ivshmem/channel/membership.pyx":671
  *         return self.epoll.epfd
  * 
  *     def clear_rings(self):             # <<<<<<<<<<<<<<
@@ -13927,17 +13941,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_6Wakeup_4clear_rings(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("clear_rings", 0);
 
-  /* "ivshmem/channel/membership.pyx":672
+  /* "ivshmem/channel/membership.pyx":673
  *     def clear_rings(self):
  *         """Do what `clear` does."""
  *         self.clear()             # <<<<<<<<<<<<<<
  * 
  *     cdef int clear(self) except -1:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *)__pyx_v_self->__pyx_vtab)->clear(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 672, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *)__pyx_v_self->__pyx_vtab)->clear(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 673, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":670
+  /* "ivshmem/channel/membership.pyx":671
  *         return self.epoll.epfd
  * 
  *     def clear_rings(self):             # <<<<<<<<<<<<<<
@@ -13957,7 +13971,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_6Wakeup_4clear_rings(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":674
+/* "ivshmem/channel/membership.pyx":675
  *         self.clear()
  * 
  *     cdef int clear(self) except -1:             # <<<<<<<<<<<<<<
@@ -13969,7 +13983,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_clear(struct __pyx_obj
   struct epoll_event __pyx_v_events[2];
   int __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":677
+  /* "ivshmem/channel/membership.pyx":678
  *         """Forget the rings until now, so that the descriptor is not readable."""
  *         cdef epoll_event events[2]
  *         epoll_wait(self.epoll.epfd, events, 2, 0)             # <<<<<<<<<<<<<<
@@ -13978,7 +13992,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_clear(struct __pyx_obj
 */
   (void)(epoll_wait(__pyx_v_self->epoll->epfd, __pyx_v_events, 2, 0));
 
-  /* "ivshmem/channel/membership.pyx":678
+  /* "ivshmem/channel/membership.pyx":679
  *         cdef epoll_event events[2]
  *         epoll_wait(self.epoll.epfd, events, 2, 0)
  *         return 0             # <<<<<<<<<<<<<<
@@ -13991,7 +14005,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_clear(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":674
+  /* "ivshmem/channel/membership.pyx":675
  *         self.clear()
  * 
  *     cdef int clear(self) except -1:             # <<<<<<<<<<<<<<
@@ -14212,7 +14226,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_6Wakeup_8__setstate_cyt
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":689
+/* "ivshmem/channel/membership.pyx":690
  *     """
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -14257,7 +14271,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd___cinit__(struct
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/membership.pyx":690
+  /* "ivshmem/channel/membership.pyx":691
  * 
  *     def __cinit__(self, *args, **kwargs):
  *         self.name = ""             # <<<<<<<<<<<<<<
@@ -14269,7 +14283,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd___cinit__(struct
   __Pyx_GOTREF(__pyx_v_self->name);
   __Pyx_DECREF_SET(__pyx_v_self->name, __pyx_mstate_global->__pyx_kp_u__2);
 
-  /* "ivshmem/channel/membership.pyx":689
+  /* "ivshmem/channel/membership.pyx":690
  *     """
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -14284,7 +14298,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd___cinit__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":692
+/* "ivshmem/channel/membership.pyx":693
  *         self.name = ""
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -14351,7 +14365,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_2__reduce_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/channel/membership.pyx":693
+  /* "ivshmem/channel/membership.pyx":694
  * 
  *     def __reduce__(self):
  *         raise TypeError(             # <<<<<<<<<<<<<<
@@ -14360,16 +14374,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_2__reduce_
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/channel/membership.pyx":694
+  /* "ivshmem/channel/membership.pyx":695
  *     def __reduce__(self):
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: open another one where it is"             # <<<<<<<<<<<<<<
  *             " needed"
  *         )
 */
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 694, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 695, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 694, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 695, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
@@ -14384,7 +14398,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_2__reduce_
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 694, __pyx_L1_error)
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 695, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_8 = 1;
@@ -14393,14 +14407,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_2__reduce_
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 693, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 694, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 693, __pyx_L1_error)
+  __PYX_ERR(0, 694, __pyx_L1_error)
 
-  /* "ivshmem/channel/membership.pyx":692
+  /* "ivshmem/channel/membership.pyx":693
  *         self.name = ""
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -14421,7 +14435,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_2__reduce_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":698
+/* "ivshmem/channel/membership.pyx":699
  *         )
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -14455,7 +14469,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6closed___
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/membership.pyx":701
+  /* "ivshmem/channel/membership.pyx":702
  *     def closed(self):
  *         """Whether close() was called, or the channels or the region were closed."""
  *         return not self.open or self.membership.closed or self.membership.mapping.closed             # <<<<<<<<<<<<<<
@@ -14467,16 +14481,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6closed___
   if (!__pyx_t_2) {
 
   } else {
-    __pyx_t_3 = __Pyx_PyBool_FromLong(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 701, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyBool_FromLong(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 702, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
 
     goto __pyx_L3_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 701, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 702, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 701, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 702, __pyx_L1_error)
   if (!__pyx_t_2) {
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   } else {
@@ -14485,7 +14499,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6closed___
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     goto __pyx_L3_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 701, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 702, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_INCREF(__pyx_t_3);
   __pyx_t_1 = __pyx_t_3;
@@ -14502,7 +14516,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6closed___
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":698
+  /* "ivshmem/channel/membership.pyx":699
  *         )
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -14522,7 +14536,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6closed___
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":703
+/* "ivshmem/channel/membership.pyx":704
  *         return not self.open or self.membership.closed or self.membership.mapping.closed
  * 
  *     cdef bint usable(self) noexcept:             # <<<<<<<<<<<<<<
@@ -14535,7 +14549,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_usable(struct __p
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":705
+  /* "ivshmem/channel/membership.pyx":706
  *     cdef bint usable(self) noexcept:
  *         """Whether this end may still be used: what ends a call asks this before it stores."""
  *         return self.open and self.membership.usable()             # <<<<<<<<<<<<<<
@@ -14559,7 +14573,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_usable(struct __p
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":703
+  /* "ivshmem/channel/membership.pyx":704
  *         return not self.open or self.membership.closed or self.membership.mapping.closed
  * 
  *     cdef bint usable(self) noexcept:             # <<<<<<<<<<<<<<
@@ -14573,7 +14587,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_usable(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":707
+/* "ivshmem/channel/membership.pyx":708
  *         return self.open and self.membership.usable()
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -14600,7 +14614,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enter", 0);
 
-  /* "ivshmem/channel/membership.pyx":708
+  /* "ivshmem/channel/membership.pyx":709
  * 
  *     cdef int enter(self) except -1:
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -14612,7 +14626,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter(struct __py
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/membership.pyx":709
+    /* "ivshmem/channel/membership.pyx":710
  *     cdef int enter(self) except -1:
  *         if not self.open:
  *             raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")             # <<<<<<<<<<<<<<
@@ -14620,14 +14634,14 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter(struct __py
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 709, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 710, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name_2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 709, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name_2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 710, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_5, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 709, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_5, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 710, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 709, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 710, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_this;
     __pyx_t_7[1] = __pyx_t_6;
@@ -14643,7 +14657,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter(struct __py
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_7[3]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 5, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 709, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 710, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -14665,14 +14679,14 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter(struct __py
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 709, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 710, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 709, __pyx_L1_error)
+    __PYX_ERR(0, 710, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":708
+    /* "ivshmem/channel/membership.pyx":709
  * 
  *     cdef int enter(self) except -1:
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -14681,20 +14695,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter(struct __py
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":710
+  /* "ivshmem/channel/membership.pyx":711
  *         if not self.open:
  *             raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")
  *         return self.membership.check()             # <<<<<<<<<<<<<<
  * 
  *     # What each kind of end does in its own way.
 */
-  __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->check(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 710, __pyx_L1_error)
+  __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->check(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 711, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_9;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":707
+  /* "ivshmem/channel/membership.pyx":708
  *         return self.open and self.membership.usable()
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -14718,7 +14732,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":714
+/* "ivshmem/channel/membership.pyx":715
  *     # What each kind of end does in its own way.
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -14729,7 +14743,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter(struct __py
 static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_attempt(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":716
+  /* "ivshmem/channel/membership.pyx":717
  *     cdef int attempt(self) except -2:
  *         """Look whether what is waited for is there; 0, IVSHMEM_AGAIN or an error."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -14742,7 +14756,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_attempt(CYTHON_UN
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":714
+  /* "ivshmem/channel/membership.pyx":715
  *     # What each kind of end does in its own way.
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -14756,7 +14770,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_attempt(CYTHON_UN
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":718
+/* "ivshmem/channel/membership.pyx":719
  *         return 0
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -14767,7 +14781,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_attempt(CYTHON_UN
 static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_sleep(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":720
+  /* "ivshmem/channel/membership.pyx":721
  *     cdef int begin_sleep(self) except -2:
  *         """Say in memory that this end sleeps; 0: there is something, so do not."""
  *         return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -14780,7 +14794,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_sleep(CYTHO
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":718
+  /* "ivshmem/channel/membership.pyx":719
  *         return 0
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -14794,7 +14808,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_sleep(CYTHO
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":722
+/* "ivshmem/channel/membership.pyx":723
  *         return IVSHMEM_AGAIN
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -14808,7 +14822,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_end_sleep(CYTHON
 
 }
 
-/* "ivshmem/channel/membership.pyx":725
+/* "ivshmem/channel/membership.pyx":726
  *         pass
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
@@ -14821,7 +14835,7 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivsh
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("sleeper", 0);
 
-  /* "ivshmem/channel/membership.pyx":727
+  /* "ivshmem/channel/membership.pyx":728
  *     cdef ChannelEnd sleeper(self):
  *         """Return the end whose word in memory says that this one sleeps."""
  *         return self             # <<<<<<<<<<<<<<
@@ -14839,7 +14853,7 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivsh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":725
+  /* "ivshmem/channel/membership.pyx":726
  *         pass
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
@@ -14854,7 +14868,7 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":729
+/* "ivshmem/channel/membership.pyx":730
  *         return self
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -14865,7 +14879,7 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivsh
 static int64_t __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_probe(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self, CYTHON_UNUSED void **__pyx_v_what, CYTHON_UNUSED __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":731
+  /* "ivshmem/channel/membership.pyx":732
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         """Set a look that a spin repeats; 0: this end cannot spin."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -14878,7 +14892,7 @@ static int64_t __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_probe(CYTHON_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":729
+  /* "ivshmem/channel/membership.pyx":730
  *         return self
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -14892,7 +14906,7 @@ static int64_t __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_probe(CYTHON_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":733
+/* "ivshmem/channel/membership.pyx":734
  *         return 0
  * 
  *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
@@ -14903,7 +14917,7 @@ static int64_t __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_probe(CYTHON_
 static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_mend(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":735
+  /* "ivshmem/channel/membership.pyx":736
  *     cdef int mend(self) except -1:
  *         """Once a beat: store again what a late store spoiled; wake who watches the descriptor."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -14916,7 +14930,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_mend(CYTHON_UNUSE
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":733
+  /* "ivshmem/channel/membership.pyx":734
  *         return 0
  * 
  *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
@@ -14930,7 +14944,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_mend(CYTHON_UNUSE
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":737
+/* "ivshmem/channel/membership.pyx":738
  *         return 0
  * 
  *     def wake_others(self):             # <<<<<<<<<<<<<<
@@ -14993,7 +15007,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_4wake_othe
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":740
+/* "ivshmem/channel/membership.pyx":741
  *         """Ring the other sleepers of the channel: a place was freed."""
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -15004,7 +15018,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_4wake_othe
 static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_give_up(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":742
+  /* "ivshmem/channel/membership.pyx":743
  *     cdef int give_up(self) except -1:
  *         """Free the slot."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -15017,7 +15031,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_give_up(CYTHON_UN
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":740
+  /* "ivshmem/channel/membership.pyx":741
  *         """Ring the other sleepers of the channel: a place was freed."""
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
@@ -15031,7 +15045,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_give_up(CYTHON_UN
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":746
+/* "ivshmem/channel/membership.pyx":747
  *     # Waiting.
  * 
  *     cdef int wait(self, object timeout, object spin) except -2:             # <<<<<<<<<<<<<<
@@ -15074,7 +15088,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/channel/membership.pyx":750
+  /* "ivshmem/channel/membership.pyx":751
  *         cdef int64_t deadline
  *         cdef int64_t n
  *         cdef int futile = 0             # <<<<<<<<<<<<<<
@@ -15083,7 +15097,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
   __pyx_v_futile = 0;
 
-  /* "ivshmem/channel/membership.pyx":753
+  /* "ivshmem/channel/membership.pyx":754
  *         cdef int code
  *         cdef Turn turn
  *         cdef Wakeup wakeup = None             # <<<<<<<<<<<<<<
@@ -15093,19 +15107,19 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
   __Pyx_INCREF(Py_None);
   __pyx_v_wakeup = ((struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)Py_None);
 
-  /* "ivshmem/channel/membership.pyx":754
+  /* "ivshmem/channel/membership.pyx":755
  *         cdef Turn turn
  *         cdef Wakeup wakeup = None
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         cdef Spinner spinner = None
  *         cdef void *what = NULL
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 754, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 755, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":755
+  /* "ivshmem/channel/membership.pyx":756
  *         cdef Wakeup wakeup = None
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         cdef Spinner spinner = None             # <<<<<<<<<<<<<<
@@ -15115,7 +15129,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
   __Pyx_INCREF(Py_None);
   __pyx_v_spinner = ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)Py_None);
 
-  /* "ivshmem/channel/membership.pyx":756
+  /* "ivshmem/channel/membership.pyx":757
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         cdef Spinner spinner = None
  *         cdef void *what = NULL             # <<<<<<<<<<<<<<
@@ -15124,7 +15138,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
   __pyx_v_what = NULL;
 
-  /* "ivshmem/channel/membership.pyx":757
+  /* "ivshmem/channel/membership.pyx":758
  *         cdef Spinner spinner = None
  *         cdef void *what = NULL
  *         cdef Probe probe = NULL             # <<<<<<<<<<<<<<
@@ -15133,27 +15147,27 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
   __pyx_v_probe = NULL;
 
-  /* "ivshmem/channel/membership.pyx":758
+  /* "ivshmem/channel/membership.pyx":759
  *         cdef void *what = NULL
  *         cdef Probe probe = NULL
  *         self.enter()             # <<<<<<<<<<<<<<
  *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 758, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 759, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":759
+  /* "ivshmem/channel/membership.pyx":760
  *         cdef Probe probe = NULL
  *         self.enter()
  *         code = self.attempt()             # <<<<<<<<<<<<<<
  *         if code != IVSHMEM_AGAIN:
  *             return code
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 759, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 760, __pyx_L1_error)
   __pyx_v_code = __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":760
+  /* "ivshmem/channel/membership.pyx":761
  *         self.enter()
  *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -15165,7 +15179,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/membership.pyx":761
+    /* "ivshmem/channel/membership.pyx":762
  *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:
  *             return code             # <<<<<<<<<<<<<<
@@ -15178,7 +15192,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":760
+    /* "ivshmem/channel/membership.pyx":761
  *         self.enter()
  *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -15187,7 +15201,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":762
+  /* "ivshmem/channel/membership.pyx":763
  *         if code != IVSHMEM_AGAIN:
  *             return code
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -15199,13 +15213,13 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 
     __pyx_t_4 = INT64_MAX;
   } else {
-    __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_5 == ((int64_t)-1L))) __PYX_ERR(0, 762, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_5 == ((int64_t)-1L))) __PYX_ERR(0, 763, __pyx_L1_error)
     __pyx_t_4 = __pyx_t_5;
   }
 
   __pyx_v_deadline = __pyx_t_4;
 
-  /* "ivshmem/channel/membership.pyx":763
+  /* "ivshmem/channel/membership.pyx":764
  *             return code
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:             # <<<<<<<<<<<<<<
@@ -15217,7 +15231,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/membership.pyx":764
+    /* "ivshmem/channel/membership.pyx":765
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:
  *             if self.watched:             # <<<<<<<<<<<<<<
@@ -15226,20 +15240,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
     if (__pyx_v_self->watched) {
 
-      /* "ivshmem/channel/membership.pyx":765
+      /* "ivshmem/channel/membership.pyx":766
  *         if deadline == 0:
  *             if self.watched:
  *                 return self.arm()             # <<<<<<<<<<<<<<
  *             return code
  *         turn.left = 0
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 765, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 766, __pyx_L1_error)
       {
         __pyx_r = __pyx_t_2;
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/membership.pyx":764
+      /* "ivshmem/channel/membership.pyx":765
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:
  *             if self.watched:             # <<<<<<<<<<<<<<
@@ -15248,7 +15262,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":766
+    /* "ivshmem/channel/membership.pyx":767
  *             if self.watched:
  *                 return self.arm()
  *             return code             # <<<<<<<<<<<<<<
@@ -15261,7 +15275,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":763
+    /* "ivshmem/channel/membership.pyx":764
  *             return code
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:             # <<<<<<<<<<<<<<
@@ -15270,7 +15284,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":767
+  /* "ivshmem/channel/membership.pyx":768
  *                 return self.arm()
  *             return code
  *         turn.left = 0             # <<<<<<<<<<<<<<
@@ -15279,7 +15293,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
   __pyx_v_turn.left = 0;
 
-  /* "ivshmem/channel/membership.pyx":768
+  /* "ivshmem/channel/membership.pyx":769
  *             return code
  *         turn.left = 0
  *         if spin is not None and self.probe(&what, &probe):             # <<<<<<<<<<<<<<
@@ -15295,7 +15309,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 
     goto __pyx_L7_bool_binop_done;
   }
-  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->probe(__pyx_v_self, (&__pyx_v_what), (&__pyx_v_probe)); if (unlikely(__pyx_t_4 == ((int64_t)-1L))) __PYX_ERR(0, 768, __pyx_L1_error)
+  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->probe(__pyx_v_self, (&__pyx_v_what), (&__pyx_v_probe)); if (unlikely(__pyx_t_4 == ((int64_t)-1L))) __PYX_ERR(0, 769, __pyx_L1_error)
   __pyx_t_6 = (__pyx_t_4 != 0);
 
 
@@ -15306,7 +15320,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/membership.pyx":769
+    /* "ivshmem/channel/membership.pyx":770
  *         turn.left = 0
  *         if spin is not None and self.probe(&what, &probe):
  *             if sleeper.spinner is None:             # <<<<<<<<<<<<<<
@@ -15317,7 +15331,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/membership.pyx":770
+      /* "ivshmem/channel/membership.pyx":771
  *         if spin is not None and self.probe(&what, &probe):
  *             if sleeper.spinner is None:
  *                 sleeper.spinner = Spinner()             # <<<<<<<<<<<<<<
@@ -15330,7 +15344,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
         PyObject *__pyx_callargs[2] = {__pyx_t_7, NULL};
         __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4spin_Spinner, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 770, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 771, __pyx_L1_error)
         __Pyx_GOTREF((PyObject *)__pyx_t_1);
       }
       __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -15338,7 +15352,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
       __Pyx_DECREF_SET(__pyx_v_sleeper->spinner, ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)__pyx_t_1));
       __pyx_t_1 = 0;
 
-      /* "ivshmem/channel/membership.pyx":769
+      /* "ivshmem/channel/membership.pyx":770
  *         turn.left = 0
  *         if spin is not None and self.probe(&what, &probe):
  *             if sleeper.spinner is None:             # <<<<<<<<<<<<<<
@@ -15347,7 +15361,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":771
+    /* "ivshmem/channel/membership.pyx":772
  *             if sleeper.spinner is None:
  *                 sleeper.spinner = Spinner()
  *             spinner = sleeper.spinner             # <<<<<<<<<<<<<<
@@ -15359,18 +15373,18 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
     __Pyx_DECREF_SET(__pyx_v_spinner, ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)__pyx_t_1));
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":772
+    /* "ivshmem/channel/membership.pyx":773
  *                 sleeper.spinner = Spinner()
  *             spinner = sleeper.spinner
  *             spinner.begin(&turn, 0, spin_of(spin))             # <<<<<<<<<<<<<<
  *         while True:
  *             if turn.left:
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_4 == ((int64_t)-2L))) __PYX_ERR(0, 772, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_4 == ((int64_t)-2L))) __PYX_ERR(0, 773, __pyx_L1_error)
     ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->begin(__pyx_v_spinner, (&__pyx_v_turn), 0, __pyx_t_4);
 
 
-    /* "ivshmem/channel/membership.pyx":768
+    /* "ivshmem/channel/membership.pyx":769
  *             return code
  *         turn.left = 0
  *         if spin is not None and self.probe(&what, &probe):             # <<<<<<<<<<<<<<
@@ -15379,7 +15393,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":773
+  /* "ivshmem/channel/membership.pyx":774
  *             spinner = sleeper.spinner
  *             spinner.begin(&turn, 0, spin_of(spin))
  *         while True:             # <<<<<<<<<<<<<<
@@ -15388,7 +15402,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
   while (1) {
 
-    /* "ivshmem/channel/membership.pyx":774
+    /* "ivshmem/channel/membership.pyx":775
  *             spinner.begin(&turn, 0, spin_of(spin))
  *         while True:
  *             if turn.left:             # <<<<<<<<<<<<<<
@@ -15400,7 +15414,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/membership.pyx":775
+      /* "ivshmem/channel/membership.pyx":776
  *         while True:
  *             if turn.left:
  *                 if turn.left <= 100_000 and ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -15426,7 +15440,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/membership.pyx":776
+        /* "ivshmem/channel/membership.pyx":777
  *             if turn.left:
  *                 if turn.left <= 100_000 and ivshmem_is_only_thread():
  *                     n = spinner.spin(             # <<<<<<<<<<<<<<
@@ -15435,7 +15449,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
         __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->spin(__pyx_v_spinner, 0, __pyx_v_deadline, __pyx_v_probe, __pyx_v_what, (&__pyx_v_turn), (&__pyx_v_self->membership->state));
 
-        /* "ivshmem/channel/membership.pyx":775
+        /* "ivshmem/channel/membership.pyx":776
  *         while True:
  *             if turn.left:
  *                 if turn.left <= 100_000 and ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -15445,7 +15459,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
         goto __pyx_L13;
       }
 
-      /* "ivshmem/channel/membership.pyx":780
+      /* "ivshmem/channel/membership.pyx":781
  *                     )
  *                 else:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -15459,7 +15473,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
             __Pyx_FastGIL_Remember();
             /*try:*/ {
 
-              /* "ivshmem/channel/membership.pyx":781
+              /* "ivshmem/channel/membership.pyx":782
  *                 else:
  *                     with nogil:
  *                         n = spinner.spin(             # <<<<<<<<<<<<<<
@@ -15469,7 +15483,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
               __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->spin(__pyx_v_spinner, 0, __pyx_v_deadline, __pyx_v_probe, __pyx_v_what, (&__pyx_v_turn), (&__pyx_v_self->membership->state));
             }
 
-            /* "ivshmem/channel/membership.pyx":780
+            /* "ivshmem/channel/membership.pyx":781
  *                     )
  *                 else:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -15488,27 +15502,27 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
       }
       __pyx_L13:;
 
-      /* "ivshmem/channel/membership.pyx":784
+      /* "ivshmem/channel/membership.pyx":785
  *                             0, deadline, probe, what, &turn, &self.membership.state
  *                         )
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                 self.enter()
  *             else:
 */
-      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 784, __pyx_L1_error)
+      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 785, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/membership.pyx":785
+      /* "ivshmem/channel/membership.pyx":786
  *                         )
  *                 PyErr_CheckSignals()
  *                 self.enter()             # <<<<<<<<<<<<<<
  *             else:
  *                 wakeup = self.membership.wakeup_of_thread()
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 785, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 786, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/membership.pyx":774
+      /* "ivshmem/channel/membership.pyx":775
  *             spinner.begin(&turn, 0, spin_of(spin))
  *         while True:
  *             if turn.left:             # <<<<<<<<<<<<<<
@@ -15518,7 +15532,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
       goto __pyx_L12;
     }
 
-    /* "ivshmem/channel/membership.pyx":787
+    /* "ivshmem/channel/membership.pyx":788
  *                 self.enter()
  *             else:
  *                 wakeup = self.membership.wakeup_of_thread()             # <<<<<<<<<<<<<<
@@ -15526,32 +15540,32 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
  *                 code = self.begin_sleep()
 */
     /*else*/ {
-      __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->wakeup_of_thread(__pyx_v_self->membership)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 787, __pyx_L1_error)
+      __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->wakeup_of_thread(__pyx_v_self->membership)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 788, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_DECREF_SET(__pyx_v_wakeup, ((struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)__pyx_t_1));
       __pyx_t_1 = 0;
 
-      /* "ivshmem/channel/membership.pyx":788
+      /* "ivshmem/channel/membership.pyx":789
  *             else:
  *                 wakeup = self.membership.wakeup_of_thread()
  *                 self.enter()             # <<<<<<<<<<<<<<
  *                 code = self.begin_sleep()
  *                 sleeper.asleep += 1
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 788, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 789, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/membership.pyx":789
+      /* "ivshmem/channel/membership.pyx":790
  *                 wakeup = self.membership.wakeup_of_thread()
  *                 self.enter()
  *                 code = self.begin_sleep()             # <<<<<<<<<<<<<<
  *                 sleeper.asleep += 1
  *                 try:
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 789, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 790, __pyx_L1_error)
       __pyx_v_code = __pyx_t_2;
 
-      /* "ivshmem/channel/membership.pyx":790
+      /* "ivshmem/channel/membership.pyx":791
  *                 self.enter()
  *                 code = self.begin_sleep()
  *                 sleeper.asleep += 1             # <<<<<<<<<<<<<<
@@ -15560,7 +15574,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
       __pyx_v_sleeper->asleep = (__pyx_v_sleeper->asleep + 1);
 
-      /* "ivshmem/channel/membership.pyx":791
+      /* "ivshmem/channel/membership.pyx":792
  *                 code = self.begin_sleep()
  *                 sleeper.asleep += 1
  *                 try:             # <<<<<<<<<<<<<<
@@ -15569,17 +15583,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
       /*try:*/ {
 
-        /* "ivshmem/channel/membership.pyx":792
+        /* "ivshmem/channel/membership.pyx":793
  *                 sleeper.asleep += 1
  *                 try:
  *                     self.membership.flush()             # <<<<<<<<<<<<<<
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
  *                         wakeup.wait(deadline)
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 792, __pyx_L24_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 793, __pyx_L24_error)
 
 
-        /* "ivshmem/channel/membership.pyx":793
+        /* "ivshmem/channel/membership.pyx":794
  *                 try:
  *                     self.membership.flush()
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:             # <<<<<<<<<<<<<<
@@ -15615,27 +15629,27 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/membership.pyx":794
+          /* "ivshmem/channel/membership.pyx":795
  *                     self.membership.flush()
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
  *                         wakeup.wait(deadline)             # <<<<<<<<<<<<<<
  *                         self.enter()
  *                 finally:
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *)__pyx_v_wakeup->__pyx_vtab)->wait(__pyx_v_wakeup, __pyx_v_deadline); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 794, __pyx_L24_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *)__pyx_v_wakeup->__pyx_vtab)->wait(__pyx_v_wakeup, __pyx_v_deadline); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 795, __pyx_L24_error)
 
 
-          /* "ivshmem/channel/membership.pyx":795
+          /* "ivshmem/channel/membership.pyx":796
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
  *                         wakeup.wait(deadline)
  *                         self.enter()             # <<<<<<<<<<<<<<
  *                 finally:
  *                     sleeper.asleep -= 1
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 795, __pyx_L24_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 796, __pyx_L24_error)
 
 
-          /* "ivshmem/channel/membership.pyx":793
+          /* "ivshmem/channel/membership.pyx":794
  *                 try:
  *                     self.membership.flush()
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:             # <<<<<<<<<<<<<<
@@ -15645,7 +15659,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
         }
       }
 
-      /* "ivshmem/channel/membership.pyx":797
+      /* "ivshmem/channel/membership.pyx":798
  *                         self.enter()
  *                 finally:
  *                     sleeper.asleep -= 1             # <<<<<<<<<<<<<<
@@ -15656,7 +15670,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
         /*normal exit:*/{
           __pyx_v_sleeper->asleep = (__pyx_v_sleeper->asleep - 1);
 
-          /* "ivshmem/channel/membership.pyx":798
+          /* "ivshmem/channel/membership.pyx":799
  *                 finally:
  *                     sleeper.asleep -= 1
  *                     if sleeper.usable():             # <<<<<<<<<<<<<<
@@ -15668,7 +15682,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/membership.pyx":800
+            /* "ivshmem/channel/membership.pyx":801
  *                     if sleeper.usable():
  *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
  *                         if sleeper.asleep or sleeper.watched:             # <<<<<<<<<<<<<<
@@ -15691,17 +15705,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/membership.pyx":801
+              /* "ivshmem/channel/membership.pyx":802
  *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
  *                         if sleeper.asleep or sleeper.watched:
  *                             sleeper.begin_sleep()             # <<<<<<<<<<<<<<
  *                         else:
  *                             sleeper.end_sleep()
 */
-              __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->begin_sleep(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 801, __pyx_L1_error)
+              __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->begin_sleep(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 802, __pyx_L1_error)
 
 
-              /* "ivshmem/channel/membership.pyx":800
+              /* "ivshmem/channel/membership.pyx":801
  *                     if sleeper.usable():
  *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
  *                         if sleeper.asleep or sleeper.watched:             # <<<<<<<<<<<<<<
@@ -15711,7 +15725,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
               goto __pyx_L31;
             }
 
-            /* "ivshmem/channel/membership.pyx":803
+            /* "ivshmem/channel/membership.pyx":804
  *                             sleeper.begin_sleep()
  *                         else:
  *                             sleeper.end_sleep()             # <<<<<<<<<<<<<<
@@ -15723,7 +15737,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
             }
             __pyx_L31:;
 
-            /* "ivshmem/channel/membership.pyx":798
+            /* "ivshmem/channel/membership.pyx":799
  *                 finally:
  *                     sleeper.asleep -= 1
  *                     if sleeper.usable():             # <<<<<<<<<<<<<<
@@ -15751,7 +15765,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
           __pyx_t_2 = __pyx_lineno; __pyx_t_9 = __pyx_clineno; __pyx_t_10 = __pyx_filename;
           {
 
-            /* "ivshmem/channel/membership.pyx":797
+            /* "ivshmem/channel/membership.pyx":798
  *                         self.enter()
  *                 finally:
  *                     sleeper.asleep -= 1             # <<<<<<<<<<<<<<
@@ -15760,7 +15774,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
             __pyx_v_sleeper->asleep = (__pyx_v_sleeper->asleep - 1);
 
-            /* "ivshmem/channel/membership.pyx":798
+            /* "ivshmem/channel/membership.pyx":799
  *                 finally:
  *                     sleeper.asleep -= 1
  *                     if sleeper.usable():             # <<<<<<<<<<<<<<
@@ -15772,7 +15786,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/membership.pyx":800
+              /* "ivshmem/channel/membership.pyx":801
  *                     if sleeper.usable():
  *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
  *                         if sleeper.asleep or sleeper.watched:             # <<<<<<<<<<<<<<
@@ -15795,17 +15809,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/membership.pyx":801
+                /* "ivshmem/channel/membership.pyx":802
  *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
  *                         if sleeper.asleep or sleeper.watched:
  *                             sleeper.begin_sleep()             # <<<<<<<<<<<<<<
  *                         else:
  *                             sleeper.end_sleep()
 */
-                __pyx_t_17 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->begin_sleep(__pyx_v_sleeper); if (unlikely(__pyx_t_17 == ((int)-2))) __PYX_ERR(0, 801, __pyx_L37_error)
+                __pyx_t_17 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->begin_sleep(__pyx_v_sleeper); if (unlikely(__pyx_t_17 == ((int)-2))) __PYX_ERR(0, 802, __pyx_L37_error)
 
 
-                /* "ivshmem/channel/membership.pyx":800
+                /* "ivshmem/channel/membership.pyx":801
  *                     if sleeper.usable():
  *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
  *                         if sleeper.asleep or sleeper.watched:             # <<<<<<<<<<<<<<
@@ -15815,7 +15829,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
                 goto __pyx_L39;
               }
 
-              /* "ivshmem/channel/membership.pyx":803
+              /* "ivshmem/channel/membership.pyx":804
  *                             sleeper.begin_sleep()
  *                         else:
  *                             sleeper.end_sleep()             # <<<<<<<<<<<<<<
@@ -15827,7 +15841,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
               }
               __pyx_L39:;
 
-              /* "ivshmem/channel/membership.pyx":798
+              /* "ivshmem/channel/membership.pyx":799
  *                 finally:
  *                     sleeper.asleep -= 1
  *                     if sleeper.usable():             # <<<<<<<<<<<<<<
@@ -15861,7 +15875,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
         __pyx_L25:;
       }
 
-      /* "ivshmem/channel/membership.pyx":804
+      /* "ivshmem/channel/membership.pyx":805
  *                         else:
  *                             sleeper.end_sleep()
  *                 futile += code == 0             # <<<<<<<<<<<<<<
@@ -15870,7 +15884,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
       __pyx_v_futile = (__pyx_v_futile + (__pyx_v_code == 0));
 
-      /* "ivshmem/channel/membership.pyx":805
+      /* "ivshmem/channel/membership.pyx":806
  *                             sleeper.end_sleep()
  *                 futile += code == 0
  *                 if code != 0 and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -15889,7 +15903,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/membership.pyx":806
+        /* "ivshmem/channel/membership.pyx":807
  *                 futile += code == 0
  *                 if code != 0 and code != IVSHMEM_AGAIN:
  *                     return code             # <<<<<<<<<<<<<<
@@ -15902,7 +15916,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
         }
         goto __pyx_L0;
 
-        /* "ivshmem/channel/membership.pyx":805
+        /* "ivshmem/channel/membership.pyx":806
  *                             sleeper.end_sleep()
  *                 futile += code == 0
  *                 if code != 0 and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -15913,17 +15927,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
     }
     __pyx_L12:;
 
-    /* "ivshmem/channel/membership.pyx":807
+    /* "ivshmem/channel/membership.pyx":808
  *                 if code != 0 and code != IVSHMEM_AGAIN:
  *                     return code
  *             code = self.attempt()             # <<<<<<<<<<<<<<
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:
 */
-    __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_9 == ((int)-2))) __PYX_ERR(0, 807, __pyx_L1_error)
+    __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_9 == ((int)-2))) __PYX_ERR(0, 808, __pyx_L1_error)
     __pyx_v_code = __pyx_t_9;
 
-    /* "ivshmem/channel/membership.pyx":808
+    /* "ivshmem/channel/membership.pyx":809
  *                     return code
  *             code = self.attempt()
  *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -15935,7 +15949,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/membership.pyx":809
+      /* "ivshmem/channel/membership.pyx":810
  *             code = self.attempt()
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:             # <<<<<<<<<<<<<<
@@ -15946,7 +15960,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/membership.pyx":810
+        /* "ivshmem/channel/membership.pyx":811
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:
  *                     wakeup.pause = FIRST_PAUSE             # <<<<<<<<<<<<<<
@@ -15955,7 +15969,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
         __pyx_v_wakeup->pause = __pyx_v_7ivshmem_7channel_10membership_FIRST_PAUSE;
 
-        /* "ivshmem/channel/membership.pyx":809
+        /* "ivshmem/channel/membership.pyx":810
  *             code = self.attempt()
  *             if code != IVSHMEM_AGAIN:
  *                 if wakeup is not None:             # <<<<<<<<<<<<<<
@@ -15964,7 +15978,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
       }
 
-      /* "ivshmem/channel/membership.pyx":811
+      /* "ivshmem/channel/membership.pyx":812
  *                 if wakeup is not None:
  *                     wakeup.pause = FIRST_PAUSE
  *                 return code             # <<<<<<<<<<<<<<
@@ -15977,7 +15991,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/membership.pyx":808
+      /* "ivshmem/channel/membership.pyx":809
  *                     return code
  *             code = self.attempt()
  *             if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -15986,7 +16000,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":812
+    /* "ivshmem/channel/membership.pyx":813
  *                     wakeup.pause = FIRST_PAUSE
  *                 return code
  *             if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -16012,7 +16026,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/membership.pyx":813
+      /* "ivshmem/channel/membership.pyx":814
  *                 return code
  *             if deadline != INT64_MAX and now() >= deadline:
  *                 return code             # <<<<<<<<<<<<<<
@@ -16025,7 +16039,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/membership.pyx":812
+      /* "ivshmem/channel/membership.pyx":813
  *                     wakeup.pause = FIRST_PAUSE
  *                 return code
  *             if deadline != INT64_MAX and now() >= deadline:             # <<<<<<<<<<<<<<
@@ -16035,7 +16049,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
     }
   }
 
-  /* "ivshmem/channel/membership.pyx":746
+  /* "ivshmem/channel/membership.pyx":747
  *     # Waiting.
  * 
  *     cdef int wait(self, object timeout, object spin) except -2:             # <<<<<<<<<<<<<<
@@ -16067,7 +16081,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":815
+/* "ivshmem/channel/membership.pyx":816
  *                 return code
  * 
  *     cdef int arm(self) except -2:             # <<<<<<<<<<<<<<
@@ -16084,37 +16098,37 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_arm(struct __pyx_
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/membership.pyx":818
+  /* "ivshmem/channel/membership.pyx":819
  *         """Sleep as one that watches the descriptor does; return what is there after all."""
  *         cdef int code
  *         self.wakeup.clear()             # <<<<<<<<<<<<<<
  *         code = self.begin_sleep()
  *         self.membership.flush()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *)__pyx_v_self->wakeup->__pyx_vtab)->clear(__pyx_v_self->wakeup); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 818, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *)__pyx_v_self->wakeup->__pyx_vtab)->clear(__pyx_v_self->wakeup); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 819, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":819
+  /* "ivshmem/channel/membership.pyx":820
  *         cdef int code
  *         self.wakeup.clear()
  *         code = self.begin_sleep()             # <<<<<<<<<<<<<<
  *         self.membership.flush()
  *         if code == 0:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 819, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 820, __pyx_L1_error)
   __pyx_v_code = __pyx_t_1;
 
-  /* "ivshmem/channel/membership.pyx":820
+  /* "ivshmem/channel/membership.pyx":821
  *         self.wakeup.clear()
  *         code = self.begin_sleep()
  *         self.membership.flush()             # <<<<<<<<<<<<<<
  *         if code == 0:
  *             self.end_sleep()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 820, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 821, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":821
+  /* "ivshmem/channel/membership.pyx":822
  *         code = self.begin_sleep()
  *         self.membership.flush()
  *         if code == 0:             # <<<<<<<<<<<<<<
@@ -16126,7 +16140,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_arm(struct __pyx_
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":822
+    /* "ivshmem/channel/membership.pyx":823
  *         self.membership.flush()
  *         if code == 0:
  *             self.end_sleep()             # <<<<<<<<<<<<<<
@@ -16135,20 +16149,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_arm(struct __pyx_
 */
     ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->end_sleep(__pyx_v_self);
 
-    /* "ivshmem/channel/membership.pyx":823
+    /* "ivshmem/channel/membership.pyx":824
  *         if code == 0:
  *             self.end_sleep()
  *             return self.attempt()             # <<<<<<<<<<<<<<
  *         return code
  * 
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 823, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 824, __pyx_L1_error)
     {
       __pyx_r = __pyx_t_1;
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":821
+    /* "ivshmem/channel/membership.pyx":822
  *         code = self.begin_sleep()
  *         self.membership.flush()
  *         if code == 0:             # <<<<<<<<<<<<<<
@@ -16157,7 +16171,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_arm(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":824
+  /* "ivshmem/channel/membership.pyx":825
  *             self.end_sleep()
  *             return self.attempt()
  *         return code             # <<<<<<<<<<<<<<
@@ -16170,7 +16184,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_arm(struct __pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":815
+  /* "ivshmem/channel/membership.pyx":816
  *                 return code
  * 
  *     cdef int arm(self) except -2:             # <<<<<<<<<<<<<<
@@ -16188,7 +16202,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_arm(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":826
+/* "ivshmem/channel/membership.pyx":827
  *         return code
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -16260,17 +16274,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6fileno(st
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/membership.pyx":838
+        /* "ivshmem/channel/membership.pyx":839
  *             ClosedError: it is closed.
  *         """
  *         self.enter()             # <<<<<<<<<<<<<<
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 838, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 839, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/membership.pyx":839
+        /* "ivshmem/channel/membership.pyx":840
  *         """
  *         self.enter()
  *         if self.wakeup is None:             # <<<<<<<<<<<<<<
@@ -16281,7 +16295,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6fileno(st
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/membership.pyx":840
+          /* "ivshmem/channel/membership.pyx":841
  *         self.enter()
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)             # <<<<<<<<<<<<<<
@@ -16294,7 +16308,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6fileno(st
             PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self->membership)};
             __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 840, __pyx_L4_error)
+            if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 841, __pyx_L4_error)
             __Pyx_GOTREF((PyObject *)__pyx_t_4);
           }
           __Pyx_GIVEREF((PyObject *)__pyx_t_4);
@@ -16302,7 +16316,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6fileno(st
           __Pyx_DECREF_SET(__pyx_v_self->wakeup, ((struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)__pyx_t_4));
           __pyx_t_4 = 0;
 
-          /* "ivshmem/channel/membership.pyx":839
+          /* "ivshmem/channel/membership.pyx":840
  *         """
  *         self.enter()
  *         if self.wakeup is None:             # <<<<<<<<<<<<<<
@@ -16311,7 +16325,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6fileno(st
 */
         }
 
-        /* "ivshmem/channel/membership.pyx":841
+        /* "ivshmem/channel/membership.pyx":842
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)
  *         if not self.watched:             # <<<<<<<<<<<<<<
@@ -16323,7 +16337,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6fileno(st
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/membership.pyx":842
+          /* "ivshmem/channel/membership.pyx":843
  *             self.wakeup = Wakeup(self.membership)
  *         if not self.watched:
  *             self.watched = True             # <<<<<<<<<<<<<<
@@ -16332,7 +16346,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6fileno(st
 */
           __pyx_v_self->watched = 1;
 
-          /* "ivshmem/channel/membership.pyx":843
+          /* "ivshmem/channel/membership.pyx":844
  *         if not self.watched:
  *             self.watched = True
  *             self.awaited += 1             # <<<<<<<<<<<<<<
@@ -16341,7 +16355,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6fileno(st
 */
           __pyx_v_self->awaited = (__pyx_v_self->awaited + 1);
 
-          /* "ivshmem/channel/membership.pyx":844
+          /* "ivshmem/channel/membership.pyx":845
  *             self.watched = True
  *             self.awaited += 1
  *             self.membership.watchers += 1             # <<<<<<<<<<<<<<
@@ -16350,41 +16364,41 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6fileno(st
 */
           __pyx_v_self->membership->watchers = (__pyx_v_self->membership->watchers + 1);
 
-          /* "ivshmem/channel/membership.pyx":845
+          /* "ivshmem/channel/membership.pyx":846
  *             self.awaited += 1
  *             self.membership.watchers += 1
  *             self.membership.hurry()             # <<<<<<<<<<<<<<
  *             if self.arm() == 0:
  *                 self.membership.kick_all()
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 845, __pyx_L4_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 846, __pyx_L4_error)
 
 
-          /* "ivshmem/channel/membership.pyx":846
+          /* "ivshmem/channel/membership.pyx":847
  *             self.membership.watchers += 1
  *             self.membership.hurry()
  *             if self.arm() == 0:             # <<<<<<<<<<<<<<
  *                 self.membership.kick_all()
  *         return self.wakeup.epoll.epfd
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 846, __pyx_L4_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 847, __pyx_L4_error)
           __pyx_t_3 = (__pyx_t_2 == 0);
 
 
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/membership.pyx":847
+            /* "ivshmem/channel/membership.pyx":848
  *             self.membership.hurry()
  *             if self.arm() == 0:
  *                 self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return self.wakeup.epoll.epfd
  * 
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 847, __pyx_L4_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 848, __pyx_L4_error)
 
 
-            /* "ivshmem/channel/membership.pyx":846
+            /* "ivshmem/channel/membership.pyx":847
  *             self.membership.watchers += 1
  *             self.membership.hurry()
  *             if self.arm() == 0:             # <<<<<<<<<<<<<<
@@ -16393,7 +16407,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6fileno(st
 */
           }
 
-          /* "ivshmem/channel/membership.pyx":841
+          /* "ivshmem/channel/membership.pyx":842
  *         if self.wakeup is None:
  *             self.wakeup = Wakeup(self.membership)
  *         if not self.watched:             # <<<<<<<<<<<<<<
@@ -16402,14 +16416,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6fileno(st
 */
         }
 
-        /* "ivshmem/channel/membership.pyx":848
+        /* "ivshmem/channel/membership.pyx":849
  *             if self.arm() == 0:
  *                 self.membership.kick_all()
  *         return self.wakeup.epoll.epfd             # <<<<<<<<<<<<<<
  * 
  *     cdef object fail(self, int code):
 */
-        __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 848, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_PyLong_From_int(__pyx_v_self->wakeup->epoll->epfd); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 849, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         {
           PyObject *__pyx_temp;
@@ -16424,7 +16438,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6fileno(st
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/membership.pyx":826
+      /* "ivshmem/channel/membership.pyx":827
  *         return code
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -16463,7 +16477,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6fileno(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":850
+/* "ivshmem/channel/membership.pyx":851
  *         return self.wakeup.epoll.epfd
  * 
  *     cdef object fail(self, int code):             # <<<<<<<<<<<<<<
@@ -16481,7 +16495,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_fail(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail", 0);
 
-  /* "ivshmem/channel/membership.pyx":851
+  /* "ivshmem/channel/membership.pyx":852
  * 
  *     cdef object fail(self, int code):
  *         return self.membership.fail(code, &self.channel, self.name)             # <<<<<<<<<<<<<<
@@ -16490,7 +16504,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_fail(struct
 */
   __pyx_t_1 = __pyx_v_self->name;
   __Pyx_INCREF(__pyx_t_1);
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->fail(__pyx_v_self->membership, __pyx_v_code, (&__pyx_v_self->channel), ((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 851, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->fail(__pyx_v_self->membership, __pyx_v_code, (&__pyx_v_self->channel), ((PyObject*)__pyx_t_1)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 852, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   {
@@ -16504,7 +16518,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_fail(struct
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":850
+  /* "ivshmem/channel/membership.pyx":851
  *         return self.wakeup.epoll.epfd
  * 
  *     cdef object fail(self, int code):             # <<<<<<<<<<<<<<
@@ -16524,7 +16538,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_fail(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":855
+/* "ivshmem/channel/membership.pyx":856
  *     # For tasks of an asyncio loop (asynchronous.py).
  * 
  *     def _membership(self):             # <<<<<<<<<<<<<<
@@ -16580,7 +16594,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_8_membersh
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("_membership", 0);
 
-  /* "ivshmem/channel/membership.pyx":856
+  /* "ivshmem/channel/membership.pyx":857
  * 
  *     def _membership(self):
  *         return self.membership             # <<<<<<<<<<<<<<
@@ -16598,7 +16612,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_8_membersh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":855
+  /* "ivshmem/channel/membership.pyx":856
  *     # For tasks of an asyncio loop (asynchronous.py).
  * 
  *     def _membership(self):             # <<<<<<<<<<<<<<
@@ -16613,7 +16627,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_8_membersh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":858
+/* "ivshmem/channel/membership.pyx":859
  *         return self.membership
  * 
  *     def _begin_waiting(self):             # <<<<<<<<<<<<<<
@@ -16676,39 +16690,39 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_10_begin_w
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_begin_waiting", 0);
 
-  /* "ivshmem/channel/membership.pyx":861
+  /* "ivshmem/channel/membership.pyx":862
  *         """Say in memory that this end sleeps; whether there is something already."""
  *         cdef int code
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         self.enter()
  *         code = self.begin_sleep()
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 861, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 862, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":862
+  /* "ivshmem/channel/membership.pyx":863
  *         cdef int code
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         self.enter()             # <<<<<<<<<<<<<<
  *         code = self.begin_sleep()
  *         sleeper.asleep += 1
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 862, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 863, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":863
+  /* "ivshmem/channel/membership.pyx":864
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         self.enter()
  *         code = self.begin_sleep()             # <<<<<<<<<<<<<<
  *         sleeper.asleep += 1
  *         sleeper.awaited += 1
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 863, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 864, __pyx_L1_error)
   __pyx_v_code = __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":864
+  /* "ivshmem/channel/membership.pyx":865
  *         self.enter()
  *         code = self.begin_sleep()
  *         sleeper.asleep += 1             # <<<<<<<<<<<<<<
@@ -16717,7 +16731,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_10_begin_w
 */
   __pyx_v_sleeper->asleep = (__pyx_v_sleeper->asleep + 1);
 
-  /* "ivshmem/channel/membership.pyx":865
+  /* "ivshmem/channel/membership.pyx":866
  *         code = self.begin_sleep()
  *         sleeper.asleep += 1
  *         sleeper.awaited += 1             # <<<<<<<<<<<<<<
@@ -16726,7 +16740,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_10_begin_w
 */
   __pyx_v_sleeper->awaited = (__pyx_v_sleeper->awaited + 1);
 
-  /* "ivshmem/channel/membership.pyx":866
+  /* "ivshmem/channel/membership.pyx":867
  *         sleeper.asleep += 1
  *         sleeper.awaited += 1
  *         self.membership.watchers += 1             # <<<<<<<<<<<<<<
@@ -16735,34 +16749,34 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_10_begin_w
 */
   __pyx_v_self->membership->watchers = (__pyx_v_self->membership->watchers + 1);
 
-  /* "ivshmem/channel/membership.pyx":867
+  /* "ivshmem/channel/membership.pyx":868
  *         sleeper.awaited += 1
  *         self.membership.watchers += 1
  *         self.membership.hurry()             # <<<<<<<<<<<<<<
  *         self.membership.flush()
  *         return code != IVSHMEM_AGAIN
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 867, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->hurry(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 868, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":868
+  /* "ivshmem/channel/membership.pyx":869
  *         self.membership.watchers += 1
  *         self.membership.hurry()
  *         self.membership.flush()             # <<<<<<<<<<<<<<
  *         return code != IVSHMEM_AGAIN
  * 
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 868, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 869, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":869
+  /* "ivshmem/channel/membership.pyx":870
  *         self.membership.hurry()
  *         self.membership.flush()
  *         return code != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
  * 
  *     def _end_waiting(self):
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_code != IVSHMEM_AGAIN)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 869, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_code != IVSHMEM_AGAIN)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 870, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -16775,7 +16789,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_10_begin_w
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":858
+  /* "ivshmem/channel/membership.pyx":859
  *         return self.membership
  * 
  *     def _begin_waiting(self):             # <<<<<<<<<<<<<<
@@ -16796,7 +16810,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_10_begin_w
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":871
+/* "ivshmem/channel/membership.pyx":872
  *         return code != IVSHMEM_AGAIN
  * 
  *     def _end_waiting(self):             # <<<<<<<<<<<<<<
@@ -16860,19 +16874,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12_end_wai
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_end_waiting", 0);
 
-  /* "ivshmem/channel/membership.pyx":873
+  /* "ivshmem/channel/membership.pyx":874
  *     def _end_waiting(self):
  *         """End what _begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         sleeper.asleep -= 1
  *         sleeper.awaited -= 1
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 873, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 874, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":874
+  /* "ivshmem/channel/membership.pyx":875
  *         """End what _begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         sleeper.asleep -= 1             # <<<<<<<<<<<<<<
@@ -16881,7 +16895,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12_end_wai
 */
   __pyx_v_sleeper->asleep = (__pyx_v_sleeper->asleep - 1);
 
-  /* "ivshmem/channel/membership.pyx":875
+  /* "ivshmem/channel/membership.pyx":876
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         sleeper.asleep -= 1
  *         sleeper.awaited -= 1             # <<<<<<<<<<<<<<
@@ -16890,7 +16904,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12_end_wai
 */
   __pyx_v_sleeper->awaited = (__pyx_v_sleeper->awaited - 1);
 
-  /* "ivshmem/channel/membership.pyx":876
+  /* "ivshmem/channel/membership.pyx":877
  *         sleeper.asleep -= 1
  *         sleeper.awaited -= 1
  *         self.membership.watchers -= 1             # <<<<<<<<<<<<<<
@@ -16899,7 +16913,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12_end_wai
 */
   __pyx_v_self->membership->watchers = (__pyx_v_self->membership->watchers - 1);
 
-  /* "ivshmem/channel/membership.pyx":877
+  /* "ivshmem/channel/membership.pyx":878
  *         sleeper.awaited -= 1
  *         self.membership.watchers -= 1
  *         if sleeper.usable():             # <<<<<<<<<<<<<<
@@ -16911,7 +16925,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12_end_wai
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":878
+    /* "ivshmem/channel/membership.pyx":879
  *         self.membership.watchers -= 1
  *         if sleeper.usable():
  *             if sleeper.asleep or sleeper.watched:             # <<<<<<<<<<<<<<
@@ -16934,17 +16948,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12_end_wai
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/membership.pyx":879
+      /* "ivshmem/channel/membership.pyx":880
  *         if sleeper.usable():
  *             if sleeper.asleep or sleeper.watched:
  *                 sleeper.begin_sleep()             # <<<<<<<<<<<<<<
  *             else:
  *                 sleeper.end_sleep()
 */
-      __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->begin_sleep(__pyx_v_sleeper); if (unlikely(__pyx_t_4 == ((int)-2))) __PYX_ERR(0, 879, __pyx_L1_error)
+      __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->begin_sleep(__pyx_v_sleeper); if (unlikely(__pyx_t_4 == ((int)-2))) __PYX_ERR(0, 880, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/membership.pyx":878
+      /* "ivshmem/channel/membership.pyx":879
  *         self.membership.watchers -= 1
  *         if sleeper.usable():
  *             if sleeper.asleep or sleeper.watched:             # <<<<<<<<<<<<<<
@@ -16954,7 +16968,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12_end_wai
       goto __pyx_L4;
     }
 
-    /* "ivshmem/channel/membership.pyx":881
+    /* "ivshmem/channel/membership.pyx":882
  *                 sleeper.begin_sleep()
  *             else:
  *                 sleeper.end_sleep()             # <<<<<<<<<<<<<<
@@ -16966,7 +16980,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12_end_wai
     }
     __pyx_L4:;
 
-    /* "ivshmem/channel/membership.pyx":877
+    /* "ivshmem/channel/membership.pyx":878
  *         sleeper.awaited -= 1
  *         self.membership.watchers -= 1
  *         if sleeper.usable():             # <<<<<<<<<<<<<<
@@ -16975,7 +16989,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12_end_wai
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":871
+  /* "ivshmem/channel/membership.pyx":872
  *         return code != IVSHMEM_AGAIN
  * 
  *     def _end_waiting(self):             # <<<<<<<<<<<<<<
@@ -16997,7 +17011,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12_end_wai
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":883
+/* "ivshmem/channel/membership.pyx":884
  *                 sleeper.end_sleep()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -17062,7 +17076,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/membership.pyx":885
+  /* "ivshmem/channel/membership.pyx":886
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -17074,7 +17088,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":886
+    /* "ivshmem/channel/membership.pyx":887
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:
  *             return             # <<<<<<<<<<<<<<
@@ -17091,7 +17105,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":885
+    /* "ivshmem/channel/membership.pyx":886
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -17100,7 +17114,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":887
+  /* "ivshmem/channel/membership.pyx":888
  *         if not self.open:
  *             return
  *         self.open = False             # <<<<<<<<<<<<<<
@@ -17109,7 +17123,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
 */
   __pyx_v_self->open = 0;
 
-  /* "ivshmem/channel/membership.pyx":888
+  /* "ivshmem/channel/membership.pyx":889
  *             return
  *         self.open = False
  *         self.wakeup = None             # <<<<<<<<<<<<<<
@@ -17121,7 +17135,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
   __Pyx_GOTREF((PyObject *)__pyx_v_self->wakeup);
   __Pyx_DECREF_SET(__pyx_v_self->wakeup, ((struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)Py_None));
 
-  /* "ivshmem/channel/membership.pyx":889
+  /* "ivshmem/channel/membership.pyx":890
  *         self.open = False
  *         self.wakeup = None
  *         if self.watched:             # <<<<<<<<<<<<<<
@@ -17130,7 +17144,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
 */
   if (__pyx_v_self->watched) {
 
-    /* "ivshmem/channel/membership.pyx":890
+    /* "ivshmem/channel/membership.pyx":891
  *         self.wakeup = None
  *         if self.watched:
  *             self.membership.watchers -= 1             # <<<<<<<<<<<<<<
@@ -17139,7 +17153,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
 */
     __pyx_v_self->membership->watchers = (__pyx_v_self->membership->watchers - 1);
 
-    /* "ivshmem/channel/membership.pyx":889
+    /* "ivshmem/channel/membership.pyx":890
  *         self.open = False
  *         self.wakeup = None
  *         if self.watched:             # <<<<<<<<<<<<<<
@@ -17148,7 +17162,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":891
+  /* "ivshmem/channel/membership.pyx":892
  *         if self.watched:
  *             self.membership.watchers -= 1
  *         if self.membership.usable() and not self.copying:             # <<<<<<<<<<<<<<
@@ -17174,27 +17188,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":892
+    /* "ivshmem/channel/membership.pyx":893
  *             self.membership.watchers -= 1
  *         if self.membership.usable() and not self.copying:
  *             self.give_up()             # <<<<<<<<<<<<<<
  *             self.membership.flush()
  *         if self.membership.generation == generation:
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 892, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 893, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":893
+    /* "ivshmem/channel/membership.pyx":894
  *         if self.membership.usable() and not self.copying:
  *             self.give_up()
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         if self.membership.generation == generation:
  *             self.membership.kick_all()
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 893, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 894, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":891
+    /* "ivshmem/channel/membership.pyx":892
  *         if self.watched:
  *             self.membership.watchers -= 1
  *         if self.membership.usable() and not self.copying:             # <<<<<<<<<<<<<<
@@ -17203,7 +17217,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":894
+  /* "ivshmem/channel/membership.pyx":895
  *             self.give_up()
  *             self.membership.flush()
  *         if self.membership.generation == generation:             # <<<<<<<<<<<<<<
@@ -17215,17 +17229,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":895
+    /* "ivshmem/channel/membership.pyx":896
  *             self.membership.flush()
  *         if self.membership.generation == generation:
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         self.membership.ends.discard(self)
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 895, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 896, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":894
+    /* "ivshmem/channel/membership.pyx":895
  *             self.give_up()
  *             self.membership.flush()
  *         if self.membership.generation == generation:             # <<<<<<<<<<<<<<
@@ -17234,7 +17248,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":896
+  /* "ivshmem/channel/membership.pyx":897
  *         if self.membership.generation == generation:
  *             self.membership.kick_all()
  *         self.membership.ends.discard(self)             # <<<<<<<<<<<<<<
@@ -17248,12 +17262,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
     PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self)};
     __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_discard, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 896, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 897, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
   }
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/membership.pyx":883
+  /* "ivshmem/channel/membership.pyx":884
  *                 sleeper.end_sleep()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -17275,7 +17289,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":898
+/* "ivshmem/channel/membership.pyx":899
  *         self.membership.ends.discard(self)
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -17306,7 +17320,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_16__del__(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__del__", 0);
 
-  /* "ivshmem/channel/membership.pyx":899
+  /* "ivshmem/channel/membership.pyx":900
  * 
  *     def __del__(self):
  *         if self.open:             # <<<<<<<<<<<<<<
@@ -17315,7 +17329,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_16__del__(struc
 */
   if (__pyx_v_self->open) {
 
-    /* "ivshmem/channel/membership.pyx":900
+    /* "ivshmem/channel/membership.pyx":901
  *     def __del__(self):
  *         if self.open:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -17329,12 +17343,12 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_16__del__(struc
       PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 900, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 901, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":899
+    /* "ivshmem/channel/membership.pyx":900
  * 
  *     def __del__(self):
  *         if self.open:             # <<<<<<<<<<<<<<
@@ -17343,7 +17357,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_16__del__(struc
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":898
+  /* "ivshmem/channel/membership.pyx":899
  *         self.membership.ends.discard(self)
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -17362,7 +17376,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_16__del__(struc
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/channel/membership.pyx":902
+/* "ivshmem/channel/membership.pyx":903
  *             self.close()
  * 
  *     cdef int begin_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -17385,17 +17399,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_copy(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("begin_copy", 0);
 
-  /* "ivshmem/channel/membership.pyx":904
+  /* "ivshmem/channel/membership.pyx":905
  *     cdef int begin_copy(self) except -1:
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         self.membership.mapping.pin()             # <<<<<<<<<<<<<<
  *         try:
  *             self.membership.use_memory()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->pin(__pyx_v_self->membership->mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 904, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->pin(__pyx_v_self->membership->mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 905, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":905
+  /* "ivshmem/channel/membership.pyx":906
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         self.membership.mapping.pin()
  *         try:             # <<<<<<<<<<<<<<
@@ -17411,17 +17425,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_copy(struct
     __Pyx_XGOTREF(__pyx_t_4);
     /*try:*/ {
 
-      /* "ivshmem/channel/membership.pyx":906
+      /* "ivshmem/channel/membership.pyx":907
  *         self.membership.mapping.pin()
  *         try:
  *             self.membership.use_memory()             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.membership.mapping.unpin()
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->use_memory(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 906, __pyx_L3_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->use_memory(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 907, __pyx_L3_error)
 
 
-      /* "ivshmem/channel/membership.pyx":905
+      /* "ivshmem/channel/membership.pyx":906
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         self.membership.mapping.pin()
  *         try:             # <<<<<<<<<<<<<<
@@ -17435,7 +17449,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_copy(struct
     goto __pyx_L8_try_end;
     __pyx_L3_error:;
 
-    /* "ivshmem/channel/membership.pyx":907
+    /* "ivshmem/channel/membership.pyx":908
  *         try:
  *             self.membership.use_memory()
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -17445,12 +17459,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_copy(struct
     __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_1) {
       __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd.begin_copy", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 907, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 908, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_7);
 
-      /* "ivshmem/channel/membership.pyx":908
+      /* "ivshmem/channel/membership.pyx":909
  *             self.membership.use_memory()
  *         except BaseException:
  *             self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -17459,7 +17473,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_copy(struct
 */
       ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->membership->mapping);
 
-      /* "ivshmem/channel/membership.pyx":909
+      /* "ivshmem/channel/membership.pyx":910
  *         except BaseException:
  *             self.membership.mapping.unpin()
  *             raise             # <<<<<<<<<<<<<<
@@ -17471,11 +17485,11 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_copy(struct
       __Pyx_XGIVEREF(__pyx_t_7);
       __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_6, __pyx_t_7);
       __pyx_t_5 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
-      __PYX_ERR(0, 909, __pyx_L5_except_error)
+      __PYX_ERR(0, 910, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/membership.pyx":905
+    /* "ivshmem/channel/membership.pyx":906
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         self.membership.mapping.pin()
  *         try:             # <<<<<<<<<<<<<<
@@ -17491,7 +17505,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_copy(struct
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/membership.pyx":910
+  /* "ivshmem/channel/membership.pyx":911
  *             self.membership.mapping.unpin()
  *             raise
  *         self.copying += 1             # <<<<<<<<<<<<<<
@@ -17500,7 +17514,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_copy(struct
 */
   __pyx_v_self->copying = (__pyx_v_self->copying + 1);
 
-  /* "ivshmem/channel/membership.pyx":911
+  /* "ivshmem/channel/membership.pyx":912
  *             raise
  *         self.copying += 1
  *         return 0             # <<<<<<<<<<<<<<
@@ -17513,7 +17527,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_copy(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":902
+  /* "ivshmem/channel/membership.pyx":903
  *             self.close()
  * 
  *     cdef int begin_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -17534,7 +17548,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_copy(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":913
+/* "ivshmem/channel/membership.pyx":914
  *         return 0
  * 
  *     cdef int end_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -17551,7 +17565,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_end_copy(struct _
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/membership.pyx":914
+  /* "ivshmem/channel/membership.pyx":915
  * 
  *     cdef int end_copy(self) except -1:
  *         self.copying -= 1             # <<<<<<<<<<<<<<
@@ -17560,7 +17574,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_end_copy(struct _
 */
   __pyx_v_self->copying = (__pyx_v_self->copying - 1);
 
-  /* "ivshmem/channel/membership.pyx":915
+  /* "ivshmem/channel/membership.pyx":916
  *     cdef int end_copy(self) except -1:
  *         self.copying -= 1
  *         if not self.open and not self.copying and self.membership.usable():             # <<<<<<<<<<<<<<
@@ -17596,27 +17610,27 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_end_copy(struct _
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":916
+    /* "ivshmem/channel/membership.pyx":917
  *         self.copying -= 1
  *         if not self.open and not self.copying and self.membership.usable():
  *             self.give_up()  # another thread closed this end during the copy             # <<<<<<<<<<<<<<
  *             self.membership.flush()
  *         self.membership.mapping.unpin()
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 916, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 917, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":917
+    /* "ivshmem/channel/membership.pyx":918
  *         if not self.open and not self.copying and self.membership.usable():
  *             self.give_up()  # another thread closed this end during the copy
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         self.membership.mapping.unpin()
  *         return self.membership.end_use()
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 917, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 918, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":915
+    /* "ivshmem/channel/membership.pyx":916
  *     cdef int end_copy(self) except -1:
  *         self.copying -= 1
  *         if not self.open and not self.copying and self.membership.usable():             # <<<<<<<<<<<<<<
@@ -17625,7 +17639,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_end_copy(struct _
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":918
+  /* "ivshmem/channel/membership.pyx":919
  *             self.give_up()  # another thread closed this end during the copy
  *             self.membership.flush()
  *         self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -17634,20 +17648,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_end_copy(struct _
 */
   ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->membership->mapping);
 
-  /* "ivshmem/channel/membership.pyx":919
+  /* "ivshmem/channel/membership.pyx":920
  *             self.membership.flush()
  *         self.membership.mapping.unpin()
  *         return self.membership.end_use()             # <<<<<<<<<<<<<<
  * 
  *     cdef int enlist(self) except -1:
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->end_use(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 919, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->end_use(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 920, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_3;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":913
+  /* "ivshmem/channel/membership.pyx":914
  *         return 0
  * 
  *     cdef int end_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -17664,7 +17678,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_end_copy(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":921
+/* "ivshmem/channel/membership.pyx":922
  *         return self.membership.end_use()
  * 
  *     cdef int enlist(self) except -1:             # <<<<<<<<<<<<<<
@@ -17690,7 +17704,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enlist", 0);
 
-  /* "ivshmem/channel/membership.pyx":923
+  /* "ivshmem/channel/membership.pyx":924
  *     cdef int enlist(self) except -1:
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True             # <<<<<<<<<<<<<<
@@ -17699,7 +17713,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist(struct __p
 */
   __pyx_v_self->open = 1;
 
-  /* "ivshmem/channel/membership.pyx":924
+  /* "ivshmem/channel/membership.pyx":925
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -17715,7 +17729,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist(struct __p
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/channel/membership.pyx":925
+      /* "ivshmem/channel/membership.pyx":926
  *         self.open = True
  *         try:
  *             self.membership.ends.add(self)             # <<<<<<<<<<<<<<
@@ -17729,22 +17743,22 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist(struct __p
         PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self)};
         __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 925, __pyx_L3_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 926, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-      /* "ivshmem/channel/membership.pyx":926
+      /* "ivshmem/channel/membership.pyx":927
  *         try:
  *             self.membership.ends.add(self)
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.close()
 */
-      __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 926, __pyx_L3_error)
+      __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 927, __pyx_L3_error)
 
 
-      /* "ivshmem/channel/membership.pyx":924
+      /* "ivshmem/channel/membership.pyx":925
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -17760,7 +17774,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist(struct __p
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/membership.pyx":927
+    /* "ivshmem/channel/membership.pyx":928
  *             self.membership.ends.add(self)
  *             self.membership.flush()
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -17770,12 +17784,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist(struct __p
     __pyx_t_7 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_7) {
       __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd.enlist", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_5, &__pyx_t_8) < 0) __PYX_ERR(0, 927, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_5, &__pyx_t_8) < 0) __PYX_ERR(0, 928, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_8);
 
-      /* "ivshmem/channel/membership.pyx":928
+      /* "ivshmem/channel/membership.pyx":929
  *             self.membership.flush()
  *         except BaseException:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -17789,12 +17803,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist(struct __p
         PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
         __pyx_t_9 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 928, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 929, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_9);
       }
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/channel/membership.pyx":929
+      /* "ivshmem/channel/membership.pyx":930
  *         except BaseException:
  *             self.close()
  *             raise             # <<<<<<<<<<<<<<
@@ -17806,11 +17820,11 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist(struct __p
       __Pyx_XGIVEREF(__pyx_t_8);
       __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_5, __pyx_t_8);
       __pyx_t_4 = 0;  __pyx_t_5 = 0;  __pyx_t_8 = 0; 
-      __PYX_ERR(0, 929, __pyx_L5_except_error)
+      __PYX_ERR(0, 930, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/membership.pyx":924
+    /* "ivshmem/channel/membership.pyx":925
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -17826,7 +17840,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist(struct __p
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/membership.pyx":930
+  /* "ivshmem/channel/membership.pyx":931
  *             self.close()
  *             raise
  *         return 0             # <<<<<<<<<<<<<<
@@ -17839,7 +17853,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist(struct __p
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":921
+  /* "ivshmem/channel/membership.pyx":922
  *         return self.membership.end_use()
  * 
  *     cdef int enlist(self) except -1:             # <<<<<<<<<<<<<<
@@ -17862,7 +17876,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":932
+/* "ivshmem/channel/membership.pyx":933
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -17918,7 +17932,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_18__enter_
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/membership.pyx":933
+  /* "ivshmem/channel/membership.pyx":934
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -17936,7 +17950,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_18__enter_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":932
+  /* "ivshmem/channel/membership.pyx":933
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -17951,7 +17965,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_18__enter_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":935
+/* "ivshmem/channel/membership.pyx":936
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
@@ -18000,7 +18014,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_20__exit__
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/membership.pyx":936
+  /* "ivshmem/channel/membership.pyx":937
  * 
  *     def __exit__(self, *error):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -18014,12 +18028,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_20__exit__
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 936, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 937, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":935
+  /* "ivshmem/channel/membership.pyx":936
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
@@ -18041,7 +18055,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_20__exit__
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":938
+/* "ivshmem/channel/membership.pyx":939
  *         self.close()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -18081,7 +18095,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_22__repr__
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/membership.pyx":939
+  /* "ivshmem/channel/membership.pyx":940
  * 
  *     def __repr__(self):
  *         state = ", closed" if not self.open else ""             # <<<<<<<<<<<<<<
@@ -18100,19 +18114,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_22__repr__
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":940
+  /* "ivshmem/channel/membership.pyx":941
  *     def __repr__(self):
  *         state = ", closed" if not self.open else ""
  *         return f"<ivshmem.channel.{type(self).__name__} of {self.name!r}{state}>"             # <<<<<<<<<<<<<<
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name_2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 940, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name_2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 941, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 940, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 941, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 940, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 941, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_4 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 940, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 941, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel;
   __pyx_t_5[1] = __pyx_t_3;
@@ -18129,7 +18143,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_22__repr__
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_5[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_5[4]);
   #endif
   __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 6, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 940, __pyx_L1_error)
+  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 941, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -18145,7 +18159,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_22__repr__
   __pyx_t_8 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":938
+  /* "ivshmem/channel/membership.pyx":939
  *         self.close()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -19111,14 +19125,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Wakeup
   __pyx_vtable_7ivshmem_7channel_10membership_Wakeup.wait = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *, int64_t))__pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait;
   __pyx_vtable_7ivshmem_7channel_10membership_Wakeup.clear = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *))__pyx_f_7ivshmem_7channel_10membership_6Wakeup_clear;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_Wakeup_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup)) __PYX_ERR(0, 608, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_Wakeup_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup)) __PYX_ERR(0, 609, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup = &__pyx_type_7ivshmem_7channel_10membership_Wakeup;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup) < (0)) __PYX_ERR(0, 608, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup) < (0)) __PYX_ERR(0, 609, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup);
@@ -19128,9 +19142,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Wakeup
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, __pyx_vtabptr_7ivshmem_7channel_10membership_Wakeup) < (0)) __PYX_ERR(0, 608, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Wakeup, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup) < (0)) __PYX_ERR(0, 608, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup) < (0)) __PYX_ERR(0, 608, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, __pyx_vtabptr_7ivshmem_7channel_10membership_Wakeup) < (0)) __PYX_ERR(0, 609, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Wakeup, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup) < (0)) __PYX_ERR(0, 609, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup) < (0)) __PYX_ERR(0, 609, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -19163,14 +19177,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Channe
   __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.arm = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_arm;
   __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.fail = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, int))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_fail;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_ChannelEnd_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) __PYX_ERR(0, 681, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_ChannelEnd_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) __PYX_ERR(0, 682, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd = &__pyx_type_7ivshmem_7channel_10membership_ChannelEnd;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd) < (0)) __PYX_ERR(0, 681, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd) < (0)) __PYX_ERR(0, 682, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
@@ -19180,8 +19194,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Channe
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd) < (0)) __PYX_ERR(0, 681, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ChannelEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd) < (0)) __PYX_ERR(0, 681, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd) < (0)) __PYX_ERR(0, 682, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ChannelEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd) < (0)) __PYX_ERR(0, 682, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd, __weakref__);
   #endif
@@ -20082,34 +20096,34 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":666
+  /* "ivshmem/channel/membership.pyx":667
  *         return 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         """Return the epoll object's descriptor, which stays this object's."""
  *         return self.epoll.epfd
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_6Wakeup_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 666, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_6Wakeup_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 667, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 666, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 667, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":670
+  /* "ivshmem/channel/membership.pyx":671
  *         return self.epoll.epfd
  * 
  *     def clear_rings(self):             # <<<<<<<<<<<<<<
  *         """Do what `clear` does."""
  *         self.clear()
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_6Wakeup_5clear_rings, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup_clear_rings, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 670, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_6Wakeup_5clear_rings, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup_clear_rings, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 671, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, __pyx_mstate_global->__pyx_n_u_clear_rings, __pyx_t_2) < (0)) __PYX_ERR(0, 670, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, __pyx_mstate_global->__pyx_n_u_clear_rings, __pyx_t_2) < (0)) __PYX_ERR(0, 671, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -20139,139 +20153,139 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":692
+  /* "ivshmem/channel/membership.pyx":693
  *         self.name = ""
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: open another one where it is"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 692, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 693, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 692, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 693, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":737
+  /* "ivshmem/channel/membership.pyx":738
  *         return 0
  * 
  *     def wake_others(self):             # <<<<<<<<<<<<<<
  *         """Ring the other sleepers of the channel: a place was freed."""
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_5wake_others, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_wake_others, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 737, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_5wake_others, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_wake_others, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 738, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_wake_others, __pyx_t_2) < (0)) __PYX_ERR(0, 737, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_wake_others, __pyx_t_2) < (0)) __PYX_ERR(0, 738, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":826
+  /* "ivshmem/channel/membership.pyx":827
  *         return code
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def fileno(self):
  *         """Return a descriptor for an event loop, which is readable when there may be something.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_7fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 826, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_7fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 827, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 826, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 827, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":855
+  /* "ivshmem/channel/membership.pyx":856
  *     # For tasks of an asyncio loop (asynchronous.py).
  * 
  *     def _membership(self):             # <<<<<<<<<<<<<<
  *         return self.membership
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_9_membership, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__membership, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 855, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_9_membership, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__membership, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 856, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_membership_2, __pyx_t_2) < (0)) __PYX_ERR(0, 855, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_membership_2, __pyx_t_2) < (0)) __PYX_ERR(0, 856, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":858
+  /* "ivshmem/channel/membership.pyx":859
  *         return self.membership
  * 
  *     def _begin_waiting(self):             # <<<<<<<<<<<<<<
  *         """Say in memory that this end sleeps; whether there is something already."""
  *         cdef int code
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_11_begin_waiting, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__begin_waiting, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 858, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_11_begin_waiting, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__begin_waiting, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 859, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_begin_waiting, __pyx_t_2) < (0)) __PYX_ERR(0, 858, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_begin_waiting, __pyx_t_2) < (0)) __PYX_ERR(0, 859, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":871
+  /* "ivshmem/channel/membership.pyx":872
  *         return code != IVSHMEM_AGAIN
  * 
  *     def _end_waiting(self):             # <<<<<<<<<<<<<<
  *         """End what _begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_13_end_waiting, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__end_waiting, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 871, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_13_end_waiting, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__end_waiting, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 872, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_end_waiting, __pyx_t_2) < (0)) __PYX_ERR(0, 871, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_end_waiting, __pyx_t_2) < (0)) __PYX_ERR(0, 872, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":883
+  /* "ivshmem/channel/membership.pyx":884
  *                 sleeper.end_sleep()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_15close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 883, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_15close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 884, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 883, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 884, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":932
+  /* "ivshmem/channel/membership.pyx":933
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_19__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 932, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_19__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 933, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 932, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 933, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":935
+  /* "ivshmem/channel/membership.pyx":936
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
  *         self.close()
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_21__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 935, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_21__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 936, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 935, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 936, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/membership.pyx":1
@@ -20606,12 +20620,12 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 666};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 667};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_t6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 670};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 671};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_clear_rings, __pyx_mstate->__pyx_kp_b_iso88591_A_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
@@ -20626,47 +20640,47 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 692};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 693};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq_Qe1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 737};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 738};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_wake_others, __pyx_mstate->__pyx_kp_b_iso88591_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 826};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 827};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_6_t4s_Q_Ky_t7, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 855};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 856};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_membership_2, __pyx_mstate->__pyx_kp_b_iso88591_A_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 858};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 859};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_sleeper};
     __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_begin_waiting, __pyx_mstate->__pyx_kp_b_iso88591_A_ha_F_t_q_1_K_A_KvQ_KvQ_uCq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 871};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 872};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_sleeper};
     __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_end_waiting, __pyx_mstate->__pyx_kp_b_iso88591_A_ha_1_K_A_7_whc_1_z, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 883};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 884};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_4_D_D_6_4_c_9A_Ku, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 932};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 933};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 935};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 936};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_error_2};
     __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_F_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }

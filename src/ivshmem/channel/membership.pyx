@@ -534,6 +534,7 @@ cdef class Membership:
             self.ending.close()
         self.threads = None
         self.loops = None
+        self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
         if self.pinned:
             self.leave()
             self.pinned = False

@@ -419,8 +419,8 @@ cdef class Reader(ReaderEnd):
         if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
             self.keep()
             raise MessagesLost(
-                f"channel {self.name!r}: this process was stopped, and writers went on without it:"
-                f" {counted(self.message.lost, 'message')} of a writer were lost",
+                f"channel {self.name!r}: this process was stopped, and writers continued without"
+                f" it: {counted(self.message.lost, 'message')} of a writer were lost",
                 self.message.lost,
             )
         return 0

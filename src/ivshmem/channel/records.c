@@ -2557,7 +2557,7 @@ struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_2___pyx_f_7ivshme
 };
 
 
-/* "ivshmem/channel/records.pyx":210
+/* "ivshmem/channel/records.pyx":218
  *             lost = ivshmem_value(policy) >> 8
  *             overflow = next(
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"             # <<<<<<<<<<<<<<
@@ -4427,7 +4427,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type__update;
     PyObject *__pyx_tuple[1];
     PyObject *__pyx_codeobj_tab[8];
-    PyObject *__pyx_string_tab[135];
+    PyObject *__pyx_string_tab[136];
     PyObject *__pyx_number_tab[4];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -4623,23 +4623,24 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_times __pyx_string_tab[115]
 #define __pyx_n_u_tries __pyx_string_tab[116]
 #define __pyx_n_u_type __pyx_string_tab[117]
-#define __pyx_n_u_unit __pyx_string_tab[118]
-#define __pyx_n_u_units __pyx_string_tab[119]
-#define __pyx_n_u_update __pyx_string_tab[120]
-#define __pyx_n_u_usage_locals_genexpr __pyx_string_tab[121]
-#define __pyx_n_u_value __pyx_string_tab[122]
-#define __pyx_n_u_values __pyx_string_tab[123]
-#define __pyx_n_u_views __pyx_string_tab[124]
-#define __pyx_n_u_writers __pyx_string_tab[125]
-#define __pyx_n_u_writing __pyx_string_tab[126]
-#define __pyx_kp_b_iso88591_az_z_fA_Qd_q_l_1D_ZrQSSUUV_A_av __pyx_string_tab[127]
-#define __pyx_kp_b_iso88591_k_8_1Cq_V1 __pyx_string_tab[128]
-#define __pyx_kp_b_iso88591_fA_A_U_WE_aq_1HCq_e1AQ_7_5_Qa_1 __pyx_string_tab[129]
-#define __pyx_kp_b_iso88591_WA_fA_s_9Ba_axs_ax_Yc_q_7_Q_5_q __pyx_string_tab[130]
-#define __pyx_kp_b_iso88591_fA_z_k_1JgWG1HA_vQ_AWKs_m1A_1Jg __pyx_string_tab[131]
-#define __pyx_kp_b_iso88591_A_WA_fA_1HCwa_6_is_1_6_fCq_k_T __pyx_string_tab[132]
-#define __pyx_kp_b_iso88591__5 __pyx_string_tab[133]
-#define __pyx_kp_b_iso88591__4 __pyx_string_tab[134]
+#define __pyx_n_u_unfinished __pyx_string_tab[118]
+#define __pyx_n_u_unit __pyx_string_tab[119]
+#define __pyx_n_u_units __pyx_string_tab[120]
+#define __pyx_n_u_update __pyx_string_tab[121]
+#define __pyx_n_u_usage_locals_genexpr __pyx_string_tab[122]
+#define __pyx_n_u_value __pyx_string_tab[123]
+#define __pyx_n_u_values __pyx_string_tab[124]
+#define __pyx_n_u_views __pyx_string_tab[125]
+#define __pyx_n_u_writers __pyx_string_tab[126]
+#define __pyx_n_u_writing __pyx_string_tab[127]
+#define __pyx_kp_b_iso88591_az_z_fA_Qd_q_l_1D_ZrQSSUUV_A_av __pyx_string_tab[128]
+#define __pyx_kp_b_iso88591_k_8_1Cq_V1 __pyx_string_tab[129]
+#define __pyx_kp_b_iso88591_fA_A_U_WE_aq_1HCq_e1AQ_7_5_Qa_1 __pyx_string_tab[130]
+#define __pyx_kp_b_iso88591_WA_fA_s_9Ba_axs_ax_Yc_q_7_Q_5_q __pyx_string_tab[131]
+#define __pyx_kp_b_iso88591_fA_z_k_1JgWG1HA_vQ_AWKs_m1A_1Jg __pyx_string_tab[132]
+#define __pyx_kp_b_iso88591_A_WA_fA_1HCwa_6_is_1_6_fCq_k_T __pyx_string_tab[133]
+#define __pyx_kp_b_iso88591__5 __pyx_string_tab[134]
+#define __pyx_kp_b_iso88591__4 __pyx_string_tab[135]
 #define __pyx_float_0_0005 __pyx_number_tab[0]
 #define __pyx_int_0 __pyx_number_tab[1]
 #define __pyx_int_1 __pyx_number_tab[2]
@@ -4689,7 +4690,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type__update.method);
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<8; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<135; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<136; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4747,7 +4748,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type__update.method);
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<8; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<135; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<136; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<4; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -8228,7 +8229,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_8listing(CYTHON_UNUSED PyOb
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/records.pyx":210
+/* "ivshmem/channel/records.pyx":218
  *             lost = ivshmem_value(policy) >> 8
  *             overflow = next(
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"             # <<<<<<<<<<<<<<
@@ -8248,7 +8249,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_5usage_genexpr(PyObject *__
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 210, __pyx_L1_error)
+    __PYX_ERR(0, 218, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -8259,7 +8260,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_5usage_genexpr(PyObject *__
   __Pyx_INCREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_genexpr_arg_0);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7records_5usage_2generator1, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_usage_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records); if (unlikely(!gen)) __PYX_ERR(0, 210, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Generator_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_7records_5usage_2generator1, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_genexpr, __pyx_mstate_global->__pyx_n_u_usage_locals_genexpr, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records); if (unlikely(!gen)) __PYX_ERR(0, 218, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -8302,15 +8303,15 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started generator");
-    __PYX_ERR(0, 210, __pyx_L1_error)
+    __PYX_ERR(0, 218, __pyx_L1_error)
   }
   __pyx_t_2 = 0;
-  if (unlikely(!__pyx_cur_scope->__pyx_genexpr_arg_0)) { __Pyx_RaiseUnboundLocalError(".0"); __PYX_ERR(0, 210, __pyx_L1_error) }
+  if (unlikely(!__pyx_cur_scope->__pyx_genexpr_arg_0)) { __Pyx_RaiseUnboundLocalError(".0"); __PYX_ERR(0, 218, __pyx_L1_error) }
   if (unlikely(__pyx_cur_scope->__pyx_genexpr_arg_0 == Py_None)) {
     PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "items");
-    __PYX_ERR(0, 210, __pyx_L1_error)
+    __PYX_ERR(0, 218, __pyx_L1_error)
   }
-  __pyx_t_5 = __Pyx_dict_iterator(__pyx_cur_scope->__pyx_genexpr_arg_0, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_3), (&__pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 210, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_dict_iterator(__pyx_cur_scope->__pyx_genexpr_arg_0, 0, __pyx_mstate_global->__pyx_n_u_items, (&__pyx_t_3), (&__pyx_t_4)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 218, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_XDECREF(__pyx_t_1);
   __pyx_t_1 = __pyx_t_5;
@@ -8318,7 +8319,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
   while (1) {
     __pyx_t_7 = __Pyx_dict_iter_next(__pyx_t_1, __pyx_t_3, &__pyx_t_2, &__pyx_t_5, &__pyx_t_6, NULL, __pyx_t_4);
     if (unlikely(__pyx_t_7 == 0)) break;
-    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 210, __pyx_L1_error)
+    if (unlikely(__pyx_t_7 == -1)) __PYX_ERR(0, 218, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_XGOTREF(__pyx_cur_scope->__pyx_v_n);
@@ -8329,9 +8330,9 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
     __Pyx_XDECREF_SET(__pyx_cur_scope->__pyx_v_bit, __pyx_t_6);
     __Pyx_GIVEREF(__pyx_t_6);
     __pyx_t_6 = 0;
-    __pyx_t_6 = __Pyx_PyLong_From_unsigned_int(ivshmem_policy(__pyx_cur_scope->__pyx_outer_scope->__pyx_v_policy)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 210, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From_unsigned_int(ivshmem_policy(__pyx_cur_scope->__pyx_outer_scope->__pyx_v_policy)); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 218, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_8 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_cur_scope->__pyx_v_bit, __pyx_t_6, Py_EQ); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 210, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_CompareBoolEq_object_int(__pyx_cur_scope->__pyx_v_bit, __pyx_t_6, Py_EQ); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 218, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     if (__pyx_t_8) {
 
@@ -8358,7 +8359,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_7records_5usage_2generator1(__pyx_Co
       __pyx_t_2 = __pyx_cur_scope->__pyx_t_1;
       __pyx_t_3 = __pyx_cur_scope->__pyx_t_2;
       __pyx_t_4 = __pyx_cur_scope->__pyx_t_3;
-      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 210, __pyx_L1_error)
+      if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 218, __pyx_L1_error)
     }
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -8401,6 +8402,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   uint64_t __pyx_v_owner;
   uint64_t __pyx_v_tail;
   uint64_t __pyx_v_head;
+  uint64_t __pyx_v_claim;
   unsigned int __pyx_v_i;
   unsigned int __pyx_v_j;
   struct ivshmem_place __pyx_v_place;
@@ -8427,9 +8429,10 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   int __pyx_t_14;
   uint32_t __pyx_t_15;
   uint32_t __pyx_t_16;
-  uint32_t __pyx_t_17;
-  uint64_t __pyx_t_18;
+  unsigned int __pyx_t_17;
+  uint32_t __pyx_t_18;
   uint64_t __pyx_t_19;
+  uint64_t __pyx_t_20;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -8447,7 +8450,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
  *     """Who writes and who reads, as (slot, place, state, ..)."""
  *     cdef ivshmem_channel channel
  *     cdef ivshmem_geometry *g = &record.geometry             # <<<<<<<<<<<<<<
- *     cdef uint64_t owner, tail, head, policy
+ *     cdef uint64_t owner, tail, head, policy, claim
  *     cdef unsigned i, j
 */
   __pyx_v_g = (&__pyx_v_record->geometry);
@@ -8456,39 +8459,48 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
  *     cdef unsigned i, j
  *     cdef ivshmem_place place
  *     ivshmem_channel_open(&channel, &membership.member.area, record)             # <<<<<<<<<<<<<<
- *     ends = {"writing": [], "reading": [], "connections": 0, "bytes": channel.layout.size}
- *     if g.kind == IVSHMEM_BYTES:
+ *     ends = {
+ *         "writing": [], "reading": [], "connections": 0, "unfinished": 0,
 */
   ivshmem_channel_open((&__pyx_v_channel), (&__pyx_v_membership->member.area), __pyx_v_record);
 
-  /* "ivshmem/channel/records.pyx":176
- *     cdef ivshmem_place place
+  /* "ivshmem/channel/records.pyx":177
  *     ivshmem_channel_open(&channel, &membership.member.area, record)
- *     ends = {"writing": [], "reading": [], "connections": 0, "bytes": channel.layout.size}             # <<<<<<<<<<<<<<
- *     if g.kind == IVSHMEM_BYTES:
- *         for i in range(g.writers):
+ *     ends = {
+ *         "writing": [], "reading": [], "connections": 0, "unfinished": 0,             # <<<<<<<<<<<<<<
+ *         "bytes": channel.layout.size,
+ *     }
 */
-  __pyx_t_1 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 176, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyDict_NewPresized(5); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 177, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 176, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 177, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_writing, __pyx_t_2) < (0)) __PYX_ERR(0, 176, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_writing, __pyx_t_2) < (0)) __PYX_ERR(0, 177, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 176, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 177, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_reading, __pyx_t_2) < (0)) __PYX_ERR(0, 176, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_reading, __pyx_t_2) < (0)) __PYX_ERR(0, 177, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_connections, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 176, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel.layout.size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 176, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_connections, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 177, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_unfinished, __pyx_mstate_global->__pyx_int_0) < (0)) __PYX_ERR(0, 177, __pyx_L1_error)
+
+  /* "ivshmem/channel/records.pyx":178
+ *     ends = {
+ *         "writing": [], "reading": [], "connections": 0, "unfinished": 0,
+ *         "bytes": channel.layout.size,             # <<<<<<<<<<<<<<
+ *     }
+ *     if g.kind == IVSHMEM_BYTES:
+*/
+  __pyx_t_2 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel.layout.size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 178, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_bytes, __pyx_t_2) < (0)) __PYX_ERR(0, 176, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_bytes, __pyx_t_2) < (0)) __PYX_ERR(0, 177, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __pyx_v_ends = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/records.pyx":177
- *     ivshmem_channel_open(&channel, &membership.member.area, record)
- *     ends = {"writing": [], "reading": [], "connections": 0, "bytes": channel.layout.size}
+  /* "ivshmem/channel/records.pyx":180
+ *         "bytes": channel.layout.size,
+ *     }
  *     if g.kind == IVSHMEM_BYTES:             # <<<<<<<<<<<<<<
  *         for i in range(g.writers):
  *             for j in range(2):
@@ -8498,8 +8510,8 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/records.pyx":178
- *     ends = {"writing": [], "reading": [], "connections": 0, "bytes": channel.layout.size}
+    /* "ivshmem/channel/records.pyx":181
+ *     }
  *     if g.kind == IVSHMEM_BYTES:
  *         for i in range(g.writers):             # <<<<<<<<<<<<<<
  *             for j in range(2):
@@ -8512,7 +8524,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
       __pyx_v_i = __pyx_t_6;
 
-      /* "ivshmem/channel/records.pyx":179
+      /* "ivshmem/channel/records.pyx":182
  *     if g.kind == IVSHMEM_BYTES:
  *         for i in range(g.writers):
  *             for j in range(2):             # <<<<<<<<<<<<<<
@@ -8522,7 +8534,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       for (__pyx_t_7 = 0; __pyx_t_7 < 2; __pyx_t_7+=1) {
         __pyx_v_j = __pyx_t_7;
 
-        /* "ivshmem/channel/records.pyx":180
+        /* "ivshmem/channel/records.pyx":183
  *         for i in range(g.writers):
  *             for j in range(2):
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))             # <<<<<<<<<<<<<<
@@ -8531,7 +8543,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
         __pyx_v_owner = ivshmem_get((&__pyx_v_channel), ivshmem_end_owner_at((&__pyx_v_channel), __pyx_v_i, __pyx_v_j));
 
-        /* "ivshmem/channel/records.pyx":181
+        /* "ivshmem/channel/records.pyx":184
  *             for j in range(2):
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))
  *                 if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN and not ivshmem_is_gone(             # <<<<<<<<<<<<<<
@@ -8549,7 +8561,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
           goto __pyx_L9_bool_binop_done;
         }
 
-        /* "ivshmem/channel/records.pyx":182
+        /* "ivshmem/channel/records.pyx":185
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))
  *                 if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN and not ivshmem_is_gone(
  *                     &channel.area, ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -8563,7 +8575,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 
         __pyx_L9_bool_binop_done:;
 
-        /* "ivshmem/channel/records.pyx":181
+        /* "ivshmem/channel/records.pyx":184
  *             for j in range(2):
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))
  *                 if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN and not ivshmem_is_gone(             # <<<<<<<<<<<<<<
@@ -8573,7 +8585,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/records.pyx":184
+          /* "ivshmem/channel/records.pyx":187
  *                     &channel.area, ivshmem_place_of(owner)
  *                 ):
  *                     ends["connections"] += 1             # <<<<<<<<<<<<<<
@@ -8582,16 +8594,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
           __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_connections);
           __pyx_t_9 = __pyx_mstate_global->__pyx_n_u_connections;
-          __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 184, __pyx_L1_error)
+          __pyx_t_1 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 187, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_1);
-          __pyx_t_2 = __Pyx_PyLong_AddObjC(__pyx_t_1, __pyx_mstate_global->__pyx_int_1, 1, 1, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 184, __pyx_L1_error)
+          __pyx_t_2 = __Pyx_PyLong_AddObjC(__pyx_t_1, __pyx_mstate_global->__pyx_int_1, 1, 1, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 187, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_2);
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-          if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_2) < 0))) __PYX_ERR(0, 184, __pyx_L1_error)
+          if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_2) < 0))) __PYX_ERR(0, 187, __pyx_L1_error)
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-          /* "ivshmem/channel/records.pyx":185
+          /* "ivshmem/channel/records.pyx":188
  *                 ):
  *                     ends["connections"] += 1
  *                     break             # <<<<<<<<<<<<<<
@@ -8600,7 +8612,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
           goto __pyx_L7_break;
 
-          /* "ivshmem/channel/records.pyx":181
+          /* "ivshmem/channel/records.pyx":184
  *             for j in range(2):
  *                 owner = ivshmem_get(&channel, ivshmem_end_owner_at(&channel, i, j))
  *                 if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN and not ivshmem_is_gone(             # <<<<<<<<<<<<<<
@@ -8613,9 +8625,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     }
 
 
-    /* "ivshmem/channel/records.pyx":177
- *     ivshmem_channel_open(&channel, &membership.member.area, record)
- *     ends = {"writing": [], "reading": [], "connections": 0, "bytes": channel.layout.size}
+    /* "ivshmem/channel/records.pyx":180
+ *         "bytes": channel.layout.size,
+ *     }
  *     if g.kind == IVSHMEM_BYTES:             # <<<<<<<<<<<<<<
  *         for i in range(g.writers):
  *             for j in range(2):
@@ -8623,7 +8635,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/records.pyx":187
+  /* "ivshmem/channel/records.pyx":190
  *                     break
  *     else:
  *         for i in range(g.writers):             # <<<<<<<<<<<<<<
@@ -8638,7 +8650,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
       __pyx_v_i = __pyx_t_6;
 
-      /* "ivshmem/channel/records.pyx":188
+      /* "ivshmem/channel/records.pyx":191
  *     else:
  *         for i in range(g.writers):
  *             owner = ivshmem_get(&channel, channel.layout.writer_owners + 8 * i)             # <<<<<<<<<<<<<<
@@ -8647,7 +8659,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_v_owner = ivshmem_get((&__pyx_v_channel), (__pyx_v_channel.layout.writer_owners + (8 * __pyx_v_i)));
 
-      /* "ivshmem/channel/records.pyx":189
+      /* "ivshmem/channel/records.pyx":192
  *         for i in range(g.writers):
  *             owner = ivshmem_get(&channel, channel.layout.writer_owners + 8 * i)
  *             if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:             # <<<<<<<<<<<<<<
@@ -8659,7 +8671,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/records.pyx":190
+        /* "ivshmem/channel/records.pyx":193
  *             owner = ivshmem_get(&channel, channel.layout.writer_owners + 8 * i)
  *             if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
  *                 continue             # <<<<<<<<<<<<<<
@@ -8668,7 +8680,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
         goto __pyx_L11_continue;
 
-        /* "ivshmem/channel/records.pyx":189
+        /* "ivshmem/channel/records.pyx":192
  *         for i in range(g.writers):
  *             owner = ivshmem_get(&channel, channel.layout.writer_owners + 8 * i)
  *             if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:             # <<<<<<<<<<<<<<
@@ -8677,7 +8689,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       }
 
-      /* "ivshmem/channel/records.pyx":191
+      /* "ivshmem/channel/records.pyx":194
  *             if ivshmem_flags(owner) == IVSHMEM_SLOT_FREE:
  *                 continue
  *             place = ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -8686,7 +8698,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_v_place = ivshmem_place_of(__pyx_v_owner);
 
-      /* "ivshmem/channel/records.pyx":192
+      /* "ivshmem/channel/records.pyx":195
  *                 continue
  *             place = ivshmem_place_of(owner)
  *             head = ivshmem_value(ivshmem_head(&channel, i))             # <<<<<<<<<<<<<<
@@ -8695,66 +8707,159 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_v_head = ivshmem_value(ivshmem_head((&__pyx_v_channel), __pyx_v_i));
 
-      /* "ivshmem/channel/records.pyx":193
+      /* "ivshmem/channel/records.pyx":196
  *             place = ivshmem_place_of(owner)
  *             head = ivshmem_value(ivshmem_head(&channel, i))
  *             ends["writing"].append((             # <<<<<<<<<<<<<<
  *                 i, place.index, state_of(membership, owner), head,
  *             ))
 */
-      __pyx_t_2 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_writing); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 193, __pyx_L1_error)
+      __pyx_t_2 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_writing); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 196, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
 
-      /* "ivshmem/channel/records.pyx":194
+      /* "ivshmem/channel/records.pyx":197
  *             head = ivshmem_value(ivshmem_head(&channel, i))
  *             ends["writing"].append((
  *                 i, place.index, state_of(membership, owner), head,             # <<<<<<<<<<<<<<
  *             ))
- *     for i in range(g.readers):
+ *             if ivshmem_has_claims(&channel):
 */
-      __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 194, __pyx_L1_error)
+      __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 197, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
-      __pyx_t_10 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 194, __pyx_L1_error)
+      __pyx_t_10 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 197, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_10);
-      __pyx_t_11 = __pyx_f_7ivshmem_7channel_7records_state_of(__pyx_v_membership, __pyx_v_owner); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 194, __pyx_L1_error)
+      __pyx_t_11 = __pyx_f_7ivshmem_7channel_7records_state_of(__pyx_v_membership, __pyx_v_owner); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 197, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
-      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_head); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 194, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_head); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 197, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
-      __pyx_t_13 = PyTuple_New(4); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 194, __pyx_L1_error)
+      __pyx_t_13 = PyTuple_New(4); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 197, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_13);
       __Pyx_GIVEREF(__pyx_t_1);
-      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 194, __pyx_L1_error);
+      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 197, __pyx_L1_error);
       __Pyx_GIVEREF(__pyx_t_10);
-      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 1, __pyx_t_10) != (0)) __PYX_ERR(0, 194, __pyx_L1_error);
+      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 1, __pyx_t_10) != (0)) __PYX_ERR(0, 197, __pyx_L1_error);
       __Pyx_GIVEREF(__pyx_t_11);
-      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 194, __pyx_L1_error);
+      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 197, __pyx_L1_error);
       __Pyx_GIVEREF(__pyx_t_12);
-      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 3, __pyx_t_12) != (0)) __PYX_ERR(0, 194, __pyx_L1_error);
+      if (__Pyx_PyTuple_SET_ITEM(__pyx_t_13, 3, __pyx_t_12) != (0)) __PYX_ERR(0, 197, __pyx_L1_error);
       __pyx_t_1 = 0;
       __pyx_t_10 = 0;
       __pyx_t_11 = 0;
       __pyx_t_12 = 0;
 
-      /* "ivshmem/channel/records.pyx":193
+      /* "ivshmem/channel/records.pyx":196
  *             place = ivshmem_place_of(owner)
  *             head = ivshmem_value(ivshmem_head(&channel, i))
  *             ends["writing"].append((             # <<<<<<<<<<<<<<
  *                 i, place.index, state_of(membership, owner), head,
  *             ))
 */
-      __pyx_t_14 = __Pyx_PyObject_Append(__pyx_t_2, __pyx_t_13); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 193, __pyx_L1_error)
+      __pyx_t_14 = __Pyx_PyObject_Append(__pyx_t_2, __pyx_t_13); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 196, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
 
+
+      /* "ivshmem/channel/records.pyx":199
+ *                 i, place.index, state_of(membership, owner), head,
+ *             ))
+ *             if ivshmem_has_claims(&channel):             # <<<<<<<<<<<<<<
+ *                 for j in range(g.slots):
+ *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))
+*/
+      __pyx_t_3 = (ivshmem_has_claims((&__pyx_v_channel)) != 0);
+
+      if (__pyx_t_3) {
+
+
+        /* "ivshmem/channel/records.pyx":200
+ *             ))
+ *             if ivshmem_has_claims(&channel):
+ *                 for j in range(g.slots):             # <<<<<<<<<<<<<<
+ *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))
+ *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:
+*/
+
+        __pyx_t_15 = __pyx_v_g->slots;
+        __pyx_t_16 = __pyx_t_15;
+
+        for (__pyx_t_7 = 0; __pyx_t_7 < __pyx_t_16; __pyx_t_7+=1) {
+          __pyx_v_j = __pyx_t_7;
+
+          /* "ivshmem/channel/records.pyx":201
+ *             if ivshmem_has_claims(&channel):
+ *                 for j in range(g.slots):
+ *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))             # <<<<<<<<<<<<<<
+ *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:
+ *                         ends["unfinished"] += ivshmem_claim_age(head, claim) != 0
+*/
+          __pyx_v_claim = ivshmem_get((&__pyx_v_channel), ivshmem_claim_at((&__pyx_v_channel), __pyx_v_i, __pyx_v_j));
+
+          /* "ivshmem/channel/records.pyx":202
+ *                 for j in range(g.slots):
+ *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))
+ *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:             # <<<<<<<<<<<<<<
+ *                         ends["unfinished"] += ivshmem_claim_age(head, claim) != 0
+ *     for i in range(g.readers):
+*/
+          __pyx_t_17 = ivshmem_flags(__pyx_v_claim);
+
+          __pyx_t_3 = (IVSHMEM_CLAIM_OPEN <= ((enum ivshmem_claim)__pyx_t_17));
+          if (__pyx_t_3) {
+            __pyx_t_3 = (__pyx_t_17 <= IVSHMEM_CLAIM_ONCE);
+          }
+
+          if (__pyx_t_3) {
+
+
+            /* "ivshmem/channel/records.pyx":203
+ *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))
+ *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:
+ *                         ends["unfinished"] += ivshmem_claim_age(head, claim) != 0             # <<<<<<<<<<<<<<
+ *     for i in range(g.readers):
+ *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)
+*/
+            __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_unfinished);
+            __pyx_t_9 = __pyx_mstate_global->__pyx_n_u_unfinished;
+            __pyx_t_13 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_t_9); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 203, __pyx_L1_error)
+            __Pyx_GOTREF(__pyx_t_13);
+            __pyx_t_2 = __Pyx_PyBool_FromLong((ivshmem_claim_age(__pyx_v_head, __pyx_v_claim) != 0)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 203, __pyx_L1_error)
+            __Pyx_GOTREF(__pyx_t_2);
+            __pyx_t_12 = PyNumber_InPlaceAdd(__pyx_t_13, __pyx_t_2); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 203, __pyx_L1_error)
+            __Pyx_GOTREF(__pyx_t_12);
+            __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
+            __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+            if (unlikely((PyDict_SetItem(__pyx_v_ends, __pyx_t_9, __pyx_t_12) < 0))) __PYX_ERR(0, 203, __pyx_L1_error)
+            __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
+            __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+
+            /* "ivshmem/channel/records.pyx":202
+ *                 for j in range(g.slots):
+ *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))
+ *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:             # <<<<<<<<<<<<<<
+ *                         ends["unfinished"] += ivshmem_claim_age(head, claim) != 0
+ *     for i in range(g.readers):
+*/
+          }
+        }
+
+
+        /* "ivshmem/channel/records.pyx":199
+ *                 i, place.index, state_of(membership, owner), head,
+ *             ))
+ *             if ivshmem_has_claims(&channel):             # <<<<<<<<<<<<<<
+ *                 for j in range(g.slots):
+ *                     claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))
+*/
+      }
       __pyx_L11_continue:;
     }
 
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/records.pyx":196
- *                 i, place.index, state_of(membership, owner), head,
- *             ))
+  /* "ivshmem/channel/records.pyx":204
+ *                     if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:
+ *                         ends["unfinished"] += ivshmem_claim_age(head, claim) != 0
  *     for i in range(g.readers):             # <<<<<<<<<<<<<<
  *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)
  *         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:
@@ -8766,8 +8871,8 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   for (__pyx_t_6 = 0; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
     __pyx_v_i = __pyx_t_6;
 
-    /* "ivshmem/channel/records.pyx":197
- *             ))
+    /* "ivshmem/channel/records.pyx":205
+ *                         ends["unfinished"] += ivshmem_claim_age(head, claim) != 0
  *     for i in range(g.readers):
  *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)             # <<<<<<<<<<<<<<
  *         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:
@@ -8775,7 +8880,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     __pyx_v_owner = ivshmem_get((&__pyx_v_channel), (__pyx_v_channel.layout.reader_owners + (8 * __pyx_v_i)));
 
-    /* "ivshmem/channel/records.pyx":198
+    /* "ivshmem/channel/records.pyx":206
  *     for i in range(g.readers):
  *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)
  *         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:             # <<<<<<<<<<<<<<
@@ -8787,16 +8892,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/records.pyx":199
+      /* "ivshmem/channel/records.pyx":207
  *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)
  *         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:
  *             continue             # <<<<<<<<<<<<<<
  *         place = ivshmem_place_of(owner)
  *         if ivshmem_is_gone(&channel.area, place):
 */
-      goto __pyx_L14_continue;
+      goto __pyx_L18_continue;
 
-      /* "ivshmem/channel/records.pyx":198
+      /* "ivshmem/channel/records.pyx":206
  *     for i in range(g.readers):
  *         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)
  *         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:             # <<<<<<<<<<<<<<
@@ -8805,7 +8910,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     }
 
-    /* "ivshmem/channel/records.pyx":200
+    /* "ivshmem/channel/records.pyx":208
  *         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:
  *             continue
  *         place = ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -8814,7 +8919,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     __pyx_v_place = ivshmem_place_of(__pyx_v_owner);
 
-    /* "ivshmem/channel/records.pyx":201
+    /* "ivshmem/channel/records.pyx":209
  *             continue
  *         place = ivshmem_place_of(owner)
  *         if ivshmem_is_gone(&channel.area, place):             # <<<<<<<<<<<<<<
@@ -8826,16 +8931,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/records.pyx":202
+      /* "ivshmem/channel/records.pyx":210
  *         place = ivshmem_place_of(owner)
  *         if ivshmem_is_gone(&channel.area, place):
  *             continue             # <<<<<<<<<<<<<<
  *         waiting = 0
  *         lost = 0
 */
-      goto __pyx_L14_continue;
+      goto __pyx_L18_continue;
 
-      /* "ivshmem/channel/records.pyx":201
+      /* "ivshmem/channel/records.pyx":209
  *             continue
  *         place = ivshmem_place_of(owner)
  *         if ivshmem_is_gone(&channel.area, place):             # <<<<<<<<<<<<<<
@@ -8844,7 +8949,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     }
 
-    /* "ivshmem/channel/records.pyx":203
+    /* "ivshmem/channel/records.pyx":211
  *         if ivshmem_is_gone(&channel.area, place):
  *             continue
  *         waiting = 0             # <<<<<<<<<<<<<<
@@ -8854,7 +8959,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     __Pyx_INCREF(__pyx_mstate_global->__pyx_int_0);
     __Pyx_XDECREF_SET(__pyx_v_waiting, __pyx_mstate_global->__pyx_int_0);
 
-    /* "ivshmem/channel/records.pyx":204
+    /* "ivshmem/channel/records.pyx":212
  *             continue
  *         waiting = 0
  *         lost = 0             # <<<<<<<<<<<<<<
@@ -8863,7 +8968,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     __pyx_v_lost = 0;
 
-    /* "ivshmem/channel/records.pyx":205
+    /* "ivshmem/channel/records.pyx":213
  *         waiting = 0
  *         lost = 0
  *         overflow = ""             # <<<<<<<<<<<<<<
@@ -8873,7 +8978,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     __Pyx_INCREF(__pyx_mstate_global->__pyx_kp_u__2);
     __Pyx_XDECREF_SET(__pyx_v_overflow, __pyx_mstate_global->__pyx_kp_u__2);
 
-    /* "ivshmem/channel/records.pyx":206
+    /* "ivshmem/channel/records.pyx":214
  *         lost = 0
  *         overflow = ""
  *         if g.kind == IVSHMEM_MESSAGES:             # <<<<<<<<<<<<<<
@@ -8885,7 +8990,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/records.pyx":207
+      /* "ivshmem/channel/records.pyx":215
  *         overflow = ""
  *         if g.kind == IVSHMEM_MESSAGES:
  *             policy = ivshmem_get(&channel, channel.layout.rows + channel.layout.row_bytes * i)             # <<<<<<<<<<<<<<
@@ -8894,7 +8999,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_cur_scope->__pyx_v_policy = ivshmem_get((&__pyx_v_channel), (__pyx_v_channel.layout.rows + (__pyx_v_channel.layout.row_bytes * __pyx_v_i)));
 
-      /* "ivshmem/channel/records.pyx":208
+      /* "ivshmem/channel/records.pyx":216
  *         if g.kind == IVSHMEM_MESSAGES:
  *             policy = ivshmem_get(&channel, channel.layout.rows + channel.layout.row_bytes * i)
  *             lost = ivshmem_value(policy) >> 8             # <<<<<<<<<<<<<<
@@ -8903,33 +9008,33 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
       __pyx_v_lost = (ivshmem_value(__pyx_cur_scope->__pyx_v_policy) >> 8);
 
-      /* "ivshmem/channel/records.pyx":210
+      /* "ivshmem/channel/records.pyx":218
  *             lost = ivshmem_value(policy) >> 8
  *             overflow = next(
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"             # <<<<<<<<<<<<<<
  *             )
  *             for j in range(g.writers):
 */
-      __Pyx_GetModuleGlobalName(__pyx_t_13, __pyx_mstate_global->__pyx_n_u_OVERFLOW); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 210, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_13);
-      __pyx_t_2 = __pyx_pf_7ivshmem_7channel_7records_5usage_genexpr(((PyObject*)__pyx_cur_scope), __pyx_t_13); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 210, __pyx_L1_error)
+      __Pyx_GetModuleGlobalName(__pyx_t_12, __pyx_mstate_global->__pyx_n_u_OVERFLOW); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 218, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_12);
+      __pyx_t_2 = __pyx_pf_7ivshmem_7channel_7records_5usage_genexpr(((PyObject*)__pyx_cur_scope), __pyx_t_12); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 218, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
+      __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
 
-      /* "ivshmem/channel/records.pyx":209
+      /* "ivshmem/channel/records.pyx":217
  *             policy = ivshmem_get(&channel, channel.layout.rows + channel.layout.row_bytes * i)
  *             lost = ivshmem_value(policy) >> 8
  *             overflow = next(             # <<<<<<<<<<<<<<
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"
  *             )
 */
-      __pyx_t_13 = __Pyx_PyIter_Next2(__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 209, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_13);
+      __pyx_t_12 = __Pyx_PyIter_Next2(__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 217, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_12);
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      __Pyx_DECREF_SET(__pyx_v_overflow, __pyx_t_13);
-      __pyx_t_13 = 0;
+      __Pyx_DECREF_SET(__pyx_v_overflow, __pyx_t_12);
+      __pyx_t_12 = 0;
 
-      /* "ivshmem/channel/records.pyx":212
+      /* "ivshmem/channel/records.pyx":220
  *                 (n for n, bit in OVERFLOW.items() if bit == ivshmem_policy(policy)), "?"
  *             )
  *             for j in range(g.writers):             # <<<<<<<<<<<<<<
@@ -8943,7 +9048,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       for (__pyx_t_7 = 0; __pyx_t_7 < __pyx_t_16; __pyx_t_7+=1) {
         __pyx_v_j = __pyx_t_7;
 
-        /* "ivshmem/channel/records.pyx":213
+        /* "ivshmem/channel/records.pyx":221
  *             )
  *             for j in range(g.writers):
  *                 tail = ivshmem_get(&channel, ivshmem_row_at(&channel, i, j))             # <<<<<<<<<<<<<<
@@ -8952,7 +9057,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
         __pyx_v_tail = ivshmem_get((&__pyx_v_channel), ivshmem_row_at((&__pyx_v_channel), __pyx_v_i, __pyx_v_j));
 
-        /* "ivshmem/channel/records.pyx":214
+        /* "ivshmem/channel/records.pyx":222
  *             for j in range(g.writers):
  *                 tail = ivshmem_get(&channel, ivshmem_row_at(&channel, i, j))
  *                 if ivshmem_epoch(tail) == ivshmem_epoch(owner):             # <<<<<<<<<<<<<<
@@ -8964,7 +9069,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/records.pyx":219
+          /* "ivshmem/channel/records.pyx":227
  *                             ivshmem_value(ivshmem_head(&channel, j)), ivshmem_value(tail)
  *                         ),
  *                         g.slots,             # <<<<<<<<<<<<<<
@@ -8972,9 +9077,9 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
  *         ends["reading"].append((
 */
 
-          __pyx_t_17 = __pyx_v_g->slots;
+          __pyx_t_18 = __pyx_v_g->slots;
 
-          /* "ivshmem/channel/records.pyx":216
+          /* "ivshmem/channel/records.pyx":224
  *                 if ivshmem_epoch(tail) == ivshmem_epoch(owner):
  *                     waiting += min(
  *                         ivshmem_ahead(             # <<<<<<<<<<<<<<
@@ -8982,43 +9087,43 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
  *                         ),
 */
 
-          __pyx_t_18 = ivshmem_ahead(ivshmem_value(ivshmem_head((&__pyx_v_channel), __pyx_v_j)), ivshmem_value(__pyx_v_tail));
+          __pyx_t_19 = ivshmem_ahead(ivshmem_value(ivshmem_head((&__pyx_v_channel), __pyx_v_j)), ivshmem_value(__pyx_v_tail));
 
-          /* "ivshmem/channel/records.pyx":219
+          /* "ivshmem/channel/records.pyx":227
  *                             ivshmem_value(ivshmem_head(&channel, j)), ivshmem_value(tail)
  *                         ),
  *                         g.slots,             # <<<<<<<<<<<<<<
  *                     )
  *         ends["reading"].append((
 */
-          __pyx_t_3 = (__pyx_t_17 < __pyx_t_18);
+          __pyx_t_3 = (__pyx_t_18 < __pyx_t_19);
 
           if (__pyx_t_3) {
 
-            __pyx_t_19 = __pyx_t_17;
+            __pyx_t_20 = __pyx_t_18;
           } else {
 
-            __pyx_t_19 = __pyx_t_18;
+            __pyx_t_20 = __pyx_t_19;
           }
 
-          __pyx_t_13 = __Pyx_PyLong_From_uint64_t(__pyx_t_19); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 219, __pyx_L1_error)
-          __Pyx_GOTREF(__pyx_t_13);
+          __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_t_20); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 227, __pyx_L1_error)
+          __Pyx_GOTREF(__pyx_t_12);
 
 
-          /* "ivshmem/channel/records.pyx":215
+          /* "ivshmem/channel/records.pyx":223
  *                 tail = ivshmem_get(&channel, ivshmem_row_at(&channel, i, j))
  *                 if ivshmem_epoch(tail) == ivshmem_epoch(owner):
  *                     waiting += min(             # <<<<<<<<<<<<<<
  *                         ivshmem_ahead(
  *                             ivshmem_value(ivshmem_head(&channel, j)), ivshmem_value(tail)
 */
-          __pyx_t_2 = __Pyx_PyNumber_InPlaceAdd_int_int(__pyx_v_waiting, __pyx_t_13); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 215, __pyx_L1_error)
+          __pyx_t_2 = __Pyx_PyNumber_InPlaceAdd_int_int(__pyx_v_waiting, __pyx_t_12); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 223, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_2);
-          __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
+          __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
           __Pyx_DECREF_SET(__pyx_v_waiting, ((PyObject*)__pyx_t_2));
           __pyx_t_2 = 0;
 
-          /* "ivshmem/channel/records.pyx":214
+          /* "ivshmem/channel/records.pyx":222
  *             for j in range(g.writers):
  *                 tail = ivshmem_get(&channel, ivshmem_row_at(&channel, i, j))
  *                 if ivshmem_epoch(tail) == ivshmem_epoch(owner):             # <<<<<<<<<<<<<<
@@ -9029,7 +9134,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
       }
 
 
-      /* "ivshmem/channel/records.pyx":206
+      /* "ivshmem/channel/records.pyx":214
  *         lost = 0
  *         overflow = ""
  *         if g.kind == IVSHMEM_MESSAGES:             # <<<<<<<<<<<<<<
@@ -9038,68 +9143,68 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 */
     }
 
-    /* "ivshmem/channel/records.pyx":221
+    /* "ivshmem/channel/records.pyx":229
  *                         g.slots,
  *                     )
  *         ends["reading"].append((             # <<<<<<<<<<<<<<
  *             i, place.index, state_of(membership, owner), overflow, waiting, lost,
  *         ))
 */
-    __pyx_t_2 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_reading); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 221, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyDict_GetItem(__pyx_v_ends, __pyx_mstate_global->__pyx_n_u_reading); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 229, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
 
-    /* "ivshmem/channel/records.pyx":222
+    /* "ivshmem/channel/records.pyx":230
  *                     )
  *         ends["reading"].append((
  *             i, place.index, state_of(membership, owner), overflow, waiting, lost,             # <<<<<<<<<<<<<<
  *         ))
  *     return ends
 */
-    __pyx_t_13 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 222, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_13);
-    __pyx_t_12 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 222, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 230, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_11 = __pyx_f_7ivshmem_7channel_7records_state_of(__pyx_v_membership, __pyx_v_owner); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 222, __pyx_L1_error)
+    __pyx_t_13 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.index); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 230, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_13);
+    __pyx_t_11 = __pyx_f_7ivshmem_7channel_7records_state_of(__pyx_v_membership, __pyx_v_owner); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 230, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 222, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_lost); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 230, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_1 = PyTuple_New(6); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 222, __pyx_L1_error)
+    __pyx_t_1 = PyTuple_New(6); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 230, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
-    __Pyx_GIVEREF(__pyx_t_13);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 0, __pyx_t_13) != (0)) __PYX_ERR(0, 222, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_12);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 1, __pyx_t_12) != (0)) __PYX_ERR(0, 222, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 0, __pyx_t_12) != (0)) __PYX_ERR(0, 230, __pyx_L1_error);
+    __Pyx_GIVEREF(__pyx_t_13);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 1, __pyx_t_13) != (0)) __PYX_ERR(0, 230, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_11);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 222, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 2, __pyx_t_11) != (0)) __PYX_ERR(0, 230, __pyx_L1_error);
     __Pyx_INCREF(__pyx_v_overflow);
     __Pyx_GIVEREF(__pyx_v_overflow);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 3, __pyx_v_overflow) != (0)) __PYX_ERR(0, 222, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 3, __pyx_v_overflow) != (0)) __PYX_ERR(0, 230, __pyx_L1_error);
     __Pyx_INCREF(__pyx_v_waiting);
     __Pyx_GIVEREF(__pyx_v_waiting);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 4, __pyx_v_waiting) != (0)) __PYX_ERR(0, 222, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 4, __pyx_v_waiting) != (0)) __PYX_ERR(0, 230, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_10);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 5, __pyx_t_10) != (0)) __PYX_ERR(0, 222, __pyx_L1_error);
-    __pyx_t_13 = 0;
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 5, __pyx_t_10) != (0)) __PYX_ERR(0, 230, __pyx_L1_error);
     __pyx_t_12 = 0;
+    __pyx_t_13 = 0;
     __pyx_t_11 = 0;
     __pyx_t_10 = 0;
 
-    /* "ivshmem/channel/records.pyx":221
+    /* "ivshmem/channel/records.pyx":229
  *                         g.slots,
  *                     )
  *         ends["reading"].append((             # <<<<<<<<<<<<<<
  *             i, place.index, state_of(membership, owner), overflow, waiting, lost,
  *         ))
 */
-    __pyx_t_14 = __Pyx_PyObject_Append(__pyx_t_2, __pyx_t_1); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 221, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyObject_Append(__pyx_t_2, __pyx_t_1); if (unlikely(__pyx_t_14 == ((int)-1))) __PYX_ERR(0, 229, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    __pyx_L14_continue:;
+    __pyx_L18_continue:;
   }
 
 
-  /* "ivshmem/channel/records.pyx":224
+  /* "ivshmem/channel/records.pyx":232
  *             i, place.index, state_of(membership, owner), overflow, waiting, lost,
  *         ))
  *     return ends             # <<<<<<<<<<<<<<
@@ -9145,6 +9250,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
 
 
 
+
   __Pyx_XDECREF(__pyx_v_ends);
   __Pyx_XDECREF(__pyx_v_waiting);
 
@@ -9156,7 +9262,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_usage(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":227
+/* "ivshmem/channel/records.pyx":235
  * 
  * 
  * cdef str state_of(Membership membership, uint64_t owner):             # <<<<<<<<<<<<<<
@@ -9175,7 +9281,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("state_of", 0);
 
-  /* "ivshmem/channel/records.pyx":228
+  /* "ivshmem/channel/records.pyx":236
  * 
  * cdef str state_of(Membership membership, uint64_t owner):
  *     cdef ivshmem_place place = ivshmem_place_of(owner)             # <<<<<<<<<<<<<<
@@ -9184,7 +9290,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
 */
   __pyx_v_place = ivshmem_place_of(__pyx_v_owner);
 
-  /* "ivshmem/channel/records.pyx":229
+  /* "ivshmem/channel/records.pyx":237
  * cdef str state_of(Membership membership, uint64_t owner):
  *     cdef ivshmem_place place = ivshmem_place_of(owner)
  *     if ivshmem_is_gone(&membership.member.area, place):             # <<<<<<<<<<<<<<
@@ -9196,7 +9302,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/records.pyx":230
+    /* "ivshmem/channel/records.pyx":238
  *     cdef ivshmem_place place = ivshmem_place_of(owner)
  *     if ivshmem_is_gone(&membership.member.area, place):
  *         return "gone"             # <<<<<<<<<<<<<<
@@ -9214,7 +9320,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":229
+    /* "ivshmem/channel/records.pyx":237
  * cdef str state_of(Membership membership, uint64_t owner):
  *     cdef ivshmem_place place = ivshmem_place_of(owner)
  *     if ivshmem_is_gone(&membership.member.area, place):             # <<<<<<<<<<<<<<
@@ -9223,18 +9329,18 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/records.pyx":231
+  /* "ivshmem/channel/records.pyx":239
  *     if ivshmem_is_gone(&membership.member.area, place):
  *         return "gone"
  *     if membership.is_silent(place):             # <<<<<<<<<<<<<<
  *         return "silent"
  *     return "open" if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN else "closing"
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->is_silent(__pyx_v_membership, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 231, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->is_silent(__pyx_v_membership, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 239, __pyx_L1_error)
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/records.pyx":232
+    /* "ivshmem/channel/records.pyx":240
  *         return "gone"
  *     if membership.is_silent(place):
  *         return "silent"             # <<<<<<<<<<<<<<
@@ -9252,7 +9358,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/records.pyx":231
+    /* "ivshmem/channel/records.pyx":239
  *     if ivshmem_is_gone(&membership.member.area, place):
  *         return "gone"
  *     if membership.is_silent(place):             # <<<<<<<<<<<<<<
@@ -9261,7 +9367,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/records.pyx":233
+  /* "ivshmem/channel/records.pyx":241
  *     if membership.is_silent(place):
  *         return "silent"
  *     return "open" if ivshmem_flags(owner) == IVSHMEM_SLOT_OPEN else "closing"             # <<<<<<<<<<<<<<
@@ -9289,7 +9395,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/records.pyx":227
+  /* "ivshmem/channel/records.pyx":235
  * 
  * 
  * cdef str state_of(Membership membership, uint64_t owner):             # <<<<<<<<<<<<<<
@@ -9309,7 +9415,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_7records_state_of(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/records.pyx":236
+/* "ivshmem/channel/records.pyx":244
  * 
  * 
  * def remove(Membership membership not None, unsigned index, str name, bint force):             # <<<<<<<<<<<<<<
@@ -9360,53 +9466,53 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,&__pyx_mstate_global->__pyx_n_u_index,&__pyx_mstate_global->__pyx_n_u_name,&__pyx_mstate_global->__pyx_n_u_force,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 236, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 244, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 236, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 244, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 236, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 244, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 236, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 244, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 236, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 244, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 236, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "remove", 0) < (0)) __PYX_ERR(0, 244, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 4; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 4, 4, i); __PYX_ERR(0, 236, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("remove", 1, 4, 4, i); __PYX_ERR(0, 244, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 4)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 236, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 244, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 236, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 244, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 236, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 244, __pyx_L3_error)
       values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 236, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 244, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[1]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 236, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[1]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 244, __pyx_L3_error)
     __pyx_v_name = ((PyObject*)values[2]);
-    __pyx_v_force = __Pyx_PyObject_IsTrue(values[3]); if (unlikely((__pyx_v_force == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 236, __pyx_L3_error)
+    __pyx_v_force = __Pyx_PyObject_IsTrue(values[3]); if (unlikely((__pyx_v_force == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 244, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("remove", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 236, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("remove", 1, 4, 4, __pyx_nargs); __PYX_ERR(0, 244, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9417,8 +9523,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 236, __pyx_L1_error)
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 236, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 244, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_name), (&PyUnicode_Type), 1, "name", 1))) __PYX_ERR(0, 244, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_7records_10remove(__pyx_self, __pyx_v_membership, __pyx_v_index, __pyx_v_name, __pyx_v_force);
 
   /* function exit code */
@@ -9462,17 +9568,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("remove", 0);
 
-  /* "ivshmem/channel/records.pyx":246
+  /* "ivshmem/channel/records.pyx":254
  *     cdef ivshmem_channel channel
  *     cdef int code
  *     membership.check()             # <<<<<<<<<<<<<<
  *     if membership.mapping.fixed:
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 246, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 254, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":247
+  /* "ivshmem/channel/records.pyx":255
  *     cdef int code
  *     membership.check()
  *     if membership.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -9481,7 +9587,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   if (unlikely(__pyx_v_membership->mapping->fixed)) {
 
-    /* "ivshmem/channel/records.pyx":248
+    /* "ivshmem/channel/records.pyx":256
  *     membership.check()
  *     if membership.mapping.fixed:
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")             # <<<<<<<<<<<<<<
@@ -9489,7 +9595,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
  *         <bytes>record.name
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 248, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 256, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9508,14 +9614,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 248, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 256, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 248, __pyx_L1_error)
+    __PYX_ERR(0, 256, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":247
+    /* "ivshmem/channel/records.pyx":255
  *     cdef int code
  *     membership.check()
  *     if membership.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -9524,7 +9630,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   }
 
-  /* "ivshmem/channel/records.pyx":249
+  /* "ivshmem/channel/records.pyx":257
  *     if membership.mapping.fixed:
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")
  *     if ivshmem_record_read(&membership.member.area, index, &record) or (             # <<<<<<<<<<<<<<
@@ -9542,20 +9648,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
     goto __pyx_L5_bool_binop_done;
   }
 
-  /* "ivshmem/channel/records.pyx":250
+  /* "ivshmem/channel/records.pyx":258
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")
  *     if ivshmem_record_read(&membership.member.area, index, &record) or (
  *         <bytes>record.name             # <<<<<<<<<<<<<<
  *     ).decode(errors="replace") != name:
  *         raise NoSuchChannel(name)
 */
-  __pyx_t_3 = __Pyx_PyBytes_FromString(__pyx_v_record.name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 250, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyBytes_FromString(__pyx_v_record.name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 258, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_4 = __pyx_t_3;
   __Pyx_INCREF(__pyx_t_4);
   #if CYTHON_VECTORCALL
 
-  /* "ivshmem/channel/records.pyx":251
+  /* "ivshmem/channel/records.pyx":259
  *     if ivshmem_record_read(&membership.member.area, index, &record) or (
  *         <bytes>record.name
  *     ).decode(errors="replace") != name:             # <<<<<<<<<<<<<<
@@ -9568,13 +9674,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
     PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_n_u_replace};
     #if CYTHON_VECTORCALL
     __pyx_t_8 = __pyx_mstate_global->__pyx_tuple[0];
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 251, __pyx_L1_error)
+    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 259, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_8);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
       __pyx_t_8 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 251, __pyx_L1_error)
+      if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 259, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
     }
     #endif
@@ -9584,18 +9690,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
     #endif
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 251, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 259, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  if (!(likely(PyUnicode_CheckExact(__pyx_t_2))||((__pyx_t_2) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_2))) __PYX_ERR(0, 251, __pyx_L1_error)
-  __pyx_t_7 = __Pyx_PyObject_CompareBoolNe_str_str(__pyx_t_2, __pyx_v_name, Py_NE); if (unlikely((__pyx_t_7 < 0))) __PYX_ERR(0, 251, __pyx_L1_error)
+  if (!(likely(PyUnicode_CheckExact(__pyx_t_2))||((__pyx_t_2) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_2))) __PYX_ERR(0, 259, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyObject_CompareBoolNe_str_str(__pyx_t_2, __pyx_v_name, Py_NE); if (unlikely((__pyx_t_7 < 0))) __PYX_ERR(0, 259, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   __pyx_t_6 = __pyx_t_7;
 
   __pyx_L5_bool_binop_done:;
 
-  /* "ivshmem/channel/records.pyx":249
+  /* "ivshmem/channel/records.pyx":257
  *     if membership.mapping.fixed:
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")
  *     if ivshmem_record_read(&membership.member.area, index, &record) or (             # <<<<<<<<<<<<<<
@@ -9605,7 +9711,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
   if (unlikely(__pyx_t_6)) {
 
 
-    /* "ivshmem/channel/records.pyx":252
+    /* "ivshmem/channel/records.pyx":260
  *         <bytes>record.name
  *     ).decode(errors="replace") != name:
  *         raise NoSuchChannel(name)             # <<<<<<<<<<<<<<
@@ -9613,7 +9719,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
  *     code = ivshmem_remove(&membership.member, &channel, force)
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 252, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 260, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9632,14 +9738,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_8, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 252, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 260, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 252, __pyx_L1_error)
+    __PYX_ERR(0, 260, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":249
+    /* "ivshmem/channel/records.pyx":257
  *     if membership.mapping.fixed:
  *         raise RegionError("the region is mapped for reading only: no channel can be removed")
  *     if ivshmem_record_read(&membership.member.area, index, &record) or (             # <<<<<<<<<<<<<<
@@ -9648,7 +9754,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   }
 
-  /* "ivshmem/channel/records.pyx":253
+  /* "ivshmem/channel/records.pyx":261
  *     ).decode(errors="replace") != name:
  *         raise NoSuchChannel(name)
  *     ivshmem_channel_open(&channel, &membership.member.area, &record)             # <<<<<<<<<<<<<<
@@ -9657,7 +9763,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   ivshmem_channel_open((&__pyx_v_channel), (&__pyx_v_membership->member.area), (&__pyx_v_record));
 
-  /* "ivshmem/channel/records.pyx":254
+  /* "ivshmem/channel/records.pyx":262
  *         raise NoSuchChannel(name)
  *     ivshmem_channel_open(&channel, &membership.member.area, &record)
  *     code = ivshmem_remove(&membership.member, &channel, force)             # <<<<<<<<<<<<<<
@@ -9666,7 +9772,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   __pyx_v_code = ivshmem_remove((&__pyx_v_membership->member), (&__pyx_v_channel), __pyx_v_force);
 
-  /* "ivshmem/channel/records.pyx":255
+  /* "ivshmem/channel/records.pyx":263
  *     ivshmem_channel_open(&channel, &membership.member.area, &record)
  *     code = ivshmem_remove(&membership.member, &channel, force)
  *     if code == IVSHMEM_NOT_FOUND:             # <<<<<<<<<<<<<<
@@ -9678,7 +9784,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
   if (unlikely(__pyx_t_6)) {
 
 
-    /* "ivshmem/channel/records.pyx":256
+    /* "ivshmem/channel/records.pyx":264
  *     code = ivshmem_remove(&membership.member, &channel, force)
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise NoSuchChannel(name)             # <<<<<<<<<<<<<<
@@ -9686,7 +9792,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
  *         raise ChannelError(
 */
     __pyx_t_8 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 256, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoSuchChannel); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 264, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9705,14 +9811,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 256, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 264, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 256, __pyx_L1_error)
+    __PYX_ERR(0, 264, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":255
+    /* "ivshmem/channel/records.pyx":263
  *     ivshmem_channel_open(&channel, &membership.member.area, &record)
  *     code = ivshmem_remove(&membership.member, &channel, force)
  *     if code == IVSHMEM_NOT_FOUND:             # <<<<<<<<<<<<<<
@@ -9721,7 +9827,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   }
 
-  /* "ivshmem/channel/records.pyx":257
+  /* "ivshmem/channel/records.pyx":265
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise NoSuchChannel(name)
  *     if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -9733,7 +9839,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
   if (unlikely(__pyx_t_6)) {
 
 
-    /* "ivshmem/channel/records.pyx":258
+    /* "ivshmem/channel/records.pyx":266
  *         raise NoSuchChannel(name)
  *     if code == IVSHMEM_TAKEN:
  *         raise ChannelError(             # <<<<<<<<<<<<<<
@@ -9741,17 +9847,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
  *             " only if you know that none of them stores into its memory any more)"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 258, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_8, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 266, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
 
-    /* "ivshmem/channel/records.pyx":259
+    /* "ivshmem/channel/records.pyx":267
  *     if code == IVSHMEM_TAKEN:
  *         raise ChannelError(
  *             f"channel {name!r} is in use: `ivshmem channel info` says by which processes (force:"             # <<<<<<<<<<<<<<
  *             " only if you know that none of them stores into its memory any more)"
  *         )
 */
-    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 259, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 267, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_9[1] = __pyx_t_4;
@@ -9765,7 +9871,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
     __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]);
     #endif
     __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 3, __pyx_t_10, __pyx_t_1);
-    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 259, __pyx_L1_error)
+    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 267, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_t_5 = 1;
@@ -9786,14 +9892,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 258, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 266, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 258, __pyx_L1_error)
+    __PYX_ERR(0, 266, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":257
+    /* "ivshmem/channel/records.pyx":265
  *     if code == IVSHMEM_NOT_FOUND:
  *         raise NoSuchChannel(name)
  *     if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -9802,7 +9908,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   }
 
-  /* "ivshmem/channel/records.pyx":262
+  /* "ivshmem/channel/records.pyx":270
  *             " only if you know that none of them stores into its memory any more)"
  *         )
  *     if code:             # <<<<<<<<<<<<<<
@@ -9814,19 +9920,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
   if (unlikely(__pyx_t_6)) {
 
 
-    /* "ivshmem/channel/records.pyx":263
+    /* "ivshmem/channel/records.pyx":271
  *         )
  *     if code:
  *         raise membership.fail(code, NULL, name)             # <<<<<<<<<<<<<<
  *     membership.kick_all()
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->fail(__pyx_v_membership, __pyx_v_code, NULL, __pyx_v_name); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 263, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->fail(__pyx_v_membership, __pyx_v_code, NULL, __pyx_v_name); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 271, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 263, __pyx_L1_error)
+    __PYX_ERR(0, 271, __pyx_L1_error)
 
-    /* "ivshmem/channel/records.pyx":262
+    /* "ivshmem/channel/records.pyx":270
  *             " only if you know that none of them stores into its memory any more)"
  *         )
  *     if code:             # <<<<<<<<<<<<<<
@@ -9835,15 +9941,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_7records_10remove(CYTHON_UNUSED PyOb
 */
   }
 
-  /* "ivshmem/channel/records.pyx":264
+  /* "ivshmem/channel/records.pyx":272
  *     if code:
  *         raise membership.fail(code, NULL, name)
  *     membership.kick_all()             # <<<<<<<<<<<<<<
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->kick_all(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 264, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->kick_all(__pyx_v_membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 272, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/records.pyx":236
+  /* "ivshmem/channel/records.pyx":244
  * 
  * 
  * def remove(Membership membership not None, unsigned index, str name, bint force):             # <<<<<<<<<<<<<<
@@ -10855,14 +10961,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scop
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr)) __PYX_ERR(0, 210, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr)) __PYX_ERR(0, 218, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr = &__pyx_type_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr) < (0)) __PYX_ERR(0, 210, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr) < (0)) __PYX_ERR(0, 218, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_7records___pyx_scope_struct_3_genexpr);
@@ -11714,19 +11820,19 @@ __Pyx_RefNannySetupContext("PyInit_records", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_listing, __pyx_t_2) < (0)) __PYX_ERR(0, 154, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/records.pyx":236
+  /* "ivshmem/channel/records.pyx":244
  * 
  * 
  * def remove(Membership membership not None, unsigned index, str name, bint force):             # <<<<<<<<<<<<<<
  *     """Remove a channel, and free its memory.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_11remove, 0, __pyx_mstate_global->__pyx_n_u_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 236, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_7records_11remove, 0, __pyx_mstate_global->__pyx_n_u_remove, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_records, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 244, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_2) < (0)) __PYX_ERR(0, 236, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_remove, __pyx_t_2) < (0)) __PYX_ERR(0, 244, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/records.pyx":1
@@ -11850,38 +11956,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{8},{31},{9},{75},{134},{20},{1},{34},{11},{1},{179},{8},{8},{7},{6},{2},{9},{14},{20},{27},{20},{64},{19},{12},{13},{5},{10},{13},{8},{11},{10},{6},{20},{12},{8},{8},{10},{8},{14},{12},{8},{13},{6},{4},{18},{3},{5},{5},{5},{7},{18},{5},{7},{4},{11},{6},{7},{6},{7},{7},{6},{22},{4},{5},{11},{5},{4},{1},{7},{8},{3},{4},{1},{5},{5},{23},{4},{6},{5},{7},{5},{10},{12},{8},{4},{1},{4},{4},{4},{7},{8},{9},{6},{3},{5},{7},{7},{6},{6},{7},{11},{4},{4},{10},{6},{4},{7},{5},{5},{5},{4},{5},{4},{7},{5},{5},{4},{4},{5},{6},{22},{5},{6},{5},{7},{7}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{8},{31},{9},{75},{134},{20},{1},{34},{11},{1},{179},{8},{8},{7},{6},{2},{9},{14},{20},{27},{20},{64},{19},{12},{13},{5},{10},{13},{8},{11},{10},{6},{20},{12},{8},{8},{10},{8},{14},{12},{8},{13},{6},{4},{18},{3},{5},{5},{5},{7},{18},{5},{7},{4},{11},{6},{7},{6},{7},{7},{6},{22},{4},{5},{11},{5},{4},{1},{7},{8},{3},{4},{1},{5},{5},{23},{4},{6},{5},{7},{5},{10},{12},{8},{4},{1},{4},{4},{4},{7},{8},{9},{6},{3},{5},{7},{7},{6},{6},{7},{11},{4},{4},{10},{6},{4},{7},{5},{5},{5},{4},{5},{4},{7},{5},{5},{4},{10},{4},{5},{6},{22},{5},{6},{5},{7},{7}};
     const struct { const unsigned int length: 9; } bytes_length_index[] = {{107},{32},{101},{106},{192},{376},{2},{2}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1499 bytes) */
-static const char cstring[] = "x\332eT\317s\3238\024\246CCC\033`\263[\266\205a\026\205\356l\013\013a2K\027\35020\245\r?\227\3224\224\016{1\212-\047\"\216\344Hr\322\364\300\364\350\243\217>\372\350c\2169\346\3101\307\034\371\023\370\023\366\311N\263\235%3\261,\371=}\337\373\336\047!\354\010\202\255\036\302\202 [\020\202(C\234\021\344Rb\022\264\306\005\302\216\203\020V\250\305\245B\310l`\306\210#\0219\2440W\r\370B\02521C\r\334!7\377B\037iG6Z\244u\022\212\034\371\0219\020,Q7\211\226\220E\000\016^\000\314\223d\343\373\034\312l\376\021I\334\223\250\326\203<j6\220+\270I\244$\022\255\331\\\230\220\306\231\323C\324F=\356\241&\343\335\224\016\323\374\271\255QZH*.\210\006R\034xJ\004 \\@\271\254\007\005\tr\3636\274Z\223h-\002^\225\250\270\2010\252\023\336\"\nB\325\2044\343Jk\301\273\304\332@\033\272h\205\233\260\365\223\035\256H\032\265\325S\r\316t\260E\034Z#\002+\002\014\245\022\324TD\350 \206v\313\273w\356=\270\227\340\n\362\211\230\300Jz5\323\301Im@\245\346QG\2014\252\347\022YD/\323\002\031!\026\202*\\\210;\235\000\304\031\222D%\025\254\202|\\aE93 \235\262\372*\262\250\000\020\332!:\373\031v$)b\3132 \216\234\310mQ\211k\016!L?\353&\225\351\2335iK\221\010\301\205<\231\245\032\026%=\"\047kw\047;\335\005(.,Yt{\207\214#\301y\013A\263\246}\325\034\005\251\323T\245\026v](J\007h\027\002\333\244\245\033\240\3654C;\253\246\223Z\274C\254\251s\3604`+\035\313\232\342\311\273\366\246|\375rg\273\272\263\371\246l<\375\360\256\\\335\341U\317lL\"\336\276/\357=\373\373\355\301^\302%\311}\367aw\022i\350\244\252a\354\366\016\341\277\r\2753v\310\241\332#\266aL\364%\006\374l\217\231zla\312\222\221[\236\223|a\270\225\214\240\202\321QZJ=k{\3309\371\242\210T0Pi\200^\334\203v\023-\006\263\264\007\261\3541\223\362\342\364\223\254QUs\270\331\254\365 \321\004\033\312I\371\246\003\237\r\300W\002\233\244\206\315\246\351pI\364\003\3444\271\005\375\2008S;B\232\26074=yZ\372\213\005-\206\355\204EX2I\373lc\360d\361\021\340\201Y\036\027\353\204\221CW\330\224Y\311\271\203G\013+C\267\337\346\036,\302\265Q\237\004\235\234\232:Qu8\206\024r\340""\242P\24455\317\204wqb\224&D8\030\374\255\034\332\242J\337\023\300\333\341\230I\210\206#$\033\324=m\270\026\\\001\270\016#\\GL\253\t\270\212\203r\334Mj\004\227\010\033N\251\036\273\002\240]0;\261\\\356\266=\342\021\3553\330tb\267\224D\352-A\\\007$\024\260l`\247\013W\217v/\234\004\013\016\227El\3549JR\2070\225\032\377\210\030\334\226ph\\\351p%\365e\300\024pQ\r\301\273\212\202\014\3607\230\324\203\276\001\340\001\347\331cT\351\277\364\\\013\272\340\351Z\276\223\272\203\035\217$\017\331\241\244+\223:D2\000\273\343\231\257\263\277\2048<\212\227\3723\343\331\353\360\222\037\317^\364\355`s<\233\365\263A&\250\004VX\030g\027F\013\327\303vt.r\372\205~\251\277=8?\\\034\376\363E\214*\325Qu\177\264\377~\234[\204\244\334\317\001\016:a\345k\356\247\2404\236]\360\357\371]\330`-*\244P\3158\037\027\276\302\372\203\340IT\210J\321V\324\216/\364\337\017J\3073\337\262g2\227R\350\234\237\340g\374\375\240\020l\204\007Q\031xi\016\232l;\232\217W\373K\203\263\203\322\340\305pk\330\326\250$,\205\233ae\014\270\367\303B\270\036\315D\327\342J\214\307\271|\260\024\316\204yMF\203\374p&s5\\\204-7\247\205\316\035K\277\340?\014\236\006x\234\275\350c\3770\220\272\346\364\365s\364!6\373\371\276\026\301\177\024\264a\263\253\321}`\260<\310\017\326\206+\303\004t]c@\322\354\274\177G\307\000\322\342\264\234\271\343\243`\031(\300\216\3154jn4w\025h\226\302WQ=>\350?OJ\331\034g/\371\235\2402\316@\375\376A\360:\224QB\243\245\213\033\317.\047\0307A\265Wq\275\1770\330\034TtU\217\365\226\341\006\320\304qo0\243\341<\177\313o\237\312<\265\342\000|\322\245\366\267sg2\331\343d\361S\230\t+\241\035=\213\013Z\025\032\264S\376\2275\373+\377\223k\036\304*\371/\202\255\240\033\342t\372\047h|1\242\261\324\3468\275d\307[q[[k\336\277\0354\243|\224(\364{\360.\\\216\362\272\305\347\203\313\232\213\256\3743P\320V\274\222l\002b\257\007g\301D\271\013\343l\316\177\006F\270\037\256\204{\240\311\255\370y\377\341\340\351\240>\334\203\346\377W\\*\336d\3769\254F\231\250\032\317Ld\030]+%M<\255E=8\010\267\301)y\235\333My\344\201P\r\344\320@""+\321~|#\336\234\312v#*\214V\326\373\225~s\230\037\302\374\222\337\016\026@\341r\364\343h\345\0178\026\257\007\355a&a\225[\002\027\314G\253\361\345\030\247BOQ?%\016*\215~}\363\245\362%\021\360VP\206\036\376\006\247\013\007\320\313\177\001\037\305\2328";
-    PyObject *data = __Pyx_DecompressString(cstring, 1499, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1505 bytes) */
+static const char cstring[] = "x\332eT\317s\323F\024&CLLb\240nC\023\030\246\254I\247\t\024\314xJ\n\244\014LH\314\317\022\342\230\220\241\027\261\226\236\355\305\362\256\255]\331q\016L\216:\352\250\243\216:\372\350\243\217\034}\364\221?\201?\241o%\307\315\024\317X\253]\275\267\337\367\276\367\355\022j;@\255\036\241\016\220\252\003@\030\047\202\003i10\201\254\t\207P\333&\204*\322\024R\021b\326)\347`K\002\207\014\347\252\216_\230\"&\345\244N;p\363/\362\221ud\275\t\315\223Pb\313\217\304\306`I\272q\264\304,@8|A0W\302\306\3679\214W\305G\"iO\222J\017\363\230Y\047-G\230 %H\262V\025\216\211i\202\333=\302\252\244\047\\\322\340\242\233\320\341\232\277\250j\224&\221J8\240\201\224@\236\222 \210p\260\\\336\303\202\034\270y\033_\255I\264\026\201\256J\222\337 \224\324@4Aa\250\232\220\346Bi-D\027\254\r\262\241\213V\264\201[?\331\021\n\222\250\255\236\252\013\256\203-\260Y\005\034\252\000\031J\3450S\201\243\2038\331-\356\336\271\367\340^\214\353\300\0470\221\225t+\246M\343\332\220J\305e\266BiT\257\0052O^&\005r\000\213`\025-\214;\235\200\3049\221\240\342\nVQ>\241\250b\202\033\230\316xm\225X\314A\020\326\001\235\375\214\332\022\362\324\262\014\214\203\023\271-&i\305\006\340\372Y3\231L\336\254I[\362\3408\302\221\047\263D\303\274dGp\262vw\262\323]\204\022\216%\363\255\336!\027\304\021\242I\260Y\323\276j\216\016\324X\242R\223\266ZX\224\016\320.D\266qK7P\353i\206vVE\0475E\007\254\251s\3504`+\031\213\232\342\311\273\366\246|\375rg\273\274\263\371\246h<\375\360\256X\336\021e\327\254O\"\336\276/\356=\373\373\355\301^\314%\316}\367aw\022i\350\244\262a\354\366\016\361\277\215\2753v\340P\355A\3250&\372\202\201\277\252\313M=6)\343\361(,\327\216\277p\332\214GT\301\350(-\245\236\265]j\237|Q \025\016L\032\250\227p\261\335\240\305\340\226\366 \225=n2\221\237~\222\025\246*\2660\033\225\036&\232hC9)\337\264\361\263\201\370\312\241&T\250\3310m!A?PNSX\330\017\2143\265#\244\211{c\323\343\247\245\277X\330b\334\316\261\200\307\223\244\317U\212\236\314?B<4\313\343|\r8\034\266\234*\343V|\356\360\321\244\312\320\355\257\n\027\027\361\332""\250M\202NNM\rT\r\217!\303\034\274(\0244\247\346\231\360\316O\214\322\300\010\233\242\277\225\315\232L\351{\002y\333\202r\211\321x\204d\235\265N\033\256\211W\000\255\341\210\327\021\327j\"\256\022\250\234h\3055\242K\234*\236R=v\035\204n\241\331\301j\211V\333\005\027\264\317p\323\211\335\022\022\211\267\034h\331(\241\203\313\006\265\273x\365h\367\342I\260\360pYP\245\256\255$\263\201\253\304\370G`\210\252\304C\323\222\266PR_\006\\!\027UwDW1\224\001\377\006\227z\3207\000>\360<\273\034ud\262\016\226\313\231\322\177\351\266,\354\207\253\253\372N\364\016\265]\210\037\262\303\240+\343\212\234x@\236\3073_g\177\thp\024-\365g\306\263\327\361%;\236\275\350U\375\315\361l\332K\373)\277\344[An\234^\030-\\\017\332\341\271\320\356\347\372\205\376\366\340\374pq\370\317\027gT*\217\312\373\243\375\367\343\314\"&e~\366\251\337\tJ_3?\371\205\361\354\202w\317\353\342\006ka.\201jD\331(\367\025\327\037\370O\302\\X\010\267\302vt\241\377~P8\236\371\226>\223\272\224@g\274\030?\345\355\3739\177#8\010\213\310Ks\320d\333\341|\264\332_\032\234\035\024\006/\206[\303\266F\205\240\020l\006\2451\342\336\017r\301z8\023^\213J\021\035g\262\376R0\023d5\031\r\362\303\231\324\325`\021\267\334\234\026:w,\275\234\367\320\177\352\323q\372\242G\275C_\352\232\223\327\317\341\207\310\354g\373Z\004\357\221\337\306\315\256\206\367\221\301\362 ;X\033\256\014c\320u\215\201I\263\363\336\035\035\203H\213\323r\346\216\217\374e\244\200;6\222\250\271\321\334U\244Y\010^\205\265\350\240\377<.es\234\276\344u\374\3228\205\365{\007\376\353@\2061\215\246.n<\273\034c\334D\325^E\265\376\301`sP\322U=\326[\006\033H\223F\275\301\214\206s\275-\257}*\363\324\212\215\360q\227\332\337\316\235I\245\217\343\305OA*(\005\325\360Y\224\323\2520\277\235\360\277\254\331_\371\237\\\363(V\301{\341o\371\335\200&\323?Q\343\213!\213\2446\307\351\245j\264\025\265\265\265\346\275\333~#\314\206\261B\277\373\357\202\3450\253[|\336\277\254\271\350\312?#\005m\305+\361&(\366\272\177\026M\224\2710Ng\274gh\204\373\301J\260\207\232\334\212\236\367\037\016""\236\016j\303=l\376\177\305%\342M\346\237\203r\230\n\313\321\314D\206\321\265B\334\304\323Z\324\374\203`\033\235\222\325\271\335\204G\026\tUP\016\r\264\022\356G7\242\315\251l7\302\334he\275_\3527\206\331!\316/ym\177\001\025.\206?\216V\376\300c\361z\320\036\246bV\231%t\301|\270\032]\216h\"\364\024\365S\354\240\302\350\3277_J_b\001o\371E\354\341ox\272\250\217\275\374\0271\331\236e";
+    PyObject *data = __Pyx_DecompressString(cstring, 1505, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1955 bytes) */
-static const char cstring[] = "\377 already\377 are fre\377e in one\377 piece (\373or\037\000l  at\377 most  c\377hannels \267exi\r\000th\027\000i\377t can ha\377ve); `iv\337shmem#\005 l\357s` l*\000s w\276)\002s thel\000i\275si\001use:\"\017i\377nfo` say\357s by5\000ich\377 process\377es (forc\3764\000only if\377 you knokw \212\002n\274\001ofb\001\277m stor/\000i\377nto its \266\226\000or\354\000ny\316\000r\377e), and \374(\003\201!a\047s .:\377 a geome\371t(\000\335\003s not\376\210!owed: :\336J\000 tak\212\000?N\367otet\003Cyth\367on \326\000deli\277berate\237\000s\177tricter\233\001\377n PEP-48}4s\002rejec\223\000?subcla\327\002\266\000\337built\205@ty\277pes. I\333\003n\257eed \303\000p%\000 |&\010\312 n set\322!\373 \047\233@otati\367on_<\000ing\047o dirb\000iv\242\000\377o False./add_\315\000e\307D \000\177sableen\002\001\257gcis\004\003d\304D.?errors\006\005\276#_.size\014\005/\221d\375/h\000ords.p\377yxno roo\343m \252@\203f\367@ re{gi\240#mapp\322\000p\035\001\202\204\001\253\000\371`ly:\351 \354\265f\326abe2\000mov\253ed\261fa\326fC\214\204\003E\370\237\001\004\005\230\204\001sKIND\377SNAME_BY\377TESNoSuc\375h\047\004OVERFL\347OWR\207\0027\002TYP\372#\004_1\001S__Py\365x\001\000D\271@_Nex\277tRef__\331$e\377____func\336\004\001main\003\002od;ul\025\002nam\035\002\203 \347_vt\327!,\001qua\275l\022\005testA\000i\177s_corou\354@\375e\211!ndarea\377asyncio.\376\022\006sbitblo\357ckby6\000cal\373ls\202\206\004cline\375_}\000traceb\377ackclose\374\001\001\372@codeco\373nn\374Aonscr\257eate\000\003d\026\001d\377ediscard\353en\047\001d\342Cfac\317ts.<m\000\252`>.\377genexprf\367ind\363\205\002formwat_\373Afou\022\000\317reeg\036\004\256\205\005ge\277tgonei1\000e\237xitem\264f\272\207\004.\272\242dkS\000lay\377\000l\357imit\244\207\001ing\377loansmem\177bership\345i\377messages\362\213\210\001n\344!\232\000tope\327nop\362\204\001s\243`rf\267low\004\001wrx\000p\375a\350\000dpopqu\207eue\352\210\001R\000\350d\250\204\003r\275e\330arepl\300 r\377ing_alwa\373ys\272\204\001sends\377etdefaul\177tsile""nt\363\204\003\377ze_ofsle\177epslots\211\207\001\373nt\244`throw\357time\000\001_ns\370\007\001\376\206\001\356@ypeun\373it\000\001supda\347teu\310\001\332.val\373ue\000\002sview\365s\303\002r\002\002ing\200\377\001\340\004\036\230a\230z\177\250\027\260\001\330\004\037\006\000\377\021\330\004\016\210f\220A\377\330\004\010\210\010\220\005\220\377Q\220d\230!\330\010\013\377\320\013\037\230q\240\006\240\377l\260!\2601\260D\270\377\t\300\024\300Z\310r\320\377QS\320SU\320UV\367\330\014\0242\000\014\026\220a\377\220v\230Q\340\014\023\220\3771\330\004\013\2104\210w\356>\000(\240!e\003k\250\021\367\250!\340\025\0008\220?\240\377!\2401\240C\240q\250\377\r\260V\2701\200\001\360o\010\000\005\017u\003\014\210{\002\377\005\210U\220!\220:\230\237W\240E\250\021\177\002\251\001q\377\240\n\250\047\260\027\270\003\377\2701\270H\300C\300q\375\330s\000e\2301\230A\230\373Q\330u\0007\230!\2305\377\240\001\240\034\250Q\250a\377\330\014\021\220\027\230\001\230\366\324\000\013\210a\001\020\000\005\032\353\230\024P\000A\340\006\007\200s\377\210!\2109\220B\220a\377\330\010\016\210a\210x\220\371s\360\001\005\003~\240Y\250c\367\260\021\260\201!\210<\220q\356J\000\032\2407\177\000\030\270\021_\270(\300#\300p\0025`\001\236\246 \004\n\210- \001\314\000\024>\306\006\007\200z\220\030\200\000Z\000\367k\230\021\"\001\007\320\007\032\376\244\0001\230J\240g\250W\373\260G\306\002A\330\010\017\210\337v\220Q\330\005\375\000\210W\337\220K\230s\240\370 \016\210]m\331\001\330\004\030_\002)\263 \377J\250g\260W\270A\270\265Q\337!>O\001\230:\244\000a\367\250y\270\304@\007\200u\210GC\210q\310\0013\004\007\010l\313@\376\241Bq\360\006\000\005\010\200\376\"\002j\230\005\230Q\230f\357\240F\250!\373Ai\220q\252\272\003\025\204a\031\240,\n\252 1\377\210H\220C\220w\230a\335\330\356\000!\2106\341 \016\240\347i\250s\231a\007\tf\250C\373\250q\327a\n\210,\220k\363\240\021\315\000\237 +\220T\230\373\030\240\347`\010\210\t\220\025\234\257`\251\000\017\210~\200\000\207\204\001\031~@\002\010\013\2105\220\003\302`\177\014\r\330""\010\014\210F\206`\3377\230#\230R\221 *\250\377G\2609\270B\270g\300\305R\372@\004\346\006\267#\t\004~\230\177S\240\005\240S\250\001\200$\347\320\0341\300B%\007\016\210g\317\220W\230D\247`\331`\017\210\225w\202\003\021\216\000b\214 e\001#\337\240U\250\"\250\224@\016\210\376\262\"\"\240!\320#5\260\377Q\260k\300\021\300!\330\277\014\017\210q\220\013\366`E\377\240\022\320#3\2601\260\337K\270q\300\005\221\002\014\027\376\247`\n\240\047\250\025\250a\364\343#\213Fj\275b1\320$Mw\310Q\310\274\"*\220E\224`?&\240\006\240a\220\234`";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1955, 2378);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1965 bytes) */
+static const char cstring[] = "\377 already\377 are fre\377e in one\377 piece (\373or\037\000l  at\377 most  c\377hannels \267exi\r\000th\027\000i\377t can ha\377ve); `iv\337shmem#\005 l\357s` l*\000s w\276)\002s thel\000i\275si\001use:\"\017i\377nfo` say\357s by5\000ich\377 process\377es (forc\3764\000only if\377 you knokw \212\002n\274\001ofb\001\277m stor/\000i\377nto its \266\226\000or\354\000ny\316\000r\377e), and \374(\003\201!a\047s .:\377 a geome\371t(\000\335\003s not\376\210!owed: :\336J\000 tak\212\000?N\367otet\003Cyth\367on \326\000deli\277berate\237\000s\177tricter\233\001\377n PEP-48}4s\002rejec\223\000?subcla\327\002\266\000\337built\205@ty\277pes. I\333\003n\257eed \303\000p%\000 |&\010\312 n set\322!\373 \047\233@otati\367on_<\000ing\047o dirb\000iv\242\000\377o False./add_\315\000e\307D \000\177sableen\002\001\257gcis\004\003d\304D.?errors\006\005\276#_.size\014\005/\221d\375/h\000ords.p\377yxno roo\343m \252@\203f\367@ re{gi\240#mapp\322\000p\035\001\202\204\001\253\000\371`ly:\351 \354\265f\326abe2\000mov\253ed\261fa\326fC\214\204\003E\370\237\001\004\005\230\204\001sKIND\377SNAME_BY\377TESNoSuc\375h\047\004OVERFL\347OWR\207\0027\002TYP\372#\004_1\001S__Py\365x\001\000D\271@_Nex\277tRef__\331$e\377____func\336\004\001main\003\002od;ul\025\002nam\035\002\203 \347_vt\327!,\001qua\275l\022\005testA\000i\177s_corou\354@\375e\211!ndarea\377asyncio.\376\022\006sbitblo\357ckby6\000cal\373ls\202\206\004cline\375_}\000traceb\377ackclose\374\001\001\372@codeco\373nn\374Aonscr\257eate\000\003d\026\001d\377ediscard\353en\047\001d\342Cfac\317ts.<m\000\252`>.\377genexprf\367ind\363\205\002formwat_\373Afou\022\000\317reeg\036\004\256\205\005ge\277tgonei1\000e\237xitem\264f\272\207\004.\272\242dkS\000lay\377\000l\357imit\244\207\001ing\377loansmem\177bership\345i\377messages\362\213\210\001n\344!\232\000tope\327nop\362\204\001s\243`rf\267low\004\001wrx\000p\375a\350\000dpopqu\207eue\352\210\001R\000\350d\250\204\003r\275e\330arepl\300 r\377ing_alwa\373ys\272\204\001sends\377etdefaul\177tsile""nt\363\204\003\377ze_ofsle\177epslots\211\207\001\373nt\244`throw\357time\000\001_ns\370\007\001\376\206\001\356@ypeun\376\305 ishedun\373it\000\001supda\347teu\322\001\344.val\373ue\000\002sview\365s\315\002r\002\002ing\200\377\001\340\004\036\230a\230z\177\250\027\260\001\330\004\037\006\000\377\021\330\004\016\210f\220A\377\330\004\010\210\010\220\005\220\377Q\220d\230!\330\010\013\377\320\013\037\230q\240\006\240\377l\260!\2601\260D\270\377\t\300\024\300Z\310r\320\377QS\320SU\320UV\367\330\014\0242\000\014\026\220a\377\220v\230Q\340\014\023\220\3771\330\004\013\2104\210w\356>\000(\240!e\003k\250\021\367\250!\340\025\0008\220?\240\377!\2401\240C\240q\250\377\r\260V\2701\200\001\360o\010\000\005\017u\003\014\210{\002\377\005\210U\220!\220:\230\237W\240E\250\021\177\002\251\001q\377\240\n\250\047\260\027\270\003\377\2701\270H\300C\300q\375\330s\000e\2301\230A\230\373Q\330u\0007\230!\2305\377\240\001\240\034\250Q\250a\377\330\014\021\220\027\230\001\230\366\324\000\013\210a\001\020\000\005\032\353\230\024P\000A\340\006\007\200s\377\210!\2109\220B\220a\377\330\010\016\210a\210x\220\371s\360\001\005\003~\240Y\250c\367\260\021\260\201!\210<\220q\356J\000\032\2407\177\000\030\270\021_\270(\300#\300p\0025`\001\236\246 \004\n\210- \001\314\000\024>\306\006\007\200z\220\030\200\000Z\000\367k\230\021\"\001\007\320\007\032\376\244\0001\230J\240g\250W\373\260G\306\002A\330\010\017\210\337v\220Q\330\005\375\000\210W\337\220K\230s\240\370 \016\210]m\331\001\330\004\030_\002)\263 \377J\250g\260W\270A\270\265Q\337!>O\001\230:\244\000a\367\250y\270\304@\007\200u\210GC\210q\310\0013\004\007\010l\313@\376\241Bq\360\006\000\005\010\200\376\"\002j\230\005\230Q\230f\357\240F\250!\373Ai\220q\252\272\003\025\204a\031\240,\n\252 1\377\210H\220C\220w\230a\335\330\356\000!\2106\341 \016\240\347i\250s\231a\007\tf\250C\373\250q\327a\n\210,\220k\363\240\021\315\000\237 +\220T\230\373\030\240\347`\010\210\t\220\025\234\257`\251\000\017\210~\200\000\207\204\001\031~@\002\010\013\2105\220\003""\302`\177\014\r\330\010\014\210F\206`\3377\230#\230R\221 *\250\377G\2609\270B\270g\300\305R\372@\004\346\006\267#\t\004~\230\177S\240\005\240S\250\001\200$\347\320\0341\300B%\007\016\210g\317\220W\230D\247`\331`\017\210\225w\202\003\021\216\000b\214 e\001#\337\240U\250\"\250\224@\016\210\376\262\"\"\240!\320#5\260\377Q\260k\300\021\300!\330\277\014\017\210q\220\013\366`E\377\240\022\320#3\2601\260\337K\270q\300\005\221\002\014\027\376\247`\n\240\047\250\025\250a\364\343#\213Fj\275b1\320$Mw\310Q\310\274\"*\220E\224`?&\240\006\240a\220\234`";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1965, 2388);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2378 bytes) */
-static const char bytes[] = " already are free in one piece (or all  at most  channels exist that it can have); `ivshmem channel ls` lists what is there is in use: `ivshmem channel info` says by which processes (force: only if you know that none of them stores into its memory any more), and of the area\047s .: a geometry that is not allowed: : it takes ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notechannel disableenablegcisenabledivshmem.errorsivshmem.memory.sizesivshmem/channel/records.pyxno room for channel the region is mapped for reading only: no channel can be removedthere is a channel ChannelErrorChannelExistsKINDSNAME_BYTESNoSuchChannelOVERFLOWRegionErrorTYPE_BYTES_NAMES__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_vtable____qualname____test___is_coroutineappendareaasyncio.coroutinesbitblockbytescallschannelcline_in_tracebackcloseclosingcodeconnectionscreatecreateddecodediscardencodederrorsfacts.<locals>.genexprfindforceformat_sizefoundfreeggenexprgeometrygetgoneiindexitemsivshmem.channel.recordskindlayoutlimitlistingloansmembershipmemory.sizesmessagesmostnnamenextopenoptionsoverflowoverwritepaddedpopqueuereadersreadingrecordremovereplacering_alwaysroomsendsetdefaultsilentsizesize_ofsleepslotstakentextthrowtimetime_nstimestriestypeunitunitsupdateusage.<locals>.genexprvaluevaluesviewswriterswriting\200\001\340\004\036\230a\230z\250\027\260\001\330\004\037\230z\250\021\330\004\016\210f\220A\330\004\010\210\010\220\005\220Q\220d\230!\330\010\013\320\013\037\230q\240\006\240l\260!\2601\260D\270\t\300\024\300Z\310r\320QS\320SU\320UV\330\014\024\220A\330\014\026\220a\220v\230Q\340\014\023\2201\330\004\013\2104\210w\220d\230(\240!\200\001\340\004\036\230k\250\021\250!\340\004\013\2108\220?\240!\2401\240C\240q\250\r\260V\2701\200\001\360\010\000\005\017\210f\220A\330\004\014\210A\330\004\010\210\005\210U\220!\220:\230W\240E""\250\021\330\010\013\320\013\036\230a\230q\240\n\250\047\260\027\270\003\2701\270H\300C\300q\330\014\026\220e\2301\230A\230Q\330\014\023\2207\230!\2305\240\001\240\034\250Q\250a\330\014\021\220\027\230\001\230\021\330\004\013\2101\200\001\360\020\000\005\032\230\024\230W\240A\330\004\016\210f\220A\330\004\007\200s\210!\2109\220B\220a\330\010\016\210a\210x\220s\230!\330\010\016\210a\210x\220~\240Y\250c\260\021\260!\330\010\013\210<\220q\230\001\230\032\2407\250\047\260\030\270\021\270(\300#\300Q\330\014\023\2205\230\001\230\021\230!\330\004\n\210-\220q\230\001\200\001\360\024\000\005\017\210f\220A\330\004\007\200z\220\030\230\021\330\010\016\210k\230\021\230!\330\004\007\320\007\032\230!\2301\230J\240g\250W\260G\2701\270H\300A\330\010\017\210v\220Q\330\005\014\210A\210W\220K\230s\240!\330\010\016\210m\2301\230A\330\004\030\230\001\230\021\230)\2401\240J\250g\260W\270A\270Q\330\004\013\210>\230\021\230!\230:\240Y\250a\250y\270\001\330\004\007\200u\210C\210q\330\010\016\210m\2301\230A\330\004\007\200u\210C\210q\330\010\016\210l\230!\330\014\026\220a\220q\360\006\000\005\010\200q\330\010\016\210j\230\005\230Q\230f\240F\250!\330\004\016\210i\220q\200\001\360\024\000\005\025\220A\330\004\031\230\024\230W\240A\330\004\016\210f\220A\330\004\n\210!\2101\210H\220C\220w\230a\330\004\n\210!\2106\220\027\230\016\240i\250s\260!\2601\330\004\n\210!\2106\220\027\230\016\240f\250C\250q\260\001\330\004\n\210,\220k\240\021\240!\330\004\n\210+\220T\230\030\240\021\330\004\010\210\t\220\025\220a\220q\330\010\017\210~\230Q\230a\230z\250\031\260!\2601\330\010\013\2105\220\003\2201\330\014\r\330\010\014\210F\220!\2207\230#\230R\230s\240*\250G\2609\270B\270g\300R\300q\330\004\007\200u\210C\210q\330\010\017\210v\220Q\330\004\007\200u\210C\210~\230S\240\005\240S\250\001\330\010\016\210m\2301\320\0341\260\021\260!\330\004\007\200u\210C\210q\330\010\016\210g\220W\230D\240\001\240\021\330\010\017\210w\220a\220q\330\010\021\220\025\220b\230\005\230R\230s\240#\240U\250\"\250A\330\010\016\210l\230!""\330\014\"\240!\320#5\260Q\260k\300\021\300!\330\014\017\210q\220\013\2301\230E\240\022\320#3\2601\260K\270q\300\005\300R\300q\330\014\027\220q\230\n\240\047\250\025\250a\360\006\000\005\010\200u\210C\210q\330\010\016\210j\230\001\230\032\2401\320$M\310Q\310a\330\004\n\210*\220E\230\021\230&\240\006\240a\220\021\230!";
+    #else /* compression: none (2388 bytes) */
+static const char bytes[] = " already are free in one piece (or all  at most  channels exist that it can have); `ivshmem channel ls` lists what is there is in use: `ivshmem channel info` says by which processes (force: only if you know that none of them stores into its memory any more), and of the area\047s .: a geometry that is not allowed: : it takes ?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notechannel disableenablegcisenabledivshmem.errorsivshmem.memory.sizesivshmem/channel/records.pyxno room for channel the region is mapped for reading only: no channel can be removedthere is a channel ChannelErrorChannelExistsKINDSNAME_BYTESNoSuchChannelOVERFLOWRegionErrorTYPE_BYTES_NAMES__Pyx_PyDict_NextRef__annotate____func____main____module____name____pyx_vtable____qualname____test___is_coroutineappendareaasyncio.coroutinesbitblockbytescallschannelcline_in_tracebackcloseclosingcodeconnectionscreatecreateddecodediscardencodederrorsfacts.<locals>.genexprfindforceformat_sizefoundfreeggenexprgeometrygetgoneiindexitemsivshmem.channel.recordskindlayoutlimitlistingloansmembershipmemory.sizesmessagesmostnnamenextopenoptionsoverflowoverwritepaddedpopqueuereadersreadingrecordremovereplacering_alwaysroomsendsetdefaultsilentsizesize_ofsleepslotstakentextthrowtimetime_nstimestriestypeunfinishedunitunitsupdateusage.<locals>.genexprvaluevaluesviewswriterswriting\200\001\340\004\036\230a\230z\250\027\260\001\330\004\037\230z\250\021\330\004\016\210f\220A\330\004\010\210\010\220\005\220Q\220d\230!\330\010\013\320\013\037\230q\240\006\240l\260!\2601\260D\270\t\300\024\300Z\310r\320QS\320SU\320UV\330\014\024\220A\330\014\026\220a\220v\230Q\340\014\023\2201\330\004\013\2104\210w\220d\230(\240!\200\001\340\004\036\230k\250\021\250!\340\004\013\2108\220?\240!\2401\240C\240q\250\r\260V\2701\200\001\360\010\000\005\017\210f\220A\330\004\014\210A\330\004\010\210\005\210U\220!\220:""\230W\240E\250\021\330\010\013\320\013\036\230a\230q\240\n\250\047\260\027\270\003\2701\270H\300C\300q\330\014\026\220e\2301\230A\230Q\330\014\023\2207\230!\2305\240\001\240\034\250Q\250a\330\014\021\220\027\230\001\230\021\330\004\013\2101\200\001\360\020\000\005\032\230\024\230W\240A\330\004\016\210f\220A\330\004\007\200s\210!\2109\220B\220a\330\010\016\210a\210x\220s\230!\330\010\016\210a\210x\220~\240Y\250c\260\021\260!\330\010\013\210<\220q\230\001\230\032\2407\250\047\260\030\270\021\270(\300#\300Q\330\014\023\2205\230\001\230\021\230!\330\004\n\210-\220q\230\001\200\001\360\024\000\005\017\210f\220A\330\004\007\200z\220\030\230\021\330\010\016\210k\230\021\230!\330\004\007\320\007\032\230!\2301\230J\240g\250W\260G\2701\270H\300A\330\010\017\210v\220Q\330\005\014\210A\210W\220K\230s\240!\330\010\016\210m\2301\230A\330\004\030\230\001\230\021\230)\2401\240J\250g\260W\270A\270Q\330\004\013\210>\230\021\230!\230:\240Y\250a\250y\270\001\330\004\007\200u\210C\210q\330\010\016\210m\2301\230A\330\004\007\200u\210C\210q\330\010\016\210l\230!\330\014\026\220a\220q\360\006\000\005\010\200q\330\010\016\210j\230\005\230Q\230f\240F\250!\330\004\016\210i\220q\200\001\360\024\000\005\025\220A\330\004\031\230\024\230W\240A\330\004\016\210f\220A\330\004\n\210!\2101\210H\220C\220w\230a\330\004\n\210!\2106\220\027\230\016\240i\250s\260!\2601\330\004\n\210!\2106\220\027\230\016\240f\250C\250q\260\001\330\004\n\210,\220k\240\021\240!\330\004\n\210+\220T\230\030\240\021\330\004\010\210\t\220\025\220a\220q\330\010\017\210~\230Q\230a\230z\250\031\260!\2601\330\010\013\2105\220\003\2201\330\014\r\330\010\014\210F\220!\2207\230#\230R\230s\240*\250G\2609\270B\270g\300R\300q\330\004\007\200u\210C\210q\330\010\017\210v\220Q\330\004\007\200u\210C\210~\230S\240\005\240S\250\001\330\010\016\210m\2301\320\0341\260\021\260!\330\004\007\200u\210C\210q\330\010\016\210g\220W\230D\240\001\240\021\330\010\017\210w\220a\220q\330\010\021\220\025\220b\230\005\230R\230s\240#\240U\250\"\250A\330\010""\016\210l\230!\330\014\"\240!\320#5\260Q\260k\300\021\300!\330\014\017\210q\220\013\2301\230E\240\022\320#3\2601\260K\270q\300\005\300R\300q\330\014\027\220q\230\n\240\047\250\025\250a\360\006\000\005\010\200u\210C\210q\330\010\016\210j\230\001\230\032\2401\320$M\310Q\310a\330\004\n\210*\220E\230\021\230&\240\006\240a\220\021\230!";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 127; i++) {
+    for (int i = 0; i < 128; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 24) PyUnicode_InternInPlace(&string);
@@ -11892,8 +11998,8 @@ static const char bytes[] = " already are free in one piece (or all  at most  ch
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 127; i < 135; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-127].length;
+    for (int i = 128; i < 136; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-128].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -11903,14 +12009,14 @@ static const char bytes[] = " already are free in one piece (or all  at most  ch
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 135; i++) {
+    for (Py_ssize_t i = 0; i < 136; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 127;
+      PyObject **table = stringtab + 128;
       for (Py_ssize_t i=0; i<8; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -12010,7 +12116,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_genexpr, __pyx_mstate->__pyx_kp_b_iso88591__4, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 210};
+    const __Pyx_PyCode_New_function_description descr = {0, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_GENERATOR), 218};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_n, __pyx_mstate->__pyx_n_u_bit};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_genexpr, __pyx_mstate->__pyx_kp_b_iso88591__5, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
@@ -12040,7 +12146,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_listing, __pyx_mstate->__pyx_kp_b_iso88591_fA_A_U_WE_aq_1HCq_e1AQ_7_5_Qa_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 236};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 244};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_membership, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_name, __pyx_mstate->__pyx_n_u_force, __pyx_mstate->__pyx_n_u_record, __pyx_mstate->__pyx_n_u_channel_2, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_records_pyx, __pyx_mstate->__pyx_n_u_remove, __pyx_mstate->__pyx_kp_b_iso88591_fA_z_k_1JgWG1HA_vQ_AWKs_m1A_1Jg, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }

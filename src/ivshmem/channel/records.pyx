@@ -169,11 +169,14 @@ cdef dict usage(Membership membership, ivshmem_record *record):
     """Who writes and who reads, as (slot, place, state, ..)."""
     cdef ivshmem_channel channel
     cdef ivshmem_geometry *g = &record.geometry
-    cdef uint64_t owner, tail, head, policy
+    cdef uint64_t owner, tail, head, policy, claim
     cdef unsigned i, j
     cdef ivshmem_place place
     ivshmem_channel_open(&channel, &membership.member.area, record)
-    ends = {"writing": [], "reading": [], "connections": 0, "bytes": channel.layout.size}
+    ends = {
+        "writing": [], "reading": [], "connections": 0, "unfinished": 0,
+        "bytes": channel.layout.size,
+    }
     if g.kind == IVSHMEM_BYTES:
         for i in range(g.writers):
             for j in range(2):
@@ -193,6 +196,11 @@ cdef dict usage(Membership membership, ivshmem_record *record):
             ends["writing"].append((
                 i, place.index, state_of(membership, owner), head,
             ))
+            if ivshmem_has_claims(&channel):
+                for j in range(g.slots):
+                    claim = ivshmem_get(&channel, ivshmem_claim_at(&channel, i, j))
+                    if IVSHMEM_CLAIM_OPEN <= ivshmem_flags(claim) <= IVSHMEM_CLAIM_ONCE:
+                        ends["unfinished"] += ivshmem_claim_age(head, claim) != 0
     for i in range(g.readers):
         owner = ivshmem_get(&channel, channel.layout.reader_owners + 8 * i)
         if ivshmem_flags(owner) != IVSHMEM_SLOT_OPEN:

@@ -161,7 +161,7 @@ def _ids(text: str) -> list[int]:
 
 
 @contextlib.contextmanager
-def _opened(options: argparse.Namespace) -> Iterator[guest.GuestDevice]:
+def opened(options: argparse.Namespace) -> Iterator[guest.GuestDevice]:
     """The device; it is given back also if a signal ends the block."""
     with (
         signals.held(),
@@ -200,7 +200,7 @@ def _row_of(device: guest.Device) -> list[str]:
 
 
 def _info(options: argparse.Namespace) -> int:
-    with _opened(options) as device:
+    with opened(options) as device:
         bits = pci.command(device.device)
         try:
             device.fileno()
@@ -238,7 +238,7 @@ def _names(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace, command: str, *words: str | None) -> int:
     """Run a command of the shell, with those words that are given."""
-    with _opened(options) as device, Shell(device, json=options.json) as shell:
+    with opened(options) as device, Shell(device, json=options.json) as shell:
         shell.run(command, [word for word in words if word is not None])
     return 0
 
@@ -246,7 +246,7 @@ def _run(options: argparse.Namespace, command: str, *words: str | None) -> int:
 def _hexdump(options: argparse.Namespace) -> int:
     if not options.raw:
         return _run(options, "hexdump", options.start, options.length)
-    with _opened(options) as device:
+    with opened(options) as device:
         start = parse_size(options.start)
         size = parse_size(options.length) if options.length else device.region.size - start
         if size < 0 or start + size > device.region.size:

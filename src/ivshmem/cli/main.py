@@ -23,6 +23,10 @@ SUBCOMMANDS = {
         "guest",
         "inside a virtual machine: list devices, ring, wait, read the memory, share it",
     ),
+    "channel": (
+        "channel",
+        "messages, queues and values of a region: list, send, receive, remove",
+    ),
     "qemu": ("qemu", "print the QEMU arguments or libvirt XML for a guest"),
     "doctor": (
         "doctor",

@@ -1254,6 +1254,7 @@ static int __Pyx_init_tpflags_variables(void) {
 /* Early includes */
 #include <stdint.h>
 #include "ivshmem_channel/directory.h"
+#include "ivshmem_channel/places.h"
 #include "ivshmem_channel/records.h"
 #ifdef _OPENMP
 #include <omp.h>
@@ -1665,7 +1666,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU32;
 struct __pyx_obj_7ivshmem_6native_7mapping_AtomicU64;
 struct __pyx_obj_7ivshmem_6native_7mapping_Registers;
 
-/* "ivshmem/native/areas.pyx":50
+/* "ivshmem/native/areas.pyx":58
  * Area.__doc__ = """An area, as its header says: bytes, numbers of table entries, units of data."""
  * 
  * cdef enum:             # <<<<<<<<<<<<<<
@@ -1674,7 +1675,7 @@ struct __pyx_obj_7ivshmem_6native_7mapping_Registers;
 */
 enum  {
 
-  /* "ivshmem/native/areas.pyx":53
+  /* "ivshmem/native/areas.pyx":61
  *     # Bytes of an area for each place and each record, if the caller does not say how many.
  *     FOR_A_PLACE = 1 << 14
  *     FOR_A_RECORD = 1 << 16             # <<<<<<<<<<<<<<
@@ -2375,6 +2376,18 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
 #define __Pyx_ExceptionReset(type, value, tb)  PyErr_SetExcInfo(type, value, tb)
 #endif
 
+/* PyValueError_Check.proto */
+#define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
+
+/* CIntToPyUnicode.proto */
+#define __Pyx_PyUnicode_From_uint32_t(value, width, padding_char, format_char) (\
+    ((format_char) == ('c')) ?\
+        __Pyx_uchar___Pyx_PyUnicode_From_uint32_t(value, width, padding_char) :\
+        __Pyx____Pyx_PyUnicode_From_uint32_t(value, width, padding_char, format_char)\
+    )
+static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_uint32_t(uint32_t value, Py_ssize_t width, char padding_char);
+static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_uint32_t(uint32_t value, Py_ssize_t width, char padding_char, char format_char);
+
 /* TypeImport.proto */
 #ifndef __PYX_HAVE_RT_ImportType_proto_3_3_1
 #define __PYX_HAVE_RT_ImportType_proto_3_3_1
@@ -2503,6 +2516,9 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_uint32_t(uint32_t value);
 
 /* CIntToPy.proto */
 static CYTHON_INLINE PyObject* __Pyx_PyLong_From_unsigned_int(unsigned int value);
+
+/* CIntToPy.proto */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value);
 
 /* FormatTypeName.proto */
 #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX >= 0x030d0000
@@ -2649,6 +2665,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
 static PyObject *__pyx_pf_7ivshmem_6native_5areas_2area_of(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, uint64_t __pyx_v_offset); /* proto */
 static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping); /* proto */
 static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, uint64_t __pyx_v_offset); /* proto */
+static PyObject *__pyx_pf_7ivshmem_6native_5areas_8free_place(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, uint64_t __pyx_v_offset, unsigned int __pyx_v_index); /* proto */
 /* #### Code section: late_includes ### */
 /* #### Code section: module_state ### */
 /* SmallCodeConfig */
@@ -2681,7 +2698,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[1];
-    PyObject *__pyx_string_tab[43];
+    PyObject *__pyx_string_tab[49];
 /* #### Code section: module_state_contents ### */
 /* CodeObjectCache.module_state_decls */
 struct __Pyx_CodeObjectCache __pyx_code_cache;
@@ -2721,42 +2738,48 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_processes_and __pyx_string_tab[4]
 #define __pyx_kp_u_x __pyx_string_tab[5]
 #define __pyx_kp_u_ __pyx_string_tab[6]
-#define __pyx_kp_u__2 __pyx_string_tab[7]
-#define __pyx_kp_u_An_area_as_its_header_says_bytes __pyx_string_tab[8]
-#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[9]
-#define __pyx_kp_u_add_note __pyx_string_tab[10]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[11]
-#define __pyx_kp_u_no_area_of __pyx_string_tab[12]
-#define __pyx_kp_u_offset_size_places_records_unit __pyx_string_tab[13]
-#define __pyx_kp_u_the_memory_is_mapped_for_reading __pyx_string_tab[14]
-#define __pyx_n_u_Area __pyx_string_tab[15]
-#define __pyx_n_u_RegionError __pyx_string_tab[16]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[17]
-#define __pyx_n_u_doc __pyx_string_tab[18]
-#define __pyx_n_u_main __pyx_string_tab[19]
-#define __pyx_n_u_module __pyx_string_tab[20]
-#define __pyx_n_u_name __pyx_string_tab[21]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[22]
-#define __pyx_n_u_qualname __pyx_string_tab[23]
-#define __pyx_n_u_test __pyx_string_tab[24]
-#define __pyx_n_u_area_of __pyx_string_tab[25]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[26]
-#define __pyx_n_u_collections __pyx_string_tab[27]
-#define __pyx_n_u_errors __pyx_string_tab[28]
-#define __pyx_n_u_find_area __pyx_string_tab[29]
-#define __pyx_n_u_items __pyx_string_tab[30]
-#define __pyx_n_u_ivshmem_native_areas __pyx_string_tab[31]
-#define __pyx_n_u_make_area __pyx_string_tab[32]
-#define __pyx_n_u_mapping __pyx_string_tab[33]
-#define __pyx_n_u_namedtuple __pyx_string_tab[34]
-#define __pyx_n_u_offset __pyx_string_tab[35]
-#define __pyx_n_u_places __pyx_string_tab[36]
-#define __pyx_n_u_pop __pyx_string_tab[37]
-#define __pyx_n_u_records __pyx_string_tab[38]
-#define __pyx_n_u_setdefault __pyx_string_tab[39]
-#define __pyx_n_u_size __pyx_string_tab[40]
-#define __pyx_n_u_sweep __pyx_string_tab[41]
-#define __pyx_n_u_values __pyx_string_tab[42]
+#define __pyx_kp_u_the_area_has __pyx_string_tab[7]
+#define __pyx_kp_u__2 __pyx_string_tab[8]
+#define __pyx_kp_u_An_area_as_its_header_says_bytes __pyx_string_tab[9]
+#define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[10]
+#define __pyx_kp_u_add_note __pyx_string_tab[11]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[12]
+#define __pyx_kp_u_no_area_of __pyx_string_tab[13]
+#define __pyx_kp_u_offset_size_places_records_unit __pyx_string_tab[14]
+#define __pyx_kp_u_place __pyx_string_tab[15]
+#define __pyx_kp_u_the_memory_is_mapped_for_reading __pyx_string_tab[16]
+#define __pyx_kp_u_the_region_is_mapped_for_reading __pyx_string_tab[17]
+#define __pyx_kp_u_there_is_no_area_at __pyx_string_tab[18]
+#define __pyx_n_u_Area __pyx_string_tab[19]
+#define __pyx_n_u_RegionError __pyx_string_tab[20]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[21]
+#define __pyx_n_u_doc __pyx_string_tab[22]
+#define __pyx_n_u_main __pyx_string_tab[23]
+#define __pyx_n_u_module __pyx_string_tab[24]
+#define __pyx_n_u_name __pyx_string_tab[25]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[26]
+#define __pyx_n_u_qualname __pyx_string_tab[27]
+#define __pyx_n_u_test __pyx_string_tab[28]
+#define __pyx_n_u_area_of __pyx_string_tab[29]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[30]
+#define __pyx_n_u_collections __pyx_string_tab[31]
+#define __pyx_n_u_errors __pyx_string_tab[32]
+#define __pyx_n_u_find_area __pyx_string_tab[33]
+#define __pyx_n_u_free_place __pyx_string_tab[34]
+#define __pyx_n_u_index __pyx_string_tab[35]
+#define __pyx_n_u_items __pyx_string_tab[36]
+#define __pyx_n_u_ivshmem_native_areas __pyx_string_tab[37]
+#define __pyx_n_u_make_area __pyx_string_tab[38]
+#define __pyx_n_u_mapping __pyx_string_tab[39]
+#define __pyx_n_u_namedtuple __pyx_string_tab[40]
+#define __pyx_n_u_offset __pyx_string_tab[41]
+#define __pyx_n_u_places __pyx_string_tab[42]
+#define __pyx_n_u_pop __pyx_string_tab[43]
+#define __pyx_n_u_records __pyx_string_tab[44]
+#define __pyx_n_u_setdefault __pyx_string_tab[45]
+#define __pyx_n_u_size __pyx_string_tab[46]
+#define __pyx_n_u_sweep __pyx_string_tab[47]
+#define __pyx_n_u_values __pyx_string_tab[48]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
 static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
@@ -2780,7 +2803,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<43; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<49; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* #### Code section: module_state_clear_end ### */
 return 0;
@@ -2806,7 +2829,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<43; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<49; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* #### Code section: module_state_traverse_end ### */
 return 0;
@@ -2814,7 +2837,7 @@ return 0;
 #endif
 /* #### Code section: module_code ### */
 
-/* "ivshmem/native/areas.pyx":55
+/* "ivshmem/native/areas.pyx":63
  *     FOR_A_RECORD = 1 << 16
  * 
  * cdef int memory_of(Mapping mapping, ivshmem_memory *memory) except -1:             # <<<<<<<<<<<<<<
@@ -2831,17 +2854,17 @@ static int __pyx_f_7ivshmem_6native_5areas_memory_of(struct __pyx_obj_7ivshmem_6
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/native/areas.pyx":57
+  /* "ivshmem/native/areas.pyx":65
  * cdef int memory_of(Mapping mapping, ivshmem_memory *memory) except -1:
  *     """Pin a mapping, and describe it for the header."""
  *     mapping.pin()             # <<<<<<<<<<<<<<
  *     memory.start = <unsigned char *>mapping.start
  *     memory.size = mapping.length
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_mapping->__pyx_vtab)->pin(__pyx_v_mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 57, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_mapping->__pyx_vtab)->pin(__pyx_v_mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 65, __pyx_L1_error)
 
 
-  /* "ivshmem/native/areas.pyx":58
+  /* "ivshmem/native/areas.pyx":66
  *     """Pin a mapping, and describe it for the header."""
  *     mapping.pin()
  *     memory.start = <unsigned char *>mapping.start             # <<<<<<<<<<<<<<
@@ -2850,7 +2873,7 @@ static int __pyx_f_7ivshmem_6native_5areas_memory_of(struct __pyx_obj_7ivshmem_6
 */
   __pyx_v_memory->start = ((unsigned char *)__pyx_v_mapping->start);
 
-  /* "ivshmem/native/areas.pyx":59
+  /* "ivshmem/native/areas.pyx":67
  *     mapping.pin()
  *     memory.start = <unsigned char *>mapping.start
  *     memory.size = mapping.length             # <<<<<<<<<<<<<<
@@ -2861,7 +2884,7 @@ static int __pyx_f_7ivshmem_6native_5areas_memory_of(struct __pyx_obj_7ivshmem_6
 
   __pyx_v_memory->size = __pyx_t_2;
 
-  /* "ivshmem/native/areas.pyx":60
+  /* "ivshmem/native/areas.pyx":68
  *     memory.start = <unsigned char *>mapping.start
  *     memory.size = mapping.length
  *     memory.mapping = IVSHMEM_WRITE_COMBINING             # <<<<<<<<<<<<<<
@@ -2870,7 +2893,7 @@ static int __pyx_f_7ivshmem_6native_5areas_memory_of(struct __pyx_obj_7ivshmem_6
 */
   __pyx_v_memory->mapping = IVSHMEM_WRITE_COMBINING;
 
-  /* "ivshmem/native/areas.pyx":61
+  /* "ivshmem/native/areas.pyx":69
  *     memory.size = mapping.length
  *     memory.mapping = IVSHMEM_WRITE_COMBINING
  *     memory.readonly = mapping.fixed             # <<<<<<<<<<<<<<
@@ -2881,7 +2904,7 @@ static int __pyx_f_7ivshmem_6native_5areas_memory_of(struct __pyx_obj_7ivshmem_6
 
   __pyx_v_memory->readonly = __pyx_t_3;
 
-  /* "ivshmem/native/areas.pyx":62
+  /* "ivshmem/native/areas.pyx":70
  *     memory.mapping = IVSHMEM_WRITE_COMBINING
  *     memory.readonly = mapping.fixed
  *     return 0             # <<<<<<<<<<<<<<
@@ -2894,7 +2917,7 @@ static int __pyx_f_7ivshmem_6native_5areas_memory_of(struct __pyx_obj_7ivshmem_6
   }
   goto __pyx_L0;
 
-  /* "ivshmem/native/areas.pyx":55
+  /* "ivshmem/native/areas.pyx":63
  *     FOR_A_RECORD = 1 << 16
  * 
  * cdef int memory_of(Mapping mapping, ivshmem_memory *memory) except -1:             # <<<<<<<<<<<<<<
@@ -2911,7 +2934,7 @@ static int __pyx_f_7ivshmem_6native_5areas_memory_of(struct __pyx_obj_7ivshmem_6
   return __pyx_r;
 }
 
-/* "ivshmem/native/areas.pyx":65
+/* "ivshmem/native/areas.pyx":73
  * 
  * 
  * cdef object described(const ivshmem_area *area):             # <<<<<<<<<<<<<<
@@ -2937,7 +2960,7 @@ static PyObject *__pyx_f_7ivshmem_6native_5areas_described(struct ivshmem_area c
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("described", 0);
 
-  /* "ivshmem/native/areas.pyx":66
+  /* "ivshmem/native/areas.pyx":74
  * 
  * cdef object described(const ivshmem_area *area):
  *     return Area(area.at, area.size, area.places, area.records, area.unit, area.units)             # <<<<<<<<<<<<<<
@@ -2945,19 +2968,19 @@ static PyObject *__pyx_f_7ivshmem_6native_5areas_described(struct ivshmem_area c
  * 
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Area); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 66, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_Area); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 74, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->at); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 66, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->at); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 74, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->size); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 66, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->size); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 74, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->places); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 66, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->places); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 74, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
-  __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->records); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 66, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->records); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 74, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->unit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 66, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_area->unit); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 74, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
-  __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->units); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 66, __pyx_L1_error)
+  __pyx_t_9 = __Pyx_PyLong_From_uint32_t(__pyx_v_area->units); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 74, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_9);
   __pyx_t_10 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -2982,7 +3005,7 @@ static PyObject *__pyx_f_7ivshmem_6native_5areas_described(struct ivshmem_area c
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 66, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 74, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -2996,7 +3019,7 @@ static PyObject *__pyx_f_7ivshmem_6native_5areas_described(struct ivshmem_area c
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/areas.pyx":65
+  /* "ivshmem/native/areas.pyx":73
  * 
  * 
  * cdef object described(const ivshmem_area *area):             # <<<<<<<<<<<<<<
@@ -3023,7 +3046,7 @@ static PyObject *__pyx_f_7ivshmem_6native_5areas_described(struct ivshmem_area c
   return __pyx_r;
 }
 
-/* "ivshmem/native/areas.pyx":69
+/* "ivshmem/native/areas.pyx":77
  * 
  * 
  * def make_area(Mapping mapping not None, uint64_t offset, uint64_t size, unsigned places=0,             # <<<<<<<<<<<<<<
@@ -3075,75 +3098,75 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_places,&__pyx_mstate_global->__pyx_n_u_records,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 69, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 77, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  5:
         values[4] = __Pyx_ArgRef_FASTCALL(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 69, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 77, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 69, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 77, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 69, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 77, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 69, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 77, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 69, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 77, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "make_area", 0) < (0)) __PYX_ERR(0, 69, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "make_area", 0) < (0)) __PYX_ERR(0, 77, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("make_area", 0, 3, 5, i); __PYX_ERR(0, 69, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("make_area", 0, 3, 5, i); __PYX_ERR(0, 77, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  5:
         values[4] = __Pyx_ArgRef_FASTCALL(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 69, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 77, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_FASTCALL(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 69, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 77, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 69, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 77, __pyx_L3_error)
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 69, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 77, __pyx_L3_error)
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 69, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 77, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
     }
     __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
-    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 69, __pyx_L3_error)
-    __pyx_v_size = __Pyx_PyLong_As_uint64_t(values[2]); if (unlikely((__pyx_v_size == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 69, __pyx_L3_error)
+    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 77, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyLong_As_uint64_t(values[2]); if (unlikely((__pyx_v_size == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 77, __pyx_L3_error)
     if (values[3]) {
-      __pyx_v_places = __Pyx_PyLong_As_unsigned_int(values[3]); if (unlikely((__pyx_v_places == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 69, __pyx_L3_error)
+      __pyx_v_places = __Pyx_PyLong_As_unsigned_int(values[3]); if (unlikely((__pyx_v_places == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 77, __pyx_L3_error)
     } else {
       __pyx_v_places = ((unsigned int)0);
     }
     if (values[4]) {
-      __pyx_v_records = __Pyx_PyLong_As_unsigned_int(values[4]); if (unlikely((__pyx_v_records == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 70, __pyx_L3_error)
+      __pyx_v_records = __Pyx_PyLong_As_unsigned_int(values[4]); if (unlikely((__pyx_v_records == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 78, __pyx_L3_error)
     } else {
       __pyx_v_records = ((unsigned int)0);
     }
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("make_area", 0, 3, 5, __pyx_nargs); __PYX_ERR(0, 69, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("make_area", 0, 3, 5, __pyx_nargs); __PYX_ERR(0, 77, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -3154,7 +3177,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 69, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 77, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_6native_5areas_make_area(__pyx_self, __pyx_v_mapping, __pyx_v_offset, __pyx_v_size, __pyx_v_places, __pyx_v_records);
 
   /* function exit code */
@@ -3209,7 +3232,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
 
 
 
-  /* "ivshmem/native/areas.pyx":83
+  /* "ivshmem/native/areas.pyx":91
  *     cdef ivshmem_area area
  *     cdef int code
  *     if places == 0:             # <<<<<<<<<<<<<<
@@ -3221,7 +3244,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/areas.pyx":84
+    /* "ivshmem/native/areas.pyx":92
  *     cdef int code
  *     if places == 0:
  *         places = min(max(size // FOR_A_PLACE, 16), 256)             # <<<<<<<<<<<<<<
@@ -3234,7 +3257,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     __pyx_t_3 = 16;
     if (unlikely(__pyx_e_7ivshmem_6native_5areas_FOR_A_PLACE == 0)) {
       PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-      __PYX_ERR(0, 84, __pyx_L1_error)
+      __PYX_ERR(0, 92, __pyx_L1_error)
     }
 
     __pyx_t_4 = (__pyx_v_size / __pyx_e_7ivshmem_6native_5areas_FOR_A_PLACE);
@@ -3264,7 +3287,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     __pyx_v_places = __pyx_t_5;
 
 
-    /* "ivshmem/native/areas.pyx":83
+    /* "ivshmem/native/areas.pyx":91
  *     cdef ivshmem_area area
  *     cdef int code
  *     if places == 0:             # <<<<<<<<<<<<<<
@@ -3273,7 +3296,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
 */
   }
 
-  /* "ivshmem/native/areas.pyx":85
+  /* "ivshmem/native/areas.pyx":93
  *     if places == 0:
  *         places = min(max(size // FOR_A_PLACE, 16), 256)
  *     if records == 0:             # <<<<<<<<<<<<<<
@@ -3285,7 +3308,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/areas.pyx":86
+    /* "ivshmem/native/areas.pyx":94
  *         places = min(max(size // FOR_A_PLACE, 16), 256)
  *     if records == 0:
  *         records = min(max(size // FOR_A_RECORD, 8), 256)             # <<<<<<<<<<<<<<
@@ -3298,7 +3321,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     __pyx_t_3 = 8;
     if (unlikely(__pyx_e_7ivshmem_6native_5areas_FOR_A_RECORD == 0)) {
       PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-      __PYX_ERR(0, 86, __pyx_L1_error)
+      __PYX_ERR(0, 94, __pyx_L1_error)
     }
 
     __pyx_t_5 = (__pyx_v_size / __pyx_e_7ivshmem_6native_5areas_FOR_A_RECORD);
@@ -3328,7 +3351,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     __pyx_v_records = __pyx_t_4;
 
 
-    /* "ivshmem/native/areas.pyx":85
+    /* "ivshmem/native/areas.pyx":93
  *     if places == 0:
  *         places = min(max(size // FOR_A_PLACE, 16), 256)
  *     if records == 0:             # <<<<<<<<<<<<<<
@@ -3337,17 +3360,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
 */
   }
 
-  /* "ivshmem/native/areas.pyx":87
+  /* "ivshmem/native/areas.pyx":95
  *     if records == 0:
  *         records = min(max(size // FOR_A_RECORD, 8), 256)
  *     memory_of(mapping, &memory)             # <<<<<<<<<<<<<<
  *     try:
  *         with nogil:
 */
-  __pyx_t_6 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 87, __pyx_L1_error)
+  __pyx_t_6 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 95, __pyx_L1_error)
 
 
-  /* "ivshmem/native/areas.pyx":88
+  /* "ivshmem/native/areas.pyx":96
  *         records = min(max(size // FOR_A_RECORD, 8), 256)
  *     memory_of(mapping, &memory)
  *     try:             # <<<<<<<<<<<<<<
@@ -3356,7 +3379,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
 */
   /*try:*/ {
 
-    /* "ivshmem/native/areas.pyx":89
+    /* "ivshmem/native/areas.pyx":97
  *     memory_of(mapping, &memory)
  *     try:
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -3369,7 +3392,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/native/areas.pyx":90
+          /* "ivshmem/native/areas.pyx":98
  *     try:
  *         with nogil:
  *             code = ivshmem_area_make(&area, &memory, offset, size, places, records)             # <<<<<<<<<<<<<<
@@ -3379,7 +3402,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
           __pyx_v_code = ivshmem_area_make((&__pyx_v_area), (&__pyx_v_memory), __pyx_v_offset, __pyx_v_size, __pyx_v_places, __pyx_v_records);
         }
 
-        /* "ivshmem/native/areas.pyx":89
+        /* "ivshmem/native/areas.pyx":97
  *     memory_of(mapping, &memory)
  *     try:
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -3397,7 +3420,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     }
   }
 
-  /* "ivshmem/native/areas.pyx":92
+  /* "ivshmem/native/areas.pyx":100
  *             code = ivshmem_area_make(&area, &memory, offset, size, places, records)
  *     finally:
  *         mapping.unpin()             # <<<<<<<<<<<<<<
@@ -3412,7 +3435,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     __pyx_L7:;
   }
 
-  /* "ivshmem/native/areas.pyx":93
+  /* "ivshmem/native/areas.pyx":101
  *     finally:
  *         mapping.unpin()
  *     if code == 0:             # <<<<<<<<<<<<<<
@@ -3424,14 +3447,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/native/areas.pyx":94
+    /* "ivshmem/native/areas.pyx":102
  *         mapping.unpin()
  *     if code == 0:
  *         return described(&area)             # <<<<<<<<<<<<<<
  *     if code == IVSHMEM_NO_ROOM:
  *         raise RegionError(
 */
-    __pyx_t_7 = __pyx_f_7ivshmem_6native_5areas_described((&__pyx_v_area)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 94, __pyx_L1_error)
+    __pyx_t_7 = __pyx_f_7ivshmem_6native_5areas_described((&__pyx_v_area)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 102, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     {
       PyObject *__pyx_temp;
@@ -3444,7 +3467,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     __pyx_t_7 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/native/areas.pyx":93
+    /* "ivshmem/native/areas.pyx":101
  *     finally:
  *         mapping.unpin()
  *     if code == 0:             # <<<<<<<<<<<<<<
@@ -3453,7 +3476,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
 */
   }
 
-  /* "ivshmem/native/areas.pyx":95
+  /* "ivshmem/native/areas.pyx":103
  *     if code == 0:
  *         return described(&area)
  *     if code == IVSHMEM_NO_ROOM:             # <<<<<<<<<<<<<<
@@ -3465,7 +3488,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/native/areas.pyx":96
+    /* "ivshmem/native/areas.pyx":104
  *         return described(&area)
  *     if code == IVSHMEM_NO_ROOM:
  *         raise RegionError(             # <<<<<<<<<<<<<<
@@ -3473,36 +3496,36 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
  *             f" {places} processes and {records} channels"
 */
     __pyx_t_8 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 96, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 104, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
 
-    /* "ivshmem/native/areas.pyx":97
+    /* "ivshmem/native/areas.pyx":105
  *     if code == IVSHMEM_NO_ROOM:
  *         raise RegionError(
  *             f"no area of {size} bytes can be made at {offset:#x} of {memory.size} bytes, for"             # <<<<<<<<<<<<<<
  *             f" {places} processes and {records} channels"
  *         )
 */
-    __pyx_t_10 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 97, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 105, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_11 = __Pyx_PyLong_From_uint64_t(__pyx_v_offset); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 97, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyLong_From_uint64_t(__pyx_v_offset); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 105, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_12 = __Pyx_PyObject_Format(__pyx_t_11, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 97, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyObject_Format(__pyx_t_11, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 105, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-    __pyx_t_11 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_memory.size, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 97, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_memory.size, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 105, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
 
-    /* "ivshmem/native/areas.pyx":98
+    /* "ivshmem/native/areas.pyx":106
  *         raise RegionError(
  *             f"no area of {size} bytes can be made at {offset:#x} of {memory.size} bytes, for"
  *             f" {places} processes and {records} channels"             # <<<<<<<<<<<<<<
  *         )
  *     raise RegionError("the memory is mapped for reading only: no area can be made in it")
 */
-    __pyx_t_13 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_places, 0, ' ', 'd'); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 98, __pyx_L1_error)
+    __pyx_t_13 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_places, 0, ' ', 'd'); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 106, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
-    __pyx_t_14 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_records, 0, ' ', 'd'); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 98, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_records, 0, ' ', 'd'); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 106, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __pyx_t_15[0] = __pyx_mstate_global->__pyx_kp_u_no_area_of;
     __pyx_t_15[1] = __pyx_t_10;
@@ -3516,7 +3539,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     __pyx_t_15[9] = __pyx_t_14;
     __pyx_t_15[10] = __pyx_mstate_global->__pyx_kp_u_channels;
 
-    /* "ivshmem/native/areas.pyx":97
+    /* "ivshmem/native/areas.pyx":105
  *     if code == IVSHMEM_NO_ROOM:
  *         raise RegionError(
  *             f"no area of {size} bytes can be made at {offset:#x} of {memory.size} bytes, for"             # <<<<<<<<<<<<<<
@@ -3535,7 +3558,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_15[3]);
     #endif
     __pyx_t_17 = __Pyx_PyUnicode_Join(__pyx_t_15, 11, __pyx_t_16, __pyx_t_6);
-    if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 97, __pyx_L1_error)
+    if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 105, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_17);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -3560,14 +3583,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
       __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
       __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 96, __pyx_L1_error)
+      if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 104, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
     }
     __Pyx_Raise(__pyx_t_7, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    __PYX_ERR(0, 96, __pyx_L1_error)
+    __PYX_ERR(0, 104, __pyx_L1_error)
 
-    /* "ivshmem/native/areas.pyx":95
+    /* "ivshmem/native/areas.pyx":103
  *     if code == 0:
  *         return described(&area)
  *     if code == IVSHMEM_NO_ROOM:             # <<<<<<<<<<<<<<
@@ -3576,7 +3599,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
 */
   }
 
-  /* "ivshmem/native/areas.pyx":100
+  /* "ivshmem/native/areas.pyx":108
  *             f" {places} processes and {records} channels"
  *         )
  *     raise RegionError("the memory is mapped for reading only: no area can be made in it")             # <<<<<<<<<<<<<<
@@ -3584,7 +3607,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
  * 
 */
   __pyx_t_9 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_17, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 100, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_17, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 108, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_17);
   __pyx_t_18 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -3603,14 +3626,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
     __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_17, __pyx_callargs+__pyx_t_18, (2-__pyx_t_18) | (__pyx_t_18*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 100, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 108, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
   }
   __Pyx_Raise(__pyx_t_7, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-  __PYX_ERR(0, 100, __pyx_L1_error)
+  __PYX_ERR(0, 108, __pyx_L1_error)
 
-  /* "ivshmem/native/areas.pyx":69
+  /* "ivshmem/native/areas.pyx":77
  * 
  * 
  * def make_area(Mapping mapping not None, uint64_t offset, uint64_t size, unsigned places=0,             # <<<<<<<<<<<<<<
@@ -3642,7 +3665,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_make_area(CYTHON_UNUSED PyObje
   return __pyx_r;
 }
 
-/* "ivshmem/native/areas.pyx":103
+/* "ivshmem/native/areas.pyx":111
  * 
  * 
  * def area_of(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
@@ -3691,39 +3714,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,&__pyx_mstate_global->__pyx_n_u_offset,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 103, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 111, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 103, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 111, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 103, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 111, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "area_of", 0) < (0)) __PYX_ERR(0, 103, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "area_of", 0) < (0)) __PYX_ERR(0, 111, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("area_of", 1, 2, 2, i); __PYX_ERR(0, 103, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("area_of", 1, 2, 2, i); __PYX_ERR(0, 111, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 103, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 111, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 103, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 111, __pyx_L3_error)
     }
     __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
-    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 103, __pyx_L3_error)
+    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 111, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("area_of", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 103, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("area_of", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 111, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -3734,7 +3757,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 103, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 111, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_6native_5areas_2area_of(__pyx_self, __pyx_v_mapping, __pyx_v_offset);
 
   /* function exit code */
@@ -3777,17 +3800,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_2area_of(CYTHON_UNUSED PyObjec
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("area_of", 0);
 
-  /* "ivshmem/native/areas.pyx":107
+  /* "ivshmem/native/areas.pyx":115
  *     cdef ivshmem_memory memory
  *     cdef ivshmem_area area
  *     memory_of(mapping, &memory)             # <<<<<<<<<<<<<<
  *     try:
  *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 107, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 115, __pyx_L1_error)
 
 
-  /* "ivshmem/native/areas.pyx":108
+  /* "ivshmem/native/areas.pyx":116
  *     cdef ivshmem_area area
  *     memory_of(mapping, &memory)
  *     try:             # <<<<<<<<<<<<<<
@@ -3796,7 +3819,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_2area_of(CYTHON_UNUSED PyObjec
 */
   /*try:*/ {
 
-    /* "ivshmem/native/areas.pyx":109
+    /* "ivshmem/native/areas.pyx":117
  *     memory_of(mapping, &memory)
  *     try:
  *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None             # <<<<<<<<<<<<<<
@@ -3806,7 +3829,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_2area_of(CYTHON_UNUSED PyObjec
     __pyx_t_3 = (ivshmem_area_open((&__pyx_v_area), (&__pyx_v_memory), __pyx_v_offset) == 0);
 
     if (__pyx_t_3) {
-      __pyx_t_4 = __pyx_f_7ivshmem_6native_5areas_described((&__pyx_v_area)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 109, __pyx_L4_error)
+      __pyx_t_4 = __pyx_f_7ivshmem_6native_5areas_described((&__pyx_v_area)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 117, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_4);
       __pyx_t_2 = __pyx_t_4;
       __pyx_t_4 = 0;
@@ -3827,7 +3850,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_2area_of(CYTHON_UNUSED PyObjec
     goto __pyx_L3_return;
   }
 
-  /* "ivshmem/native/areas.pyx":111
+  /* "ivshmem/native/areas.pyx":119
  *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None
  *     finally:
  *         mapping.unpin()             # <<<<<<<<<<<<<<
@@ -3876,7 +3899,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_2area_of(CYTHON_UNUSED PyObjec
     }
   }
 
-  /* "ivshmem/native/areas.pyx":103
+  /* "ivshmem/native/areas.pyx":111
  * 
  * 
  * def area_of(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
@@ -3898,7 +3921,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_2area_of(CYTHON_UNUSED PyObjec
   return __pyx_r;
 }
 
-/* "ivshmem/native/areas.pyx":114
+/* "ivshmem/native/areas.pyx":122
  * 
  * 
  * def find_area(Mapping mapping not None):             # <<<<<<<<<<<<<<
@@ -3946,32 +3969,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 114, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 122, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 114, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 122, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "find_area", 0) < (0)) __PYX_ERR(0, 114, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "find_area", 0) < (0)) __PYX_ERR(0, 122, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("find_area", 1, 1, 1, i); __PYX_ERR(0, 114, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("find_area", 1, 1, 1, i); __PYX_ERR(0, 122, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 114, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 122, __pyx_L3_error)
     }
     __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("find_area", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 114, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("find_area", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 122, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -3982,7 +4005,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 114, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 122, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_6native_5areas_4find_area(__pyx_self, __pyx_v_mapping);
 
   /* function exit code */
@@ -4025,17 +4048,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("find_area", 0);
 
-  /* "ivshmem/native/areas.pyx":119
+  /* "ivshmem/native/areas.pyx":127
  *     cdef ivshmem_area area
  *     cdef uint64_t offset
  *     memory_of(mapping, &memory)             # <<<<<<<<<<<<<<
  *     try:
  *         if ivshmem_find_area(&memory, &offset) != 0:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 119, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 127, __pyx_L1_error)
 
 
-  /* "ivshmem/native/areas.pyx":120
+  /* "ivshmem/native/areas.pyx":128
  *     cdef uint64_t offset
  *     memory_of(mapping, &memory)
  *     try:             # <<<<<<<<<<<<<<
@@ -4044,7 +4067,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObj
 */
   /*try:*/ {
 
-    /* "ivshmem/native/areas.pyx":121
+    /* "ivshmem/native/areas.pyx":129
  *     memory_of(mapping, &memory)
  *     try:
  *         if ivshmem_find_area(&memory, &offset) != 0:             # <<<<<<<<<<<<<<
@@ -4056,7 +4079,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObj
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/native/areas.pyx":122
+      /* "ivshmem/native/areas.pyx":130
  *     try:
  *         if ivshmem_find_area(&memory, &offset) != 0:
  *             return None             # <<<<<<<<<<<<<<
@@ -4073,7 +4096,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObj
       }
       goto __pyx_L3_return;
 
-      /* "ivshmem/native/areas.pyx":121
+      /* "ivshmem/native/areas.pyx":129
  *     memory_of(mapping, &memory)
  *     try:
  *         if ivshmem_find_area(&memory, &offset) != 0:             # <<<<<<<<<<<<<<
@@ -4082,7 +4105,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObj
 */
     }
 
-    /* "ivshmem/native/areas.pyx":123
+    /* "ivshmem/native/areas.pyx":131
  *         if ivshmem_find_area(&memory, &offset) != 0:
  *             return None
  *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None             # <<<<<<<<<<<<<<
@@ -4092,7 +4115,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObj
     __pyx_t_2 = (ivshmem_area_open((&__pyx_v_area), (&__pyx_v_memory), __pyx_v_offset) == 0);
 
     if (__pyx_t_2) {
-      __pyx_t_4 = __pyx_f_7ivshmem_6native_5areas_described((&__pyx_v_area)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 123, __pyx_L4_error)
+      __pyx_t_4 = __pyx_f_7ivshmem_6native_5areas_described((&__pyx_v_area)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 131, __pyx_L4_error)
       __Pyx_GOTREF(__pyx_t_4);
       __pyx_t_3 = __pyx_t_4;
       __pyx_t_4 = 0;
@@ -4113,7 +4136,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObj
     goto __pyx_L3_return;
   }
 
-  /* "ivshmem/native/areas.pyx":125
+  /* "ivshmem/native/areas.pyx":133
  *         return described(&area) if ivshmem_area_open(&area, &memory, offset) == 0 else None
  *     finally:
  *         mapping.unpin()             # <<<<<<<<<<<<<<
@@ -4162,7 +4185,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObj
     }
   }
 
-  /* "ivshmem/native/areas.pyx":114
+  /* "ivshmem/native/areas.pyx":122
  * 
  * 
  * def find_area(Mapping mapping not None):             # <<<<<<<<<<<<<<
@@ -4185,7 +4208,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_4find_area(CYTHON_UNUSED PyObj
   return __pyx_r;
 }
 
-/* "ivshmem/native/areas.pyx":128
+/* "ivshmem/native/areas.pyx":136
  * 
  * 
  * def sweep(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
@@ -4234,39 +4257,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,&__pyx_mstate_global->__pyx_n_u_offset,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 128, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 136, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 128, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 136, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 128, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 136, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sweep", 0) < (0)) __PYX_ERR(0, 128, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "sweep", 0) < (0)) __PYX_ERR(0, 136, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sweep", 1, 2, 2, i); __PYX_ERR(0, 128, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("sweep", 1, 2, 2, i); __PYX_ERR(0, 136, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 128, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 136, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 128, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 136, __pyx_L3_error)
     }
     __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
-    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 128, __pyx_L3_error)
+    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 136, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("sweep", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 128, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("sweep", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 136, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -4277,7 +4300,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 128, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 136, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_6native_5areas_6sweep(__pyx_self, __pyx_v_mapping, __pyx_v_offset);
 
   /* function exit code */
@@ -4313,7 +4336,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("sweep", 0);
 
-  /* "ivshmem/native/areas.pyx":136
+  /* "ivshmem/native/areas.pyx":144
  *     cdef ivshmem_memory memory
  *     cdef ivshmem_area area
  *     cdef unsigned freed = 0             # <<<<<<<<<<<<<<
@@ -4322,17 +4345,17 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject 
 */
   __pyx_v_freed = 0;
 
-  /* "ivshmem/native/areas.pyx":137
+  /* "ivshmem/native/areas.pyx":145
  *     cdef ivshmem_area area
  *     cdef unsigned freed = 0
  *     memory_of(mapping, &memory)             # <<<<<<<<<<<<<<
  *     try:
  *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 137, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 145, __pyx_L1_error)
 
 
-  /* "ivshmem/native/areas.pyx":138
+  /* "ivshmem/native/areas.pyx":146
  *     cdef unsigned freed = 0
  *     memory_of(mapping, &memory)
  *     try:             # <<<<<<<<<<<<<<
@@ -4341,7 +4364,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject 
 */
   /*try:*/ {
 
-    /* "ivshmem/native/areas.pyx":139
+    /* "ivshmem/native/areas.pyx":147
  *     memory_of(mapping, &memory)
  *     try:
  *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:             # <<<<<<<<<<<<<<
@@ -4367,7 +4390,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject 
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/native/areas.pyx":140
+      /* "ivshmem/native/areas.pyx":148
  *     try:
  *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -4380,7 +4403,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject 
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/native/areas.pyx":141
+            /* "ivshmem/native/areas.pyx":149
  *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:
  *             with nogil:
  *                 freed = ivshmem_area_sweep(&area)             # <<<<<<<<<<<<<<
@@ -4390,7 +4413,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject 
             __pyx_v_freed = ivshmem_area_sweep((&__pyx_v_area));
           }
 
-          /* "ivshmem/native/areas.pyx":140
+          /* "ivshmem/native/areas.pyx":148
  *     try:
  *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -4407,7 +4430,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject 
           }
       }
 
-      /* "ivshmem/native/areas.pyx":139
+      /* "ivshmem/native/areas.pyx":147
  *     memory_of(mapping, &memory)
  *     try:
  *         if not memory.readonly and ivshmem_area_open(&area, &memory, offset) == 0:             # <<<<<<<<<<<<<<
@@ -4417,11 +4440,12 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject 
     }
   }
 
-  /* "ivshmem/native/areas.pyx":143
+  /* "ivshmem/native/areas.pyx":151
  *                 freed = ivshmem_area_sweep(&area)
  *     finally:
  *         mapping.unpin()             # <<<<<<<<<<<<<<
  *     return freed
+ * 
 */
   /*finally:*/ {
     /*normal exit:*/{
@@ -4431,12 +4455,14 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject 
     __pyx_L5:;
   }
 
-  /* "ivshmem/native/areas.pyx":144
+  /* "ivshmem/native/areas.pyx":152
  *     finally:
  *         mapping.unpin()
  *     return freed             # <<<<<<<<<<<<<<
+ * 
+ * 
 */
-  __pyx_t_4 = __Pyx_PyLong_From_unsigned_int(__pyx_v_freed); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 144, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From_unsigned_int(__pyx_v_freed); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 152, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   {
     PyObject *__pyx_temp;
@@ -4449,7 +4475,7 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject 
   __pyx_t_4 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/native/areas.pyx":128
+  /* "ivshmem/native/areas.pyx":136
  * 
  * 
  * def sweep(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
@@ -4461,6 +4487,463 @@ static PyObject *__pyx_pf_7ivshmem_6native_5areas_6sweep(CYTHON_UNUSED PyObject 
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_AddTraceback("ivshmem.native.areas.sweep", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __pyx_L0:;
+
+
+
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/native/areas.pyx":155
+ * 
+ * 
+ * def free_place(Mapping mapping not None, uint64_t offset, unsigned index):             # <<<<<<<<<<<<<<
+ *     """Free one place of an area, at a user's word, and say whether it had an owner.
+ * 
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_6native_5areas_9free_place(PyObject *__pyx_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_6native_5areas_8free_place, "free_place(mapping, offset, index)\n--\n\nFree one place of an area, at a user\047s word, and say whether it had an owner.\n\nFor a process that has no place: a user frees one if all are taken.\n\nRaises:\n    ValueError: there is no such place, or no area.\n    RegionError: the region is mapped for reading only.");
+static PyMethodDef __pyx_mdef_7ivshmem_6native_5areas_9free_place = {"free_place", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_6native_5areas_9free_place, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_6native_5areas_8free_place};
+static PyObject *__pyx_pw_7ivshmem_6native_5areas_9free_place(PyObject *__pyx_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping = 0;
+  uint64_t __pyx_v_offset;
+  unsigned int __pyx_v_index;
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject* values[3] = {0,0,0};
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("free_place (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  {
+    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_mapping,&__pyx_mstate_global->__pyx_n_u_offset,&__pyx_mstate_global->__pyx_n_u_index,0};
+    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 155, __pyx_L3_error)
+    if (__pyx_kwds_len > 0) {
+      switch (__pyx_nargs) {
+        case  3:
+        values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 155, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  2:
+        values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 155, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  1:
+        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 155, __pyx_L3_error)
+        CYTHON_FALLTHROUGH;
+        case  0: break;
+        default: goto __pyx_L5_argtuple_error;
+      }
+      const Py_ssize_t kwd_pos_args = __pyx_nargs;
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "free_place", 0) < (0)) __PYX_ERR(0, 155, __pyx_L3_error)
+      for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("free_place", 1, 3, 3, i); __PYX_ERR(0, 155, __pyx_L3_error) }
+      }
+    } else if (unlikely(__pyx_nargs != 3)) {
+      goto __pyx_L5_argtuple_error;
+    } else {
+      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 155, __pyx_L3_error)
+      values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 155, __pyx_L3_error)
+      values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 155, __pyx_L3_error)
+    }
+    __pyx_v_mapping = ((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)values[0]);
+    __pyx_v_offset = __Pyx_PyLong_As_uint64_t(values[1]); if (unlikely((__pyx_v_offset == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 155, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[2]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 155, __pyx_L3_error)
+  }
+  goto __pyx_L6_skip;
+  __pyx_L5_argtuple_error:;
+  __Pyx_RaiseArgtupleInvalid("free_place", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 155, __pyx_L3_error)
+  __pyx_L6_skip:;
+  goto __pyx_L4_argument_unpacking_done;
+  __pyx_L3_error:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __Pyx_AddTraceback("ivshmem.native.areas.free_place", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_RefNannyFinishContext();
+  return NULL;
+  __pyx_L4_argument_unpacking_done:;
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_mapping), __pyx_mstate_global->__pyx_ptype_7ivshmem_6native_7mapping_Mapping, 0, "mapping", 0))) __PYX_ERR(0, 155, __pyx_L1_error)
+  __pyx_r = __pyx_pf_7ivshmem_6native_5areas_8free_place(__pyx_self, __pyx_v_mapping, __pyx_v_offset, __pyx_v_index);
+
+  /* function exit code */
+  goto __pyx_L0;
+  __pyx_L1_error:;
+  __pyx_r = NULL;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  goto __pyx_L7_cleaned_up;
+  __pyx_L0:;
+  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
+    Py_XDECREF(values[__pyx_temp]);
+  }
+  __pyx_L7_cleaned_up:;
+
+
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_6native_5areas_8free_place(CYTHON_UNUSED PyObject *__pyx_self, struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *__pyx_v_mapping, uint64_t __pyx_v_offset, unsigned int __pyx_v_index) {
+  struct ivshmem_memory __pyx_v_memory;
+  struct ivshmem_area __pyx_v_area;
+  uint64_t __pyx_v_number;
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  int __pyx_t_1;
+  int __pyx_t_2;
+  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_4 = NULL;
+  PyObject *__pyx_t_5 = NULL;
+  size_t __pyx_t_6;
+  PyObject *__pyx_t_7 = NULL;
+  PyObject *__pyx_t_8[4];
+  Py_ssize_t __pyx_t_9;
+  PyObject *__pyx_t_10 = NULL;
+  int __pyx_t_11;
+  char const *__pyx_t_12;
+  PyObject *__pyx_t_13 = NULL;
+  PyObject *__pyx_t_14 = NULL;
+  PyObject *__pyx_t_15 = NULL;
+  PyObject *__pyx_t_16 = NULL;
+  PyObject *__pyx_t_17 = NULL;
+  PyObject *__pyx_t_18 = NULL;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("free_place", 0);
+
+  /* "ivshmem/native/areas.pyx":167
+ *     cdef ivshmem_area area
+ *     cdef uint64_t number
+ *     memory_of(mapping, &memory)             # <<<<<<<<<<<<<<
+ *     try:
+ *         if memory.readonly:
+*/
+  __pyx_t_1 = __pyx_f_7ivshmem_6native_5areas_memory_of(__pyx_v_mapping, (&__pyx_v_memory)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 167, __pyx_L1_error)
+
+
+  /* "ivshmem/native/areas.pyx":168
+ *     cdef uint64_t number
+ *     memory_of(mapping, &memory)
+ *     try:             # <<<<<<<<<<<<<<
+ *         if memory.readonly:
+ *             raise RegionError("the region is mapped for reading only: no place can be freed")
+*/
+  /*try:*/ {
+
+    /* "ivshmem/native/areas.pyx":169
+ *     memory_of(mapping, &memory)
+ *     try:
+ *         if memory.readonly:             # <<<<<<<<<<<<<<
+ *             raise RegionError("the region is mapped for reading only: no place can be freed")
+ *         if ivshmem_area_open(&area, &memory, offset) != 0:
+*/
+    __pyx_t_2 = (__pyx_v_memory.readonly != 0);
+
+    if (unlikely(__pyx_t_2)) {
+
+
+      /* "ivshmem/native/areas.pyx":170
+ *     try:
+ *         if memory.readonly:
+ *             raise RegionError("the region is mapped for reading only: no place can be freed")             # <<<<<<<<<<<<<<
+ *         if ivshmem_area_open(&area, &memory, offset) != 0:
+ *             raise ValueError(f"there is no area at {offset:#x}")
+*/
+      __pyx_t_4 = NULL;
+      __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 170, __pyx_L4_error)
+      __Pyx_GOTREF(__pyx_t_5);
+      __pyx_t_6 = 1;
+      #if CYTHON_UNPACK_METHODS
+      if (unlikely(PyMethod_Check(__pyx_t_5))) {
+        __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_5);
+        assert(__pyx_t_4);
+        PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
+        __Pyx_INCREF(__pyx_t_4);
+        __Pyx_INCREF(__pyx__function);
+        __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
+        __pyx_t_6 = 0;
+      }
+      #endif
+      {
+        PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_the_region_is_mapped_for_reading};
+        __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+        __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 170, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_3);
+      }
+      __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __PYX_ERR(0, 170, __pyx_L4_error)
+
+      /* "ivshmem/native/areas.pyx":169
+ *     memory_of(mapping, &memory)
+ *     try:
+ *         if memory.readonly:             # <<<<<<<<<<<<<<
+ *             raise RegionError("the region is mapped for reading only: no place can be freed")
+ *         if ivshmem_area_open(&area, &memory, offset) != 0:
+*/
+    }
+
+    /* "ivshmem/native/areas.pyx":171
+ *         if memory.readonly:
+ *             raise RegionError("the region is mapped for reading only: no place can be freed")
+ *         if ivshmem_area_open(&area, &memory, offset) != 0:             # <<<<<<<<<<<<<<
+ *             raise ValueError(f"there is no area at {offset:#x}")
+ *         if index >= area.places:
+*/
+    __pyx_t_2 = (ivshmem_area_open((&__pyx_v_area), (&__pyx_v_memory), __pyx_v_offset) != 0);
+
+    if (unlikely(__pyx_t_2)) {
+
+
+      /* "ivshmem/native/areas.pyx":172
+ *             raise RegionError("the region is mapped for reading only: no place can be freed")
+ *         if ivshmem_area_open(&area, &memory, offset) != 0:
+ *             raise ValueError(f"there is no area at {offset:#x}")             # <<<<<<<<<<<<<<
+ *         if index >= area.places:
+ *             raise ValueError(f"place {index}: the area has {area.places}")
+*/
+      __pyx_t_5 = NULL;
+      __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_offset); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 172, __pyx_L4_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      __pyx_t_7 = __Pyx_PyObject_Format(__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 172, __pyx_L4_error)
+      __Pyx_GOTREF(__pyx_t_7);
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __pyx_t_4 = __Pyx_PyUnicode_Concat(__pyx_mstate_global->__pyx_kp_u_there_is_no_area_at, __pyx_t_7); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 172, __pyx_L4_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+      __pyx_t_6 = 1;
+      {
+        PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_t_4};
+        __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+        __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 172, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_3);
+      }
+      __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __PYX_ERR(0, 172, __pyx_L4_error)
+
+      /* "ivshmem/native/areas.pyx":171
+ *         if memory.readonly:
+ *             raise RegionError("the region is mapped for reading only: no place can be freed")
+ *         if ivshmem_area_open(&area, &memory, offset) != 0:             # <<<<<<<<<<<<<<
+ *             raise ValueError(f"there is no area at {offset:#x}")
+ *         if index >= area.places:
+*/
+    }
+
+    /* "ivshmem/native/areas.pyx":173
+ *         if ivshmem_area_open(&area, &memory, offset) != 0:
+ *             raise ValueError(f"there is no area at {offset:#x}")
+ *         if index >= area.places:             # <<<<<<<<<<<<<<
+ *             raise ValueError(f"place {index}: the area has {area.places}")
+ *         number = ivshmem_load(&memory, ivshmem_place_at(&area, index))
+*/
+    __pyx_t_2 = (__pyx_v_index >= __pyx_v_area.places);
+
+    if (unlikely(__pyx_t_2)) {
+
+
+      /* "ivshmem/native/areas.pyx":174
+ *             raise ValueError(f"there is no area at {offset:#x}")
+ *         if index >= area.places:
+ *             raise ValueError(f"place {index}: the area has {area.places}")             # <<<<<<<<<<<<<<
+ *         number = ivshmem_load(&memory, ivshmem_place_at(&area, index))
+ *         return ivshmem_value(number) != 0 and bool(ivshmem_place_free(&area, index, number))
+*/
+      __pyx_t_4 = NULL;
+      __pyx_t_5 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 174, __pyx_L4_error)
+      __Pyx_GOTREF(__pyx_t_5);
+      __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 174, __pyx_L4_error)
+      __Pyx_GOTREF(__pyx_t_7);
+      __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_place;
+      __pyx_t_8[1] = __pyx_t_5;
+      __pyx_t_8[2] = __pyx_mstate_global->__pyx_kp_u_the_area_has;
+      __pyx_t_8[3] = __pyx_t_7;
+      __pyx_t_9 = 21;
+      #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
+      __pyx_t_9 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_8[1]) + __Pyx_PyUnicode_GET_LENGTH(__pyx_t_8[3]);
+      #endif
+      __pyx_t_1 = 0;
+      __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_8, 4, __pyx_t_9, __pyx_t_1);
+      if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 174, __pyx_L4_error)
+      __Pyx_GOTREF(__pyx_t_10);
+      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+      __pyx_t_6 = 1;
+      {
+        PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_10};
+        __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+        __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+        __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 174, __pyx_L4_error)
+        __Pyx_GOTREF(__pyx_t_3);
+      }
+      __Pyx_Raise(__pyx_t_3, 0, 0, 0);
+      __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __PYX_ERR(0, 174, __pyx_L4_error)
+
+      /* "ivshmem/native/areas.pyx":173
+ *         if ivshmem_area_open(&area, &memory, offset) != 0:
+ *             raise ValueError(f"there is no area at {offset:#x}")
+ *         if index >= area.places:             # <<<<<<<<<<<<<<
+ *             raise ValueError(f"place {index}: the area has {area.places}")
+ *         number = ivshmem_load(&memory, ivshmem_place_at(&area, index))
+*/
+    }
+
+    /* "ivshmem/native/areas.pyx":175
+ *         if index >= area.places:
+ *             raise ValueError(f"place {index}: the area has {area.places}")
+ *         number = ivshmem_load(&memory, ivshmem_place_at(&area, index))             # <<<<<<<<<<<<<<
+ *         return ivshmem_value(number) != 0 and bool(ivshmem_place_free(&area, index, number))
+ *     finally:
+*/
+    __pyx_v_number = ivshmem_load((&__pyx_v_memory), ivshmem_place_at((&__pyx_v_area), __pyx_v_index));
+
+    /* "ivshmem/native/areas.pyx":176
+ *             raise ValueError(f"place {index}: the area has {area.places}")
+ *         number = ivshmem_load(&memory, ivshmem_place_at(&area, index))
+ *         return ivshmem_value(number) != 0 and bool(ivshmem_place_free(&area, index, number))             # <<<<<<<<<<<<<<
+ *     finally:
+ *         mapping.unpin()
+*/
+    __pyx_t_2 = (ivshmem_value(__pyx_v_number) != 0);
+
+    if (__pyx_t_2) {
+
+    } else {
+      __pyx_t_10 = __Pyx_PyBool_FromLong(__pyx_t_2); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 176, __pyx_L4_error)
+      __Pyx_GOTREF(__pyx_t_10);
+      __pyx_t_3 = __pyx_t_10;
+      __pyx_t_10 = 0;
+
+      goto __pyx_L9_bool_binop_done;
+    }
+    __pyx_t_10 = __Pyx_PyBool_FromLong((!(!(ivshmem_place_free((&__pyx_v_area), __pyx_v_index, __pyx_v_number) != 0)))); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 176, __pyx_L4_error)
+    __Pyx_GOTREF(__pyx_t_10);
+    __Pyx_INCREF(__pyx_t_10);
+    __pyx_t_3 = __pyx_t_10;
+    __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
+    __pyx_L9_bool_binop_done:;
+    {
+      PyObject *__pyx_temp;
+      {
+        __pyx_temp = __pyx_r;
+        __pyx_r = __pyx_t_3;
+      }
+      __Pyx_XDECREF(__pyx_temp);
+    }
+    __pyx_t_3 = 0;
+    goto __pyx_L3_return;
+  }
+
+  /* "ivshmem/native/areas.pyx":178
+ *         return ivshmem_value(number) != 0 and bool(ivshmem_place_free(&area, index, number))
+ *     finally:
+ *         mapping.unpin()             # <<<<<<<<<<<<<<
+*/
+  /*finally:*/ {
+    __pyx_L4_error:;
+    /*exception exit:*/{
+      __Pyx_PyThreadState_declare
+      __Pyx_PyThreadState_assign
+      __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0;
+      __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+       __Pyx_ExceptionSwap(&__pyx_t_16, &__pyx_t_17, &__pyx_t_18);
+      if ( unlikely(__Pyx_GetException(&__pyx_t_13, &__pyx_t_14, &__pyx_t_15) < 0)) __Pyx_ErrFetch(&__pyx_t_13, &__pyx_t_14, &__pyx_t_15);
+      __Pyx_XGOTREF(__pyx_t_13);
+      __Pyx_XGOTREF(__pyx_t_14);
+      __Pyx_XGOTREF(__pyx_t_15);
+      __Pyx_XGOTREF(__pyx_t_16);
+      __Pyx_XGOTREF(__pyx_t_17);
+      __Pyx_XGOTREF(__pyx_t_18);
+      __pyx_t_1 = __pyx_lineno; __pyx_t_11 = __pyx_clineno; __pyx_t_12 = __pyx_filename;
+      {
+        ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_mapping->__pyx_vtab)->unpin(__pyx_v_mapping);
+      }
+      __Pyx_XGIVEREF(__pyx_t_16);
+      __Pyx_XGIVEREF(__pyx_t_17);
+      __Pyx_XGIVEREF(__pyx_t_18);
+      __Pyx_ExceptionReset(__pyx_t_16, __pyx_t_17, __pyx_t_18);
+      __Pyx_XGIVEREF(__pyx_t_13);
+      __Pyx_XGIVEREF(__pyx_t_14);
+      __Pyx_XGIVEREF(__pyx_t_15);
+      __Pyx_ErrRestore(__pyx_t_13, __pyx_t_14, __pyx_t_15);
+      __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0; __pyx_t_17 = 0; __pyx_t_18 = 0;
+      __pyx_lineno = __pyx_t_1; __pyx_clineno = __pyx_t_11; __pyx_filename = __pyx_t_12;
+      goto __pyx_L1_error;
+    }
+    __pyx_L3_return: {
+      __pyx_t_18 = __pyx_r;
+      __pyx_r = 0;
+      ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_mapping->__pyx_vtab)->unpin(__pyx_v_mapping);
+      __pyx_r = __pyx_t_18;
+      __pyx_t_18 = 0;
+      goto __pyx_L0;
+    }
+  }
+
+  /* "ivshmem/native/areas.pyx":155
+ * 
+ * 
+ * def free_place(Mapping mapping not None, uint64_t offset, unsigned index):             # <<<<<<<<<<<<<<
+ *     """Free one place of an area, at a user's word, and say whether it had an owner.
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_4);
+  __Pyx_XDECREF(__pyx_t_5);
+  __Pyx_XDECREF(__pyx_t_7);
+  __Pyx_XDECREF(__pyx_t_10);
+  __Pyx_AddTraceback("ivshmem.native.areas.free_place", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
 
@@ -4935,79 +5418,91 @@ __Pyx_RefNannySetupContext("PyInit_areas", 0);
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/native/areas.pyx":47
+  /* "ivshmem/native/areas.pyx":55
  * 
  * 
  * Area = namedtuple("Area", "offset size places records unit units")             # <<<<<<<<<<<<<<
  * Area.__doc__ = """An area, as its header says: bytes, numbers of table entries, units of data."""
  * 
 */
-  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_namedtuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 47, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_namedtuple); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 55, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_4 = __Pyx_PyObject_Call(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0], NULL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 47, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_Call(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0], NULL); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 55, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_Area, __pyx_t_4) < (0)) __PYX_ERR(0, 47, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_Area, __pyx_t_4) < (0)) __PYX_ERR(0, 55, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/areas.pyx":48
+  /* "ivshmem/native/areas.pyx":56
  * 
  * Area = namedtuple("Area", "offset size places records unit units")
  * Area.__doc__ = """An area, as its header says: bytes, numbers of table entries, units of data."""             # <<<<<<<<<<<<<<
  * 
  * cdef enum:
 */
-  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_Area); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 48, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_Area); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 56, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (__Pyx_PyObject_SetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_doc, __pyx_mstate_global->__pyx_kp_u_An_area_as_its_header_says_bytes) < (0)) __PYX_ERR(0, 48, __pyx_L1_error)
+  if (__Pyx_PyObject_SetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_doc, __pyx_mstate_global->__pyx_kp_u_An_area_as_its_header_says_bytes) < (0)) __PYX_ERR(0, 56, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/areas.pyx":69
+  /* "ivshmem/native/areas.pyx":77
  * 
  * 
  * def make_area(Mapping mapping not None, uint64_t offset, uint64_t size, unsigned places=0,             # <<<<<<<<<<<<<<
  *               unsigned records=0):
  *     """Make an area of `size` bytes at an offset, a multiple of 4096 from 8192 on.
 */
-  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_1make_area, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 69, __pyx_L1_error)
+  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_1make_area, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 77, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_make_area, __pyx_t_4) < (0)) __PYX_ERR(0, 69, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_make_area, __pyx_t_4) < (0)) __PYX_ERR(0, 77, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/areas.pyx":103
+  /* "ivshmem/native/areas.pyx":111
  * 
  * 
  * def area_of(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
  *     """Return the Area whose header is at an offset; None: there is none, or of another version."""
  *     cdef ivshmem_memory memory
 */
-  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_3area_of, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 103, __pyx_L1_error)
+  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_3area_of, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 111, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_area_of, __pyx_t_4) < (0)) __PYX_ERR(0, 103, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_area_of, __pyx_t_4) < (0)) __PYX_ERR(0, 111, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/areas.pyx":114
+  /* "ivshmem/native/areas.pyx":122
  * 
  * 
  * def find_area(Mapping mapping not None):             # <<<<<<<<<<<<<<
  *     """Return the Area that the region's directory of names tells of; None: there is none."""
  *     cdef ivshmem_memory memory
 */
-  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_5find_area, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 114, __pyx_L1_error)
+  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_5find_area, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 122, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_find_area, __pyx_t_4) < (0)) __PYX_ERR(0, 114, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_find_area, __pyx_t_4) < (0)) __PYX_ERR(0, 122, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/native/areas.pyx":128
+  /* "ivshmem/native/areas.pyx":136
  * 
  * 
  * def sweep(Mapping mapping not None, uint64_t offset):             # <<<<<<<<<<<<<<
  *     """Free all places of an area, and return how many there were; 0 if there is no area.
  * 
 */
-  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_7sweep, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 128, __pyx_L1_error)
+  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_7sweep, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 136, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_sweep, __pyx_t_4) < (0)) __PYX_ERR(0, 128, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_sweep, __pyx_t_4) < (0)) __PYX_ERR(0, 136, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/native/areas.pyx":155
+ * 
+ * 
+ * def free_place(Mapping mapping not None, uint64_t offset, unsigned index):             # <<<<<<<<<<<<<<
+ *     """Free one place of an area, at a user's word, and say whether it had an owner.
+ * 
+*/
+  __pyx_t_4 = PyCFunction_NewEx(&__pyx_mdef_7ivshmem_6native_5areas_9free_place, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_native_areas); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 155, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_free_place, __pyx_t_4) < (0)) __PYX_ERR(0, 155, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "ivshmem/native/areas.pyx":1
@@ -5077,7 +5572,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/native/areas.pyx":47
+  /* "ivshmem/native/areas.pyx":55
  * 
  * 
  * Area = namedtuple("Area", "offset size places records unit units")             # <<<<<<<<<<<<<<
@@ -5086,7 +5581,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_n_u_Area, __pyx_mstate_global->__pyx_kp_u_offset_size_places_records_unit};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 47, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 55, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -5127,31 +5622,31 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{22},{12},{9},{4},{15},{2},{1},{1},{76},{179},{8},{14},{11},{37},{64},{4},{11},{20},{7},{8},{10},{8},{14},{12},{8},{7},{18},{11},{6},{9},{5},{20},{9},{7},{10},{6},{6},{3},{7},{10},{4},{5},{6}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{22},{12},{9},{4},{15},{2},{1},{15},{1},{76},{179},{8},{14},{11},{37},{6},{64},{60},{20},{4},{11},{20},{7},{8},{10},{8},{14},{12},{8},{7},{18},{11},{6},{9},{10},{5},{5},{20},{9},{7},{10},{6},{6},{3},{7},{10},{4},{5},{6}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 0
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (423 bytes) */
-static const char cstring[] = "x\332MQAn\3340\014\374\n\201\036rI}\312\241\310\245\010\332\024\350%X\344\003\002-\321\261\032\231TEz\273\356\353Ki\273@\014\030\222(\316pf\004\363a\244\020\221a&\3300\021\240\001\214\352=,\322\000\342\212\314T\024d\001\250M\"\251:\0049\301\247\313\364\365\211\001\033\341=\240B6\205\225\234\244\201\342\241\2177\036\336\267\231\332`0\234\013\001\261\265\334ov\356\030\257\0474\234^\304\010lu\005\337\016[\205!+$*\331\301hT\016P\207Eszob8=\237>?|y\030R\032\375\242\350T\272\317\261\340P\350\254\363\236\213e\006;*\351\004?\0278d\007&J`\002\325\373>\002l%\006%\353\033\270s\327bhY88<\363\333\035\244\334|H>SG\377\300\2424aJ\301\373(\237u\335h\233\2505i\3122B\351\022dY:\245\346\277\004\265\240\247\347Z\243\264\244\303\3745\201>\320\321\322\216ny\303Z]aO\337I\222\217\006\341r<\302\215\366\343s\271\273lO^}\2457\327\372\334\347\207p:.\376\177\367\260\302\013]\354\225\226\020\222\304\340\337\206\231\307*i/\324w\214\333X\253\203\316\343\201\372\351\367\216\345v\343\257h!\364\331A\226X2Sp\022kng\306\370\036\245\224\036\214\260^\375/\231\323h\317F\233\336\262a\354\331M\275\256\033\276\323\350\350f\335a\237\224l\257\205\256\201]\243\252R\377\207\345\245D\013\356\305z\222\372\207\250\236\261\354\244\377\000\235\342\t\221";
-    PyObject *data = __Pyx_DecompressString(cstring, 423, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (463 bytes) */
+static const char cstring[] = "x\332}RAn\3340\014\374\n\201\036rI}\312\241\330K\021\264)\320K\260\310\007\004Z\242c52\245\212\324v\335\327\227\222\263@N5`\310\2228\303\341\214a\336\225\004<2\314\004\033\006\002T\200qz\017K\256\000~EfJ\002y\001(5{\0221\010r\200O\327\351\004\272\032\246\022\302\212\002_\037yl\356\3016Q\005V2\316\n\202\273\234n\264\334\266\231\352 T\234\023\001\261\326\330o\032w\214\235\007T\234\236\263\222\321\233\240o\273\256\231!\n\004J\321\300\250\224v\020\203y5z+b8?\235\077\077|y\030\312*\375\"oT\322f\237p\0106\326\271\305\244\221A\367B2\301\317\005\366\334\200\211\002h\206bu\037\0016\030\203\220\216\t\357\314\204\254\2501\2633x\344\327;\010\261Z\223x\241\216\376\201Ih\302\020\234\325Q\274\310\272\3216Q\255\271\n\347\303!\223\220\227\245SJ\374KP\022\232\231\246\325\347\032d\014\17780.F[\343\310u\357\203oX\212\351\354\221\030U0\001\2209\355\047\270\221\177\314\320f\214\332\361\225^\343a\334\377\360G\277w\202\245\232\037\206\255\324a7v\013\341\321\326\227\301\367\324\247r\356\274_\355\375n\021\270g\272\352\013-\316\205\354\235=\033F\036k\016-Q\377b\334\306Z\014t\031\261\367\335\357\206\351vc\377\206:\327\273\271\274\370\024\231\234\221h5m3\3727\237S\352vg\226\303\325%r\030\345]\261\0333\330\t]\243\322&\267\000\030{@S/\223\r\337h\000\272\027f@o\034\264\225DG*G\036%\227\367D\354(\320\202-i\217K\376\020\225\013\246F\362\017\245\2412\371";
+    PyObject *data = __Pyx_DecompressString(cstring, 463, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (706 bytes) */
-static const char bytes[] = " bytes can be made at  bytes, for  channels of  processes and #x.?An area, as its header says: bytes, numbers of table entries, units of data.Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_noteivshmem.errorsno area of offset size places records unit unitsthe memory is mapped for reading only: no area can be made in itAreaRegionError__Pyx_PyDict_NextRef__doc____main____module____name____pyx_vtable____qualname____test__area_ofcline_in_tracebackcollectionserrorsfind_areaitemsivshmem.native.areasmake_areamappingnamedtupleoffsetplacespoprecordssetdefaultsizesweepvalues";
+    #else /* compression: none (822 bytes) */
+static const char bytes[] = " bytes can be made at  bytes, for  channels of  processes and #x.: the area has ?An area, as its header says: bytes, numbers of table entries, units of data.Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_noteivshmem.errorsno area of offset size places records unit unitsplace the memory is mapped for reading only: no area can be made in itthe region is mapped for reading only: no place can be freedthere is no area at AreaRegionError__Pyx_PyDict_NextRef__doc____main____module____name____pyx_vtable____qualname____test__area_ofcline_in_tracebackcollectionserrorsfind_areafree_placeindexitemsivshmem.native.areasmake_areamappingnamedtupleoffsetplacespoprecordssetdefaultsizesweepvalues";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 43; i++) {
+    for (int i = 0; i < 49; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
-      if (likely(string) && i >= 15) PyUnicode_InternInPlace(&string);
+      if (likely(string) && i >= 19) PyUnicode_InternInPlace(&string);
       if (unlikely(!string)) {
         Py_XDECREF(data);
         __PYX_ERR(0, 1, __pyx_L1_error)
@@ -5160,7 +5655,7 @@ static const char bytes[] = " bytes can be made at  bytes, for  channels of  pro
       pos += bytes_length;
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 43; i++) {
+    for (Py_ssize_t i = 0; i < 49; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
@@ -7329,6 +7824,99 @@ static CYTHON_INLINE void __Pyx__ExceptionReset(PyThreadState *tstate, PyObject 
 }
 #endif
 
+/* CIntToPyUnicode */
+static CYTHON_INLINE PyObject* __Pyx_uchar___Pyx_PyUnicode_From_uint32_t(uint32_t value, Py_ssize_t width, char padding_char) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const uint32_t neg_one = (uint32_t) -1, const_zero = (uint32_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (unlikely(!(is_unsigned || value == 0 || value > 0) ||
+                    !(sizeof(value) <= 2 || value & ~ (uint32_t) 0x01fffff || __Pyx_CheckUnicodeValue((int) value)))) {
+        PyErr_SetString(PyExc_OverflowError, "%c arg not in range(0x110000)");
+        return NULL;
+    }
+    if (width <= 1) {
+        return PyUnicode_FromOrdinal((int) value);
+    }
+    return __Pyx_PyUnicode_FromOrdinal_Padded((int) value, width, padding_char);
+}
+static CYTHON_INLINE PyObject* __Pyx____Pyx_PyUnicode_From_uint32_t(uint32_t value, Py_ssize_t width, char padding_char, char format_char) {
+    char digits[sizeof(uint32_t)*3+2];
+    char *dpos, *end = digits + sizeof(uint32_t)*3+2;
+    const char *hex_digits = DIGITS_HEX;
+    Py_ssize_t length, ulength;
+    int prepend_sign, last_one_off;
+    uint32_t remaining;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const uint32_t neg_one = (uint32_t) -1, const_zero = (uint32_t) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (format_char == 'X') {
+        hex_digits += 16;
+        format_char = 'x';
+    }
+    remaining = value;
+    last_one_off = 0;
+    dpos = end;
+    do {
+        int digit_pos;
+        switch (format_char) {
+        case 'o':
+            digit_pos = abs((int)(remaining % (8*8)));
+            remaining = (uint32_t) (remaining / (8*8));
+            dpos -= 2;
+            memcpy(dpos, DIGIT_PAIRS_8 + digit_pos * 2, 2);
+            last_one_off = (digit_pos < 8);
+            break;
+        case 'd':
+            digit_pos = abs((int)(remaining % (10*10)));
+            remaining = (uint32_t) (remaining / (10*10));
+            dpos -= 2;
+            memcpy(dpos, DIGIT_PAIRS_10 + digit_pos * 2, 2);
+            last_one_off = (digit_pos < 10);
+            break;
+        case 'x':
+            *(--dpos) = hex_digits[abs((int)(remaining % 16))];
+            remaining = (uint32_t) (remaining / 16);
+            break;
+        default:
+            assert(0);
+            break;
+        }
+    } while (unlikely(remaining != 0));
+    assert(!last_one_off || *dpos == '0');
+    dpos += last_one_off;
+    length = end - dpos;
+    ulength = length;
+    prepend_sign = 0;
+    if (!is_unsigned && value <= neg_one) {
+        if (padding_char == ' ' || width <= length + 1) {
+            *(--dpos) = '-';
+            ++length;
+        } else {
+            prepend_sign = 1;
+        }
+        ++ulength;
+    }
+    if (width > ulength) {
+        ulength = width;
+    }
+    if (ulength == 1) {
+        return PyUnicode_FromOrdinal(*dpos);
+    }
+    return __Pyx_PyUnicode_BuildFromAscii(ulength, dpos, (int) length, prepend_sign, padding_char);
+}
+
 /* TypeImport */
 #ifndef __PYX_HAVE_RT_ImportType_3_3_1
 #define __PYX_HAVE_RT_ImportType_3_3_1
@@ -8826,6 +9414,85 @@ static CYTHON_INLINE PyObject* __Pyx_PyLong_From_unsigned_int(unsigned int value
         PyObject *result = NULL, *kwds = NULL;
         PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
         py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(unsigned int));
+        if (!py_bytes) goto limited_bad;
+        from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
+        if (!from_bytes_str) goto limited_bad;
+        order_str = PyUnicode_FromString(little ? "little" : "big");
+        if (!order_str) goto limited_bad;
+        {
+            PyObject *args[] = { (PyObject*)&PyLong_Type, py_bytes, order_str, Py_True };
+            if (!is_unsigned) {
+                PyObject *signed_str = PyUnicode_FromStringAndSize("signed", 6);
+                if (!signed_str) goto limited_bad;
+#if CYTHON_VECTORCALL
+                kwds = PyTuple_Pack(1, signed_str);
+#else
+                {
+                    PyObject *keys[] = {signed_str};
+                    PyObject *values[] = {Py_True};
+                    kwds = __Pyx_MakeKwargDict(keys, values, 1);
+                }
+#endif
+                Py_DECREF(signed_str);
+                if (unlikely(!kwds)) goto limited_bad;
+            }
+            result = __Pyx_Object_VectorcallMethodKwds(from_bytes_str, args, 3 | __Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET, kwds);
+        }
+        limited_bad:
+        Py_XDECREF(kwds);
+        Py_XDECREF(order_str);
+        Py_XDECREF(py_bytes);
+        Py_XDECREF(from_bytes_str);
+        return result;
+#endif
+    }
+}
+
+/* CIntToPy */
+static CYTHON_INLINE PyObject* __Pyx_PyLong_From_int(int value) {
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#endif
+    const int neg_one = (int) -1, const_zero = (int) 0;
+#ifdef __Pyx_HAS_GCC_DIAGNOSTIC
+#pragma GCC diagnostic pop
+#endif
+    const int is_unsigned = neg_one > const_zero;
+    if (is_unsigned) {
+        if (sizeof(int) < sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(int) <= sizeof(unsigned long)) {
+            return PyLong_FromUnsignedLong((unsigned long) value);
+#if !CYTHON_COMPILING_IN_PYPY
+        } else if (sizeof(int) <= sizeof(unsigned PY_LONG_LONG)) {
+            return PyLong_FromUnsignedLongLong((unsigned PY_LONG_LONG) value);
+#endif
+        }
+    } else {
+        if (sizeof(int) <= sizeof(long)) {
+            return PyLong_FromLong((long) value);
+        } else if (sizeof(int) <= sizeof(PY_LONG_LONG)) {
+            return PyLong_FromLongLong((PY_LONG_LONG) value);
+        }
+    }
+    {
+        unsigned char *bytes = (unsigned char *)&value;
+#if !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX >= 0x030d00A4
+        if (is_unsigned) {
+            return PyLong_FromUnsignedNativeBytes(bytes, sizeof(value), -1);
+        } else {
+            return PyLong_FromNativeBytes(bytes, sizeof(value), -1);
+        }
+#elif !CYTHON_COMPILING_IN_LIMITED_API && PY_VERSION_HEX < 0x030d0000
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        return _PyLong_FromByteArray(bytes, sizeof(int),
+                                     little, !is_unsigned);
+#else
+        int one = 1; int little = (int)*(unsigned char *)&one;
+        PyObject *result = NULL, *kwds = NULL;
+        PyObject *py_bytes = NULL, *order_str = NULL, *from_bytes_str = NULL;;
+        py_bytes = PyBytes_FromStringAndSize((char*)bytes, sizeof(int));
         if (!py_bytes) goto limited_bad;
         from_bytes_str = PyUnicode_FromStringAndSize("from_bytes", 10);
         if (!from_bytes_str) goto limited_bad;

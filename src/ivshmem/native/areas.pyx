@@ -24,6 +24,10 @@ cdef extern from "ivshmem_channel/directory.h" nogil:
     pass
 
 
+cdef extern from "ivshmem_channel/places.h" nogil:
+    pass
+
+
 cdef extern from "ivshmem_channel/records.h" nogil:
     enum: IVSHMEM_WRITE_COMBINING, IVSHMEM_NO_ROOM, IVSHMEM_MOST_PLACES, IVSHMEM_MOST_RECORDS
 
@@ -41,6 +45,10 @@ cdef extern from "ivshmem_channel/records.h" nogil:
                           unsigned)
     int ivshmem_area_open(ivshmem_area *, const ivshmem_memory *, uint64_t)
     unsigned ivshmem_area_sweep(const ivshmem_area *)
+    uint64_t ivshmem_place_at(const ivshmem_area *, unsigned)
+    uint64_t ivshmem_load(const ivshmem_memory *, uint64_t)
+    uint64_t ivshmem_value(uint64_t)
+    int ivshmem_place_free(const ivshmem_area *, unsigned, uint64_t)
     int ivshmem_find_area(const ivshmem_memory *, uint64_t *)
 
 
@@ -142,3 +150,29 @@ def sweep(Mapping mapping not None, uint64_t offset):
     finally:
         mapping.unpin()
     return freed
+
+
+def free_place(Mapping mapping not None, uint64_t offset, unsigned index):
+    """Free one place of an area, at a user's word, and say whether it had an owner.
+
+    For a process that has no place: a user frees one if all are taken.
+
+    Raises:
+        ValueError: there is no such place, or no area.
+        RegionError: the region is mapped for reading only.
+    """
+    cdef ivshmem_memory memory
+    cdef ivshmem_area area
+    cdef uint64_t number
+    memory_of(mapping, &memory)
+    try:
+        if memory.readonly:
+            raise RegionError("the region is mapped for reading only: no place can be freed")
+        if ivshmem_area_open(&area, &memory, offset) != 0:
+            raise ValueError(f"there is no area at {offset:#x}")
+        if index >= area.places:
+            raise ValueError(f"place {index}: the area has {area.places}")
+        number = ivshmem_load(&memory, ivshmem_place_at(&area, index))
+        return ivshmem_value(number) != 0 and bool(ivshmem_place_free(&area, index, number))
+    finally:
+        mapping.unpin()
