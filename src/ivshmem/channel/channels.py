@@ -12,7 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import ChannelExists, ChannelTypeError, NoChannels, NoSuchChannel
 from ..memory.region import Region
@@ -49,7 +49,6 @@ _SHOWN = 20  # names in an error message
 
 
 _C = TypeVar("_C", bound=Channel)
-_Places: TypeAlias = list[PlaceInfo]  # where `list` is a method
 
 
 class Channels(Uncopied):
@@ -401,12 +400,12 @@ class Channels(Uncopied):
         ]
         return sorted(found, key=lambda info: info.name)
 
-    def places(self) -> _Places:
+    def places(self) -> tuple[PlaceInfo, ...]:
         """Return the processes that use channels of the region."""
-        return [
+        return tuple(
             PlaceInfo(number, state, peer, vector, process, plain(name))
             for number, _, state, peer, vector, process, name in self._member.places()
-        ]
+        )
 
     def remove(self, name: str, *, force: bool = False) -> None:
         """Remove a channel; as Channel.remove."""
