@@ -17,6 +17,7 @@ from ..text import plain
 from . import records, streams, types
 from .calls import Caller, CallServer
 from .messages import Reader, ValueReader, Writer
+from .pickled import Pickled
 from .queues import QueueReader
 from .streams import Stream, StreamListener
 
@@ -57,6 +58,15 @@ class Channel:
     def _open(self, kind: Callable[..., Any], *args: Any) -> Any:
         return kind(self._channels, self._membership, self._facts["index"], self.name, *args)
 
+    def _type_for(self, pickle: bool) -> types.ArrayType | Pickled | None:
+        if not pickle:
+            return self._type
+        if self._type is not None:
+            raise ChannelTypeError(
+                f"channel {self.name!r} has messages of {self._type}: they are not pickled"
+            )
+        return Pickled()
+
     def _check_writable(self) -> None:
         if self._membership.readonly:
             raise RegionError(
@@ -86,18 +96,25 @@ class Messages(Channel):
 
     kind = "messages"
 
-    def writer(self) -> Writer:
+    def writer(self, *, pickle: bool = False) -> Writer:
         """Open a writer.
+
+        Args:
+            pickle: `put` takes any object that pickle takes. The readers must say so, too: to
+                unpickle executes what a message says, so do it only in a region that no other
+                user can write to.
 
         Raises:
             ChannelError: all slots of writers are taken.
             RegionError: the region is mapped for reading only.
             ClosedError: the channels are closed, or this one was removed.
         """
-        writer: Writer = self._open(Writer, self._type)
+        writer: Writer = self._open(Writer, self._type_for(pickle))
         return writer
 
-    def reader(self, overflow: Overflow | None = None, *, history: int = 0) -> Reader:
+    def reader(
+        self, overflow: Overflow | None = None, *, history: int = 0, pickle: bool = False
+    ) -> Reader:
         """Open a reader.
 
         Args:
@@ -108,6 +125,7 @@ class Messages(Channel):
                 first of these three that the channel allows.
             history: how many of the last messages of each writer it begins with, as far as they are
                 there; at most slots - 1, and none with "discard".
+            pickle: as of `writer`: messages are objects.
 
         If the memory is mapped for reading only, the reader overwrites, takes no slot, and polls.
 
@@ -126,7 +144,10 @@ class Messages(Channel):
         if history < 0:
             raise ValueError(f"history {history}: 0 or more messages")
         reader: Reader = self._open(
-            Reader, self._type, records.OVERFLOW[overflow], min(history, self.slots)
+            Reader,
+            self._type_for(pickle),
+            records.OVERFLOW[overflow],
+            min(history, self.slots),
         )
         return reader
 
@@ -136,14 +157,16 @@ class Value(Channel):
 
     kind = "value"
 
-    def writer(self) -> Writer:
+    def writer(self, *, pickle: bool = False) -> Writer:
         """Open the writer, of which there is one: its `put` sets the value; as Messages.writer."""
-        writer: Writer = self._open(Writer, self._type)
+        writer: Writer = self._open(Writer, self._type_for(pickle))
         return writer
 
-    def reader(self) -> ValueReader:
+    def reader(self, *, pickle: bool = False) -> ValueReader:
         """Open a reader; as Messages.reader."""
-        reader: ValueReader = self._open(ValueReader, self._type, records.OVERFLOW["overwrite"], 0)
+        reader: ValueReader = self._open(
+            ValueReader, self._type_for(pickle), records.OVERFLOW["overwrite"], 0
+        )
         return reader
 
 
@@ -152,19 +175,19 @@ class Queue(Channel):
 
     kind = "queue"
 
-    def writer(self) -> Writer:
+    def writer(self, *, pickle: bool = False) -> Writer:
         """Open a writer; as Messages.writer."""
-        writer: Writer = self._open(Writer, self._type)
+        writer: Writer = self._open(Writer, self._type_for(pickle))
         return writer
 
-    def reader(self) -> QueueReader:
+    def reader(self, *, pickle: bool = False) -> QueueReader:
         """Open a reader; the errors are those of Messages.reader.
 
         Raises:
             RegionError: the region is mapped for reading only: nothing can be taken.
         """
         self._check_writable()
-        reader: QueueReader = self._open(QueueReader, self._type)
+        reader: QueueReader = self._open(QueueReader, self._type_for(pickle))
         return reader
 
 
@@ -173,15 +196,15 @@ class Calls(Channel):
 
     kind = "calls"
 
-    def caller(self) -> Caller:
+    def caller(self, *, pickle: bool = False) -> Caller:
         """Open a caller; the errors are those of Messages.writer."""
-        caller: Caller = self._open(Caller, self._type)
+        caller: Caller = self._open(Caller, self._type_for(pickle))
         return caller
 
-    def server(self) -> CallServer:
+    def server(self, *, pickle: bool = False) -> CallServer:
         """Open a server; the errors are those of Queue.reader."""
         self._check_writable()
-        server: CallServer = self._open(CallServer, self._type)
+        server: CallServer = self._open(CallServer, self._type_for(pickle))
         return server
 
 
