@@ -23,7 +23,7 @@
      |    +-- ChannelExists                 there is a channel of that name
      |    +-- ChannelTypeError (TypeError)  another kind, or another type of messages
      |    +-- MessageTooLong (ValueError)   longer than the channel's limit, or the buffer
-     |    +-- MessagesLost                  writers went on without this reader
+     |    +-- MessagesLost                  writers continued without this reader
      |    +-- Overtaken                     a message was overwritten while it was looked at
      |    +-- Redelivered                   another reader has the message, too
      |    +-- CallFailed                    a call that has no reply

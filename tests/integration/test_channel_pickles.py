@@ -35,7 +35,7 @@ def test_objects_pass_each_kind(channels: Channels) -> None:
     with value.writer(pickle=True) as writer, value.reader(pickle=True) as changes:
         writer.put({"x": 1})
         assert changes.get() == {"x": 1}
-    calls = channels.create_calls("calls", limit=10000)
+    calls = channels.create_calls("calls", limit=1000)
     with calls.caller(pickle=True) as caller, calls.server(pickle=True) as server:
         pending = caller.submit({"x": 2})
         call = server.take(1)

@@ -14,6 +14,7 @@ from ivshmem import errors
 # How those are made that take more than a message.
 OTHERS: dict[str, Callable[[], BaseException]] = {
     "AlreadyMigrated": lambda: errors.AlreadyMigrated("gone", wholly=False),
+    "MessagesLost": lambda: errors.MessagesLost("3 were lost", 3),
     "ControlError": lambda: errors.ControlError("no", "no-such-peer"),
     "MigrationRefused": lambda: errors.MigrationRefused(["one", "two", "three"]),
     "MigrationUnfinished": lambda: errors.MigrationUnfinished("it", "migrate a", "a", "/f"),
