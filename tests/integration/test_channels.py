@@ -445,6 +445,9 @@ def test_names_and_types(channels: Channels) -> None:
         channels.create_value("a", dtype="<f8", shape=(2, 3), exist_ok=True)
     with pytest.raises(channel.ChannelTypeError, match="of kind value, not queue"):
         channels.open("a", "queue")
+    assert channels.open("a", "value", dtype="<f4", shape=(2, 3)).limit == 24
+    with pytest.raises(channel.ChannelTypeError, match=r"of type 'array <f4 2x3', not 'array <f4"):
+        channels.open("a", dtype="<f4", shape=(3, 2))
     with pytest.raises(channel.NoSuchChannel, match="no channel 'b' \\(there: a\\)"):
         channels.open("b")
     channels.remove("a")

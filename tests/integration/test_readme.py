@@ -62,7 +62,7 @@ def a_server(path: str) -> Iterator[None]:
                 _ = peer.peers  # so that it reads its news
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(Served(path, 4, 1 << 20, names=0))
+        stack.enter_context(Served(path, 4, 4 << 20, names=0, channels=1 << 20))
         peers = [stack.enter_context(ivshmem.connect(path, timeout=30)) for _ in range(4)]
         names = stack.enter_context(ivshmem.Directory.open(peers[1]))
         names.publish("sensor")

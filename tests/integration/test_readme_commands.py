@@ -62,9 +62,10 @@ case "$*" in *ivshmem-*) ;; *) exit 1 ;; esac
 """
 DEFAULT = """[region.default]
 socket = "{folder}/ivshmem.sock"
-size = "1M"
+size = "4M"
 vectors = 4
 names = true
+channels = "1M"
 """
 
 

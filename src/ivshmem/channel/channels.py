@@ -45,6 +45,7 @@ _WAYS: dict[str, Literal["write-back", "write-combining", "uncached"]] = {
     "resource2": "uncached",
     "uio": "uncached",
 }
+_MOST = (1 << 31) - 64  # bytes of a message
 _SHOWN = 20  # names in an error message
 
 
@@ -366,7 +367,7 @@ class Channels(Uncopied):
         if kind is not None and found["kind"] != kind:
             raise ChannelTypeError(f"channel {name!r} is of kind {found['kind']}, not {kind}")
         if dtype is not None or schema is not None:
-            wanted, _ = _type_and_limit(dtype, shape, schema or "", 1)
+            wanted, _ = _type_and_limit(dtype, shape, schema or "", _MOST)
             if wanted != found["type"]:
                 there = plain(found["type"])
                 raise ChannelTypeError(
@@ -555,6 +556,6 @@ def _type_and_limit(dtype: Any, shape: Any, schema: str, limit: int | None) -> t
         raise ValueError(
             f"the type takes {len(text.encode())} bytes; {records.TYPE_BYTES} are allowed"
         )
-    if not 1 <= limit < 1 << 31:
-        raise ValueError(f"limit {limit}: 1 to {(1 << 31) - 64} bytes")
+    if not 1 <= limit <= _MOST:
+        raise ValueError(f"limit {limit}: 1 to {_MOST} bytes")
     return text, limit

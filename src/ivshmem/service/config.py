@@ -81,7 +81,7 @@ class RegionConfig(NamedTuple):
 
     @property
     def has_directory(self) -> bool:
-        """Whether there is to be a directory of names, which also says where channels are."""
+        """Whether the region has a directory of names, which also says where channels are."""
         return self.names is not None or self.channels is not None
 
     @property
