@@ -261,6 +261,33 @@ def test_a_place_at_work_is_freed_by_force_only(socket_path: str, channels: Chan
     until(lambda: channels.closed)
 
 
+def test_a_silent_place_is_freed(socket_path: str, channels: Channels) -> None:
+    """That of a process that is stopped; when it continues, it finds out and ends."""
+    channels.create_queue("jobs", limit=8)
+    with started(socket_path, "cat", "jobs") as process:
+        until(lambda: channels.list()[0].readers)
+        process.send_signal(signal.SIGSTOP)
+        (place,) = [each for each in channels.places() if each.process == process.pid]
+        said = run(socket_path, "info")
+        assert re.search(rf"^ +{place.place}  silent +\d+ +0 +{process.pid}  ", said, re.MULTILINE)
+        assert run(socket_path, "rm", "--place", str(place.place)).endswith("was freed\n")
+        assert process.pid not in [each.process for each in channels.places()]
+        assert channels.list()[0].readers == ()
+        process.send_signal(signal.SIGCONT)
+        _, errors = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 1
+        assert len(errors.splitlines()) == 1
+    run(socket_path, "rm", "jobs")
+
+
+def test_no_device() -> None:
+    """On a host without one."""
+    done = commands.run("channel", "ls", "--guest")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no ivshmem device" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_all_places_are_taken(socket_path: str) -> None:
     """Then the table can still be shown, and places be freed."""
     with Server(socket_path, "1M", channels="64K").start():

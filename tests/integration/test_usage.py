@@ -50,7 +50,7 @@ def test_the_bare_command_prints_help() -> None:
     [
         *(["serve"], ["connect"], ["status"], ["top"], ["reload"], ["qemu"], ["doctor"]),
         *(["evict", "1"], ["hold", "1"], ["release", "1"], ["save", "image"], ["load", "image"]),
-        *(["bench"], ["guest", "serve"]),
+        *(["bench"], ["guest", "serve"], ["channel", "ls"]),
     ],
     ids=" ".join,
 )
