@@ -399,3 +399,100 @@ def test_the_interpreter_ends_with_everything_open() -> None:
         check=False,
     )
     assert (made.returncode, made.stderr) == (0, "")
+
+
+def test_threads_share_an_end(channels: Channels) -> None:
+    """Several threads at one writer and one reader, with copies without the GIL: none is lost."""
+    for name in ("a", "b"):
+        make = channels.create_messages if name == "a" else channels.create_queue
+        one = make(name, limit=LARGE, slots=2, writers=1)
+        writer, reader = one.writer(), one.reader()
+        got: list[bytes] = []
+
+        def write(number: int, writer: Any = writer) -> None:
+            for i in range(40):
+                writer.put(b"%d.%d " % (number, i) + bytes(LARGE // 2 if i % 4 == 0 else 0))
+
+        def read(reader: Any = reader, got: list[bytes] = got) -> None:
+            while (message := reader.get(PATIENCE)) != b"end":
+                got.append(message.split(b" ")[0])
+
+        writers = [threading.Thread(target=write, args=(i,)) for i in range(3)]
+        readers = [threading.Thread(target=read) for _ in range(3)]
+        for thread in writers + readers:
+            thread.start()
+        for thread in writers:
+            thread.join(PATIENCE)
+        for _ in readers:
+            writer.put(b"end")
+        for thread in readers:
+            thread.join(PATIENCE)
+        assert sorted(got) == sorted(b"%d.%d" % (i, j) for i in range(3) for j in range(40))
+
+
+def test_asyncio_where_nothing_rings(channels: Channels) -> None:
+    calls = channels.create_calls("a", limit=8, slots=1)
+    room = channels.create_bytes("b", buffer=64)
+
+    async def main() -> None:
+        with calls.server() as server, calls.caller() as caller:
+            thread = threading.Thread(target=server.serve, args=(bytes, 0.2))
+            thread.start()
+            began = time.monotonic()
+            for _ in range(3):  # with its only slot in use
+                assert await caller.call_async(b"x", PATIENCE) == b"x"
+            assert time.monotonic() - began < PATIENCE / 2
+            thread.join()
+        with room.listen() as listener, room.connect() as stream:
+            other = listener.accept(0)
+            assert other is not None
+
+            def drain() -> None:
+                count = 0
+                while count < 500:
+                    count += len(other.recv(100))
+
+            thread = threading.Thread(target=drain)
+            thread.start()
+            await stream.sendall_async(bytes(500), PATIENCE)
+            thread.join()
+            other.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"slots": 0},
+        {"slots": -1},
+        {"slots": 1 << 40},
+        {"writers": 0},
+        {"writers": -1},
+        {"readers": 1 << 40},
+        {"loans": -1},
+        {"views": 0},
+        {"limit": 0},
+        {"limit": 1 << 40},
+        {"overflow": ()},
+        {"schema": "\0"},
+    ],
+)
+def test_numbers_that_are_not_allowed(channels: Channels, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        channels.create_messages("a", **{"limit": 8, **wrong})
+    assert channels.list() == []
+
+
+def test_types_that_are_wrong(region: Region, channels: Channels) -> None:
+    for wrong in ({"limit": 1.5}, {"limit": "x"}, {"schema": 5}, {"writers": "x"}):
+        with pytest.raises(TypeError):
+            channels.create_messages("a", **{"limit": 8, **wrong})  # type: ignore[arg-type]
+    for place in (None, "x", 5):
+        with pytest.raises(TypeError, match="channels are those of an endpoint or a region"):
+            channel.open(place)  # type: ignore[arg-type]
+    for times in ({"beat": 1e-9}, {"lease": float("inf")}, {"beat": -1.0}, {"beat": 0.5}):
+        with pytest.raises(ValueError, match="lease"):
+            channel.open(region, **times)  # type: ignore[arg-type]
+    with channel.open(region, name="\udcff\0x" * 40):
+        pass

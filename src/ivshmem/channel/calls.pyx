@@ -201,7 +201,6 @@ cdef class Caller(WriterEnd):
         cdef PendingCall call
         cdef Py_buffer view
         cdef uint32_t cell = 0
-        cdef int code
         if self.type is not None:
             data = self.type.encode(data)
         call = PendingCall.__new__(PendingCall)  # first: once it is sent, nothing may fail
@@ -211,14 +210,7 @@ cdef class Caller(WriterEnd):
             self.enter()
             if <uint64_t>view.len > self.channel.record.geometry.limit:
                 raise self.too_long(view.len)
-            code = self.ready()
-            if code == IVSHMEM_AGAIN:
-                code = self.wait(timeout, spin)
-                if code == IVSHMEM_AGAIN:
-                    raise self.blocked(timeout)
-            if code:
-                raise self.fail(code)
-            self.loan_cell(&cell)
+            self.find_room(&cell, timeout, spin)
             memcpy(self.at(cell), view.buf, view.len)
             call.caller = self
             call.membership = self.membership
@@ -378,12 +370,14 @@ cdef class Call(Taken):
             MessageTooLong: it is longer than the channel's limit. The call can still be replied to.
         """
         cdef CallServer server = self.reader
+        self.check()
         if server.type is not None:
             data = server.type.encode(data)
         return self.send(data, REPLY)
 
     def fail(self, why):
         """Tell the caller that there is no reply, and why: its `result` raises CallFailed."""
+        self.check()
         limit = min(self.reader.channel.record.geometry.limit, SHOWN)
         return self.send(str(why).encode()[:limit], FAILURE)
 

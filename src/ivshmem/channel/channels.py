@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 BEAT = 0.1  # seconds between two signs of life of a process
 LEASE = 1.0  # seconds without one after which a process counts as silent
+_SHORTEST_BEAT = 0.001
+_LONGEST_LEASE = 86400
 
 NO_ROOM = (
     "the region has no room for channels: make it by `ivshmem serve --channels SIZE`, or by"
@@ -157,7 +159,7 @@ class Channels(Uncopied):
             RegionError: the region is mapped for reading only.
         """
         allowed = (overflow,) if isinstance(overflow, str) else tuple(overflow)
-        for way in allowed:
+        for way in allowed or ("",):
             if way not in records.OVERFLOW:
                 raise ValueError(f"overflow {way!r}: {', '.join(records.OVERFLOW)} are possible")
         text, most = _type_and_limit(dtype, shape, schema, limit)
@@ -315,6 +317,9 @@ class Channels(Uncopied):
 
     def _create(self, kind: type[_C], name: str, text: str, exist_ok: bool, **geometry: int) -> _C:
         _check_name(name)
+        for what, number in geometry.items():
+            if not 0 <= operator.index(number) < 1 << 32:
+                raise ValueError(f"{what} {number}: 0 to {(1 << 32) - 1} are possible")
         geometry["kind"] = records.KINDS[kind.kind]
         while True:
             if exist_ok:
@@ -477,7 +482,14 @@ def open(  # noqa: A001 - as guest.open
         ChannelError: every place is taken.
         ClosedError: the region is closed.
     """
-    if not 0 < beat < lease / 2:
+    if not isinstance(place, Endpoint | Region):
+        raise TypeError(f"channels are those of an endpoint or a region, not of {place!r}")
+    if beat < _SHORTEST_BEAT or lease > _LONGEST_LEASE:
+        raise ValueError(
+            f"beat {beat:g} s, lease {lease:g} s: a beat of {_SHORTEST_BEAT:g} s or more, and a"
+            f" lease of {_LONGEST_LEASE} s or less are possible"
+        )
+    if not beat < lease / 2:
         raise ValueError(f"a lease of {lease:g} s is too short for a beat every {beat:g} s")
     region = place.region if isinstance(place, Endpoint) else place
     if mapping is None:
@@ -495,7 +507,13 @@ def open(  # noqa: A001 - as guest.open
 
 
 def _power(number: int) -> int:
-    """Return the least power of two that is not less."""
+    """Return the least power of two that is not less.
+
+    Raises:
+        ValueError: the number is less than 1.
+    """
+    if operator.index(number) < 1:
+        raise ValueError(f"{number}: 1 or more are needed")
     return 1 << max(operator.index(number) - 1, 0).bit_length()
 
 
@@ -535,6 +553,8 @@ def _check_name(name: str) -> None:
 
 
 def _type_and_limit(dtype: Any, shape: Any, schema: str, limit: int | None) -> tuple[str, int]:
+    if not isinstance(schema, str):
+        raise TypeError(f"a schema is text, not {schema!r}")
     if dtype is not None and schema:
         raise ValueError("dtype and schema exclude each other")
     if dtype is None:
@@ -556,6 +576,6 @@ def _type_and_limit(dtype: Any, shape: Any, schema: str, limit: int | None) -> t
         raise ValueError(
             f"the type takes {len(text.encode())} bytes; {records.TYPE_BYTES} are allowed"
         )
-    if not 1 <= limit <= _MOST:
+    if not 1 <= operator.index(limit) <= _MOST:
         raise ValueError(f"limit {limit}: 1 to {_MOST} bytes")
     return text, limit

@@ -134,7 +134,8 @@ class Messages(Channel):
             ClosedError: as of `writer`.
         """
         if overflow is None:
-            overflow = next(way for way in _PREFERRED if way in self._facts["overflow"])
+            # The memory may allow none: then the lines below say so.
+            overflow = next((way for way in _PREFERRED if way in self.overflow), "overwrite")
         assert overflow is not None
         if overflow not in self._facts["overflow"] and not self._membership.readonly:
             raise ChannelTypeError(

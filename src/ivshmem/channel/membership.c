@@ -3372,6 +3372,33 @@ static void __Pyx_Raise(PyObject *type, PyObject *value, PyObject *tb, PyObject 
 static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *args, size_t nargsf);
 #endif
 
+/* PyObjectVectorcallKwds.proto (used by PyObjectVectorcallMethodKwds) */
+#if CYTHON_VECTORCALL
+#define __Pyx_Object_VectorcallKwds PyObject_Vectorcall
+CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject *kwnames, Py_ssize_t i);
+#else
+#define __Pyx_Object_VectorcallKwds __Pyx_PyObject_FastCallDict
+CYTHON_UNUSED static PyObject *__Pyx_MakeKwargDict(PyObject **keys, PyObject **values, Py_ssize_t n);
+CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject **kwnames, Py_ssize_t i);
+#endif
+
+/* PyObjectVectorcallMethodKwds.proto */
+#if CYTHON_VECTORCALL
+#define __Pyx_Object_VectorcallMethodKwds PyObject_VectorcallMethod
+#else
+static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *const *args, size_t nargsf, PyObject *kwnames);
+#endif
+
+/* RaiseErrorWithObjectType1.proto (used by RaiseUnexpectedTypeError) */
+#define __Pyx_RaiseTypeErrorWithObjectType1(message, arg, obj) __Pyx_RaiseErrorWithObjectType1(PyExc_TypeError, message, arg, obj)
+#define __Pyx_RaiseErrorWithObjectType1(exc_type, message, arg, obj) __Pyx_RaiseErrorWithType1(exc_type, message, arg, Py_TYPE(obj))
+CYTHON_UNUSED
+static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj);
+
+/* RaiseUnexpectedTypeError.proto */
+CYTHON_UNUSED
+static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj);
+
 /* PyRuntimeError_Check.proto */
 #define __Pyx_PyExc_RuntimeError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_RuntimeError)
 
@@ -3466,33 +3493,6 @@ static CYTHON_INLINE int __Pyx_PyList_Append(PyObject* list, PyObject* x);
 #else
 #define __Pyx_PyList_Append(L,x) PyList_Append(L,x)
 #endif
-
-/* PyObjectVectorcallKwds.proto (used by PyObjectVectorcallMethodKwds) */
-#if CYTHON_VECTORCALL
-#define __Pyx_Object_VectorcallKwds PyObject_Vectorcall
-CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject *kwnames, Py_ssize_t i);
-#else
-#define __Pyx_Object_VectorcallKwds __Pyx_PyObject_FastCallDict
-CYTHON_UNUSED static PyObject *__Pyx_MakeKwargDict(PyObject **keys, PyObject **values, Py_ssize_t n);
-CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject **kwnames, Py_ssize_t i);
-#endif
-
-/* PyObjectVectorcallMethodKwds.proto */
-#if CYTHON_VECTORCALL
-#define __Pyx_Object_VectorcallMethodKwds PyObject_VectorcallMethod
-#else
-static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *const *args, size_t nargsf, PyObject *kwnames);
-#endif
-
-/* RaiseErrorWithObjectType1.proto (used by RaiseUnexpectedTypeError) */
-#define __Pyx_RaiseTypeErrorWithObjectType1(message, arg, obj) __Pyx_RaiseErrorWithObjectType1(PyExc_TypeError, message, arg, obj)
-#define __Pyx_RaiseErrorWithObjectType1(exc_type, message, arg, obj) __Pyx_RaiseErrorWithType1(exc_type, message, arg, Py_TYPE(obj))
-CYTHON_UNUSED
-static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj);
-
-/* RaiseUnexpectedTypeError.proto */
-CYTHON_UNUSED
-static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj);
 
 /* PyValueError_Check.proto */
 #define __Pyx_PyExc_ValueError_Check(obj)  __Pyx_TypeCheck(obj, PyExc_ValueError)
@@ -4314,7 +4314,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[3];
     PyObject *__pyx_codeobj_tab[20];
-    PyObject *__pyx_string_tab[195];
+    PyObject *__pyx_string_tab[196];
     PyObject *__pyx_number_tab[3];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
@@ -4481,79 +4481,80 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_current_id __pyx_string_tab[119]
 #define __pyx_n_u_decode __pyx_string_tab[120]
 #define __pyx_n_u_discard __pyx_string_tab[121]
-#define __pyx_n_u_end __pyx_string_tab[122]
-#define __pyx_n_u_endpoint __pyx_string_tab[123]
-#define __pyx_n_u_error_2 __pyx_string_tab[124]
-#define __pyx_n_u_errors __pyx_string_tab[125]
-#define __pyx_n_u_eventfds __pyx_string_tab[126]
-#define __pyx_n_u_fileno __pyx_string_tab[127]
-#define __pyx_n_u_found __pyx_string_tab[128]
-#define __pyx_n_u_free_place __pyx_string_tab[129]
-#define __pyx_n_u_get __pyx_string_tab[130]
-#define __pyx_n_u_getpid __pyx_string_tab[131]
-#define __pyx_n_u_i __pyx_string_tab[132]
-#define __pyx_n_u_identity __pyx_string_tab[133]
-#define __pyx_n_u_index __pyx_string_tab[134]
-#define __pyx_n_u_items __pyx_string_tab[135]
-#define __pyx_n_u_ivshmem_channel_membership __pyx_string_tab[136]
-#define __pyx_n_u_lease __pyx_string_tab[137]
-#define __pyx_n_u_left __pyx_string_tab[138]
-#define __pyx_n_u_limit __pyx_string_tab[139]
-#define __pyx_n_u_local __pyx_string_tab[140]
-#define __pyx_n_u_machine __pyx_string_tab[141]
-#define __pyx_n_u_mapping __pyx_string_tab[142]
-#define __pyx_n_u_membership __pyx_string_tab[143]
-#define __pyx_n_u_memory __pyx_string_tab[144]
-#define __pyx_n_u_mute __pyx_string_tab[145]
-#define __pyx_n_u_name __pyx_string_tab[146]
-#define __pyx_n_u_next_beat __pyx_string_tab[147]
-#define __pyx_n_u_number __pyx_string_tab[148]
-#define __pyx_n_u_offset __pyx_string_tab[149]
-#define __pyx_n_u_one __pyx_string_tab[150]
-#define __pyx_n_u_os __pyx_string_tab[151]
-#define __pyx_n_u_peer __pyx_string_tab[152]
-#define __pyx_n_u_place_2 __pyx_string_tab[153]
-#define __pyx_n_u_places __pyx_string_tab[154]
-#define __pyx_n_u_pop __pyx_string_tab[155]
-#define __pyx_n_u_randbits __pyx_string_tab[156]
-#define __pyx_n_u_region __pyx_string_tab[157]
-#define __pyx_n_u_register_at_fork __pyx_string_tab[158]
-#define __pyx_n_u_replace __pyx_string_tab[159]
-#define __pyx_n_u_run __pyx_string_tab[160]
-#define __pyx_n_u_secrets __pyx_string_tab[161]
-#define __pyx_n_u_self __pyx_string_tab[162]
-#define __pyx_n_u_setdefault __pyx_string_tab[163]
-#define __pyx_n_u_signal __pyx_string_tab[164]
-#define __pyx_n_u_silent __pyx_string_tab[165]
-#define __pyx_n_u_sleeper __pyx_string_tab[166]
-#define __pyx_n_u_suppress __pyx_string_tab[167]
-#define __pyx_n_u_text __pyx_string_tab[168]
-#define __pyx_n_u_threading __pyx_string_tab[169]
-#define __pyx_n_u_values __pyx_string_tab[170]
-#define __pyx_n_u_vector __pyx_string_tab[171]
-#define __pyx_n_u_wake_others __pyx_string_tab[172]
-#define __pyx_n_u_wakeup __pyx_string_tab[173]
-#define __pyx_n_u_weakref __pyx_string_tab[174]
-#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[175]
-#define __pyx_kp_b_int64_t_PyObject_deadline_of __pyx_string_tab[176]
-#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[177]
-#define __pyx_kp_b_iso88591__6 __pyx_string_tab[178]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[179]
-#define __pyx_kp_b_iso88591_A __pyx_string_tab[180]
-#define __pyx_kp_b_iso88591_A_F_2 __pyx_string_tab[181]
-#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[182]
-#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[183]
-#define __pyx_kp_b_iso88591_A_t1 __pyx_string_tab[184]
-#define __pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_4_D_D_6_4_c_9A_Ku __pyx_string_tab[185]
-#define __pyx_kp_b_iso88591_A_F __pyx_string_tab[186]
-#define __pyx_kp_b_iso88591_A_t6 __pyx_string_tab[187]
-#define __pyx_kp_b_iso88591_A_ha_1_K_A_7_whc_1_z __pyx_string_tab[188]
-#define __pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q __pyx_string_tab[189]
-#define __pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T __pyx_string_tab[190]
-#define __pyx_kp_b_iso88591_A_ha_F_t_q_1_K_A_KvQ_KvQ_uCq __pyx_string_tab[191]
-#define __pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3 __pyx_string_tab[192]
-#define __pyx_kp_b_iso88591_A_4_3k_T_XT_T_QR_t1D_V1_a_A_HA_6 __pyx_string_tab[193]
-#define __pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_6_t4s_Q_Ky_t7 __pyx_string_tab[194]
+#define __pyx_n_u_encode __pyx_string_tab[122]
+#define __pyx_n_u_end __pyx_string_tab[123]
+#define __pyx_n_u_endpoint __pyx_string_tab[124]
+#define __pyx_n_u_error_2 __pyx_string_tab[125]
+#define __pyx_n_u_errors __pyx_string_tab[126]
+#define __pyx_n_u_eventfds __pyx_string_tab[127]
+#define __pyx_n_u_fileno __pyx_string_tab[128]
+#define __pyx_n_u_found __pyx_string_tab[129]
+#define __pyx_n_u_free_place __pyx_string_tab[130]
+#define __pyx_n_u_get __pyx_string_tab[131]
+#define __pyx_n_u_getpid __pyx_string_tab[132]
+#define __pyx_n_u_i __pyx_string_tab[133]
+#define __pyx_n_u_identity __pyx_string_tab[134]
+#define __pyx_n_u_index __pyx_string_tab[135]
+#define __pyx_n_u_items __pyx_string_tab[136]
+#define __pyx_n_u_ivshmem_channel_membership __pyx_string_tab[137]
+#define __pyx_n_u_lease __pyx_string_tab[138]
+#define __pyx_n_u_left __pyx_string_tab[139]
+#define __pyx_n_u_limit __pyx_string_tab[140]
+#define __pyx_n_u_local __pyx_string_tab[141]
+#define __pyx_n_u_machine __pyx_string_tab[142]
+#define __pyx_n_u_mapping __pyx_string_tab[143]
+#define __pyx_n_u_membership __pyx_string_tab[144]
+#define __pyx_n_u_memory __pyx_string_tab[145]
+#define __pyx_n_u_mute __pyx_string_tab[146]
+#define __pyx_n_u_name __pyx_string_tab[147]
+#define __pyx_n_u_next_beat __pyx_string_tab[148]
+#define __pyx_n_u_number __pyx_string_tab[149]
+#define __pyx_n_u_offset __pyx_string_tab[150]
+#define __pyx_n_u_one __pyx_string_tab[151]
+#define __pyx_n_u_os __pyx_string_tab[152]
+#define __pyx_n_u_peer __pyx_string_tab[153]
+#define __pyx_n_u_place_2 __pyx_string_tab[154]
+#define __pyx_n_u_places __pyx_string_tab[155]
+#define __pyx_n_u_pop __pyx_string_tab[156]
+#define __pyx_n_u_randbits __pyx_string_tab[157]
+#define __pyx_n_u_region __pyx_string_tab[158]
+#define __pyx_n_u_register_at_fork __pyx_string_tab[159]
+#define __pyx_n_u_replace __pyx_string_tab[160]
+#define __pyx_n_u_run __pyx_string_tab[161]
+#define __pyx_n_u_secrets __pyx_string_tab[162]
+#define __pyx_n_u_self __pyx_string_tab[163]
+#define __pyx_n_u_setdefault __pyx_string_tab[164]
+#define __pyx_n_u_signal __pyx_string_tab[165]
+#define __pyx_n_u_silent __pyx_string_tab[166]
+#define __pyx_n_u_sleeper __pyx_string_tab[167]
+#define __pyx_n_u_suppress __pyx_string_tab[168]
+#define __pyx_n_u_text __pyx_string_tab[169]
+#define __pyx_n_u_threading __pyx_string_tab[170]
+#define __pyx_n_u_values __pyx_string_tab[171]
+#define __pyx_n_u_vector __pyx_string_tab[172]
+#define __pyx_n_u_wake_others __pyx_string_tab[173]
+#define __pyx_n_u_wakeup __pyx_string_tab[174]
+#define __pyx_n_u_weakref __pyx_string_tab[175]
+#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[176]
+#define __pyx_kp_b_int64_t_PyObject_deadline_of __pyx_string_tab[177]
+#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[178]
+#define __pyx_kp_b_iso88591__6 __pyx_string_tab[179]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[180]
+#define __pyx_kp_b_iso88591_A __pyx_string_tab[181]
+#define __pyx_kp_b_iso88591_A_F_2 __pyx_string_tab[182]
+#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[183]
+#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[184]
+#define __pyx_kp_b_iso88591_A_t1 __pyx_string_tab[185]
+#define __pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_4_D_D_6_4_c_9A_Ku __pyx_string_tab[186]
+#define __pyx_kp_b_iso88591_A_F __pyx_string_tab[187]
+#define __pyx_kp_b_iso88591_A_t6 __pyx_string_tab[188]
+#define __pyx_kp_b_iso88591_A_ha_1_K_A_7_whc_1_z __pyx_string_tab[189]
+#define __pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q __pyx_string_tab[190]
+#define __pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T __pyx_string_tab[191]
+#define __pyx_kp_b_iso88591_A_ha_F_t_q_1_K_A_KvQ_KvQ_uCq __pyx_string_tab[192]
+#define __pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3 __pyx_string_tab[193]
+#define __pyx_kp_b_iso88591_A_4_3k_T_XT_T_QR_t1D_V1_a_A_HA_6 __pyx_string_tab[194]
+#define __pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_6_t4s_Q_Ky_t7 __pyx_string_tab[195]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_1 __pyx_number_tab[1]
 #define __pyx_int_64 __pyx_number_tab[2]
@@ -4597,7 +4598,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
   for (int i=0; i<20; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<195; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<196; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4647,7 +4648,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
   for (int i=0; i<20; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<195; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<196; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -6368,7 +6369,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
  *             self.member.started = ivshmem_process_start(self.member.process)
  *             self.name_peer()             # <<<<<<<<<<<<<<
  *             memset(text, 0, sizeof(text))
- *             encoded = name.encode()[: 8 * IVSHMEM_NAME_WORDS]
+ *             encoded = name.encode(errors="replace")[: 8 * IVSHMEM_NAME_WORDS]
 */
     __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->name_peer(__pyx_v_self); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 234, __pyx_L1_error)
 
@@ -6377,7 +6378,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
  *             self.member.started = ivshmem_process_start(self.member.process)
  *             self.name_peer()
  *             memset(text, 0, sizeof(text))             # <<<<<<<<<<<<<<
- *             encoded = name.encode()[: 8 * IVSHMEM_NAME_WORDS]
+ *             encoded = name.encode(errors="replace")[: 8 * IVSHMEM_NAME_WORDS]
  *             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)
 */
     (void)(memset(__pyx_v_text, 0, (sizeof(__pyx_v_text))));
@@ -6385,25 +6386,47 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
     /* "ivshmem/channel/membership.pyx":236
  *             self.name_peer()
  *             memset(text, 0, sizeof(text))
- *             encoded = name.encode()[: 8 * IVSHMEM_NAME_WORDS]             # <<<<<<<<<<<<<<
+ *             encoded = name.encode(errors="replace")[: 8 * IVSHMEM_NAME_WORDS]             # <<<<<<<<<<<<<<
  *             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)
  *             code = ivshmem_join(&self.member, secrets.randbits(64), text)
 */
-    if (unlikely(__pyx_v_name == Py_None)) {
-      PyErr_Format(PyExc_AttributeError, "\047NoneType\047 object has no attribute \047%.30s\047", "encode");
-      __PYX_ERR(0, 236, __pyx_L1_error)
+    __pyx_t_2 = __pyx_v_name;
+    __Pyx_INCREF(__pyx_t_2);
+    #if CYTHON_VECTORCALL
+    #endif
+    __pyx_t_5 = 0;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_n_u_replace};
+      #if CYTHON_VECTORCALL
+      __pyx_t_4 = __pyx_mstate_global->__pyx_tuple[0];
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 236, __pyx_L1_error)
+      __Pyx_INCREF(__pyx_t_4);
+      #else
+      {
+        PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
+        __pyx_t_4 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 236, __pyx_L1_error)
+        __Pyx_GOTREF(__pyx_t_4);
+      }
+      #endif
+      __pyx_t_1 = __Pyx_Object_VectorcallMethodKwds((PyObject*)__pyx_mstate_global->__pyx_n_u_encode, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET), __pyx_t_4);
+      __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+      #if CYTHON_VECTORCALL
+      #endif
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 236, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_1);
     }
-    __pyx_t_1 = PyUnicode_AsEncodedString(__pyx_v_name, NULL, NULL); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 236, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_1);
-    __pyx_t_2 = PySequence_GetSlice(__pyx_t_1, 0, (8 * IVSHMEM_NAME_WORDS)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 236, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_2);
+    if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 236, __pyx_L1_error)
+    __pyx_t_4 = PySequence_GetSlice(__pyx_t_1, 0, (8 * IVSHMEM_NAME_WORDS)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 236, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __pyx_v_encoded = ((PyObject*)__pyx_t_2);
-    __pyx_t_2 = 0;
+    __pyx_v_encoded = ((PyObject*)__pyx_t_4);
+    __pyx_t_4 = 0;
 
     /* "ivshmem/channel/membership.pyx":237
  *             memset(text, 0, sizeof(text))
- *             encoded = name.encode()[: 8 * IVSHMEM_NAME_WORDS]
+ *             encoded = name.encode(errors="replace")[: 8 * IVSHMEM_NAME_WORDS]
  *             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)             # <<<<<<<<<<<<<<
  *             code = ivshmem_join(&self.member, secrets.randbits(64), text)
  *             if code:
@@ -6413,18 +6436,18 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
 
 
     /* "ivshmem/channel/membership.pyx":238
- *             encoded = name.encode()[: 8 * IVSHMEM_NAME_WORDS]
+ *             encoded = name.encode(errors="replace")[: 8 * IVSHMEM_NAME_WORDS]
  *             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)
  *             code = ivshmem_join(&self.member, secrets.randbits(64), text)             # <<<<<<<<<<<<<<
  *             if code:
  *                 raise self.fail(code, NULL, "")
 */
     __pyx_t_1 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_secrets); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 238, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_randbits); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 238, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_secrets); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 238, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_2);
+    __pyx_t_3 = __Pyx_PyObject_GetAttrStr(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_randbits); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 238, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
     if (unlikely(PyMethod_Check(__pyx_t_3))) {
@@ -6439,14 +6462,14 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
     #endif
     {
       PyObject *__pyx_callargs[2] = {__pyx_t_1, __pyx_mstate_global->__pyx_int_64};
-      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 238, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 238, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
     }
-    __pyx_t_10 = __Pyx_PyLong_As_uint64_t(__pyx_t_2); if (unlikely((__pyx_t_10 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 238, __pyx_L1_error)
-    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __pyx_t_10 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_10 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 238, __pyx_L1_error)
+    __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __pyx_v_code = ivshmem_join((&__pyx_v_self->member), __pyx_t_10, __pyx_v_text);
 
 
@@ -6469,10 +6492,10 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10Membership___cinit__(struct
  *             self.joined = True
  *         self.state = 0
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->fail(__pyx_v_self, __pyx_v_code, NULL, __pyx_mstate_global->__pyx_kp_u__2); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 240, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_2);
-      __Pyx_Raise(__pyx_t_2, 0, 0, 0);
-      __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+      __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->fail(__pyx_v_self, __pyx_v_code, NULL, __pyx_mstate_global->__pyx_kp_u__2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 240, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+      __Pyx_Raise(__pyx_t_4, 0, 0, 0);
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       __PYX_ERR(0, 240, __pyx_L1_error)
 
       /* "ivshmem/channel/membership.pyx":239
@@ -9863,7 +9886,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
       /*finally:*/ {
         /*normal exit:*/{
           if (__pyx_t_6) {
-            __pyx_t_14 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_mstate_global->__pyx_tuple[0], NULL);
+            __pyx_t_14 = __Pyx_PyObject_Call(__pyx_t_6, __pyx_mstate_global->__pyx_tuple[1], NULL);
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
             if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 443, __pyx_L1_error)
             __Pyx_GOTREF(__pyx_t_14);
@@ -10271,7 +10294,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     {
       PyObject *__pyx_callargs[2] = {__pyx_t_14, __pyx_mstate_global->__pyx_n_u_replace};
       #if CYTHON_VECTORCALL
-      __pyx_t_17 = __pyx_mstate_global->__pyx_tuple[1];
+      __pyx_t_17 = __pyx_mstate_global->__pyx_tuple[0];
       if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 476, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_17);
       #else
@@ -20360,6 +20383,20 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
+  /* "ivshmem/channel/membership.pyx":236
+ *             self.name_peer()
+ *             memset(text, 0, sizeof(text))
+ *             encoded = name.encode(errors="replace")[: 8 * IVSHMEM_NAME_WORDS]             # <<<<<<<<<<<<<<
+ *             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)
+ *             code = ivshmem_join(&self.member, secrets.randbits(64), text)
+*/
+  {
+    PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 236, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
+  }
+  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
+
   /* "ivshmem/channel/membership.pyx":443
  *             if not (<ChannelEnd>end).usable():
  *                 continue  # another thread has closed it since the list was made
@@ -20369,21 +20406,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[3] = {Py_None, Py_None, Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 443, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
-  }
-  __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
-
-  /* "ivshmem/channel/membership.pyx":476
- *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
- *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
- *                 text.decode(errors="replace"),             # <<<<<<<<<<<<<<
- *             ))
- *         return found
-*/
-  {
-    PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 476, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 443, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
@@ -20438,38 +20461,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{4},{65},{10},{4},{21},{64},{2},{15},{59},{8},{17},{24},{1},{2},{15},{17},{1},{1},{4},{179},{2},{53},{6},{8},{4},{65},{7},{8},{7},{6},{6},{2},{9},{16},{14},{30},{50},{6},{4},{23},{22},{118},{20},{37},{60},{61},{5},{118},{147},{0},{14},{10},{20},{19},{21},{25},{23},{22},{16},{17},{22},{12},{11},{12},{10},{28},{30},{16},{21},{17},{14},{10},{12},{11},{6},{24},{26},{18},{13},{17},{7},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{11},{14},{16},{12},{13},{11},{3},{14},{18},{2},{4},{11},{18},{5},{6},{4},{10},{5},{10},{6},{7},{3},{8},{5},{6},{8},{6},{5},{10},{3},{6},{1},{8},{5},{5},{26},{5},{4},{5},{5},{7},{7},{10},{6},{4},{4},{9},{6},{6},{3},{2},{4},{5},{6},{3},{8},{6},{16},{7},{3},{7},{4},{10},{6},{6},{7},{8},{4},{9},{6},{6},{11},{6},{7}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{4},{65},{10},{4},{21},{64},{2},{15},{59},{8},{17},{24},{1},{2},{15},{17},{1},{1},{4},{179},{2},{53},{6},{8},{4},{65},{7},{8},{7},{6},{6},{2},{9},{16},{14},{30},{50},{6},{4},{23},{22},{118},{20},{37},{60},{61},{5},{118},{147},{0},{14},{10},{20},{19},{21},{25},{23},{22},{16},{17},{22},{12},{11},{12},{10},{28},{30},{16},{21},{17},{14},{10},{12},{11},{6},{24},{26},{18},{13},{17},{7},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{11},{14},{16},{12},{13},{11},{3},{14},{18},{2},{4},{11},{18},{5},{6},{4},{10},{5},{10},{6},{7},{6},{3},{8},{5},{6},{8},{6},{5},{10},{3},{6},{1},{8},{5},{5},{26},{5},{4},{5},{5},{7},{7},{10},{6},{4},{4},{9},{6},{6},{3},{2},{4},{5},{6},{3},{8},{6},{16},{7},{3},{7},{4},{10},{6},{6},{7},{8},{4},{9},{6},{6},{11},{6},{7}};
     const struct { const unsigned int length: 9; } bytes_length_index[] = {{31},{32},{28},{10},{9},{2},{9},{22},{7},{9},{114},{9},{11},{70},{276},{137},{79},{263},{97},{109}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2181 bytes) */
-static const char cstring[] = "x\332\215V\317s\324\310\025\306Y~\0300\301\203\315\342TH\252\215Yl\263\266\267\274v\0011\220\304k\263@\250\260\014PY\222JJ\364H=3\035k$\215Z\232\361d\331\nG\037u\324\261\217:\316q\216>r\364q\216\374\t\374\t\371^K\363\303@\252\226\302\243\326\353\356\367\276\367\276\257_\213\361\2101\233{\236\037\261\212`\266\037H\3410?d\201\264\367\\\341l1?\020\036\343\230\257\213\220\371\236`m\014\004\223\021\223\212yB8X\217\221\355\372\212vV\031\375\311\226\2527D\303\262\353p-\334\265:\013\\n\013Esp\304x(8\375\260\210\357\t\357.{]l`\305\006&\275\252\377\232\271RE\21264\026\366\227\242P\010V\ry\255!\274hyy\213)\277!X\020\372\360K\213\220\t\022a\355PF\360\353\2338p\351\207\035V\347\212\251\300\227.a\215V\n\260+\204[6\002_)Yq\005[ZAn\322\256\243\020\256\357\325\0249Q.\n\263\266\305\266F\260\311\331\275\002\357\332 \301?\376\351)j\363\324\247\320\204d\247\023\325}\217\0028\302\225\025\021\362H\270\035\246\242P\332\021\n\211E\036{\366\340\331\352\346\235MT\327a\241\370\267\260\221\254\212+\266\313\225\312kU\211\245\033I\217E\235@\2505\366\270\312:~l\252N\340\002\254\033\337\000\210\036S\"2X\027\r\251<\222\276ga\273\364j\213\314\221!\202\310\226\251\317\367\334Ub\r4\260\252\037\356\301\243]\227\256\303\032\274\003\232\201\325\024\t\025A6 \233\262\006\240\"_\305Y\333\017\035\3568\026\202\010\356\272C\211\014\010\tQ\372\026\341\004\226b\327\n\t\213\336\215\030r-\240B\305\016\304\201\317\275\201\002\034\2518X\021\236\371\rCl\255\331R\345\357\316\307\365\037\274\233\205\252x\373\246\230\375\006cP\240\3522X\013:\373\236\017R\252<v#fY\241pb[X\026sbS\025\317\367VARKr\027\263\266\364ddY9^B>\226\2152\002\316\245Df\3419\220\230\027\215N\003YCQ\003\003\246|\210\033\372~\203\312=\364\261\205z\357\231\323T\351\214N\201\022!8Z]\035Fz\361\370\037\017^\233\362a\331\256a\021\272^\263\241\307H,\r\226\335\247e\313cQ?\207\004\266\006\017\0020C8\340\300\2014\014\343\277h\321\026\245\221\327\203N[\205\216\244\030\017\260\250\216\027\010,s\326B\365\311\2579\033\3247p\252\366<\277\215\302\240\231\030\025\230""\037\nj\"U?>\276\210j\373\215\000\036W\305>\005\250\211\301q\345\254\031\013\260G\307B\025\r\213v;\242%\001S\216\332W\033\332^\n\205\362\343\320\026\337Zm{y\\\200@\236\047\306\0338\376\307\251n\003\202It\205\030\240Q.\212\245\345\202\024\216\360\355\2348j\223c\360\261C\330<V\206e\362\243\320\207\274h\014\350\250^5.\275\235\374m\307\017\3038\210\212\267\007\2363\032\255Y\026\034\210\320\262\216\333\366I\253\307L\003u\217\033+\240\311\263\332\\\242\261\324\306\047 \340\317\231G\207g\314jd5\366^\245\234\3741C\033\262\266L\325\325\300JGs\307\310\321\014\037\347b7\343\277\016c\214F#\370\266i\246\226ul\016}N\241\275}v\326\240\033{\037\3615f\314o\2441C\030{O\007)\250\247\376c*1Q\240\236\033a\033\240?\"\2558\310\177?\0058\264\177\002\256\230\261]\301C+D\205Ua\311\013\367\243\340{ODg\027\227\003\"\361\260C\206\027\002t>\353\354\343\217&\254\247b?z.\252\226Utv\360:\024\302\200}\313\252\306\236M\317\332\000\002\3765 +\363\364\235\3305\026\2177\314\023\355\320*\226\321\260\025Qw\245\211f\314\335\301\242\201\212>\311wh\020\373\364\202\254\207\216\325X\370O\252aY\221P\204\226W\t=\335?\307ei9\276\037\342\032vq\275\220i\\\233\226T\226\355\207~\214\0271\246N\\F\271;\2701W\031W\035\317\226\376\332p1\256\230\n\032\346\030\t\266K>\260!\n!\206\n\267\367\214t\362\246i\373\216\260}\324w?\302\025n\373\261\027\331q\030\242\342\226th\n\237>R\331<t\200n\320\375\315\005\224\337B\242\205\245UG\345\024W\261\337\031\t\021\364\340\177 \035)\2617\222QG\302\t8\024\r\365\361\3456\312\021\310\225pE\025\200\0322r}\233\273\r\216d=Qt\316\321\322\274\3714\342H\020%\036\222\260(y/\246\005~\265\nR\360\305\342\253\000\227\253A\224\237\207\300\017B|\217Td\244\362~N\277\212\312\312#CT\230/\304aA\235\320\273\361\345\341\222\263\342JU\262\346\341\303\302\2648\205\213;\000\2328\010\320t\025\0252\252\027\227I\213\273\261P-s\221\215\365\212\2669\025m\250?\024U\272L\227Z\276t\330M|\253y\321\255M+Z>A\304Y\244\215\302\302\226\236u~\250\320\327\023\273\271|\302\201{C\252_\375\354\274B\2250\367v\242\177\362T\377\344""\245d\236F\347\016\276N\312o\267\337n\367\047\247\016\276\207\r\203_\037\310\244\331\237\232N&\222\331\244\234\210t\235\254\027\017\232\371#J\360\376~\362\374\301&\r\373S\027h\353\243\304x\370K\302\373f\306\354?\237\336\317&\362\367\237\322E=\243w\263\223\331nw\202\346&\323\211|\311-]\032,Y\321vV\312\255\177\320\306\337\223$N\037\351m]\246\210\005\300\367\006\303\255\264D\303k\372\272\256g\234p\375\224\316\323\343M\272\236\357\374\231\\\234?\270\235,\246pz\361\240\235\324S[_\001\242\351+\311\033\275\376\036\217\377h\343\345\206\346:\312nw\277\3526?\234;q\366\002\005\352O\242\000\344\351Ar9\341I\224\336\326_i\244U:*\315\353\222\236\327\233\272\235\325\272\345\376\324\345\344\2370,e\363\024\345\347t;}\245_d\277\312\026\262\177\365\346{w\0167\016y\177\032\010f\222{iSOf_d\337f\330UJ~\003\300\346\261\252\233@5\005J\220\326L\372P\243\252\277Oy\272\257Uv\355h\345\317\207\247\341\002\373\357\353\t\375\245\016\217\226\357\3666z\234\366^A\025\341{\372rR\356O_Mw\365\271l>\273\327m\366\247\177\227\226\323\252\376N#\366\\zN\257f\315\356\351\256\335\233\351}\207\235f\326\305\322;\335\215n\245\007\037\263\311\303t\235\"\277\317\211\376pzX\206\363\007\267\222\231d7=\223\306\250(P\3364)\226\217n\334\355\255\367v\017\317\034\306\357\266s\n\367I7\227\222\257\341\035\224\224\222\253)\022\275p\360\0228O\245\177?\272q\253\313\273\315\336\311\336\303\303\333\357\346)\322\250Z\3273\247;\237\247\335\324\047\365C\260\261\330+\345@\026\006$O\345\210\210\177\324\362\377\222N\203\026B\217\006\027\017\342d\047\241\274&O\234\275\006%\232\301\024 \023\202r\352\350y#d\312u.-\245\327S\251\303\254\224\231\364\267P\334\311\263\224\330\365\304A<\350\246\331\277\374e\177\366j\272\335\237\275\002il\351\227\331,H\235[\320\353\200\276\221\331\335K\335u\232\213\215{\2417\264\004\003g\220\375\231^\353\360\371a\263?w\035\272~\221\235\312\312\310\014+U\272\220\276\000\177T\210\325^\363p\342p\366\360\325\273\347\357\314\312\035R\2029:s\277M7\323H\337\311\326\373W\027\364=8\235\350\316B\205sW\323\037`\233\236I6""\001\010\261\347\322\363\000\263\375\276\320d\236#x~\224\342\264\177\230:q\266\224\024g\363M\272\221\356\001\377K8z\325{\211\270/\337\315\035\225\237\323I<C\316\240+#\263\313\363zV\377\215\242\\I\376\013e\231\002\014\016?\225\216\344H2F\200\2711\375\2200\024\211}:9\227\336\200\210gu\271?j t\336\315c\n\356\206mc\330\034\246\210\356MS\2372%\360$\355PW!\353m\362\366?-\342\021\244";
-    PyObject *data = __Pyx_DecompressString(cstring, 2181, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2185 bytes) */
+static const char cstring[] = "x\332\215V\317s\324\310\025\306Y~\0300\301\203\315\342TH\252\215Yl\263\266\267\274v\0011\220\304k\263@\250\260\014PY\222JJ\364H=3\035k$\215Z\232\361d\331\nG\037u\324\261\217:\316q\216>r\364q\216\374\t\374\t\371^K\363\303@\252\226\302\243\326\353\356\367\276\367\276\257_\213\361\2101\233{\236\037\261\212`\266\037H\3410?d\201\264\367\\\341l1?\020\036\343\230\257\213\220\371\236`m\014\004\223\021\223\212yB8X\217\221\355\372\212vV\031\375\311\226\2527D\303\262\353p-\334\265:\013\\n\013Esp\304x(8\375\260\210\357\t\357.{]l`\305\006&\275\252\377\232\271RE\21264\026\366\227\242P\010V\ry\255!\274hyy\213)\277!X\020\372\360K\213\220\t\022a\355PF\360\353\2338p\351\207\035V\347\212\251\300\227.a\215V\n\260+\204[6\002_)Yq\005[ZAn\322\256\243\020\256\357\325\0249Q.\n\263\266\305\266F\260\311\331\275\002\357\332 \301?\376\351)j\363\324\247\320\204d\247\023\325}\217\0028\302\225\025\021\362H\270\035\246\242P\332\021\n\211E\036{\366\340\331\352\346\235MT\327a\241\370\267\260\221\254\212+\266\313\225\312kU\211\245\033I\217E\235@\2505\366\270\312:~l\252N\340\002\254\033\337\000\210\036S\"2X\027\r\251<\222\276ga\273\364j\213\314\221!\202\310\226\251\317\367\334Ub\r4\260\252\037\356\301\243]\227\256\303\032\274\003\232\201\325\024\t\025A6 \233\262\006\240\"_\305Y\333\017\035\3568\026\202\010\356\272C\211\014\010\tQ\372\026\341\004\226b\327\n\t\213\336\215\030r-\240B\305\016\304\201\317\275\201\002\034\2518X\021\236\371\rCl\255\331R\345\357\316\307\365\037\274\233\205\252x\373\246\230\375\006cP\240\3522X\013:\373\236\017R\252<v#fY\241pb[X\026sbS\025\317\367VARKr\027\263\266\364ddY9^B>\226\2152\002\316\245Df\3419\220\230\027\215N\003YCQ\003\003\246|\210\033\372~\203\312=\364\261\205z\357\231\323T\351\214N\201\022!8Z]\035Fz\361\370\037\017^\233\362a\331\256a\021\272^\263\241\307H,\r\226\335\247e\313cQ?\207\004\266\006\017\0020C8\340\300\2014\014\343\277h\321\026\245\221\327\203N[\205\216\244\030\017\260\250\216\027\010,s\326B\365\311\2579\033\3247p\252\366<\277\215\302\240\231\030\025\230""\037\nj\"U?>\276\210j\373\215\000\036W\305>\005\250\211\301q\345\254\031\013\260G\307B\025\r\213v;\242%\001S\216\332W\033\332^\n\205\362\343\320\026\337Zm{y\\\200@\236\047\306\0338\376\307\251n\003\202It\205\030\240Q.\212\245\345\202\024\216\360\355\2348j\223c\360\261C\330<V\206e\362\243\320\207\274h\014\350\250^5.\275\235\374m\307\017\3038\210\212\267\007\2363\032\255Y\026\034\210\320\262\216\333\366I\253\307L\003u\217\033+\240\311\263\332\\\242\261\324\306\047 \340\317\231G\207g\314jd5\366^\245\234\3741C\033\262\266L\325\325\300JGs\307\310\321\014\037\347b7\343\277\016c\214F#\370\266i\246\226ul\016}N\241\275}v\326\240\033{\037\3615f\314o\2441C\030{O\007)\250\247\376c*1Q\240\236\033a\033\240?\"\2558\310\177?\0058\264\177\002\256\230\261]\301C+D\205Ua\311\013\367\243\340{ODg\027\227\003\"\361\260C\206\027\002t>\353\354\343\217&\254\247b?z.\252\226Utv\360:\024\302\200}\313\252\306\236M\317\332\000\002\3765 +\363\364\235\3305\026\2177\314\023\355\320*\226\321\260\025Qw\245\211f\314\335\301\242\201\212>\311wh\020\373\364\202\254\207\216\325X\370O\252aY\221P\204\226W\t=\335?\307ei9\276\037\342\032vq\275\220i\\\233\226T\226\355\207~\214\0271\246N\\F\271;\2701W\031W\035\317\226\376\332p1\256\230\n\032\346\030\t\266K>\260!\n!\206\n\267\367\214t\362\246i\373\216\260}\324w?\302\025n\373\261\027\331q\030\242\342\226th\n\237>R\331<t\204G/\3008\270\003\3145\224\337E\242\205\rUG\345DW\341\305\031\311\021$\341\177 \035)\2617\222QG\302\t\230\024\r\365\361\0257\312\024\370\225pE\025\260\0322r}\233\273\r\216\224=Q\364\317\321\322\274\0055\342H\0201\036R\261\250\004^L\013\374j\025\324\340\273\305W\001\256X\203(?\025\201\037\204\370*\251\310H\345]\235~\025\025\227G\206\2560_\210#\203j\241\203\343\373\303%g\305\305\252d\315\303\347\205it\n\327w\0004q\020\240\365**gT/\256\224\026wc\241Z\346:\033\353\030ms6\3328\003\241\250\322\225\272\324\362\245\303n\342\213\315\213nmZ\321\362\t\242\317\"\205\024\026\266\364\254\363C\205\276\241\330\315\345\023\016\334\033j\375\352g\347\025\252\204""\271\267\023\375\223\247\372\047/%\3634:w\360uR~\273\375v\273?9u\360=l\030\374\372@&\315\376\324t2\221\314&\345D\244\353d\275x\320\314\037Q\202\367\367\223\347\0176i\330\237\272@[\037%\306\303_\022\33673f\377\371\364~6\221\277\377\224.\352\031\275\233\235\314v\273\02347\231N\344Kn\351\322`\311\212\266\263Rn\375\2036\376\236$q\372Ho\3532E,\000\2767\030n\245%\032^\323\327u=\343\204\353\247t\236\036o\322\365|\347\317\344\342\374\301\355d1\205\323\213\007\355\244\236\332\372\n\020M_I\336\350\365\367x\374G\033/74\327Qv\273\373U\267\371\341\334\211\263\027(P\177\022\005 O\017\222\313\tO\242\364\266\376J#\255\322Qi^\227\364\274\336\324\355\254\326-\367\247.\047\377\204a)\233\247(?\247\333\351+\375\"\373U\266\220\375\2537\337\273s\270q\310\373\323@0\223\334K\233z2\373\"\3736\303\256R\362\033\0006\217U\335\004\252)P\202\264f\322\207\032U\375}\312\323}\255\262kG+\177><\r\027\330\177_O\350/ux\264|\267\267\321\343\264\367\n\252\010\337\323\227\223r\177\372j\272\253\317e\363\331\275n\263?\375\273\264\234V\365w\032\261\347\322sz5kvOw\355\336L\357;\3544\263.\226\336\351nt+=\370\230M\036\246\353\024\371}N\364\207\323\3032\234?\270\225\314$\273\351\2314FE\201\362\246I\261|t\343no\275\267{x\3460~\267\235S\270O\272\271\224|\r\357\240\244\224\\M\221\350\205\203\227\300y*\375\373\321\215[]\336m\366N\366\036\036\336~7O\221F\325\272\2369\335\371<\355\246>\251\037\202\215\305^)\007\2620 y*GD\374\243\226\377\227t\032\264\020z4\270x\020\047;\t\3455y\342\3545(\321\014\246\000\231\020\224SG\317\033!S\256si)\275\236J\035f\245\314\244\277\205\342N\236\245\304\256\047\016\342A7\315\376\345/\373\263W\323\355\376\354\025HcK\277\314fA\352\334\202^\007\364\215\314\356^\352\256\323\\l\334\013\275\241%\0308\203\354\317\364Z\207\317\017\233\375\271\353\320\365\213\354TVFfX\251\322\205\364\005\370\243B\254\366\232\207\023\207\263\207\257\336=\177gV\356\220\022\314\321\231\373m\272\231F\372N\266\336\277\272\240\357\301\351Dw\026*\234\273\232\376\000\333\364L\262\t@\210=\227\236\007\230\355\367\205&\363""\034\301\363\243\024\247\375\303\324\211\263\245\2448\233o\322\215t\017\370_\302\321\253\336K\304}\371n\356\250\374\234N\342\031r\006]\031\231]\236\327\263\372o\024\345J\362_(\313\024`p\370\251t$G\2221\002\314\215\351\207\204\241H\354\323\311\271\364\006D<\253\313\375Q\003\241\363n\036Sp7l\033\303\3460Eto\232\372\224)\201\047i\207\272\nYo\223\267\377\001\r\201\024\022";
+    PyObject *data = __Pyx_DecompressString(cstring, 2185, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2936 bytes) */
-static const char cstring[] = "\377 at  can\377not be c\377opied or\377 pickled\377: open a\376\035\000her one\373 w\006\000e it \177is need-\000\336\007\000clos6\001f \377 of ivsh\277mem_chX\000e\377l.h plac\373es\030\001the a\367rea\001\001 tak_en; `*\004 *\004\377 info` l\337ists .\000m#\377x(tree f\377ragment)\377): some \207proU\000!\001\307\000\306\000 \377write to\3723\001 \201\000ory h\177as spoi\316\000\326\266\000, \247\003,\276\001im\377possiblew (,\331\000ich\206 \357longv\000o s}l\226 .: : \256\006\352I\001<\332\004.\331\005>?N\326\231 Now\001h\321 Cy\357thon\237!del\377iberatel\377y strict\372\306 t\226  PEP-\367484\333 d re\367jec\352\000subc\357lass\246#bui\377ltin typ\377es. If ySou\361\"\336\001p%\000 &\010\276\327 n set\366\002\047~\320Bation_<\000\377ing\047 dir\366b\000iv\233\"Fals\373e.\204@ fork\376\363@child m\003ay\344@\251\000\315B\353@\237`\352@\370\277!\326@\312Dsa wo\277rdadd_\267`e\347all\232f\211Erem#ov\311`\353A\200d,\325a\373A\260\210b\206c\302`\274DatP\001k\336\372Edisa\223@en\376\001\002rror gcKis\n\003d\360-\210Ee%\001\365s\370d/\370d/mem\376\200@ship.py\377xno defa\377ult __re\377duce__ d\275u\261bnon-\242@v\367ial\033\000ciniGt__\252\003\265\204\001\303\010s\274\204\002\\\362\204\003\320\204\001end\340`n\223\205\002\216\014\007reg\377 \375bu\000rgoom\353!\340\204\005s:\355 \355k\311\205\002by\374\204\007ser\366\241@--\346% SIZ\323E`\272\"$\000D\301Bor_y.cre\325`(\215E\205=#\001)\334\205\001o\004\217\206\006\006\013m\337apped\203\002recad\230`\355B\000\": \274 t\272C\352\205\001b\217\206\001eedk\007\363\047s\324\006\335\206\002of a_ vers\203!t\230\205\001\376\264\207\001ot know\273n \311\207\001thi\342\206\001i-s\372`pp\212\002f\257\206\r\262@\377compare-\333ex\323\207\001ge\247\206\005a \047que\273@\211\210\001s\252\210\004\341\207\001\377device i\376\265\210\007way (re\377source2_\207wc)v\002\275\207\004\267\000\223\204\003a\337mong \336Jwa\377s freed,1 \246@\006\001\217c()\251\211\001\271@?a new \264B\243\211\001|\363\207\010/\000ecaus\257\211\002~D\001sile""nt\236\010~\336FagainC\256\211\003\177Corrupt\007\004\367End\000\007.__e\277nter__\006\013x\360\250\204\001\032\n\326\204\0050\tbegi\377n_waitin\035gI\tend\003\021\263\205\007w\010\324\352\212\002\207\010f\320\001o\230\010wa?ke_oth\366@\273\005*\300\206\001C\242\213\002E\313\206\001I\236\213\003\007\002\251M\230\206\006\000\007.\224\206\006c\310\211\002_\375_\017\nsetsta\007te_\013\020\210\214\002?\010\246GT\010\274\214\214\003e\010runN\273\005sgNoI\337!\377!sR\277\206\002~\260\002Wakeup\000\003\360\217\017\017\006\214\016+\004clea\177r_rings=\004\376\263#WeakKeywDic\254\212\001ary\r\001\377Set__Pyx\374\001\000\025\001_NextR\357ef__\323\212\004e__\370\200f\217`\371B__fun%c\025\001g\230%#\000m\324`)\001\337modul2\002na\245m:\002p\\\000\301#_\007\001vyt\360\211\001T\001qual\035\005X\234\211\005\200N\266\211\006ex\210\001s\256\000\362Q\005st\010\232N__te\233st\274\000af\303\204\001\374\213\001_\376\212\204\n_doorbe_ll_no\246\204\001_\221\204\010\377_is_coro\277utine_\321\212\007a\273ddI\003in_\306\214\002a\177syncio.$\006\177satbeat\372(\373cl@\001in_tr\177aceback\303\220\002\376\307\220\003codecon\375t\364 libcou\377ntcurren\357t_id\027\001ded\377iscarden\361d\366\212\005\374\213\002\200\214\003even\257tfds\226\205\003f=\000d\370\257\207\007\234@\237@pidii\276<\000tityiB\000x\037items\315\217\r\265\214\007\274`\377seleftli\377mitlocal\317mach\206 \320\212\001inyg\340\214\007\365\220\003mute\350Ayn\271`\340 atnu\207\215\001\377offseton\177eospeer\230\222\002\376\234\222\003poprandObits\265\214\003\275\214\001s\351\207\001\267at_\245\217\001re\306\222\002r\377unsecret\361s\216\000I\001\314\215\004sign\373al\335\210\003sleep\377ersuppre\275sB\000xtth\353\213\004v\377aluesvec\347tor\241\207\010\263\207\001upw\377eakrefin\377t (void \367*, \n\00064_t\263)\000\272\205\001\253`ll\013\004 \337(PyOb\272\221\001 *\277)\000dead\320Bo\375f\013\022spin_o\377f\200\001\330\004\005\330\004\367\022\220!\006\001\n\210+\220\377Q\200A\200A\330\010\014\363\210F\021\000\006\000\016\210i""\220\377q\330\014\020\220\001\220\024\277\220Q\220e\2301\033\001\017\333\210q\001\003t\220\r\000\340\010\357\013\2104\210\010\000\330\014\r\3667\001H\220=\002J\220a\330|\025\002;\002\013\230=\250\001\n\003\377{\230\047\240\023\240D\250\337\004\250D\260\001X\001\010\230\276\002\002\013\2306\240\021\033\005,\357\240c\250\021u\001\013\2309\375\240\215\002K\220u\230H\240\353A\240\240\000\340\231\005\340\010\017\376v\0006\230\021\200A\340\010\277\"\240$\240h\250r\000\017\337\210{\230!\330\030\000|\230\3351\310\001K\220}?\001\013\210\3577\220\047\230R\000\017\210w\277\220h\230c\240\027\217\000\020\277\027\220|\2401\340\004\000z\375\240A\002&\240a\240t\250\3777\260%\260q\360\n\000\233\t\r\206!\330\010\376\000\222!E\377\220\025\220a\220t\2307\367\240%\240\224 \021\320\021!\377\240\021\240!\2404\240w\377\250g\260Q\330\014\025\220\375\\\016\000(\250!\330\014\017\377\210}\230A\230X\240S\377\250\002\250#\250]\270!\377\2708\3003\300a\330\020\376\324\000\023\220<\230q\240\010\337\250\003\2502\2503\000\021\220u\031\256\000\014\003\001-\240q\245 \375\014\220@\2206\230\023\230G\377\2401\330\014\036\230a\230\377x\240s\250\"\320,@\373\300\006@\000\014\023\220=\240\377\001\240\026\240r\320);_\2703\270a\3309\000\027\303 \376Y\000\020\025\220Q\330\020\034\377\230D\240\n\250!\250<\377\260q\330\020\035\230Q\230\357f\240B\240y\000\030\230\n\377\240-\250q\260\006\260cO\270\023\270B7\000\031\002l(\000\3778\2603\260b\270\001\330?\020\024\220G\2301v\001\332!\366\346@\360\006\376\006\013\2106\220\177\023\220D\230\007\230u\222@\372\243\000*\336\002Q\320&;\270\3771\270D\300\007\300u\310uA\360Cx\264a\022\220+y\000\336\205`\021\220\034\230\234 \r\210\377T\220\027\230\005\230Y\320\377&6\260a\260q\270\004?\270G\3007\310!\304A\244\047\337$\250d\260!\361\003q\2407\004\240G\213@\047\270\340@\205\001\021#\335E\236\204\002\341At\310!\352A\340R_\014\210K\220vx\000\010\000\006\277\017\210u\220C\220\324\001\010\377\000\t\"\240\023\240A\360\356\006\000\014\2104\253BQ\230d\363\240!\304\204\002\350\001\030\230""\021\230\177$\230i\240r\250\021\320@\357\010\013\210:\332 \010\t\330\316\235@$\220d\342`\274`q\330\377\025\026\330\024\034\230A\330\373\024\027\230`:\240T\250\024\336\322@\030#\2401\270\0003\250_c\260\022\2601\030\001u\214`\177Q\230e\2403\240i\377 \375\007\373\000\007\270v\300R\300\277q\330\030$\240A\245`\005\357\250Q\250aB\001s\230#\363\230S\275@\205!-\270q\300\377\001\300\024\300X\310R\310\362%\002C\206a\266\205\002\030\033\2304\377\230t\2408\2501\330\034\367#\240<\324@\001\260\024\260\277Q\330\030\034\230O\021\000\020\277\023\2204\220t\230y\000\030\033\230\013\212\000A\340\215\204\004\336\003\345@\377H\230A\200A\360\014\000\367\t\021\220\225\206\004|\2303\230uk\275\000TF\000X\270Tu\000\277T\310\030\320QR\377\206\001\007\370I\001\325`\240`\021\330\025!\240w\024\240Vb\001\027\220\177\327`\016\374\002\010\014\210\370\206\002\243a\213\204\001\303\204\001\372^\000\030\265h4\210x\220s\376\351\204\001\020\220\n\230&\240\001\366C\000Q\330\267\207\007\020\220\013\230\0251\354\207\001\014\315 \014\n\001\263\207\001\004\002\252\231\207\001\014\353\206\0014>\000#\313`\020\237\024\220K\230y\322\207\001\201\207\0017\000J\001";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2936, 4041);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2940 bytes) */
+static const char cstring[] = "\377 at  can\377not be c\377opied or\377 pickled\377: open a\376\035\000her one\373 w\006\000e it \177is need-\000\336\007\000clos6\001f \377 of ivsh\277mem_chX\000e\377l.h plac\373es\030\001the a\367rea\001\001 tak_en; `*\004 *\004\377 info` l\337ists .\000m#\377x(tree f\377ragment)\377): some \207proU\000!\001\307\000\306\000 \377write to\3723\001 \201\000ory h\177as spoi\316\000\326\266\000, \247\003,\276\001im\377possiblew (,\331\000ich\206 \357longv\000o s}l\226 .: : \256\006\352I\001<\332\004.\331\005>?N\326\231 Now\001h\321 Cy\357thon\237!del\377iberatel\377y strict\372\306 t\226  PEP-\367484\333 d re\367jec\352\000subc\357lass\246#bui\377ltin typ\377es. If ySou\361\"\336\001p%\000 &\010\276\327 n set\366\002\047~\320Bation_<\000\377ing\047 dir\366b\000iv\233\"Fals\373e.\204@ fork\376\363@child m\003ay\344@\251\000\315B\353@\237`\352@\370\277!\326@\312Dsa wo\277rdadd_\267`e\347all\232f\211Erem#ov\311`\353A\200d,\325a\373A\260\210b\206c\302`\274DatP\001k\336\372Edisa\223@en\376\001\002rror gcKis\n\003d\360-\210Ee%\001\365s\370d/\370d/mem\376\200@ship.py\377xno defa\377ult __re\377duce__ d\275u\261bnon-\242@v\367ial\033\000ciniGt__\252\003\265\204\001\303\010s\274\204\002\\\362\204\003\320\204\001end\340`n\223\205\002\216\014\007reg\377 \375bu\000rgoom\353!\340\204\005s:\355 \355k\311\205\002by\374\204\007ser\366\241@--\346% SIZ\323E`\272\"$\000D\301Bor_y.cre\325`(\215E\205=#\001)\334\205\001o\004\217\206\006\006\013m\337apped\203\002recad\230`\355B\000\": \274 t\272C\352\205\001b\217\206\001eedk\007\363\047s\324\006\335\206\002of a_ vers\203!t\230\205\001\376\264\207\001ot know\273n \311\207\001thi\342\206\001i-s\372`pp\212\002f\257\206\r\262@\377compare-\333ex\323\207\001ge\247\206\005a \047que\273@\211\210\001s\252\210\004\341\207\001\377device i\376\265\210\007way (re\377source2_\207wc)v\002\275\207\004\267\000\223\204\003a\337mong \336Jwa\377s freed,1 \246@\006\001\217c()\251\211\001\271@?a new \264B\243\211\001|\363\207\010/\000ecaus\257\211\002~D\001sile""nt\236\010~\336FagainC\256\211\003\177Corrupt\007\004\367End\000\007.__e\277nter__\006\013x\360\250\204\001\032\n\326\204\0050\tbegi\377n_waitin\035gI\tend\003\021\263\205\007w\010\324\352\212\002\207\010f\320\001o\230\010wa?ke_oth\366@\273\005*\300\206\001C\242\213\002E\313\206\001I\236\213\003\007\002\251M\230\206\006\000\007.\224\206\006c\310\211\002_\375_\017\nsetsta\007te_\013\020\210\214\002?\010\246GT\010\274\214\214\003e\010runN\273\005sgNoI\337!\377!sR\277\206\002~\260\002Wakeup\000\003\360\217\017\017\006\214\016+\004clea\177r_rings=\004\376\263#WeakKeywDic\254\212\001ary\r\001\377Set__Pyx\374\001\000\025\001_NextR\357ef__\323\212\004e__\370\200f\217`\371B__fun%c\025\001g\230%#\000m\324`)\001\337modul2\002na\245m:\002p\\\000\301#_\007\001vyt\360\211\001T\001qual\035\005X\234\211\005\200N\266\211\006ex\210\001s\256\000\362Q\005st\010\232N__te\233st\274\000af\303\204\001\374\213\001_\376\212\204\n_doorbe_ll_no\246\204\001_\221\204\010\377_is_coro\277utine_\321\212\007a\273ddI\003in_\306\214\002a\177syncio.$\006\177satbeat\372(\373cl@\001in_tr\177aceback\303\220\002\376\307\220\003codecon\375t\364 libcou\377ntcurren\357t_id\027\001ded\377iscarden\216(\001end\374\212\005\202\214\002\206\214\003e\177ventfds\234\205\003\305fC\000d\265\207\007\242@\245@pi\367diiB\000tity\375iB\000xitems\370\323\217\r\273\214\007\302`selef\377tlimitlo\177calmach\214 \316\326\212\001ing\346\214\007\373\220\003mu\313te\356An\277`\346 at\373nu\215\215\001offse\377toneospe\363er\236\222\002\242\222\003popr\177andbits\273\214\003\272\303\214\001s\357\207\001at_\253\217\001r\375e\314\222\002runsec\217rets\216\000I\001\322\215\004s\337ignal\343\210\003sl\377eepersup\357presB\000xtt\375h\361\213\004values?vector\247\207\010\271\207\001\377upweakre\377fint (vo\277id *, \n\0006\2374_t)\000\300\205\001\261`l\375l\013\004 (PyOb\376\300\221\001 *)\000dea\355d\326Bof\013\022spi\377n_of\200\001\330\004\277\005\330\004\022\220!\006\001\n\377\210+\220Q\200A\200A\237\330\010\014\210F\021\000\006""\000\016\377\210i\220q\330\014\020\220\377\001\220\024\220Q\220e\230\3351\033\001\017\210q\001\003t\220~\r\000\340\010\013\2104\210\010\000\267\330\014\r7\001H\220=\002J\347\220a\330\025\002;\002\013\230=\373\250\001\n\003{\230\047\240\023\377\240D\250\004\250D\260\001\366X\001\010\230\002\002\013\2306\240}\021\033\005,\240c\250\021u\001\357\013\2309\240\215\002K\220u_\230H\240A\240\240\000\340\231\005\367\340\010\017v\0006\230\021\200\377A\340\010\"\240$\240h\375\250r\000\017\210{\230!\330\356\030\000|\2301\310\001K\220}~?\001\013\2107\220\047\230R\000\377\017\210w\220h\230c\240\375\027\217\000\020\027\220|\2401\355\340\004\000z\240A\002&\240a\377\240t\2507\260%\260q\337\360\n\000\t\r\206!\330\010\374\376\000\222!E\220\025\220a\220\277t\2307\240%\240\224 \021\377\320\021!\240\021\240!\240\3774\240w\250g\260Q\330\357\014\025\220\\\016\000(\250!\377\330\014\017\210}\230A\230\377X\240S\250\002\250#\250\377]\270!\2708\3003\300\367a\330\020\324\000\023\220<\230\377q\240\010\250\003\2502\250\2563\000\021\220\031\256\000\014\003\001-\353\240q\245 \014\220@\2206\230\377\023\230G\2401\330\014\036\377\230a\230x\240s\250\"\337\320,@\300\006@\000\014\023\377\220=\240\001\240\026\240r\377\320);\2703\270a\330\3629\000\027\303 Y\000\020\025\220Q\377\330\020\034\230D\240\n\250\377!\250<\260q\330\020\035\177\230Q\230f\240B\240y\000\377\030\230\n\240-\250q\260\177\006\260c\270\023\270B7\000\372\031\002l(\0008\2603\260b\377\270\001\330\020\024\220G\230\2611v\001\332!\346@\360\006\376\006\013\377\2106\220\023\220D\230\007\323\230u\222@\243\000*\336\002Q\320\377&;\2701\270D\300\007\257\300u\310A\360Cx\264a\022\363\220+y\000\205`\021\220\034\230\376\234 \r\210T\220\027\230\005\377\230Y\320&6\260a\260\377q\270\004\270G\3007\310\371!\304A\244\047$\250d\260!\276\361\003q\240\004\240G\213@\047\211\270\340@\205\001#\335E\236\204\002\341At\370\310!\352A\340R\014\210K\220v\372x\000\010\000\006\017\210u\220C\375\220\324\001\010\000\t\"\240\023w\240A\360\006\000\014\2104\253B\237Q\230d\240!\304""\204\002\350\001\030\377\230\021\230$\230i\240r{\250\021\320@\010\013\210:\332 w\010\t\330\235@$\220d\342`\376\274`q\330\025\026\330\024\034\337\230A\330\024\027\230`:\240\367T\250\024\322@\030#\2401\376\270\0003\250c\260\022\2601\372\030\001u\214`Q\230e\2403\353\240i\377 \007\373\000\007\270v\377\300R\300q\330\030$\240}A\245`\005\250Q\250aB\001\237s\230#\230S\275@\205!-\377\270q\300\001\300\024\300X\227\310R\310%\002C\206a\266\205\002\030\377\033\2304\230t\2408\250\2771\330\034#\240<\324@\001\377\260\024\260Q\330\030\034\230\375O\021\000\020\023\2204\220t\335\230y\000\030\230\013\212\000A\340\370\215\204\004\336\003\345@H\230A\200A\277\360\014\000\t\021\220\225\206\004|\257\2303\230k\275\000TF\000X\373\270Tu\000T\310\030\320Q\305R\377\206\001\007I\001\325`\240`\021\330\277\025!\240\024\240Vb\001\027s\220\177\327`\374\002\010\014\210\370\206\002\320\243a\213\204\001\303\204\001^\000\030\265h4\210\367x\220s\351\204\001\020\220\n\230\267&\240\001C\000Q\330\267\207\007\020\257\220\013\2301\354\207\001\014\315 \014P\n\001\263\207\001\004\002\231\207\001\014\353\206\0014>\000\375#\313`\020\024\220K\230y\004\322\207\001\201\207\0017J\001";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2940, 4047);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (4041 bytes) */
-static const char bytes[] = " at  cannot be copied or pickled: open another one where it is needed is closed of  of ivshmem_channel.h places of the area are taken; `ivshmem channel info` lists them#x(tree fragment)): some process that can write to the memory has spoiled it, closed, is impossible (, which belongs to slot .: : the area has <ivshmem.channel.>?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a a forked child may only close what it has of channelsa wordadd_noteall another process removed the channel, or the place of this processat workchannel disableenableerror gcisenabledivshmem.channel.ivshmem.errorsivshmem/channel/membership.pyxno default __reduce__ due to non-trivial __cinit__place the the channels are closedthe endpoint is closedthe region has no room for channels: make it by `ivshmem serve --channels SIZE`, or by Directory.create(channels=SIZE)the region is closedthe region is mapped for reading onlythe region is mapped for reading only: no place can be freedthe region\047s channels are of a version that is not known herethis this mapping of the memory has no compare-exchange, which a queue needs: open the device in another way (resource2_wc)this process\047s place among the channels was freed, by free_place() or by a new server on the memory, because it was silent: open the channels againChannelCorruptChannelEndChannelEnd.__enter__ChannelEnd.__exit__ChannelEnd.__reduce__ChannelEnd._begin_waitingChannelEnd._end_waitingChannelEnd._membershipChannelEnd.closeChannelEnd.filenoChannelEnd.wake_othersChannelErrorClosedErrorIvshmemErrorMembershipMembership.__reduce_cython__Membership.__setstate_cython__Membership.closeMembership.free_placeMembership.placesMembership.runNoChannelsNoInterruptsRegionErrorWakeupWakeup.__reduce_cython__Wakeup.__setstate_cython__Wakeup.clear_ringsWakeup.filenoWeakKeyDictionaryWeakSet__Pyx_PyDict_NextRef__annotate____ent""er____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___after_fork_begin_waiting_doorbell_nowait_end_waiting_is_coroutine_membershipaddafter_in_childasyncio.coroutinesatbeatclear_ringscline_in_tracebackcloseclosedcodecontextlibcountcurrent_iddecodediscardendendpointerrorerrorseventfdsfilenofoundfree_placegetgetpidiidentityindexitemsivshmem.channel.membershipleaseleftlimitlocalmachinemappingmembershipmemorymutenamenext_beatnumberoffsetoneospeerplaceplacespoprandbitsregionregister_at_forkreplacerunsecretsselfsetdefaultsignalsilentsleepersuppresstextthreadingvaluesvectorwake_otherswakeupweakrefint (void *, int64_t)\000ring_bellint64_t (PyObject *)\000deadline_ofint64_t (PyObject *)\000spin_of\200\001\330\004\005\330\004\022\220!\200\001\330\004\n\210+\220Q\200A\200A\330\010\014\210F\220!\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\330\010\017\210t\2201\200A\340\010\013\2104\210t\2201\330\014\r\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210q\330\014\020\220\013\230=\250\001\330\010\013\2104\210{\230\047\240\023\240D\250\004\250D\260\001\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\021\330\010\013\2104\210{\230,\240c\250\021\330\014\020\220\013\2309\240A\330\010\014\210K\220u\230H\240A\240Q\200A\340\010\014\210F\220!\200A\340\010\017\210t\2206\230\021\200A\340\010\"\240$\240h\250a\330\010\017\210{\230!\330\010\017\210|\2301\330\010\014\210K\220}\240A\330\010\013\2107\220\047\230\021\330\014\017\210w\220h\230c\240\027\250\001\330\020\027\220|\2401\340\020\027\220z\240\021\200A\340\010&\240a\240t\2507\260%\260q\360\n\000\t\r\210F\220!\330\010\020\220\001\330\010\014\210E\220\025\220a\220t\2307\240%\240q\330\014\021\320\021!\240\021\240!\2404\240w\250g\260Q\330\014\025\220\\\240\021\240(\250!\330\014\017\210}\230A\230X\240S\250\002\250#\250]\270!\2708\3003\300a""\330\020\021\330\014\023\220<\230q\240\010\250\003\2502\250Q\330\014\021\220\031\230!\330\014\021\220\031\230-\240q\250\001\330\014\022\220!\2206\230\023\230G\2401\330\014\036\230a\230x\240s\250\"\320,@\300\006\300a\330\014\023\220=\240\001\240\026\240r\320);\2703\270a\330\014\021\220\027\230\001\330\020\021\330\020\025\220Q\330\020\034\230D\240\n\250!\250<\260q\330\020\035\230Q\230f\240B\240a\330\020\030\230\n\240-\250q\260\006\260c\270\023\270B\270a\330\020\035\230Q\230l\250!\2508\2603\260b\270\001\330\020\024\220G\2301\230G\2401\340\010\017\210q\200A\360\006\000\t\r\210F\220!\330\010\013\2106\220\023\220D\230\007\230u\240A\330\014\022\220*\230A\230X\240Q\320&;\2701\270D\300\007\300u\310A\330\010\013\2104\210x\220q\330\014\022\220+\230Q\230a\330\010\021\220\034\230Q\330\014\r\210T\220\027\230\005\230Y\320&6\260a\260q\270\004\270G\3007\310!\340\010\017\210}\230A\230X\240S\250\002\250$\250d\260!\330\014\036\230a\230q\240\004\240G\2507\260\047\270\021\200A\360\006\000\t#\240$\240h\250a\330\010\014\210F\220!\330\010\017\210t\220<\230q\330\010\017\210{\230!\330\010\017\210|\2301\330\010\014\210K\220}\240A\330\010\014\210K\220v\230Q\330\010\014\210K\220v\230Q\330\010\017\210u\220C\220q\200A\360\010\000\t\"\240\023\240A\360\010\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\013\2106\220\030\230\021\230$\230i\240r\250\021\250!\330\010\013\210:\220Q\330\010\t\330\014\022\220$\220d\230!\330\020\027\220q\330\025\026\330\024\034\230A\330\024\027\220t\230:\240T\250\024\250Q\330\030#\2401\240G\2503\250c\260\022\2601\330\024\027\220u\230A\230Q\230e\2403\240i\250q\260\007\260q\270\007\270v\300R\300q\330\030$\240A\240S\250\005\250Q\250a\330\024\027\220s\230#\230S\240\n\250$\250d\260-\270q\300\001\300\024\300X\310R\310q\330\030$\240C\240s\250\"\250D\260\001\330\030\033\2304\230t\2408\2501\330\034#\240<\250q\260\001\260\024\260Q\330\030\034\230O\2501\330\020\023\2204\220t\2301\330\024\030\230\013\2401\240A\340\014\017\210}\230A\230Q\230d\240!\330\020\024\220H\230A\200A""\360\014\000\t\021\220\001\330\010\013\2104\210|\2303\230k\250\024\250T\260\024\260X\270T\300\024\300T\310\030\320QR\330\014\020\220\007\220t\2301\230D\240\001\330\020\021\330\025!\240\024\240V\2501\330\020\027\220\177\240a\330\024\034\230A\330\010\014\210H\220A\330\010\013\2106\220\027\230\001\330\014\022\220!\200A\360\030\000\t\r\210F\220!\330\010\013\2104\210x\220s\230!\330\014\020\220\n\230&\240\001\240\024\240Q\330\010\013\2104\210t\2201\330\014\020\220\013\2301\330\014\020\220\014\230A\330\014\020\220\013\230=\250\001\330\014\020\220\013\2306\240\021\330\014\017\210t\2204\220s\230#\230Q\330\020\024\220K\230y\250\001\330\010\017\210t\2207\230&\240\001";
+    #else /* compression: none (4047 bytes) */
+static const char bytes[] = " at  cannot be copied or pickled: open another one where it is needed is closed of  of ivshmem_channel.h places of the area are taken; `ivshmem channel info` lists them#x(tree fragment)): some process that can write to the memory has spoiled it, closed, is impossible (, which belongs to slot .: : the area has <ivshmem.channel.>?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a a forked child may only close what it has of channelsa wordadd_noteall another process removed the channel, or the place of this processat workchannel disableenableerror gcisenabledivshmem.channel.ivshmem.errorsivshmem/channel/membership.pyxno default __reduce__ due to non-trivial __cinit__place the the channels are closedthe endpoint is closedthe region has no room for channels: make it by `ivshmem serve --channels SIZE`, or by Directory.create(channels=SIZE)the region is closedthe region is mapped for reading onlythe region is mapped for reading only: no place can be freedthe region\047s channels are of a version that is not known herethis this mapping of the memory has no compare-exchange, which a queue needs: open the device in another way (resource2_wc)this process\047s place among the channels was freed, by free_place() or by a new server on the memory, because it was silent: open the channels againChannelCorruptChannelEndChannelEnd.__enter__ChannelEnd.__exit__ChannelEnd.__reduce__ChannelEnd._begin_waitingChannelEnd._end_waitingChannelEnd._membershipChannelEnd.closeChannelEnd.filenoChannelEnd.wake_othersChannelErrorClosedErrorIvshmemErrorMembershipMembership.__reduce_cython__Membership.__setstate_cython__Membership.closeMembership.free_placeMembership.placesMembership.runNoChannelsNoInterruptsRegionErrorWakeupWakeup.__reduce_cython__Wakeup.__setstate_cython__Wakeup.clear_ringsWakeup.filenoWeakKeyDictionaryWeakSet__Pyx_PyDict_NextRef__annotate____ent""er____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___after_fork_begin_waiting_doorbell_nowait_end_waiting_is_coroutine_membershipaddafter_in_childasyncio.coroutinesatbeatclear_ringscline_in_tracebackcloseclosedcodecontextlibcountcurrent_iddecodediscardencodeendendpointerrorerrorseventfdsfilenofoundfree_placegetgetpidiidentityindexitemsivshmem.channel.membershipleaseleftlimitlocalmachinemappingmembershipmemorymutenamenext_beatnumberoffsetoneospeerplaceplacespoprandbitsregionregister_at_forkreplacerunsecretsselfsetdefaultsignalsilentsleepersuppresstextthreadingvaluesvectorwake_otherswakeupweakrefint (void *, int64_t)\000ring_bellint64_t (PyObject *)\000deadline_ofint64_t (PyObject *)\000spin_of\200\001\330\004\005\330\004\022\220!\200\001\330\004\n\210+\220Q\200A\200A\330\010\014\210F\220!\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\330\010\017\210t\2201\200A\340\010\013\2104\210t\2201\330\014\r\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210q\330\014\020\220\013\230=\250\001\330\010\013\2104\210{\230\047\240\023\240D\250\004\250D\260\001\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\021\330\010\013\2104\210{\230,\240c\250\021\330\014\020\220\013\2309\240A\330\010\014\210K\220u\230H\240A\240Q\200A\340\010\014\210F\220!\200A\340\010\017\210t\2206\230\021\200A\340\010\"\240$\240h\250a\330\010\017\210{\230!\330\010\017\210|\2301\330\010\014\210K\220}\240A\330\010\013\2107\220\047\230\021\330\014\017\210w\220h\230c\240\027\250\001\330\020\027\220|\2401\340\020\027\220z\240\021\200A\340\010&\240a\240t\2507\260%\260q\360\n\000\t\r\210F\220!\330\010\020\220\001\330\010\014\210E\220\025\220a\220t\2307\240%\240q\330\014\021\320\021!\240\021\240!\2404\240w\250g\260Q\330\014\025\220\\\240\021\240(\250!\330\014\017\210}\230A\230X\240S\250\002\250#\250]\270!\2708\3003""\300a\330\020\021\330\014\023\220<\230q\240\010\250\003\2502\250Q\330\014\021\220\031\230!\330\014\021\220\031\230-\240q\250\001\330\014\022\220!\2206\230\023\230G\2401\330\014\036\230a\230x\240s\250\"\320,@\300\006\300a\330\014\023\220=\240\001\240\026\240r\320);\2703\270a\330\014\021\220\027\230\001\330\020\021\330\020\025\220Q\330\020\034\230D\240\n\250!\250<\260q\330\020\035\230Q\230f\240B\240a\330\020\030\230\n\240-\250q\260\006\260c\270\023\270B\270a\330\020\035\230Q\230l\250!\2508\2603\260b\270\001\330\020\024\220G\2301\230G\2401\340\010\017\210q\200A\360\006\000\t\r\210F\220!\330\010\013\2106\220\023\220D\230\007\230u\240A\330\014\022\220*\230A\230X\240Q\320&;\2701\270D\300\007\300u\310A\330\010\013\2104\210x\220q\330\014\022\220+\230Q\230a\330\010\021\220\034\230Q\330\014\r\210T\220\027\230\005\230Y\320&6\260a\260q\270\004\270G\3007\310!\340\010\017\210}\230A\230X\240S\250\002\250$\250d\260!\330\014\036\230a\230q\240\004\240G\2507\260\047\270\021\200A\360\006\000\t#\240$\240h\250a\330\010\014\210F\220!\330\010\017\210t\220<\230q\330\010\017\210{\230!\330\010\017\210|\2301\330\010\014\210K\220}\240A\330\010\014\210K\220v\230Q\330\010\014\210K\220v\230Q\330\010\017\210u\220C\220q\200A\360\010\000\t\"\240\023\240A\360\010\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\013\2106\220\030\230\021\230$\230i\240r\250\021\250!\330\010\013\210:\220Q\330\010\t\330\014\022\220$\220d\230!\330\020\027\220q\330\025\026\330\024\034\230A\330\024\027\220t\230:\240T\250\024\250Q\330\030#\2401\240G\2503\250c\260\022\2601\330\024\027\220u\230A\230Q\230e\2403\240i\250q\260\007\260q\270\007\270v\300R\300q\330\030$\240A\240S\250\005\250Q\250a\330\024\027\220s\230#\230S\240\n\250$\250d\260-\270q\300\001\300\024\300X\310R\310q\330\030$\240C\240s\250\"\250D\260\001\330\030\033\2304\230t\2408\2501\330\034#\240<\250q\260\001\260\024\260Q\330\030\034\230O\2501\330\020\023\2204\220t\2301\330\024\030\230\013\2401\240A\340\014\017\210}\230A\230Q\230d\240!\330\020\024\220H\230A""\200A\360\014\000\t\021\220\001\330\010\013\2104\210|\2303\230k\250\024\250T\260\024\260X\270T\300\024\300T\310\030\320QR\330\014\020\220\007\220t\2301\230D\240\001\330\020\021\330\025!\240\024\240V\2501\330\020\027\220\177\240a\330\024\034\230A\330\010\014\210H\220A\330\010\013\2106\220\027\230\001\330\014\022\220!\200A\360\030\000\t\r\210F\220!\330\010\013\2104\210x\220s\230!\330\014\020\220\n\230&\240\001\240\024\240Q\330\010\013\2104\210t\2201\330\014\020\220\013\2301\330\014\020\220\014\230A\330\014\020\220\013\230=\250\001\330\014\020\220\013\2306\240\021\330\014\017\210t\2204\220s\230#\230Q\330\020\024\220K\230y\250\001\330\010\017\210t\2207\230&\240\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 175; i++) {
+    for (int i = 0; i < 176; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 50) PyUnicode_InternInPlace(&string);
@@ -20480,8 +20503,8 @@ static const char bytes[] = " at  cannot be copied or pickled: open another one 
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 175; i < 195; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-175].length;
+    for (int i = 176; i < 196; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-176].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -20491,14 +20514,14 @@ static const char bytes[] = " at  cannot be copied or pickled: open another one 
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 195; i++) {
+    for (Py_ssize_t i = 0; i < 196; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 175;
+      PyObject **table = stringtab + 176;
       for (Py_ssize_t i=0; i<20; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -22308,6 +22331,72 @@ static PyObject *__Pyx_PyObject_FastCallMethod(PyObject *name, PyObject *const *
 }
 #endif
 
+/* PyObjectVectorcallKwds (used by PyObjectVectorcallMethodKwds) */
+#if CYTHON_VECTORCALL
+CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject *kwnames, Py_ssize_t i) {
+    PyObject *key = __Pyx_PyTuple_GET_ITEM(kwnames, i);
+#if !CYTHON_ASSUME_SAFE_MACROS
+    if (unlikely(!key)) return -1;
+#endif
+    if (unlikely(!PyUnicode_Check(key))) {
+        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
+        return -1;
+    }
+    return 0;
+}
+#else
+CYTHON_UNUSED static PyObject *__Pyx_MakeKwargDict(PyObject **keys, PyObject **values, Py_ssize_t n) {
+    PyObject *out = PyDict_New();
+    if (unlikely(!out)) return NULL;
+    for (Py_ssize_t i=0; i<n; ++i) {
+        if (unlikely(PyDict_SetItem(out, keys[i], values[i]) < 0)) {
+            Py_DECREF(out);
+            return NULL;
+        }
+    }
+    return out;
+}
+CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject **kwnames, Py_ssize_t i) {
+    PyObject *key = kwnames[i];
+    if (unlikely(!PyUnicode_Check(key))) {
+        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
+        return -1;
+    }
+    return 0;
+}
+#endif
+
+/* PyObjectVectorcallMethodKwds */
+#if !CYTHON_VECTORCALL
+static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+    PyObject *result;
+    PyObject *obj = PyObject_GetAttr(args[0], name);
+    if (unlikely(!obj))
+        return NULL;
+    result = __Pyx_Object_VectorcallKwds(obj, args+1, nargsf-1, kwnames);
+    Py_DECREF(obj);
+    return result;
+}
+#endif
+
+/* RaiseErrorWithObjectType1 (used by RaiseUnexpectedTypeError) */
+static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj) {
+    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
+    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
+    if (unlikely(!type_name)) return;
+    #endif
+    PyErr_Format(exc_type, message, arg, type_name);
+    __Pyx_DECREF_TypeName(type_name);
+}
+
+/* RaiseUnexpectedTypeError */
+static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj) {
+    __Pyx_RaiseTypeErrorWithObjectType1(
+        "Expected %.42s, got " __Pyx_FMT_TYPENAME,
+        expected, obj);
+    return 0;
+}
+
 /* PyObjectCall2Args (used by CallUnboundCMethod1) */
 static CYTHON_INLINE PyObject* __Pyx_PyObject_Call2Args(PyObject* function, PyObject* arg1, PyObject* arg2) {
     PyObject *args[3] = {NULL, arg1, arg2};
@@ -22767,72 +22856,6 @@ static CYTHON_INLINE int __Pyx_PyList_Append(PyObject* list, PyObject* x) {
     return PyList_Append(list, x);
 }
 #endif
-
-/* PyObjectVectorcallKwds (used by PyObjectVectorcallMethodKwds) */
-#if CYTHON_VECTORCALL
-CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject *kwnames, Py_ssize_t i) {
-    PyObject *key = __Pyx_PyTuple_GET_ITEM(kwnames, i);
-#if !CYTHON_ASSUME_SAFE_MACROS
-    if (unlikely(!key)) return -1;
-#endif
-    if (unlikely(!PyUnicode_Check(key))) {
-        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
-        return -1;
-    }
-    return 0;
-}
-#else
-CYTHON_UNUSED static PyObject *__Pyx_MakeKwargDict(PyObject **keys, PyObject **values, Py_ssize_t n) {
-    PyObject *out = PyDict_New();
-    if (unlikely(!out)) return NULL;
-    for (Py_ssize_t i=0; i<n; ++i) {
-        if (unlikely(PyDict_SetItem(out, keys[i], values[i]) < 0)) {
-            Py_DECREF(out);
-            return NULL;
-        }
-    }
-    return out;
-}
-CYTHON_UNUSED static int __Pyx_CheckVectorcallKwarg(PyObject **kwnames, Py_ssize_t i) {
-    PyObject *key = kwnames[i];
-    if (unlikely(!PyUnicode_Check(key))) {
-        PyErr_SetString(PyExc_TypeError, "keywords must be strings");
-        return -1;
-    }
-    return 0;
-}
-#endif
-
-/* PyObjectVectorcallMethodKwds */
-#if !CYTHON_VECTORCALL
-static PyObject *__Pyx_Object_VectorcallMethodKwds(PyObject *name, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-    PyObject *result;
-    PyObject *obj = PyObject_GetAttr(args[0], name);
-    if (unlikely(!obj))
-        return NULL;
-    result = __Pyx_Object_VectorcallKwds(obj, args+1, nargsf-1, kwnames);
-    Py_DECREF(obj);
-    return result;
-}
-#endif
-
-/* RaiseErrorWithObjectType1 (used by RaiseUnexpectedTypeError) */
-static void __Pyx_RaiseErrorWithType1(PyObject* exc_type, const char* message, const char *arg, PyTypeObject *type_obj) {
-    __Pyx_TypeName type_name = __Pyx_PyType_GetFullyQualifiedName(type_obj);
-    #if CYTHON_COMPILING_IN_LIMITED_API && __PYX_LIMITED_VERSION_HEX < 0x030d0000
-    if (unlikely(!type_name)) return;
-    #endif
-    PyErr_Format(exc_type, message, arg, type_name);
-    __Pyx_DECREF_TypeName(type_name);
-}
-
-/* RaiseUnexpectedTypeError */
-static int __Pyx_RaiseUnexpectedTypeError(const char *expected, PyObject *obj) {
-    __Pyx_RaiseTypeErrorWithObjectType1(
-        "Expected %.42s, got " __Pyx_FMT_TYPENAME,
-        expected, obj);
-    return 0;
-}
 
 /* CIntToDigits (used by CIntToPyUnicode) */
 static const char DIGIT_PAIRS_10[2*10*10+1] = {

@@ -233,7 +233,7 @@ cdef class Membership:
             self.member.started = ivshmem_process_start(self.member.process)
             self.name_peer()
             memset(text, 0, sizeof(text))
-            encoded = name.encode()[: 8 * IVSHMEM_NAME_WORDS]
+            encoded = name.encode(errors="replace")[: 8 * IVSHMEM_NAME_WORDS]
             strncpy(text, encoded, 8 * IVSHMEM_NAME_WORDS)
             code = ivshmem_join(&self.member, secrets.randbits(64), text)
             if code:

@@ -2553,11 +2553,12 @@ struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd {
   int times;
   int claims;
   uint64_t missed;
+  int putting;
   int exports;
 };
 
 
-/* "roles.pxd":43
+/* "roles.pxd":46
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2650,7 +2651,7 @@ struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader {
 };
 
 
-/* "ivshmem/channel/messages.pyx":606
+/* "ivshmem/channel/messages.pyx":609
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
@@ -2969,6 +2970,8 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
   PyObject *(*too_long)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint64_t);
   int (*wait_again)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
   int (*loan_cell)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t *);
+  int (*find_room)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t *, PyObject *, PyObject *);
+  int (*pause_for_cell)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *);
   int (*copy_in)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t, char const *, uint64_t);
   uint64_t (*send)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t, uint32_t, uint64_t);
   char *(*at)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t);
@@ -2976,7 +2979,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
 
 
-/* "roles.pxd":43
+/* "roles.pxd":46
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2995,7 +2998,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_ReaderEnd;
 
 
-/* "ivshmem/channel/messages.pyx":33
+/* "ivshmem/channel/messages.pyx":35
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3010,7 +3013,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer {
 static struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *__pyx_vtabptr_7ivshmem_7channel_8messages_Writer;
 
 
-/* "ivshmem/channel/messages.pyx":208
+/* "ivshmem/channel/messages.pyx":207
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3027,7 +3030,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4Loan_check(struct __pyx_obj_7ivs
 static int __pyx_f_7ivshmem_7channel_8messages_4Loan_check_exports(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *);
 
 
-/* "ivshmem/channel/messages.pyx":358
+/* "ivshmem/channel/messages.pyx":360
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3045,7 +3048,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader {
 static struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *__pyx_vtabptr_7ivshmem_7channel_8messages_Reader;
 
 
-/* "ivshmem/channel/messages.pyx":631
+/* "ivshmem/channel/messages.pyx":634
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3060,7 +3063,7 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_8messages_View *__pyx_vtabptr_7
 static int __pyx_f_7ivshmem_7channel_8messages_4View_abandon(struct __pyx_obj_7ivshmem_7channel_8messages_View *);
 
 
-/* "ivshmem/channel/messages.pyx":818
+/* "ivshmem/channel/messages.pyx":828
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -4566,18 +4569,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_16__setstate_cytho
 static int __pyx_pf_7ivshmem_7channel_8messages_4Loan___cinit__(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self, struct __pyx_obj_7ivshmem_7channel_8messages_Writer *__pyx_v_writer, uint32_t __pyx_v_size); /* proto */
 static int __pyx_pf_7ivshmem_7channel_8messages_4Loan_2__getbuffer__(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags); /* proto */
 static void __pyx_pf_7ivshmem_7channel_8messages_4Loan_4__releasebuffer__(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view); /* proto */
-static Py_ssize_t __pyx_pf_7ivshmem_7channel_8messages_4Loan_6__len__(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_6__reduce__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self); /* proto */
+static Py_ssize_t __pyx_pf_7ivshmem_7channel_8messages_4Loan_8__len__(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_5array___get__(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_size, PyObject *__pyx_v_spin); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_10publish_async(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_size); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_12drop(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_14__enter__(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_16__exit__(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self, PyObject *__pyx_v_kind, CYTHON_UNUSED PyObject *__pyx_v_error); /* proto */
-static void __pyx_pf_7ivshmem_7channel_8messages_4Loan_18__del__(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_20__repr__(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_10publish(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_size, PyObject *__pyx_v_spin); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_12publish_async(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_size); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_14drop(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_16__enter__(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_18__exit__(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self, PyObject *__pyx_v_kind, CYTHON_UNUSED PyObject *__pyx_v_error); /* proto */
+static void __pyx_pf_7ivshmem_7channel_8messages_4Loan_20__del__(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_22__repr__(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_4size___get__(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_22__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_24__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4lost___get__(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_get(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self, PyObject *__pyx_v_buffer, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto */
@@ -4595,28 +4597,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_25__anext__(struct
 static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_27__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_29__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
 static int __pyx_pf_7ivshmem_7channel_8messages_4View___init__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v__, CYTHON_UNUSED PyObject *__pyx_v___); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_2__reduce__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4size___get__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_6writer___get__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_8position___get__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4lost___get__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_6offset___get__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self); /* proto */
-static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags); /* proto */
-static void __pyx_pf_7ivshmem_7channel_8messages_4View_4__releasebuffer__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view); /* proto */
-static Py_ssize_t __pyx_pf_7ivshmem_7channel_8messages_4View_6__len__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_8__bytes__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self); /* proto */
+static int __pyx_pf_7ivshmem_7channel_8messages_4View_4__getbuffer__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags); /* proto */
+static void __pyx_pf_7ivshmem_7channel_8messages_4View_6__releasebuffer__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view); /* proto */
+static Py_ssize_t __pyx_pf_7ivshmem_7channel_8messages_4View_8__len__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_10__bytes__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_5array___get__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_____get__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_10__dlpack__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self, PyObject *__pyx_v_options); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_12__dlpack_device__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_14check(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_18__enter__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_20__exit__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self, PyObject *__pyx_v_kind, CYTHON_UNUSED PyObject *__pyx_v_error); /* proto */
-static void __pyx_pf_7ivshmem_7channel_8messages_4View_22__del__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_24__repr__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_26__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_28__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_12__dlpack__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self, PyObject *__pyx_v_options); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_14__dlpack_device__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16check(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_18release(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_20__enter__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_22__exit__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self, PyObject *__pyx_v_kind, CYTHON_UNUSED PyObject *__pyx_v_error); /* proto */
+static void __pyx_pf_7ivshmem_7channel_8messages_4View_24__del__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_26__repr__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_get(struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_2wait_changed(struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_4view(struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader *__pyx_v_self); /* proto */
@@ -4739,8 +4740,8 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[5];
-    PyObject *__pyx_codeobj_tab[42];
-    PyObject *__pyx_string_tab[245];
+    PyObject *__pyx_codeobj_tab[38];
+    PyObject *__pyx_string_tab[242];
     PyObject *__pyx_number_tab[5];
 /* #### Code section: module_state_contents ### */
 /* PyFrozenDict.module_state_decls */
@@ -4833,20 +4834,20 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_u_ __pyx_string_tab[21]
 #define __pyx_kp_u_None __pyx_string_tab[22]
 #define __pyx_kp_u_Note_that_Cython_is_deliberately __pyx_string_tab[23]
-#define __pyx_kp_u_Pickling_of_struct_members_such __pyx_string_tab[24]
-#define __pyx_kp_u_a_View_is_made_by_Reader_view __pyx_string_tab[25]
-#define __pyx_kp_u_a_message_of __pyx_string_tab[26]
-#define __pyx_kp_u_add_note __pyx_string_tab[27]
-#define __pyx_kp_u_channel __pyx_string_tab[28]
-#define __pyx_kp_u_disable __pyx_string_tab[29]
-#define __pyx_kp_u_enable __pyx_string_tab[30]
-#define __pyx_kp_u_gc __pyx_string_tab[31]
-#define __pyx_kp_u_isenabled __pyx_string_tab[32]
-#define __pyx_kp_u_ivshmem_channel __pyx_string_tab[33]
-#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[34]
-#define __pyx_kp_u_ivshmem_text __pyx_string_tab[35]
-#define __pyx_kp_u_ivshmem_channel_messages_pyx __pyx_string_tab[36]
-#define __pyx_kp_u_no_default___reduce___due_to_non __pyx_string_tab[37]
+#define __pyx_kp_u_a_Loan_cannot_be_copied_or_pickl __pyx_string_tab[24]
+#define __pyx_kp_u_a_View_cannot_be_copied_or_pickl __pyx_string_tab[25]
+#define __pyx_kp_u_a_View_is_made_by_Reader_view __pyx_string_tab[26]
+#define __pyx_kp_u_a_message_of __pyx_string_tab[27]
+#define __pyx_kp_u_add_note __pyx_string_tab[28]
+#define __pyx_kp_u_channel __pyx_string_tab[29]
+#define __pyx_kp_u_disable __pyx_string_tab[30]
+#define __pyx_kp_u_enable __pyx_string_tab[31]
+#define __pyx_kp_u_gc __pyx_string_tab[32]
+#define __pyx_kp_u_isenabled __pyx_string_tab[33]
+#define __pyx_kp_u_ivshmem_channel __pyx_string_tab[34]
+#define __pyx_kp_u_ivshmem_errors __pyx_string_tab[35]
+#define __pyx_kp_u_ivshmem_text __pyx_string_tab[36]
+#define __pyx_kp_u_ivshmem_channel_messages_pyx __pyx_string_tab[37]
 #define __pyx_kp_u_no_message_has __pyx_string_tab[38]
 #define __pyx_kp_u_rows_a_buffer_of_two_dimensions __pyx_string_tab[39]
 #define __pyx_kp_u_self_held_self_reader_cannot_be __pyx_string_tab[40]
@@ -4863,197 +4864,194 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_Loan __pyx_string_tab[51]
 #define __pyx_n_u_Loan___enter __pyx_string_tab[52]
 #define __pyx_n_u_Loan___exit __pyx_string_tab[53]
-#define __pyx_n_u_Loan___reduce_cython __pyx_string_tab[54]
-#define __pyx_n_u_Loan___setstate_cython __pyx_string_tab[55]
-#define __pyx_n_u_Loan_drop __pyx_string_tab[56]
-#define __pyx_n_u_Loan_publish __pyx_string_tab[57]
-#define __pyx_n_u_Loan_publish_async __pyx_string_tab[58]
-#define __pyx_n_u_MessageTooLong __pyx_string_tab[59]
-#define __pyx_n_u_MessagesLost __pyx_string_tab[60]
-#define __pyx_n_u_Overtaken __pyx_string_tab[61]
-#define __pyx_n_u_Reader __pyx_string_tab[62]
-#define __pyx_n_u_Reader___reduce_cython __pyx_string_tab[63]
-#define __pyx_n_u_Reader___setstate_cython __pyx_string_tab[64]
-#define __pyx_n_u_Reader__rows_or_none __pyx_string_tab[65]
-#define __pyx_n_u_Reader_get __pyx_string_tab[66]
-#define __pyx_n_u_Reader_get_async __pyx_string_tab[67]
-#define __pyx_n_u_Reader_get_into __pyx_string_tab[68]
-#define __pyx_n_u_Reader_get_into_async __pyx_string_tab[69]
-#define __pyx_n_u_Reader_get_rows __pyx_string_tab[70]
-#define __pyx_n_u_Reader_get_rows_async __pyx_string_tab[71]
-#define __pyx_n_u_Reader_view __pyx_string_tab[72]
-#define __pyx_n_u_Reader_view_async __pyx_string_tab[73]
-#define __pyx_n_u_ValueReader __pyx_string_tab[74]
-#define __pyx_n_u_ValueReader___reduce_cython __pyx_string_tab[75]
-#define __pyx_n_u_ValueReader___setstate_cython __pyx_string_tab[76]
-#define __pyx_n_u_ValueReader_get __pyx_string_tab[77]
-#define __pyx_n_u_ValueReader_view __pyx_string_tab[78]
-#define __pyx_n_u_ValueReader_wait_changed __pyx_string_tab[79]
-#define __pyx_n_u_ValueReader_wait_changed_async __pyx_string_tab[80]
-#define __pyx_n_u_View __pyx_string_tab[81]
-#define __pyx_n_u_View___bytes __pyx_string_tab[82]
-#define __pyx_n_u_View___dlpack __pyx_string_tab[83]
-#define __pyx_n_u_View___dlpack_device __pyx_string_tab[84]
-#define __pyx_n_u_View___enter __pyx_string_tab[85]
-#define __pyx_n_u_View___exit __pyx_string_tab[86]
-#define __pyx_n_u_View___reduce_cython __pyx_string_tab[87]
-#define __pyx_n_u_View___setstate_cython __pyx_string_tab[88]
-#define __pyx_n_u_View_check __pyx_string_tab[89]
-#define __pyx_n_u_View_release __pyx_string_tab[90]
-#define __pyx_n_u_Writer __pyx_string_tab[91]
-#define __pyx_n_u_Writer___reduce_cython __pyx_string_tab[92]
-#define __pyx_n_u_Writer___setstate_cython __pyx_string_tab[93]
-#define __pyx_n_u_Writer_loan __pyx_string_tab[94]
-#define __pyx_n_u_Writer_put __pyx_string_tab[95]
-#define __pyx_n_u_Writer_put_async __pyx_string_tab[96]
-#define __pyx_n_u_Writer_put_parts __pyx_string_tab[97]
-#define __pyx_n_u_Writer_put_parts_async __pyx_string_tab[98]
-#define __pyx_n_u_Writer_put_rows __pyx_string_tab[99]
-#define __pyx_n_u_Writer_put_rows_async __pyx_string_tab[100]
-#define __pyx_n_u__6 __pyx_string_tab[101]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[102]
-#define __pyx_n_u_annotate __pyx_string_tab[103]
-#define __pyx_n_u_await __pyx_string_tab[104]
-#define __pyx_n_u_bytes_2 __pyx_string_tab[105]
-#define __pyx_n_u_dlpack __pyx_string_tab[106]
-#define __pyx_n_u_dlpack_device __pyx_string_tab[107]
-#define __pyx_n_u_enter __pyx_string_tab[108]
-#define __pyx_n_u_exit __pyx_string_tab[109]
-#define __pyx_n_u_func __pyx_string_tab[110]
-#define __pyx_n_u_getstate __pyx_string_tab[111]
-#define __pyx_n_u_main __pyx_string_tab[112]
-#define __pyx_n_u_module __pyx_string_tab[113]
-#define __pyx_n_u_name __pyx_string_tab[114]
-#define __pyx_n_u_pyx_state __pyx_string_tab[115]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[116]
-#define __pyx_n_u_qualname __pyx_string_tab[117]
-#define __pyx_n_u_reduce __pyx_string_tab[118]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[119]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[120]
-#define __pyx_n_u_set_name __pyx_string_tab[121]
-#define __pyx_n_u_setstate __pyx_string_tab[122]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[123]
-#define __pyx_n_u_test __pyx_string_tab[124]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[125]
-#define __pyx_n_u_rows_or_none __pyx_string_tab[126]
-#define __pyx_n_u_array __pyx_string_tab[127]
-#define __pyx_n_u_asynchronous __pyx_string_tab[128]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[129]
-#define __pyx_n_u_at __pyx_string_tab[130]
-#define __pyx_n_u_buffer __pyx_string_tab[131]
-#define __pyx_n_u_buffers __pyx_string_tab[132]
-#define __pyx_n_u_cast __pyx_string_tab[133]
-#define __pyx_n_u_cell __pyx_string_tab[134]
-#define __pyx_n_u_check __pyx_string_tab[135]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[136]
-#define __pyx_n_u_close __pyx_string_tab[137]
-#define __pyx_n_u_closed __pyx_string_tab[138]
-#define __pyx_n_u_code __pyx_string_tab[139]
-#define __pyx_n_u_count __pyx_string_tab[140]
-#define __pyx_n_u_counted __pyx_string_tab[141]
-#define __pyx_n_u_data __pyx_string_tab[142]
-#define __pyx_n_u_decode __pyx_string_tab[143]
-#define __pyx_n_u_drop __pyx_string_tab[144]
-#define __pyx_n_u_encode __pyx_string_tab[145]
-#define __pyx_n_u_error __pyx_string_tab[146]
-#define __pyx_n_u_errors __pyx_string_tab[147]
-#define __pyx_n_u_found __pyx_string_tab[148]
-#define __pyx_n_u_frombuffer __pyx_string_tab[149]
-#define __pyx_n_u_get __pyx_string_tab[150]
-#define __pyx_n_u_get_async __pyx_string_tab[151]
-#define __pyx_n_u_get_into __pyx_string_tab[152]
-#define __pyx_n_u_get_into_async __pyx_string_tab[153]
-#define __pyx_n_u_get_rows __pyx_string_tab[154]
-#define __pyx_n_u_get_rows_async __pyx_string_tab[155]
-#define __pyx_n_u_i __pyx_string_tab[156]
-#define __pyx_n_u_interface __pyx_string_tab[157]
-#define __pyx_n_u_into __pyx_string_tab[158]
-#define __pyx_n_u_items __pyx_string_tab[159]
-#define __pyx_n_u_ivshmem_channel_messages __pyx_string_tab[160]
-#define __pyx_n_u_kind __pyx_string_tab[161]
-#define __pyx_n_u_len __pyx_string_tab[162]
-#define __pyx_n_u_length __pyx_string_tab[163]
-#define __pyx_n_u_loan __pyx_string_tab[164]
-#define __pyx_n_u_map __pyx_string_tab[165]
-#define __pyx_n_u_memoryview __pyx_string_tab[166]
-#define __pyx_n_u_message __pyx_string_tab[167]
-#define __pyx_n_u_ndim __pyx_string_tab[168]
-#define __pyx_n_u_next __pyx_string_tab[169]
-#define __pyx_n_u_numpy __pyx_string_tab[170]
-#define __pyx_n_u_options __pyx_string_tab[171]
-#define __pyx_n_u_part __pyx_string_tab[172]
-#define __pyx_n_u_parts __pyx_string_tab[173]
-#define __pyx_n_u_pop __pyx_string_tab[174]
-#define __pyx_n_u_publish __pyx_string_tab[175]
-#define __pyx_n_u_publish_async __pyx_string_tab[176]
-#define __pyx_n_u_put __pyx_string_tab[177]
-#define __pyx_n_u_put_async __pyx_string_tab[178]
-#define __pyx_n_u_put_parts __pyx_string_tab[179]
-#define __pyx_n_u_put_parts_async __pyx_string_tab[180]
-#define __pyx_n_u_put_rows __pyx_string_tab[181]
-#define __pyx_n_u_put_rows_async __pyx_string_tab[182]
-#define __pyx_n_u_release __pyx_string_tab[183]
-#define __pyx_n_u_rows __pyx_string_tab[184]
-#define __pyx_n_u_self __pyx_string_tab[185]
-#define __pyx_n_u_send __pyx_string_tab[186]
-#define __pyx_n_u_setdefault __pyx_string_tab[187]
-#define __pyx_n_u_shape __pyx_string_tab[188]
-#define __pyx_n_u_size __pyx_string_tab[189]
-#define __pyx_n_u_spin __pyx_string_tab[190]
-#define __pyx_n_u_sum __pyx_string_tab[191]
-#define __pyx_n_u_text __pyx_string_tab[192]
-#define __pyx_n_u_throw __pyx_string_tab[193]
-#define __pyx_n_u_time __pyx_string_tab[194]
-#define __pyx_n_u_timeout __pyx_string_tab[195]
-#define __pyx_n_u_tobytes __pyx_string_tab[196]
-#define __pyx_n_u_tries __pyx_string_tab[197]
-#define __pyx_n_u_typestr __pyx_string_tab[198]
-#define __pyx_n_u_uint8 __pyx_string_tab[199]
-#define __pyx_n_u_until_in_time __pyx_string_tab[200]
-#define __pyx_n_u_until_something __pyx_string_tab[201]
-#define __pyx_n_u_value __pyx_string_tab[202]
-#define __pyx_n_u_values __pyx_string_tab[203]
-#define __pyx_n_u_version __pyx_string_tab[204]
-#define __pyx_n_u_view __pyx_string_tab[205]
-#define __pyx_n_u_view_async __pyx_string_tab[206]
-#define __pyx_n_u_wait_changed __pyx_string_tab[207]
-#define __pyx_n_u_wait_changed_async __pyx_string_tab[208]
-#define __pyx_n_u_wanted __pyx_string_tab[209]
-#define __pyx_n_u_whole __pyx_string_tab[210]
-#define __pyx_n_u_writer __pyx_string_tab[211]
-#define __pyx_kp_b_uint64_t_void_microseconds __pyx_string_tab[212]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[213]
-#define __pyx_kp_b_iso88591_A_4t1_5_1_Q_Q __pyx_string_tab[214]
-#define __pyx_kp_b_iso88591_A_5_1_Q __pyx_string_tab[215]
-#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[216]
-#define __pyx_kp_b_iso88591_A_t9AV9Cq __pyx_string_tab[217]
-#define __pyx_kp_b_iso88591_A_E_aq_t5_q_4y_uG1_xt6_Jd_waq_d __pyx_string_tab[218]
-#define __pyx_kp_b_iso88591_A_4wc_XWIQ_a_4z_ha_4uAYa_1_wavT __pyx_string_tab[219]
-#define __pyx_kp_b_iso88591_A_a_Q_4vWA_4uG1A_6_a_z_U_D_y_d_1 __pyx_string_tab[220]
-#define __pyx_kp_b_iso88591_A_1_F_t7_4uAYa __pyx_string_tab[221]
-#define __pyx_kp_b_iso88591_A_31_Q_Jaq_5_b_AQ_4xs_hgYfCq_Qd __pyx_string_tab[222]
-#define __pyx_kp_b_iso88591_A_31_Jaq_5_b_AQ_V1A_6_4uCy_1_Ba __pyx_string_tab[223]
-#define __pyx_kp_b_iso88591_A_5Q_Qe5_d_t5_AS_a_1IQ_Q_HA_c_3a __pyx_string_tab[224]
-#define __pyx_kp_b_iso88591_A_5Q_81F_U_1_4uAYa_1_a_7_Jd_Q_q __pyx_string_tab[225]
-#define __pyx_kp_b_iso88591_A_4t_d_fD_G7_1D_z_jPSST_4q_1_4wa __pyx_string_tab[226]
-#define __pyx_kp_b_iso88591_A_t6_Cq __pyx_string_tab[227]
-#define __pyx_kp_b_iso88591_A_z_xq_F_q __pyx_string_tab[228]
-#define __pyx_kp_b_iso88591_A_1 __pyx_string_tab[229]
-#define __pyx_kp_b_iso88591_A_4t1_N_HA_4wa_Qat7_4q __pyx_string_tab[230]
-#define __pyx_kp_b_iso88591_A_4t1_4q_Q_7_4z_a __pyx_string_tab[231]
-#define __pyx_kp_b_iso88591_A_F_4y_Q_5_1_1_1_e1A_wavT __pyx_string_tab[232]
-#define __pyx_kp_b_iso88591_A_F_t7_Qat9AT __pyx_string_tab[233]
-#define __pyx_kp_b_iso88591_F_5_1_4xwiq_5_A_aq_AXQ_7_D_y_iq __pyx_string_tab[234]
-#define __pyx_kp_b_iso88591_nKq_T_t1_F_N_5_q_t2S_A_j_1_Qd_Q __pyx_string_tab[235]
-#define __pyx_kp_b_iso88591_1F_fA __pyx_string_tab[236]
-#define __pyx_kp_b_iso88591_1F_gQ __pyx_string_tab[237]
-#define __pyx_kp_b_iso88591_N_it_YeST __pyx_string_tab[238]
-#define __pyx_kp_b_iso88591_a_F_1 __pyx_string_tab[239]
-#define __pyx_kp_b_iso88591_1F_oQ __pyx_string_tab[240]
-#define __pyx_kp_b_iso88591_1_Ky __pyx_string_tab[241]
-#define __pyx_kp_b_iso88591_Q_L __pyx_string_tab[242]
-#define __pyx_kp_b_iso88591_Q_1F_k __pyx_string_tab[243]
-#define __pyx_kp_b_iso88591_1 __pyx_string_tab[244]
+#define __pyx_n_u_Loan___reduce __pyx_string_tab[54]
+#define __pyx_n_u_Loan_drop __pyx_string_tab[55]
+#define __pyx_n_u_Loan_publish __pyx_string_tab[56]
+#define __pyx_n_u_Loan_publish_async __pyx_string_tab[57]
+#define __pyx_n_u_MessageTooLong __pyx_string_tab[58]
+#define __pyx_n_u_MessagesLost __pyx_string_tab[59]
+#define __pyx_n_u_Overtaken __pyx_string_tab[60]
+#define __pyx_n_u_Reader __pyx_string_tab[61]
+#define __pyx_n_u_Reader___reduce_cython __pyx_string_tab[62]
+#define __pyx_n_u_Reader___setstate_cython __pyx_string_tab[63]
+#define __pyx_n_u_Reader__rows_or_none __pyx_string_tab[64]
+#define __pyx_n_u_Reader_get_async __pyx_string_tab[65]
+#define __pyx_n_u_Reader_get_into __pyx_string_tab[66]
+#define __pyx_n_u_Reader_get_into_async __pyx_string_tab[67]
+#define __pyx_n_u_Reader_get_rows __pyx_string_tab[68]
+#define __pyx_n_u_Reader_get_rows_async __pyx_string_tab[69]
+#define __pyx_n_u_Reader_view __pyx_string_tab[70]
+#define __pyx_n_u_Reader_view_async __pyx_string_tab[71]
+#define __pyx_n_u_ValueReader __pyx_string_tab[72]
+#define __pyx_n_u_ValueReader___reduce_cython __pyx_string_tab[73]
+#define __pyx_n_u_ValueReader___setstate_cython __pyx_string_tab[74]
+#define __pyx_n_u_ValueReader_get __pyx_string_tab[75]
+#define __pyx_n_u_ValueReader_view __pyx_string_tab[76]
+#define __pyx_n_u_ValueReader_wait_changed __pyx_string_tab[77]
+#define __pyx_n_u_ValueReader_wait_changed_async __pyx_string_tab[78]
+#define __pyx_n_u_View __pyx_string_tab[79]
+#define __pyx_n_u_View___bytes __pyx_string_tab[80]
+#define __pyx_n_u_View___dlpack __pyx_string_tab[81]
+#define __pyx_n_u_View___dlpack_device __pyx_string_tab[82]
+#define __pyx_n_u_View___enter __pyx_string_tab[83]
+#define __pyx_n_u_View___exit __pyx_string_tab[84]
+#define __pyx_n_u_View___reduce __pyx_string_tab[85]
+#define __pyx_n_u_View_check __pyx_string_tab[86]
+#define __pyx_n_u_View_release __pyx_string_tab[87]
+#define __pyx_n_u_Writer __pyx_string_tab[88]
+#define __pyx_n_u_Writer___reduce_cython __pyx_string_tab[89]
+#define __pyx_n_u_Writer___setstate_cython __pyx_string_tab[90]
+#define __pyx_n_u_Writer_loan __pyx_string_tab[91]
+#define __pyx_n_u_Writer_put_async __pyx_string_tab[92]
+#define __pyx_n_u_Writer_put_parts __pyx_string_tab[93]
+#define __pyx_n_u_Writer_put_parts_async __pyx_string_tab[94]
+#define __pyx_n_u_Writer_put_rows __pyx_string_tab[95]
+#define __pyx_n_u_Writer_put_rows_async __pyx_string_tab[96]
+#define __pyx_n_u__6 __pyx_string_tab[97]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[98]
+#define __pyx_n_u_annotate __pyx_string_tab[99]
+#define __pyx_n_u_await __pyx_string_tab[100]
+#define __pyx_n_u_bytes_2 __pyx_string_tab[101]
+#define __pyx_n_u_dlpack __pyx_string_tab[102]
+#define __pyx_n_u_dlpack_device __pyx_string_tab[103]
+#define __pyx_n_u_enter __pyx_string_tab[104]
+#define __pyx_n_u_exit __pyx_string_tab[105]
+#define __pyx_n_u_func __pyx_string_tab[106]
+#define __pyx_n_u_getstate __pyx_string_tab[107]
+#define __pyx_n_u_main __pyx_string_tab[108]
+#define __pyx_n_u_module __pyx_string_tab[109]
+#define __pyx_n_u_name __pyx_string_tab[110]
+#define __pyx_n_u_pyx_state __pyx_string_tab[111]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[112]
+#define __pyx_n_u_qualname __pyx_string_tab[113]
+#define __pyx_n_u_reduce __pyx_string_tab[114]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[115]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[116]
+#define __pyx_n_u_set_name __pyx_string_tab[117]
+#define __pyx_n_u_setstate __pyx_string_tab[118]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[119]
+#define __pyx_n_u_test __pyx_string_tab[120]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[121]
+#define __pyx_n_u_rows_or_none __pyx_string_tab[122]
+#define __pyx_n_u_array __pyx_string_tab[123]
+#define __pyx_n_u_asynchronous __pyx_string_tab[124]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[125]
+#define __pyx_n_u_at __pyx_string_tab[126]
+#define __pyx_n_u_buffer __pyx_string_tab[127]
+#define __pyx_n_u_buffers __pyx_string_tab[128]
+#define __pyx_n_u_cast __pyx_string_tab[129]
+#define __pyx_n_u_cell __pyx_string_tab[130]
+#define __pyx_n_u_check __pyx_string_tab[131]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[132]
+#define __pyx_n_u_close __pyx_string_tab[133]
+#define __pyx_n_u_closed __pyx_string_tab[134]
+#define __pyx_n_u_code __pyx_string_tab[135]
+#define __pyx_n_u_count __pyx_string_tab[136]
+#define __pyx_n_u_counted __pyx_string_tab[137]
+#define __pyx_n_u_data __pyx_string_tab[138]
+#define __pyx_n_u_decode __pyx_string_tab[139]
+#define __pyx_n_u_drop __pyx_string_tab[140]
+#define __pyx_n_u_encode __pyx_string_tab[141]
+#define __pyx_n_u_error __pyx_string_tab[142]
+#define __pyx_n_u_errors __pyx_string_tab[143]
+#define __pyx_n_u_found __pyx_string_tab[144]
+#define __pyx_n_u_frombuffer __pyx_string_tab[145]
+#define __pyx_n_u_get __pyx_string_tab[146]
+#define __pyx_n_u_get_async __pyx_string_tab[147]
+#define __pyx_n_u_get_into __pyx_string_tab[148]
+#define __pyx_n_u_get_into_async __pyx_string_tab[149]
+#define __pyx_n_u_get_rows __pyx_string_tab[150]
+#define __pyx_n_u_get_rows_async __pyx_string_tab[151]
+#define __pyx_n_u_i __pyx_string_tab[152]
+#define __pyx_n_u_index __pyx_string_tab[153]
+#define __pyx_n_u_interface __pyx_string_tab[154]
+#define __pyx_n_u_into __pyx_string_tab[155]
+#define __pyx_n_u_items __pyx_string_tab[156]
+#define __pyx_n_u_ivshmem_channel_messages __pyx_string_tab[157]
+#define __pyx_n_u_kind __pyx_string_tab[158]
+#define __pyx_n_u_len __pyx_string_tab[159]
+#define __pyx_n_u_length __pyx_string_tab[160]
+#define __pyx_n_u_loan __pyx_string_tab[161]
+#define __pyx_n_u_map __pyx_string_tab[162]
+#define __pyx_n_u_memoryview __pyx_string_tab[163]
+#define __pyx_n_u_message __pyx_string_tab[164]
+#define __pyx_n_u_ndim __pyx_string_tab[165]
+#define __pyx_n_u_next __pyx_string_tab[166]
+#define __pyx_n_u_numpy __pyx_string_tab[167]
+#define __pyx_n_u_operator __pyx_string_tab[168]
+#define __pyx_n_u_options __pyx_string_tab[169]
+#define __pyx_n_u_part __pyx_string_tab[170]
+#define __pyx_n_u_parts __pyx_string_tab[171]
+#define __pyx_n_u_pop __pyx_string_tab[172]
+#define __pyx_n_u_publish __pyx_string_tab[173]
+#define __pyx_n_u_publish_async __pyx_string_tab[174]
+#define __pyx_n_u_put __pyx_string_tab[175]
+#define __pyx_n_u_put_async __pyx_string_tab[176]
+#define __pyx_n_u_put_parts __pyx_string_tab[177]
+#define __pyx_n_u_put_parts_async __pyx_string_tab[178]
+#define __pyx_n_u_put_rows __pyx_string_tab[179]
+#define __pyx_n_u_put_rows_async __pyx_string_tab[180]
+#define __pyx_n_u_release __pyx_string_tab[181]
+#define __pyx_n_u_rows __pyx_string_tab[182]
+#define __pyx_n_u_self __pyx_string_tab[183]
+#define __pyx_n_u_send __pyx_string_tab[184]
+#define __pyx_n_u_setdefault __pyx_string_tab[185]
+#define __pyx_n_u_shape __pyx_string_tab[186]
+#define __pyx_n_u_size __pyx_string_tab[187]
+#define __pyx_n_u_spin __pyx_string_tab[188]
+#define __pyx_n_u_sum __pyx_string_tab[189]
+#define __pyx_n_u_text __pyx_string_tab[190]
+#define __pyx_n_u_throw __pyx_string_tab[191]
+#define __pyx_n_u_time __pyx_string_tab[192]
+#define __pyx_n_u_timeout __pyx_string_tab[193]
+#define __pyx_n_u_tobytes __pyx_string_tab[194]
+#define __pyx_n_u_tries __pyx_string_tab[195]
+#define __pyx_n_u_typestr __pyx_string_tab[196]
+#define __pyx_n_u_uint8 __pyx_string_tab[197]
+#define __pyx_n_u_until_in_time __pyx_string_tab[198]
+#define __pyx_n_u_until_something __pyx_string_tab[199]
+#define __pyx_n_u_value __pyx_string_tab[200]
+#define __pyx_n_u_values __pyx_string_tab[201]
+#define __pyx_n_u_version __pyx_string_tab[202]
+#define __pyx_n_u_view __pyx_string_tab[203]
+#define __pyx_n_u_view_async __pyx_string_tab[204]
+#define __pyx_n_u_wait_changed __pyx_string_tab[205]
+#define __pyx_n_u_wait_changed_async __pyx_string_tab[206]
+#define __pyx_n_u_wanted __pyx_string_tab[207]
+#define __pyx_n_u_whole __pyx_string_tab[208]
+#define __pyx_n_u_writer __pyx_string_tab[209]
+#define __pyx_kp_b_uint64_t_void_microseconds __pyx_string_tab[210]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[211]
+#define __pyx_kp_b_iso88591_A_4t1_5_1_Q_Q __pyx_string_tab[212]
+#define __pyx_kp_b_iso88591_A_5_1_Q __pyx_string_tab[213]
+#define __pyx_kp_b_iso88591_A_iq __pyx_string_tab[214]
+#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[215]
+#define __pyx_kp_b_iso88591_A_t9AV9Cq __pyx_string_tab[216]
+#define __pyx_kp_b_iso88591_A_4wc_XWIQ_a_4z_ha_4uAYa_1_wavT __pyx_string_tab[217]
+#define __pyx_kp_b_iso88591_A_1_F_t7_4uAYa __pyx_string_tab[218]
+#define __pyx_kp_b_iso88591_A_31_Q_Jaq_5_b_AQ_4xs_hgYfCq_Qd __pyx_string_tab[219]
+#define __pyx_kp_b_iso88591_A_31_Jaq_5_b_AQ_V1A_6_4uCy_1_Ba __pyx_string_tab[220]
+#define __pyx_kp_b_iso88591_A_5Q_Qe5_d_t5_AS_a_1IQ_Q_HA_c_3a __pyx_string_tab[221]
+#define __pyx_kp_b_iso88591_A_5Q_81F_U_1_4uAYa_1_a_7_Jd_Q_q __pyx_string_tab[222]
+#define __pyx_kp_b_iso88591_A_4t_d_fD_G7_1D_z_jPSST_4q_1_4wa __pyx_string_tab[223]
+#define __pyx_kp_b_iso88591_A_t6_Cq __pyx_string_tab[224]
+#define __pyx_kp_b_iso88591_A_z_xq_F_q __pyx_string_tab[225]
+#define __pyx_kp_b_iso88591_A_1 __pyx_string_tab[226]
+#define __pyx_kp_b_iso88591_A_4t1_N_HA_4wa_Qat7_4q __pyx_string_tab[227]
+#define __pyx_kp_b_iso88591_A_4t1_4q_Q_7_4z_a __pyx_string_tab[228]
+#define __pyx_kp_b_iso88591_A_F_4y_Q_5_1_1_1_e1A_wavT __pyx_string_tab[229]
+#define __pyx_kp_b_iso88591_A_F_t7_Qat9AT __pyx_string_tab[230]
+#define __pyx_kp_b_iso88591_F_t87_U_ZxvUVVW_5_A_aq_AXQ_7_D __pyx_string_tab[231]
+#define __pyx_kp_b_iso88591_nKq_T_t1_F_N_5_q_t2S_A_j_1_Qd_Q __pyx_string_tab[232]
+#define __pyx_kp_b_iso88591_1F_fA __pyx_string_tab[233]
+#define __pyx_kp_b_iso88591_1F_gQ __pyx_string_tab[234]
+#define __pyx_kp_b_iso88591_N_it_YeST __pyx_string_tab[235]
+#define __pyx_kp_b_iso88591_a_F_1 __pyx_string_tab[236]
+#define __pyx_kp_b_iso88591_1F_oQ __pyx_string_tab[237]
+#define __pyx_kp_b_iso88591_1_Ky __pyx_string_tab[238]
+#define __pyx_kp_b_iso88591_Q_L __pyx_string_tab[239]
+#define __pyx_kp_b_iso88591_Q_1F_k __pyx_string_tab[240]
+#define __pyx_kp_b_iso88591_1 __pyx_string_tab[241]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_1 __pyx_number_tab[1]
 #define __pyx_int_2 __pyx_number_tab[2]
@@ -5108,8 +5106,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<5; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<42; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<245; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<38; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<242; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<5; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -5172,8 +5170,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<5; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<42; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<245; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<38; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<242; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<5; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -5925,12 +5923,12 @@ static CYTHON_INLINE void __pyx_f_7ivshmem_5_core_begin_wait(struct __pyx_t_7ivs
   /* function exit code */
 }
 
-/* "ivshmem/channel/messages.pyx":43
+/* "ivshmem/channel/messages.pyx":45
  *     """
  * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     @cython.binding(False)  # a function that binds adds 40 ns to a call             # <<<<<<<<<<<<<<
+ *     @cython.critical_section
  *     def put(self, data, timeout=None, *, spin=None):
- *         """Copy a message into the channel.
 */
 
 /* Python wrapper */
@@ -5941,8 +5939,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_6Writer_put, "Copy a message into the channel.\n\n        Args:\n            data: bytes, or any contiguous buffer. A channel with a type takes what fits the type.\n            timeout: seconds that readers which block may hold this call up; None: for ever; 0: not\n                at all.\n            spin: as of `Endpoint.wait`.\n\n        Returns:\n            How many readers that discard did not get it: their part of the channel is full.\n\n        Raises:\n            TimeoutError: a reader that blocks left no room in time. Nothing was published.\n            MessageTooLong: the channel\047s limit is less.\n            ChannelTypeError: it does not fit the channel\047s type.\n            ChannelCorrupt, ClosedError: as of all calls.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_6Writer_1put = {"put", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_6Writer_1put, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_6Writer_put};
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_6Writer_put, "put($self, data, timeout=None, *, spin=None)\n--\n\nCopy a message into the channel.\n\nArgs:\n    data: bytes, or any contiguous buffer. A channel with a type takes what fits the type.\n    timeout: seconds that readers which block may hold this call up; None: for ever; 0: not\n        at all.\n    spin: as of `Endpoint.wait`.\n\nReturns:\n    How many readers that discard did not get it: their part of the channel is full.\n\nRaises:\n    TimeoutError: a reader that blocks left no room in time. Nothing was published.\n    MessageTooLong: the channel\047s limit is less.\n    ChannelTypeError: it does not fit the channel\047s type.\n    ChannelCorrupt, ClosedError: as of all calls.");
 static PyObject *__pyx_pw_7ivshmem_7channel_8messages_6Writer_1put(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -5975,25 +5972,25 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_data,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 43, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 45, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 43, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 45, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 43, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 45, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put", 0) < (0)) __PYX_ERR(0, 43, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put", 0) < (0)) __PYX_ERR(0, 45, __pyx_L3_error)
 
-      /* "ivshmem/channel/messages.pyx":44
- * 
+      /* "ivshmem/channel/messages.pyx":47
+ *     @cython.binding(False)  # a function that binds adds 40 ns to a call
  *     @cython.critical_section
  *     def put(self, data, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Copy a message into the channel.
@@ -6002,17 +5999,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put", 0, 1, 2, i); __PYX_ERR(0, 43, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put", 0, 1, 2, i); __PYX_ERR(0, 45, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 43, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 45, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 43, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 45, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -6025,7 +6022,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("put", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 43, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("put", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 45, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6038,12 +6035,12 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_6Writer_put(((struct __pyx_obj_7ivshmem_7channel_8messages_Writer *)__pyx_v_self), __pyx_v_data, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/messages.pyx":43
+  /* "ivshmem/channel/messages.pyx":45
  *     """
  * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     @cython.binding(False)  # a function that binds adds 40 ns to a call             # <<<<<<<<<<<<<<
+ *     @cython.critical_section
  *     def put(self, data, timeout=None, *, spin=None):
- *         """Copy a message into the channel.
 */
 
   /* function exit code */
@@ -6057,7 +6054,6 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_put(struct __pyx_obj_7ivshmem_7channel_8messages_Writer *__pyx_v_self, PyObject *__pyx_v_data, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin) {
   Py_buffer __pyx_v_view;
   uint32_t __pyx_v_cell;
-  int __pyx_v_code;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -6070,12 +6066,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_put(struct __pyx_o
   PyObject *__pyx_t_8 = NULL;
   PyObject *__pyx_t_9 = NULL;
   PyObject *__pyx_t_10 = NULL;
-  uint64_t __pyx_t_11;
-  int __pyx_t_12;
-  char const *__pyx_t_13;
+  int __pyx_t_11;
+  char const *__pyx_t_12;
+  PyObject *__pyx_t_13 = NULL;
   PyObject *__pyx_t_14 = NULL;
   PyObject *__pyx_t_15 = NULL;
-  PyObject *__pyx_t_16 = NULL;
+  uint64_t __pyx_t_16;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -6088,18 +6084,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_put(struct __pyx_o
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/messages.pyx":63
+        /* "ivshmem/channel/messages.pyx":66
  *         """
  *         cdef Py_buffer view
  *         cdef uint32_t cell = 0             # <<<<<<<<<<<<<<
- *         cdef int code
  *         if self.type is not None:
+ *             data = self.type.encode(data)
 */
         __pyx_v_cell = 0;
 
-        /* "ivshmem/channel/messages.pyx":65
+        /* "ivshmem/channel/messages.pyx":67
+ *         cdef Py_buffer view
  *         cdef uint32_t cell = 0
- *         cdef int code
  *         if self.type is not None:             # <<<<<<<<<<<<<<
  *             data = self.type.encode(data)
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
@@ -6108,8 +6104,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_put(struct __pyx_o
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/messages.pyx":66
- *         cdef int code
+          /* "ivshmem/channel/messages.pyx":68
+ *         cdef uint32_t cell = 0
  *         if self.type is not None:
  *             data = self.type.encode(data)             # <<<<<<<<<<<<<<
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
@@ -6122,32 +6118,32 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_put(struct __pyx_o
             PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_v_data};
             __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_encode, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 66, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 68, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_DECREF_SET(__pyx_v_data, __pyx_t_3);
           __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/messages.pyx":65
+          /* "ivshmem/channel/messages.pyx":67
+ *         cdef Py_buffer view
  *         cdef uint32_t cell = 0
- *         cdef int code
  *         if self.type is not None:             # <<<<<<<<<<<<<<
  *             data = self.type.encode(data)
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
 */
         }
 
-        /* "ivshmem/channel/messages.pyx":67
+        /* "ivshmem/channel/messages.pyx":69
  *         if self.type is not None:
  *             data = self.type.encode(data)
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             self.enter()  # last: what stands before can run other threads, which close it
 */
-        __pyx_t_6 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 67, __pyx_L4_error)
+        __pyx_t_6 = PyObject_GetBuffer(__pyx_v_data, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 69, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/messages.pyx":68
+        /* "ivshmem/channel/messages.pyx":70
  *             data = self.type.encode(data)
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -6156,315 +6152,265 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_put(struct __pyx_o
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/messages.pyx":69
+          /* "ivshmem/channel/messages.pyx":71
  *         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
  *         try:
  *             self.enter()  # last: what stands before can run other threads, which close it             # <<<<<<<<<<<<<<
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:
  *                 raise self.too_long(view.len)
 */
-          __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 69, __pyx_L8_error)
+          __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 71, __pyx_L8_error)
 
 
-          /* "ivshmem/channel/messages.pyx":70
+          /* "ivshmem/channel/messages.pyx":72
  *         try:
  *             self.enter()  # last: what stands before can run other threads, which close it
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
  *                 raise self.too_long(view.len)
- *             code = self.ready()
+ *             self.find_room(&cell, timeout, spin)
 */
           __pyx_t_2 = (((uint64_t)__pyx_v_view.len) > __pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit);
 
           if (unlikely(__pyx_t_2)) {
 
 
-            /* "ivshmem/channel/messages.pyx":71
+            /* "ivshmem/channel/messages.pyx":73
  *             self.enter()  # last: what stands before can run other threads, which close it
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:
  *                 raise self.too_long(view.len)             # <<<<<<<<<<<<<<
- *             code = self.ready()
- *             if code == IVSHMEM_AGAIN:
+ *             self.find_room(&cell, timeout, spin)
+ *             self.putting += 1
 */
-            __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_view.len); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 71, __pyx_L8_error)
+            __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_view.len); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 73, __pyx_L8_error)
             __Pyx_GOTREF(__pyx_t_3);
             __Pyx_Raise(__pyx_t_3, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-            __PYX_ERR(0, 71, __pyx_L8_error)
+            __PYX_ERR(0, 73, __pyx_L8_error)
 
-            /* "ivshmem/channel/messages.pyx":70
+            /* "ivshmem/channel/messages.pyx":72
  *         try:
  *             self.enter()  # last: what stands before can run other threads, which close it
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
  *                 raise self.too_long(view.len)
- *             code = self.ready()
+ *             self.find_room(&cell, timeout, spin)
 */
           }
 
-          /* "ivshmem/channel/messages.pyx":72
+          /* "ivshmem/channel/messages.pyx":74
  *             if <uint64_t>view.len > self.channel.record.geometry.limit:
  *                 raise self.too_long(view.len)
- *             code = self.ready()             # <<<<<<<<<<<<<<
- *             if code == IVSHMEM_AGAIN:
- *                 code = self.wait(timeout, spin)
-*/
-          __pyx_v_code = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.ready(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self));
-
-          /* "ivshmem/channel/messages.pyx":73
- *                 raise self.too_long(view.len)
- *             code = self.ready()
- *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
- *                 code = self.wait(timeout, spin)
- *                 if code == IVSHMEM_AGAIN:
-*/
-          __pyx_t_2 = (__pyx_v_code == IVSHMEM_AGAIN);
-
-          if (__pyx_t_2) {
-
-
-            /* "ivshmem/channel/messages.pyx":74
- *             code = self.ready()
- *             if code == IVSHMEM_AGAIN:
- *                 code = self.wait(timeout, spin)             # <<<<<<<<<<<<<<
- *                 if code == IVSHMEM_AGAIN:
- *                     raise self.blocked(timeout)
-*/
-            __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_6 == ((int)-2))) __PYX_ERR(0, 74, __pyx_L8_error)
-            __pyx_v_code = __pyx_t_6;
-
-            /* "ivshmem/channel/messages.pyx":75
- *             if code == IVSHMEM_AGAIN:
- *                 code = self.wait(timeout, spin)
- *                 if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
- *                     raise self.blocked(timeout)
- *             if code:
-*/
-            __pyx_t_2 = (__pyx_v_code == IVSHMEM_AGAIN);
-
-            if (unlikely(__pyx_t_2)) {
-
-
-              /* "ivshmem/channel/messages.pyx":76
- *                 code = self.wait(timeout, spin)
- *                 if code == IVSHMEM_AGAIN:
- *                     raise self.blocked(timeout)             # <<<<<<<<<<<<<<
- *             if code:
- *                 raise self.fail(code)
-*/
-              __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.blocked(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_timeout); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 76, __pyx_L8_error)
-              __Pyx_GOTREF(__pyx_t_3);
-              __Pyx_Raise(__pyx_t_3, 0, 0, 0);
-              __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-              __PYX_ERR(0, 76, __pyx_L8_error)
-
-              /* "ivshmem/channel/messages.pyx":75
- *             if code == IVSHMEM_AGAIN:
- *                 code = self.wait(timeout, spin)
- *                 if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
- *                     raise self.blocked(timeout)
- *             if code:
-*/
-            }
-
-            /* "ivshmem/channel/messages.pyx":73
- *                 raise self.too_long(view.len)
- *             code = self.ready()
- *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
- *                 code = self.wait(timeout, spin)
- *                 if code == IVSHMEM_AGAIN:
-*/
-          }
-
-          /* "ivshmem/channel/messages.pyx":77
- *                 if code == IVSHMEM_AGAIN:
- *                     raise self.blocked(timeout)
- *             if code:             # <<<<<<<<<<<<<<
- *                 raise self.fail(code)
- *             self.loan_cell(&cell)
-*/
-          __pyx_t_2 = (__pyx_v_code != 0);
-
-          if (unlikely(__pyx_t_2)) {
-
-
-            /* "ivshmem/channel/messages.pyx":78
- *                     raise self.blocked(timeout)
- *             if code:
- *                 raise self.fail(code)             # <<<<<<<<<<<<<<
- *             self.loan_cell(&cell)
+ *             self.find_room(&cell, timeout, spin)             # <<<<<<<<<<<<<<
+ *             self.putting += 1
  *             try:
 */
-            __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 78, __pyx_L8_error)
-            __Pyx_GOTREF(__pyx_t_3);
-            __Pyx_Raise(__pyx_t_3, 0, 0, 0);
-            __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-            __PYX_ERR(0, 78, __pyx_L8_error)
+          __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.find_room(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), (&__pyx_v_cell), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 74, __pyx_L8_error)
 
-            /* "ivshmem/channel/messages.pyx":77
- *                 if code == IVSHMEM_AGAIN:
- *                     raise self.blocked(timeout)
- *             if code:             # <<<<<<<<<<<<<<
- *                 raise self.fail(code)
- *             self.loan_cell(&cell)
-*/
-          }
 
-          /* "ivshmem/channel/messages.pyx":79
- *             if code:
- *                 raise self.fail(code)
- *             self.loan_cell(&cell)             # <<<<<<<<<<<<<<
+          /* "ivshmem/channel/messages.pyx":75
+ *                 raise self.too_long(view.len)
+ *             self.find_room(&cell, timeout, spin)
+ *             self.putting += 1             # <<<<<<<<<<<<<<
  *             try:
  *                 self.copy_in(cell, <const char *>view.buf, view.len)
 */
-          __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.loan_cell(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), (&__pyx_v_cell)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 79, __pyx_L8_error)
+          __pyx_v_self->__pyx_base.putting = (__pyx_v_self->__pyx_base.putting + 1);
 
-
-          /* "ivshmem/channel/messages.pyx":80
- *                 raise self.fail(code)
- *             self.loan_cell(&cell)
+          /* "ivshmem/channel/messages.pyx":76
+ *             self.find_room(&cell, timeout, spin)
+ *             self.putting += 1
  *             try:             # <<<<<<<<<<<<<<
  *                 self.copy_in(cell, <const char *>view.buf, view.len)
  *                 if view.len >= LARGE:
 */
-          {
-            __Pyx_PyThreadState_declare
-            __Pyx_PyThreadState_assign
-            __Pyx_ExceptionSave(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9);
-            __Pyx_XGOTREF(__pyx_t_7);
-            __Pyx_XGOTREF(__pyx_t_8);
-            __Pyx_XGOTREF(__pyx_t_9);
-            /*try:*/ {
+          /*try:*/ {
+            {
+              __Pyx_PyThreadState_declare
+              __Pyx_PyThreadState_assign
+              __Pyx_ExceptionSave(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9);
+              __Pyx_XGOTREF(__pyx_t_7);
+              __Pyx_XGOTREF(__pyx_t_8);
+              __Pyx_XGOTREF(__pyx_t_9);
+              /*try:*/ {
 
-              /* "ivshmem/channel/messages.pyx":81
- *             self.loan_cell(&cell)
+                /* "ivshmem/channel/messages.pyx":77
+ *             self.putting += 1
  *             try:
  *                 self.copy_in(cell, <const char *>view.buf, view.len)             # <<<<<<<<<<<<<<
  *                 if view.len >= LARGE:
  *                     self.wait_again(timeout)
 */
-              __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_in(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell, ((char const *)__pyx_v_view.buf), __pyx_v_view.len); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 81, __pyx_L14_error)
+                __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_in(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell, ((char const *)__pyx_v_view.buf), __pyx_v_view.len); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 77, __pyx_L14_error)
 
 
-              /* "ivshmem/channel/messages.pyx":82
+                /* "ivshmem/channel/messages.pyx":78
  *             try:
  *                 self.copy_in(cell, <const char *>view.buf, view.len)
  *                 if view.len >= LARGE:             # <<<<<<<<<<<<<<
  *                     self.wait_again(timeout)
  *             except BaseException:
 */
-              __pyx_t_2 = (__pyx_v_view.len >= __pyx_e_7ivshmem_7channel_5roles_LARGE);
+                __pyx_t_2 = (__pyx_v_view.len >= __pyx_e_7ivshmem_7channel_5roles_LARGE);
 
-              if (__pyx_t_2) {
+                if (__pyx_t_2) {
 
 
-                /* "ivshmem/channel/messages.pyx":83
+                  /* "ivshmem/channel/messages.pyx":79
  *                 self.copy_in(cell, <const char *>view.buf, view.len)
  *                 if view.len >= LARGE:
  *                     self.wait_again(timeout)             # <<<<<<<<<<<<<<
  *             except BaseException:
  *                 ivshmem_loan_drop(&self.writer, cell)
 */
-                __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait_again(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_timeout); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 83, __pyx_L14_error)
+                  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.wait_again(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_timeout); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 79, __pyx_L14_error)
 
 
-                /* "ivshmem/channel/messages.pyx":82
+                  /* "ivshmem/channel/messages.pyx":78
  *             try:
  *                 self.copy_in(cell, <const char *>view.buf, view.len)
  *                 if view.len >= LARGE:             # <<<<<<<<<<<<<<
  *                     self.wait_again(timeout)
  *             except BaseException:
 */
-              }
+                }
 
-              /* "ivshmem/channel/messages.pyx":80
- *                 raise self.fail(code)
- *             self.loan_cell(&cell)
+                /* "ivshmem/channel/messages.pyx":76
+ *             self.find_room(&cell, timeout, spin)
+ *             self.putting += 1
  *             try:             # <<<<<<<<<<<<<<
  *                 self.copy_in(cell, <const char *>view.buf, view.len)
  *                 if view.len >= LARGE:
 */
-            }
-            __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-            __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
-            __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-            goto __pyx_L19_try_end;
-            __pyx_L14_error:;
-            __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-            __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+              }
+              __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
+              __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
+              __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
+              goto __pyx_L19_try_end;
+              __pyx_L14_error:;
+              __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+              __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-            /* "ivshmem/channel/messages.pyx":84
+              /* "ivshmem/channel/messages.pyx":80
  *                 if view.len >= LARGE:
  *                     self.wait_again(timeout)
  *             except BaseException:             # <<<<<<<<<<<<<<
  *                 ivshmem_loan_drop(&self.writer, cell)
  *                 raise
 */
-            __pyx_t_6 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
-            if (__pyx_t_6) {
-              __Pyx_AddTraceback("ivshmem.channel.messages.Writer.put", __pyx_clineno, __pyx_lineno, __pyx_filename);
-              if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_4, &__pyx_t_10) < 0) __PYX_ERR(0, 84, __pyx_L16_except_error)
-              __Pyx_XGOTREF(__pyx_t_3);
-              __Pyx_XGOTREF(__pyx_t_4);
-              __Pyx_XGOTREF(__pyx_t_10);
+              __pyx_t_6 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
+              if (__pyx_t_6) {
+                __Pyx_AddTraceback("ivshmem.channel.messages.Writer.put", __pyx_clineno, __pyx_lineno, __pyx_filename);
+                if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_4, &__pyx_t_10) < 0) __PYX_ERR(0, 80, __pyx_L16_except_error)
+                __Pyx_XGOTREF(__pyx_t_3);
+                __Pyx_XGOTREF(__pyx_t_4);
+                __Pyx_XGOTREF(__pyx_t_10);
 
-              /* "ivshmem/channel/messages.pyx":85
+                /* "ivshmem/channel/messages.pyx":81
  *                     self.wait_again(timeout)
  *             except BaseException:
  *                 ivshmem_loan_drop(&self.writer, cell)             # <<<<<<<<<<<<<<
  *                 raise
- *             self.send(cell, view.len, 0)
+ *             finally:
 */
-              ivshmem_loan_drop((&__pyx_v_self->__pyx_base.writer), __pyx_v_cell);
+                ivshmem_loan_drop((&__pyx_v_self->__pyx_base.writer), __pyx_v_cell);
 
-              /* "ivshmem/channel/messages.pyx":86
+                /* "ivshmem/channel/messages.pyx":82
  *             except BaseException:
  *                 ivshmem_loan_drop(&self.writer, cell)
  *                 raise             # <<<<<<<<<<<<<<
- *             self.send(cell, view.len, 0)
- *             return self.writer.missed
+ *             finally:
+ *                 self.putting -= 1
 */
-              __Pyx_GIVEREF(__pyx_t_3);
-              __Pyx_GIVEREF(__pyx_t_4);
-              __Pyx_XGIVEREF(__pyx_t_10);
-              __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_4, __pyx_t_10);
-              __pyx_t_3 = 0;  __pyx_t_4 = 0;  __pyx_t_10 = 0; 
-              __PYX_ERR(0, 86, __pyx_L16_except_error)
-            }
-            goto __pyx_L16_except_error;
+                __Pyx_GIVEREF(__pyx_t_3);
+                __Pyx_GIVEREF(__pyx_t_4);
+                __Pyx_XGIVEREF(__pyx_t_10);
+                __Pyx_ErrRestoreWithState(__pyx_t_3, __pyx_t_4, __pyx_t_10);
+                __pyx_t_3 = 0;  __pyx_t_4 = 0;  __pyx_t_10 = 0; 
+                __PYX_ERR(0, 82, __pyx_L16_except_error)
+              }
+              goto __pyx_L16_except_error;
 
-            /* "ivshmem/channel/messages.pyx":80
- *                 raise self.fail(code)
- *             self.loan_cell(&cell)
+              /* "ivshmem/channel/messages.pyx":76
+ *             self.find_room(&cell, timeout, spin)
+ *             self.putting += 1
  *             try:             # <<<<<<<<<<<<<<
  *                 self.copy_in(cell, <const char *>view.buf, view.len)
  *                 if view.len >= LARGE:
 */
-            __pyx_L16_except_error:;
-            __Pyx_XGIVEREF(__pyx_t_7);
-            __Pyx_XGIVEREF(__pyx_t_8);
-            __Pyx_XGIVEREF(__pyx_t_9);
-            __Pyx_ExceptionReset(__pyx_t_7, __pyx_t_8, __pyx_t_9);
-            goto __pyx_L8_error;
-            __pyx_L19_try_end:;
+              __pyx_L16_except_error:;
+              __Pyx_XGIVEREF(__pyx_t_7);
+              __Pyx_XGIVEREF(__pyx_t_8);
+              __Pyx_XGIVEREF(__pyx_t_9);
+              __Pyx_ExceptionReset(__pyx_t_7, __pyx_t_8, __pyx_t_9);
+              goto __pyx_L12_error;
+              __pyx_L19_try_end:;
+            }
           }
 
-          /* "ivshmem/channel/messages.pyx":87
- *                 ivshmem_loan_drop(&self.writer, cell)
+          /* "ivshmem/channel/messages.pyx":84
  *                 raise
+ *             finally:
+ *                 self.putting -= 1             # <<<<<<<<<<<<<<
+ *             self.send(cell, view.len, 0)
+ *             return self.writer.missed
+*/
+          /*finally:*/ {
+            /*normal exit:*/{
+              __pyx_v_self->__pyx_base.putting = (__pyx_v_self->__pyx_base.putting - 1);
+              goto __pyx_L13;
+            }
+            __pyx_L12_error:;
+            /*exception exit:*/{
+              __Pyx_PyThreadState_declare
+              __Pyx_PyThreadState_assign
+              __pyx_t_9 = 0; __pyx_t_8 = 0; __pyx_t_7 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0;
+              __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
+              __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+              __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+               __Pyx_ExceptionSwap(&__pyx_t_13, &__pyx_t_14, &__pyx_t_15);
+              if ( unlikely(__Pyx_GetException(&__pyx_t_9, &__pyx_t_8, &__pyx_t_7) < 0)) __Pyx_ErrFetch(&__pyx_t_9, &__pyx_t_8, &__pyx_t_7);
+              __Pyx_XGOTREF(__pyx_t_9);
+              __Pyx_XGOTREF(__pyx_t_8);
+              __Pyx_XGOTREF(__pyx_t_7);
+              __Pyx_XGOTREF(__pyx_t_13);
+              __Pyx_XGOTREF(__pyx_t_14);
+              __Pyx_XGOTREF(__pyx_t_15);
+              __pyx_t_6 = __pyx_lineno; __pyx_t_11 = __pyx_clineno; __pyx_t_12 = __pyx_filename;
+              {
+                __pyx_v_self->__pyx_base.putting = (__pyx_v_self->__pyx_base.putting - 1);
+              }
+              __Pyx_XGIVEREF(__pyx_t_13);
+              __Pyx_XGIVEREF(__pyx_t_14);
+              __Pyx_XGIVEREF(__pyx_t_15);
+              __Pyx_ExceptionReset(__pyx_t_13, __pyx_t_14, __pyx_t_15);
+              __Pyx_XGIVEREF(__pyx_t_9);
+              __Pyx_XGIVEREF(__pyx_t_8);
+              __Pyx_XGIVEREF(__pyx_t_7);
+              __Pyx_ErrRestore(__pyx_t_9, __pyx_t_8, __pyx_t_7);
+              __pyx_t_9 = 0; __pyx_t_8 = 0; __pyx_t_7 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0;
+              __pyx_lineno = __pyx_t_6; __pyx_clineno = __pyx_t_11; __pyx_filename = __pyx_t_12;
+              goto __pyx_L8_error;
+            }
+            __pyx_L13:;
+          }
+
+          /* "ivshmem/channel/messages.pyx":85
+ *             finally:
+ *                 self.putting -= 1
  *             self.send(cell, view.len, 0)             # <<<<<<<<<<<<<<
  *             return self.writer.missed
  *         finally:
 */
-          __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.send(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell, __pyx_v_view.len, 0); if (unlikely(__pyx_t_11 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 87, __pyx_L8_error)
+          __pyx_t_16 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.send(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell, __pyx_v_view.len, 0); if (unlikely(__pyx_t_16 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 85, __pyx_L8_error)
 
 
-          /* "ivshmem/channel/messages.pyx":88
- *                 raise
+          /* "ivshmem/channel/messages.pyx":86
+ *                 self.putting -= 1
  *             self.send(cell, view.len, 0)
  *             return self.writer.missed             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_10 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.writer.missed); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 88, __pyx_L8_error)
+          __pyx_t_10 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.writer.missed); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 86, __pyx_L8_error)
           __Pyx_GOTREF(__pyx_t_10);
           {
             PyObject *__pyx_temp;
@@ -6479,7 +6425,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_put(struct __pyx_o
           goto __pyx_L7_return;
         }
 
-        /* "ivshmem/channel/messages.pyx":90
+        /* "ivshmem/channel/messages.pyx":88
  *             return self.writer.missed
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -6491,59 +6437,59 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_put(struct __pyx_o
           /*exception exit:*/{
             __Pyx_PyThreadState_declare
             __Pyx_PyThreadState_assign
-            __pyx_t_9 = 0; __pyx_t_8 = 0; __pyx_t_7 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0;
+            __pyx_t_15 = 0; __pyx_t_14 = 0; __pyx_t_13 = 0; __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0;
             __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
             __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-             __Pyx_ExceptionSwap(&__pyx_t_14, &__pyx_t_15, &__pyx_t_16);
-            if ( unlikely(__Pyx_GetException(&__pyx_t_9, &__pyx_t_8, &__pyx_t_7) < 0)) __Pyx_ErrFetch(&__pyx_t_9, &__pyx_t_8, &__pyx_t_7);
-            __Pyx_XGOTREF(__pyx_t_9);
-            __Pyx_XGOTREF(__pyx_t_8);
-            __Pyx_XGOTREF(__pyx_t_7);
-            __Pyx_XGOTREF(__pyx_t_14);
+             __Pyx_ExceptionSwap(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9);
+            if ( unlikely(__Pyx_GetException(&__pyx_t_15, &__pyx_t_14, &__pyx_t_13) < 0)) __Pyx_ErrFetch(&__pyx_t_15, &__pyx_t_14, &__pyx_t_13);
             __Pyx_XGOTREF(__pyx_t_15);
-            __Pyx_XGOTREF(__pyx_t_16);
-            __pyx_t_6 = __pyx_lineno; __pyx_t_12 = __pyx_clineno; __pyx_t_13 = __pyx_filename;
+            __Pyx_XGOTREF(__pyx_t_14);
+            __Pyx_XGOTREF(__pyx_t_13);
+            __Pyx_XGOTREF(__pyx_t_7);
+            __Pyx_XGOTREF(__pyx_t_8);
+            __Pyx_XGOTREF(__pyx_t_9);
+            __pyx_t_11 = __pyx_lineno; __pyx_t_6 = __pyx_clineno; __pyx_t_12 = __pyx_filename;
             {
               PyBuffer_Release((&__pyx_v_view));
             }
-            __Pyx_XGIVEREF(__pyx_t_14);
-            __Pyx_XGIVEREF(__pyx_t_15);
-            __Pyx_XGIVEREF(__pyx_t_16);
-            __Pyx_ExceptionReset(__pyx_t_14, __pyx_t_15, __pyx_t_16);
-            __Pyx_XGIVEREF(__pyx_t_9);
-            __Pyx_XGIVEREF(__pyx_t_8);
             __Pyx_XGIVEREF(__pyx_t_7);
-            __Pyx_ErrRestore(__pyx_t_9, __pyx_t_8, __pyx_t_7);
-            __pyx_t_9 = 0; __pyx_t_8 = 0; __pyx_t_7 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0;
-            __pyx_lineno = __pyx_t_6; __pyx_clineno = __pyx_t_12; __pyx_filename = __pyx_t_13;
+            __Pyx_XGIVEREF(__pyx_t_8);
+            __Pyx_XGIVEREF(__pyx_t_9);
+            __Pyx_ExceptionReset(__pyx_t_7, __pyx_t_8, __pyx_t_9);
+            __Pyx_XGIVEREF(__pyx_t_15);
+            __Pyx_XGIVEREF(__pyx_t_14);
+            __Pyx_XGIVEREF(__pyx_t_13);
+            __Pyx_ErrRestore(__pyx_t_15, __pyx_t_14, __pyx_t_13);
+            __pyx_t_15 = 0; __pyx_t_14 = 0; __pyx_t_13 = 0; __pyx_t_7 = 0; __pyx_t_8 = 0; __pyx_t_9 = 0;
+            __pyx_lineno = __pyx_t_11; __pyx_clineno = __pyx_t_6; __pyx_filename = __pyx_t_12;
             goto __pyx_L4_error;
           }
           __pyx_L7_return: {
-            __pyx_t_16 = __pyx_r;
+            __pyx_t_9 = __pyx_r;
             __pyx_r = 0;
             PyBuffer_Release((&__pyx_v_view));
-            __pyx_r = __pyx_t_16;
-            __pyx_t_16 = 0;
+            __pyx_r = __pyx_t_9;
+            __pyx_t_9 = 0;
             goto __pyx_L3_return;
           }
         }
       }
 
-      /* "ivshmem/channel/messages.pyx":43
+      /* "ivshmem/channel/messages.pyx":45
  *     """
  * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     @cython.binding(False)  # a function that binds adds 40 ns to a call             # <<<<<<<<<<<<<<
+ *     @cython.critical_section
  *     def put(self, data, timeout=None, *, spin=None):
- *         """Copy a message into the channel.
 */
       /*finally:*/ {
         __pyx_L3_return: {
-          __pyx_t_16 = __pyx_r;
+          __pyx_t_9 = __pyx_r;
           __pyx_r = 0;
           __Pyx_PyCriticalSection_End(&__pyx_cs);
-          __pyx_r = __pyx_t_16;
-          __pyx_t_16 = 0;
+          __pyx_r = __pyx_t_9;
+          __pyx_t_9 = 0;
           goto __pyx_L0;
         }
         __pyx_L4_error: {
@@ -6567,14 +6513,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_put(struct __pyx_o
   __pyx_L0:;
 
 
-
   __Pyx_XDECREF(__pyx_v_data);
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":92
+/* "ivshmem/channel/messages.pyx":90
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6624,24 +6569,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_parts,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 92, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 90, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 92, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 90, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 92, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 90, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_parts", 0) < (0)) __PYX_ERR(0, 92, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_parts", 0) < (0)) __PYX_ERR(0, 90, __pyx_L3_error)
 
-      /* "ivshmem/channel/messages.pyx":93
+      /* "ivshmem/channel/messages.pyx":91
  * 
  *     @cython.critical_section
  *     def put_parts(self, parts, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -6651,17 +6596,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_parts", 0, 1, 2, i); __PYX_ERR(0, 92, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_parts", 0, 1, 2, i); __PYX_ERR(0, 90, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 92, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 90, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 92, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 90, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -6674,7 +6619,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("put_parts", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 92, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("put_parts", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 90, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6687,7 +6632,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(((struct __pyx_obj_7ivshmem_7channel_8messages_Writer *)__pyx_v_self), __pyx_v_parts, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/messages.pyx":92
+  /* "ivshmem/channel/messages.pyx":90
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6746,7 +6691,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/messages.pyx":96
+        /* "ivshmem/channel/messages.pyx":94
  *         """Copy several buffers into one message, one after the other; otherwise as `put`."""
  *         cdef Loan loan
  *         buffers = [memoryview(part).cast("B") for part in parts]             # <<<<<<<<<<<<<<
@@ -6754,16 +6699,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
  *         try:
 */
         { /* enter inner scope */
-          __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 96, __pyx_L8_error)
+          __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 94, __pyx_L8_error)
           __Pyx_GOTREF(__pyx_t_2);
           if (likely(PyList_CheckExact(__pyx_v_parts)) || PyTuple_CheckExact(__pyx_v_parts)) {
             __pyx_t_3 = __pyx_v_parts; __Pyx_INCREF(__pyx_t_3);
             __pyx_t_4 = 0;
             __pyx_t_5 = NULL;
           } else {
-            __pyx_t_4 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_v_parts); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 96, __pyx_L8_error)
+            __pyx_t_4 = -1; __pyx_t_3 = PyObject_GetIter(__pyx_v_parts); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 94, __pyx_L8_error)
             __Pyx_GOTREF(__pyx_t_3);
-            __pyx_t_5 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 96, __pyx_L8_error)
+            __pyx_t_5 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_3); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 94, __pyx_L8_error)
           }
           for (;;) {
             if (likely(!__pyx_t_5)) {
@@ -6771,7 +6716,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
                 {
                   Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_3);
                   #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 96, __pyx_L8_error)
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 94, __pyx_L8_error)
                   #endif
                   if (__pyx_t_4 >= __pyx_temp) break;
                 }
@@ -6781,7 +6726,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
                 {
                   Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_3);
                   #if !CYTHON_ASSUME_SAFE_SIZE
-                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 96, __pyx_L8_error)
+                  if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 94, __pyx_L8_error)
                   #endif
                   if (__pyx_t_4 >= __pyx_temp) break;
                 }
@@ -6792,13 +6737,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
                 #endif
                 ++__pyx_t_4;
               }
-              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 96, __pyx_L8_error)
+              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 94, __pyx_L8_error)
             } else {
               __pyx_t_6 = __pyx_t_5(__pyx_t_3);
               if (unlikely(!__pyx_t_6)) {
                 PyObject* exc_type = PyErr_Occurred();
                 if (exc_type) {
-                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 96, __pyx_L8_error)
+                  if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 94, __pyx_L8_error)
                   PyErr_Clear();
                 }
                 break;
@@ -6807,7 +6752,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
             __Pyx_GOTREF(__pyx_t_6);
             __Pyx_XDECREF_SET(__pyx_7genexpr__pyx_v_part, __pyx_t_6);
             __pyx_t_6 = 0;
-            __pyx_t_8 = PyMemoryView_FromObject(__pyx_7genexpr__pyx_v_part); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 96, __pyx_L8_error)
+            __pyx_t_8 = PyMemoryView_FromObject(__pyx_7genexpr__pyx_v_part); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 94, __pyx_L8_error)
             __Pyx_GOTREF(__pyx_t_8);
             __pyx_t_7 = __pyx_t_8;
             __Pyx_INCREF(__pyx_t_7);
@@ -6817,11 +6762,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
               __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cast, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
               __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 96, __pyx_L8_error)
+              if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 94, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_6);
             }
-            if (!(likely(PyMemoryView_Check(__pyx_t_6))||((__pyx_t_6) == Py_None) || __Pyx_RaiseUnexpectedTypeError("memoryview", __pyx_t_6))) __PYX_ERR(0, 96, __pyx_L8_error)
-            if (unlikely(__Pyx_ListComp_Append(__pyx_t_2, __pyx_t_6))) __PYX_ERR(0, 96, __pyx_L8_error)
+            if (!(likely(PyMemoryView_Check(__pyx_t_6))||((__pyx_t_6) == Py_None) || __Pyx_RaiseUnexpectedTypeError("memoryview", __pyx_t_6))) __PYX_ERR(0, 94, __pyx_L8_error)
+            if (unlikely(__Pyx_ListComp_Append(__pyx_t_2, __pyx_t_6))) __PYX_ERR(0, 94, __pyx_L8_error)
             __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -6835,7 +6780,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
         __pyx_v_buffers = ((PyObject*)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/messages.pyx":97
+        /* "ivshmem/channel/messages.pyx":95
  *         cdef Loan loan
  *         buffers = [memoryview(part).cast("B") for part in parts]
  *         loan = self.loan(sum(map(len, buffers)))             # <<<<<<<<<<<<<<
@@ -6846,7 +6791,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
         __Pyx_INCREF(__pyx_t_3);
         __pyx_t_8 = NULL;
         __pyx_t_10 = NULL;
-        __pyx_t_11 = __Pyx_GetBuiltinName(__pyx_mstate_global->__pyx_n_u_len); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 97, __pyx_L4_error)
+        __pyx_t_11 = __Pyx_GetBuiltinName(__pyx_mstate_global->__pyx_n_u_len); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 95, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_11);
         __pyx_t_9 = 1;
         {
@@ -6854,7 +6799,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
           __pyx_t_7 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_map, __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
           __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-          if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 97, __pyx_L4_error)
+          if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 95, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
         }
         __pyx_t_9 = 1;
@@ -6863,7 +6808,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
           __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)__pyx_builtin_sum, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
           __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 97, __pyx_L4_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 95, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
         }
         __pyx_t_9 = 0;
@@ -6872,14 +6817,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
           __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_loan, __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 97, __pyx_L4_error)
+          if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 95, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_2);
         }
-        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan))))) __PYX_ERR(0, 97, __pyx_L4_error)
+        if (!(likely(((__pyx_t_2) == Py_None) || likely(__Pyx_TypeTest(__pyx_t_2, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan))))) __PYX_ERR(0, 95, __pyx_L4_error)
         __pyx_v_loan = ((struct __pyx_obj_7ivshmem_7channel_8messages_Loan *)__pyx_t_2);
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/messages.pyx":98
+        /* "ivshmem/channel/messages.pyx":96
  *         buffers = [memoryview(part).cast("B") for part in parts]
  *         loan = self.loan(sum(map(len, buffers)))
  *         try:             # <<<<<<<<<<<<<<
@@ -6895,7 +6840,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
           __Pyx_XGOTREF(__pyx_t_14);
           /*try:*/ {
 
-            /* "ivshmem/channel/messages.pyx":99
+            /* "ivshmem/channel/messages.pyx":97
  *         loan = self.loan(sum(map(len, buffers)))
  *         try:
  *             with memoryview(loan) as into:             # <<<<<<<<<<<<<<
@@ -6903,12 +6848,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
  *                 for part in buffers:
 */
             /*with:*/ {
-              __pyx_t_2 = PyMemoryView_FromObject(((PyObject *)__pyx_v_loan)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 99, __pyx_L13_error)
+              __pyx_t_2 = PyMemoryView_FromObject(((PyObject *)__pyx_v_loan)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 97, __pyx_L13_error)
               __Pyx_GOTREF(__pyx_t_2);
-              __pyx_t_15 = __Pyx_PyObject_LookupSpecial(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 99, __pyx_L13_error)
+              __pyx_t_15 = __Pyx_PyObject_LookupSpecial(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_exit); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 97, __pyx_L13_error)
               __Pyx_GOTREF(__pyx_t_15);
               __pyx_t_3 = NULL;
-              __pyx_t_7 = __Pyx_PyObject_LookupSpecial(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 99, __pyx_L19_error)
+              __pyx_t_7 = __Pyx_PyObject_LookupSpecial(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_enter); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 97, __pyx_L19_error)
               __Pyx_GOTREF(__pyx_t_7);
               __pyx_t_9 = 1;
               #if CYTHON_UNPACK_METHODS
@@ -6927,7 +6872,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
                 __pyx_t_6 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_9, (1-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
                 __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-                if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 99, __pyx_L19_error)
+                if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 97, __pyx_L19_error)
                 __Pyx_GOTREF(__pyx_t_6);
               }
               __pyx_t_7 = __pyx_t_6;
@@ -6945,7 +6890,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
                     __pyx_v_into = __pyx_t_7;
                     __pyx_t_7 = 0;
 
-                    /* "ivshmem/channel/messages.pyx":100
+                    /* "ivshmem/channel/messages.pyx":98
  *         try:
  *             with memoryview(loan) as into:
  *                 at = 0             # <<<<<<<<<<<<<<
@@ -6955,7 +6900,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
                     __Pyx_INCREF(__pyx_mstate_global->__pyx_int_0);
                     __pyx_v_at = __pyx_mstate_global->__pyx_int_0;
 
-                    /* "ivshmem/channel/messages.pyx":101
+                    /* "ivshmem/channel/messages.pyx":99
  *             with memoryview(loan) as into:
  *                 at = 0
  *                 for part in buffers:             # <<<<<<<<<<<<<<
@@ -6968,52 +6913,52 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
                       {
                         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_7);
                         #if !CYTHON_ASSUME_SAFE_SIZE
-                        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 101, __pyx_L23_error)
+                        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 99, __pyx_L23_error)
                         #endif
                         if (__pyx_t_4 >= __pyx_temp) break;
                       }
                       __pyx_t_2 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_7, __pyx_t_4, __Pyx_ReferenceSharing_OwnStrongReference);
                       ++__pyx_t_4;
-                      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 101, __pyx_L23_error)
+                      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 99, __pyx_L23_error)
                       __Pyx_GOTREF(__pyx_t_2);
                       __Pyx_XDECREF_SET(__pyx_v_part, __pyx_t_2);
                       __pyx_t_2 = 0;
 
-                      /* "ivshmem/channel/messages.pyx":102
+                      /* "ivshmem/channel/messages.pyx":100
  *                 at = 0
  *                 for part in buffers:
  *                     into[at : at + len(part)] = part             # <<<<<<<<<<<<<<
  *                     at += len(part)
  *         except BaseException:
 */
-                      __pyx_t_19 = PyObject_Length(__pyx_v_part); if (unlikely(__pyx_t_19 == ((Py_ssize_t)-1))) __PYX_ERR(0, 102, __pyx_L23_error)
-                      __pyx_t_2 = PyLong_FromSsize_t(__pyx_t_19); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 102, __pyx_L23_error)
+                      __pyx_t_19 = PyObject_Length(__pyx_v_part); if (unlikely(__pyx_t_19 == ((Py_ssize_t)-1))) __PYX_ERR(0, 100, __pyx_L23_error)
+                      __pyx_t_2 = PyLong_FromSsize_t(__pyx_t_19); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 100, __pyx_L23_error)
                       __Pyx_GOTREF(__pyx_t_2);
 
-                      __pyx_t_6 = __Pyx_PyNumber_Add_int_int(__pyx_v_at, __pyx_t_2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 102, __pyx_L23_error)
+                      __pyx_t_6 = __Pyx_PyNumber_Add_int_int(__pyx_v_at, __pyx_t_2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 100, __pyx_L23_error)
                       __Pyx_GOTREF(__pyx_t_6);
                       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-                      if (__Pyx_PyObject_SetSlice(__pyx_v_into, __pyx_v_part, 0, 0, &__pyx_v_at, &__pyx_t_6, NULL, 0, 0, 1) < (0)) __PYX_ERR(0, 102, __pyx_L23_error)
+                      if (__Pyx_PyObject_SetSlice(__pyx_v_into, __pyx_v_part, 0, 0, &__pyx_v_at, &__pyx_t_6, NULL, 0, 0, 1) < (0)) __PYX_ERR(0, 100, __pyx_L23_error)
                       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-                      /* "ivshmem/channel/messages.pyx":103
+                      /* "ivshmem/channel/messages.pyx":101
  *                 for part in buffers:
  *                     into[at : at + len(part)] = part
  *                     at += len(part)             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             loan.drop()
 */
-                      __pyx_t_19 = PyObject_Length(__pyx_v_part); if (unlikely(__pyx_t_19 == ((Py_ssize_t)-1))) __PYX_ERR(0, 103, __pyx_L23_error)
-                      __pyx_t_6 = PyLong_FromSsize_t(__pyx_t_19); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 103, __pyx_L23_error)
+                      __pyx_t_19 = PyObject_Length(__pyx_v_part); if (unlikely(__pyx_t_19 == ((Py_ssize_t)-1))) __PYX_ERR(0, 101, __pyx_L23_error)
+                      __pyx_t_6 = PyLong_FromSsize_t(__pyx_t_19); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 101, __pyx_L23_error)
                       __Pyx_GOTREF(__pyx_t_6);
 
-                      __pyx_t_2 = __Pyx_PyNumber_InPlaceAdd_int_int(__pyx_v_at, __pyx_t_6); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 103, __pyx_L23_error)
+                      __pyx_t_2 = __Pyx_PyNumber_InPlaceAdd_int_int(__pyx_v_at, __pyx_t_6); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 101, __pyx_L23_error)
                       __Pyx_GOTREF(__pyx_t_2);
                       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
                       __Pyx_DECREF_SET(__pyx_v_at, ((PyObject*)__pyx_t_2));
                       __pyx_t_2 = 0;
 
-                      /* "ivshmem/channel/messages.pyx":101
+                      /* "ivshmem/channel/messages.pyx":99
  *             with memoryview(loan) as into:
  *                 at = 0
  *                 for part in buffers:             # <<<<<<<<<<<<<<
@@ -7023,7 +6968,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
                     }
                     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-                    /* "ivshmem/channel/messages.pyx":99
+                    /* "ivshmem/channel/messages.pyx":97
  *         loan = self.loan(sum(map(len, buffers)))
  *         try:
  *             with memoryview(loan) as into:             # <<<<<<<<<<<<<<
@@ -7045,23 +6990,23 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
                   __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
                   /*except:*/ {
                     __Pyx_AddTraceback("ivshmem.channel.messages.Writer.put_parts", __pyx_clineno, __pyx_lineno, __pyx_filename);
-                    if (__Pyx_GetException(&__pyx_t_7, &__pyx_t_2, &__pyx_t_6) < 0) __PYX_ERR(0, 99, __pyx_L25_except_error)
+                    if (__Pyx_GetException(&__pyx_t_7, &__pyx_t_2, &__pyx_t_6) < 0) __PYX_ERR(0, 97, __pyx_L25_except_error)
                     __Pyx_XGOTREF(__pyx_t_7);
                     __Pyx_XGOTREF(__pyx_t_2);
                     __Pyx_XGOTREF(__pyx_t_6);
                     {
                       PyObject* __pyx_temp[3] = {__pyx_t_7, __pyx_t_2, __pyx_t_6};
-                      __pyx_t_3 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 99, __pyx_L25_except_error)
+                      __pyx_t_3 = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 97, __pyx_L25_except_error)
                       __Pyx_GOTREF(__pyx_t_3);
                     }
                     __pyx_t_20 = __Pyx_PyObject_Call(__pyx_t_15, __pyx_t_3, NULL);
                     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
                     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-                    if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 99, __pyx_L25_except_error)
+                    if (unlikely(!__pyx_t_20)) __PYX_ERR(0, 97, __pyx_L25_except_error)
                     __Pyx_GOTREF(__pyx_t_20);
                     __pyx_t_21 = __Pyx_PyObject_IsTrue(__pyx_t_20);
                     __Pyx_DECREF(__pyx_t_20); __pyx_t_20 = 0;
-                    if (__pyx_t_21 < (0)) __PYX_ERR(0, 99, __pyx_L25_except_error)
+                    if (__pyx_t_21 < (0)) __PYX_ERR(0, 97, __pyx_L25_except_error)
                     __pyx_t_22 = (!__pyx_t_21);
 
 
@@ -7072,7 +7017,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
                       __Pyx_XGIVEREF(__pyx_t_6);
                       __Pyx_ErrRestoreWithState(__pyx_t_7, __pyx_t_2, __pyx_t_6);
                       __pyx_t_7 = 0;  __pyx_t_2 = 0;  __pyx_t_6 = 0; 
-                      __PYX_ERR(0, 99, __pyx_L25_except_error)
+                      __PYX_ERR(0, 97, __pyx_L25_except_error)
                     }
                     __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
                     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -7098,7 +7043,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
                   if (__pyx_t_15) {
                     __pyx_t_18 = __Pyx_PyObject_Call(__pyx_t_15, __pyx_mstate_global->__pyx_tuple[0], NULL);
                     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-                    if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 99, __pyx_L13_error)
+                    if (unlikely(!__pyx_t_18)) __PYX_ERR(0, 97, __pyx_L13_error)
                     __Pyx_GOTREF(__pyx_t_18);
                     __Pyx_DECREF(__pyx_t_18); __pyx_t_18 = 0;
                   }
@@ -7113,7 +7058,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
               __pyx_L35:;
             }
 
-            /* "ivshmem/channel/messages.pyx":98
+            /* "ivshmem/channel/messages.pyx":96
  *         buffers = [memoryview(part).cast("B") for part in parts]
  *         loan = self.loan(sum(map(len, buffers)))
  *         try:             # <<<<<<<<<<<<<<
@@ -7134,7 +7079,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-          /* "ivshmem/channel/messages.pyx":104
+          /* "ivshmem/channel/messages.pyx":102
  *                     into[at : at + len(part)] = part
  *                     at += len(part)
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -7144,12 +7089,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
           __pyx_t_23 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
           if (__pyx_t_23) {
             __Pyx_AddTraceback("ivshmem.channel.messages.Writer.put_parts", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_2, &__pyx_t_7) < 0) __PYX_ERR(0, 104, __pyx_L15_except_error)
+            if (__Pyx_GetException(&__pyx_t_6, &__pyx_t_2, &__pyx_t_7) < 0) __PYX_ERR(0, 102, __pyx_L15_except_error)
             __Pyx_XGOTREF(__pyx_t_6);
             __Pyx_XGOTREF(__pyx_t_2);
             __Pyx_XGOTREF(__pyx_t_7);
 
-            /* "ivshmem/channel/messages.pyx":105
+            /* "ivshmem/channel/messages.pyx":103
  *                     at += len(part)
  *         except BaseException:
  *             loan.drop()             # <<<<<<<<<<<<<<
@@ -7163,12 +7108,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
               PyObject *__pyx_callargs[2] = {__pyx_t_8, NULL};
               __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_drop, __pyx_callargs+__pyx_t_9, (1-__pyx_t_9) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
               __Pyx_XDECREF(__pyx_t_8); __pyx_t_8 = 0;
-              if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 105, __pyx_L15_except_error)
+              if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 103, __pyx_L15_except_error)
               __Pyx_GOTREF(__pyx_t_3);
             }
             __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-            /* "ivshmem/channel/messages.pyx":106
+            /* "ivshmem/channel/messages.pyx":104
  *         except BaseException:
  *             loan.drop()
  *             raise             # <<<<<<<<<<<<<<
@@ -7180,11 +7125,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
             __Pyx_XGIVEREF(__pyx_t_7);
             __Pyx_ErrRestoreWithState(__pyx_t_6, __pyx_t_2, __pyx_t_7);
             __pyx_t_6 = 0;  __pyx_t_2 = 0;  __pyx_t_7 = 0; 
-            __PYX_ERR(0, 106, __pyx_L15_except_error)
+            __PYX_ERR(0, 104, __pyx_L15_except_error)
           }
           goto __pyx_L15_except_error;
 
-          /* "ivshmem/channel/messages.pyx":98
+          /* "ivshmem/channel/messages.pyx":96
  *         buffers = [memoryview(part).cast("B") for part in parts]
  *         loan = self.loan(sum(map(len, buffers)))
  *         try:             # <<<<<<<<<<<<<<
@@ -7200,7 +7145,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
           __pyx_L18_try_end:;
         }
 
-        /* "ivshmem/channel/messages.pyx":107
+        /* "ivshmem/channel/messages.pyx":105
  *             loan.drop()
  *             raise
  *         return loan.publish(timeout, spin=spin)             # <<<<<<<<<<<<<<
@@ -7216,13 +7161,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
           PyObject *__pyx_callargs[3] = {__pyx_t_2, __pyx_v_timeout, __pyx_v_spin};
           #if CYTHON_VECTORCALL
           __pyx_t_6 = __pyx_mstate_global->__pyx_tuple[1];
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 107, __pyx_L4_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 105, __pyx_L4_error)
           __Pyx_INCREF(__pyx_t_6);
           #else
           {
             PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_spin};
             __pyx_t_6 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+2, 1);
-            if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 107, __pyx_L4_error)
+            if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 105, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_6);
           }
           #endif
@@ -7231,7 +7176,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
           #if CYTHON_VECTORCALL
           #endif
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-          if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 107, __pyx_L4_error)
+          if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 105, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
         }
         {
@@ -7247,7 +7192,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/messages.pyx":92
+      /* "ivshmem/channel/messages.pyx":90
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7297,7 +7242,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_2put_parts(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":109
+/* "ivshmem/channel/messages.pyx":107
  *         return loan.publish(timeout, spin=spin)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7347,24 +7292,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 109, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 107, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 109, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 107, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 109, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 107, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_rows", 0) < (0)) __PYX_ERR(0, 109, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put_rows", 0) < (0)) __PYX_ERR(0, 107, __pyx_L3_error)
 
-      /* "ivshmem/channel/messages.pyx":110
+      /* "ivshmem/channel/messages.pyx":108
  * 
  *     @cython.critical_section
  *     def put_rows(self, rows, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -7374,17 +7319,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_rows", 0, 1, 2, i); __PYX_ERR(0, 109, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put_rows", 0, 1, 2, i); __PYX_ERR(0, 107, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 109, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 107, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 109, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 107, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -7397,7 +7342,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("put_rows", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 109, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("put_rows", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 107, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7410,7 +7355,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(((struct __pyx_obj_7ivshmem_7channel_8messages_Writer *)__pyx_v_self), __pyx_v_rows, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/messages.pyx":109
+  /* "ivshmem/channel/messages.pyx":107
  *         return loan.publish(timeout, spin=spin)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7469,7 +7414,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/messages.pyx":126
+        /* "ivshmem/channel/messages.pyx":124
  *         """
  *         cdef Py_buffer view
  *         cdef uint32_t cell = 0             # <<<<<<<<<<<<<<
@@ -7478,7 +7423,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 */
         __pyx_v_cell = 0;
 
-        /* "ivshmem/channel/messages.pyx":129
+        /* "ivshmem/channel/messages.pyx":127
  *         cdef uint64_t size, i, count
  *         cdef uint64_t time
  *         cdef int code = 0             # <<<<<<<<<<<<<<
@@ -7487,33 +7432,33 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 */
         __pyx_v_code = 0;
 
-        /* "ivshmem/channel/messages.pyx":130
+        /* "ivshmem/channel/messages.pyx":128
  *         cdef uint64_t time
  *         cdef int code = 0
  *         cdef object whole = memoryview(rows)             # <<<<<<<<<<<<<<
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
 */
-        __pyx_t_2 = PyMemoryView_FromObject(__pyx_v_rows); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 130, __pyx_L4_error)
+        __pyx_t_2 = PyMemoryView_FromObject(__pyx_v_rows); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 128, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         __pyx_v_whole = __pyx_t_2;
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/messages.pyx":131
+        /* "ivshmem/channel/messages.pyx":129
  *         cdef int code = 0
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:             # <<<<<<<<<<<<<<
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         if self.claims or self.channel.record.geometry.kind == IVSHMEM_VALUE:
 */
-        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_ndim); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 131, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_ndim); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 129, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_3 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_2, __pyx_mstate_global->__pyx_int_2, Py_LT); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 131, __pyx_L4_error)
+        __pyx_t_3 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_2, __pyx_mstate_global->__pyx_int_2, Py_LT); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 129, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/messages.pyx":132
+          /* "ivshmem/channel/messages.pyx":130
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")             # <<<<<<<<<<<<<<
@@ -7526,14 +7471,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
             PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_rows_a_buffer_of_two_dimensions};
             __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 132, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 130, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           __Pyx_Raise(__pyx_t_2, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-          __PYX_ERR(0, 132, __pyx_L4_error)
+          __PYX_ERR(0, 130, __pyx_L4_error)
 
-          /* "ivshmem/channel/messages.pyx":131
+          /* "ivshmem/channel/messages.pyx":129
  *         cdef int code = 0
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:             # <<<<<<<<<<<<<<
@@ -7542,7 +7487,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 */
         }
 
-        /* "ivshmem/channel/messages.pyx":133
+        /* "ivshmem/channel/messages.pyx":131
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         if self.claims or self.channel.record.geometry.kind == IVSHMEM_VALUE:             # <<<<<<<<<<<<<<
@@ -7564,7 +7509,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/messages.pyx":134
+          /* "ivshmem/channel/messages.pyx":132
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         if self.claims or self.channel.record.geometry.kind == IVSHMEM_VALUE:
  *             raise ChannelTypeError(f"channel {self.name!r} takes one message at a time")             # <<<<<<<<<<<<<<
@@ -7572,9 +7517,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
  *         PyObject_GetBuffer(rows, &view, PyBUF_SIMPLE)
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ChannelTypeError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 134, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ChannelTypeError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 132, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
-          __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 134, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 132, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_channel;
           __pyx_t_9[1] = __pyx_t_8;
@@ -7588,7 +7533,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
           __pyx_t_11 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]);
           #endif
           __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_9, 3, __pyx_t_10, __pyx_t_11);
-          if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 134, __pyx_L4_error)
+          if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 132, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_12);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
           __pyx_t_5 = 1;
@@ -7609,14 +7554,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 134, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 132, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           __Pyx_Raise(__pyx_t_2, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-          __PYX_ERR(0, 134, __pyx_L4_error)
+          __PYX_ERR(0, 132, __pyx_L4_error)
 
-          /* "ivshmem/channel/messages.pyx":133
+          /* "ivshmem/channel/messages.pyx":131
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         if self.claims or self.channel.record.geometry.kind == IVSHMEM_VALUE:             # <<<<<<<<<<<<<<
@@ -7625,33 +7570,33 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 */
         }
 
-        /* "ivshmem/channel/messages.pyx":135
+        /* "ivshmem/channel/messages.pyx":133
  *         if self.claims or self.channel.record.geometry.kind == IVSHMEM_VALUE:
  *             raise ChannelTypeError(f"channel {self.name!r} takes one message at a time")
  *         count = whole.shape[0]             # <<<<<<<<<<<<<<
  *         PyObject_GetBuffer(rows, &view, PyBUF_SIMPLE)
  *         try:
 */
-        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_shape); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 135, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_shape); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 133, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_7 = __Pyx_GetItemInt(__pyx_t_2, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 135, __pyx_L4_error)
+        __pyx_t_7 = __Pyx_GetItemInt(__pyx_t_2, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 133, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_7);
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        __pyx_t_13 = __Pyx_PyLong_As_uint64_t(__pyx_t_7); if (unlikely((__pyx_t_13 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 135, __pyx_L4_error)
+        __pyx_t_13 = __Pyx_PyLong_As_uint64_t(__pyx_t_7); if (unlikely((__pyx_t_13 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 133, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
         __pyx_v_count = __pyx_t_13;
 
-        /* "ivshmem/channel/messages.pyx":136
+        /* "ivshmem/channel/messages.pyx":134
  *             raise ChannelTypeError(f"channel {self.name!r} takes one message at a time")
  *         count = whole.shape[0]
  *         PyObject_GetBuffer(rows, &view, PyBUF_SIMPLE)             # <<<<<<<<<<<<<<
  *         try:
  *             self.enter()
 */
-        __pyx_t_11 = PyObject_GetBuffer(__pyx_v_rows, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 136, __pyx_L4_error)
+        __pyx_t_11 = PyObject_GetBuffer(__pyx_v_rows, (&__pyx_v_view), PyBUF_SIMPLE); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 134, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/messages.pyx":137
+        /* "ivshmem/channel/messages.pyx":135
  *         count = whole.shape[0]
  *         PyObject_GetBuffer(rows, &view, PyBUF_SIMPLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -7660,17 +7605,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/messages.pyx":138
+          /* "ivshmem/channel/messages.pyx":136
  *         PyObject_GetBuffer(rows, &view, PyBUF_SIMPLE)
  *         try:
  *             self.enter()             # <<<<<<<<<<<<<<
  *             size = view.len // count if count else 0
  *             if size > self.channel.record.geometry.limit:
 */
-          __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 138, __pyx_L11_error)
+          __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 136, __pyx_L11_error)
 
 
-          /* "ivshmem/channel/messages.pyx":139
+          /* "ivshmem/channel/messages.pyx":137
  *         try:
  *             self.enter()
  *             size = view.len // count if count else 0             # <<<<<<<<<<<<<<
@@ -7682,7 +7627,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
           if (__pyx_t_3) {
             if (unlikely(__pyx_v_count == 0)) {
               PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-              __PYX_ERR(0, 139, __pyx_L11_error)
+              __PYX_ERR(0, 137, __pyx_L11_error)
             }
 
             __pyx_t_13 = (__pyx_v_view.len / __pyx_v_count);
@@ -7693,7 +7638,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 
           __pyx_v_size = __pyx_t_13;
 
-          /* "ivshmem/channel/messages.pyx":140
+          /* "ivshmem/channel/messages.pyx":138
  *             self.enter()
  *             size = view.len // count if count else 0
  *             if size > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -7705,20 +7650,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
           if (unlikely(__pyx_t_3)) {
 
 
-            /* "ivshmem/channel/messages.pyx":141
+            /* "ivshmem/channel/messages.pyx":139
  *             size = view.len // count if count else 0
  *             if size > self.channel.record.geometry.limit:
  *                 raise self.too_long(size)             # <<<<<<<<<<<<<<
  *             time = microseconds() if self.times else 0
  *             i = 0
 */
-            __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_size); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 141, __pyx_L11_error)
+            __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_size); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 139, __pyx_L11_error)
             __Pyx_GOTREF(__pyx_t_7);
             __Pyx_Raise(__pyx_t_7, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-            __PYX_ERR(0, 141, __pyx_L11_error)
+            __PYX_ERR(0, 139, __pyx_L11_error)
 
-            /* "ivshmem/channel/messages.pyx":140
+            /* "ivshmem/channel/messages.pyx":138
  *             self.enter()
  *             size = view.len // count if count else 0
  *             if size > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -7727,7 +7672,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 */
           }
 
-          /* "ivshmem/channel/messages.pyx":142
+          /* "ivshmem/channel/messages.pyx":140
  *             if size > self.channel.record.geometry.limit:
  *                 raise self.too_long(size)
  *             time = microseconds() if self.times else 0             # <<<<<<<<<<<<<<
@@ -7743,7 +7688,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
           }
           __pyx_v_time = __pyx_t_13;
 
-          /* "ivshmem/channel/messages.pyx":143
+          /* "ivshmem/channel/messages.pyx":141
  *                 raise self.too_long(size)
  *             time = microseconds() if self.times else 0
  *             i = 0             # <<<<<<<<<<<<<<
@@ -7752,7 +7697,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 */
           __pyx_v_i = 0;
 
-          /* "ivshmem/channel/messages.pyx":144
+          /* "ivshmem/channel/messages.pyx":142
  *             time = microseconds() if self.times else 0
  *             i = 0
  *             while i < count:             # <<<<<<<<<<<<<<
@@ -7765,7 +7710,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 
             if (!__pyx_t_3) break;
 
-            /* "ivshmem/channel/messages.pyx":145
+            /* "ivshmem/channel/messages.pyx":143
  *             i = 0
  *             while i < count:
  *                 code = ivshmem_writer_ready(&self.writer)             # <<<<<<<<<<<<<<
@@ -7774,7 +7719,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 */
             __pyx_v_code = ivshmem_writer_ready((&__pyx_v_self->__pyx_base.writer));
 
-            /* "ivshmem/channel/messages.pyx":146
+            /* "ivshmem/channel/messages.pyx":144
  *             while i < count:
  *                 code = ivshmem_writer_ready(&self.writer)
  *                 if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7786,7 +7731,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/messages.pyx":147
+              /* "ivshmem/channel/messages.pyx":145
  *                 code = ivshmem_writer_ready(&self.writer)
  *                 if code == IVSHMEM_AGAIN:
  *                     if i:             # <<<<<<<<<<<<<<
@@ -7798,17 +7743,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/messages.pyx":148
+                /* "ivshmem/channel/messages.pyx":146
  *                 if code == IVSHMEM_AGAIN:
  *                     if i:
  *                         self.announce()             # <<<<<<<<<<<<<<
  *                     code = self.wait(timeout, spin)
  *                     if code == IVSHMEM_AGAIN:
 */
-                __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->announce(__pyx_v_self); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 148, __pyx_L11_error)
+                __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->announce(__pyx_v_self); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 146, __pyx_L11_error)
 
 
-                /* "ivshmem/channel/messages.pyx":147
+                /* "ivshmem/channel/messages.pyx":145
  *                 code = ivshmem_writer_ready(&self.writer)
  *                 if code == IVSHMEM_AGAIN:
  *                     if i:             # <<<<<<<<<<<<<<
@@ -7817,17 +7762,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 */
               }
 
-              /* "ivshmem/channel/messages.pyx":149
+              /* "ivshmem/channel/messages.pyx":147
  *                     if i:
  *                         self.announce()
  *                     code = self.wait(timeout, spin)             # <<<<<<<<<<<<<<
  *                     if code == IVSHMEM_AGAIN:
  *                         if i:
 */
-              __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_11 == ((int)-2))) __PYX_ERR(0, 149, __pyx_L11_error)
+              __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_11 == ((int)-2))) __PYX_ERR(0, 147, __pyx_L11_error)
               __pyx_v_code = __pyx_t_11;
 
-              /* "ivshmem/channel/messages.pyx":150
+              /* "ivshmem/channel/messages.pyx":148
  *                         self.announce()
  *                     code = self.wait(timeout, spin)
  *                     if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7839,7 +7784,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/messages.pyx":151
+                /* "ivshmem/channel/messages.pyx":149
  *                     code = self.wait(timeout, spin)
  *                     if code == IVSHMEM_AGAIN:
  *                         if i:             # <<<<<<<<<<<<<<
@@ -7851,14 +7796,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
                 if (__pyx_t_3) {
 
 
-                  /* "ivshmem/channel/messages.pyx":152
+                  /* "ivshmem/channel/messages.pyx":150
  *                     if code == IVSHMEM_AGAIN:
  *                         if i:
  *                             return i             # <<<<<<<<<<<<<<
  *                         raise self.blocked(timeout)
  *                 if code:
 */
-                  __pyx_t_7 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 152, __pyx_L11_error)
+                  __pyx_t_7 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 150, __pyx_L11_error)
                   __Pyx_GOTREF(__pyx_t_7);
                   {
                     PyObject *__pyx_temp;
@@ -7872,7 +7817,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
                   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
                   goto __pyx_L10_return;
 
-                  /* "ivshmem/channel/messages.pyx":151
+                  /* "ivshmem/channel/messages.pyx":149
  *                     code = self.wait(timeout, spin)
  *                     if code == IVSHMEM_AGAIN:
  *                         if i:             # <<<<<<<<<<<<<<
@@ -7881,20 +7826,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 */
                 }
 
-                /* "ivshmem/channel/messages.pyx":153
+                /* "ivshmem/channel/messages.pyx":151
  *                         if i:
  *                             return i
  *                         raise self.blocked(timeout)             # <<<<<<<<<<<<<<
  *                 if code:
  *                     raise self.fail(code)
 */
-                __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.blocked(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_timeout); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 153, __pyx_L11_error)
+                __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.blocked(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_timeout); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 151, __pyx_L11_error)
                 __Pyx_GOTREF(__pyx_t_7);
                 __Pyx_Raise(__pyx_t_7, 0, 0, 0);
                 __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-                __PYX_ERR(0, 153, __pyx_L11_error)
+                __PYX_ERR(0, 151, __pyx_L11_error)
 
-                /* "ivshmem/channel/messages.pyx":150
+                /* "ivshmem/channel/messages.pyx":148
  *                         self.announce()
  *                     code = self.wait(timeout, spin)
  *                     if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7903,7 +7848,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 */
               }
 
-              /* "ivshmem/channel/messages.pyx":146
+              /* "ivshmem/channel/messages.pyx":144
  *             while i < count:
  *                 code = ivshmem_writer_ready(&self.writer)
  *                 if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -7912,53 +7857,83 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
 */
             }
 
-            /* "ivshmem/channel/messages.pyx":154
+            /* "ivshmem/channel/messages.pyx":152
  *                             return i
  *                         raise self.blocked(timeout)
  *                 if code:             # <<<<<<<<<<<<<<
  *                     raise self.fail(code)
- *                 self.loan_cell(&cell)
+ *                 if ivshmem_loan(&self.writer, &cell):
 */
             __pyx_t_3 = (__pyx_v_code != 0);
 
             if (unlikely(__pyx_t_3)) {
 
 
-              /* "ivshmem/channel/messages.pyx":155
+              /* "ivshmem/channel/messages.pyx":153
  *                         raise self.blocked(timeout)
  *                 if code:
  *                     raise self.fail(code)             # <<<<<<<<<<<<<<
- *                 self.loan_cell(&cell)
- *                 memcpy(self.at(cell), <const char *>view.buf + i * size, size)
+ *                 if ivshmem_loan(&self.writer, &cell):
+ *                     self.pause_for_cell()
 */
-              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 155, __pyx_L11_error)
+              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 153, __pyx_L11_error)
               __Pyx_GOTREF(__pyx_t_7);
               __Pyx_Raise(__pyx_t_7, 0, 0, 0);
               __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-              __PYX_ERR(0, 155, __pyx_L11_error)
+              __PYX_ERR(0, 153, __pyx_L11_error)
 
-              /* "ivshmem/channel/messages.pyx":154
+              /* "ivshmem/channel/messages.pyx":152
  *                             return i
  *                         raise self.blocked(timeout)
  *                 if code:             # <<<<<<<<<<<<<<
  *                     raise self.fail(code)
- *                 self.loan_cell(&cell)
+ *                 if ivshmem_loan(&self.writer, &cell):
 */
             }
 
-            /* "ivshmem/channel/messages.pyx":156
+            /* "ivshmem/channel/messages.pyx":154
  *                 if code:
  *                     raise self.fail(code)
- *                 self.loan_cell(&cell)             # <<<<<<<<<<<<<<
+ *                 if ivshmem_loan(&self.writer, &cell):             # <<<<<<<<<<<<<<
+ *                     self.pause_for_cell()
+ *                     continue  # look again whether there is room
+*/
+            __pyx_t_3 = (ivshmem_loan((&__pyx_v_self->__pyx_base.writer), (&__pyx_v_cell)) != 0);
+
+            if (__pyx_t_3) {
+
+
+              /* "ivshmem/channel/messages.pyx":155
+ *                     raise self.fail(code)
+ *                 if ivshmem_loan(&self.writer, &cell):
+ *                     self.pause_for_cell()             # <<<<<<<<<<<<<<
+ *                     continue  # look again whether there is room
+ *                 memcpy(self.at(cell), <const char *>view.buf + i * size, size)
+*/
+              __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.pause_for_cell(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self)); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 155, __pyx_L11_error)
+
+
+              /* "ivshmem/channel/messages.pyx":156
+ *                 if ivshmem_loan(&self.writer, &cell):
+ *                     self.pause_for_cell()
+ *                     continue  # look again whether there is room             # <<<<<<<<<<<<<<
  *                 memcpy(self.at(cell), <const char *>view.buf + i * size, size)
  *                 ivshmem_writer_add(&self.writer, cell, <uint32_t>size, time, 0)
 */
-            __pyx_t_11 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.loan_cell(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), (&__pyx_v_cell)); if (unlikely(__pyx_t_11 == ((int)-1))) __PYX_ERR(0, 156, __pyx_L11_error)
+              goto __pyx_L14_continue;
 
+              /* "ivshmem/channel/messages.pyx":154
+ *                 if code:
+ *                     raise self.fail(code)
+ *                 if ivshmem_loan(&self.writer, &cell):             # <<<<<<<<<<<<<<
+ *                     self.pause_for_cell()
+ *                     continue  # look again whether there is room
+*/
+            }
 
             /* "ivshmem/channel/messages.pyx":157
- *                     raise self.fail(code)
- *                 self.loan_cell(&cell)
+ *                     self.pause_for_cell()
+ *                     continue  # look again whether there is room
  *                 memcpy(self.at(cell), <const char *>view.buf + i * size, size)             # <<<<<<<<<<<<<<
  *                 ivshmem_writer_add(&self.writer, cell, <uint32_t>size, time, 0)
  *                 self.missed += self.writer.missed
@@ -7966,7 +7941,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
             (void)(memcpy(((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.at(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_cell), (((char const *)__pyx_v_view.buf) + (__pyx_v_i * __pyx_v_size)), __pyx_v_size));
 
             /* "ivshmem/channel/messages.pyx":158
- *                 self.loan_cell(&cell)
+ *                     continue  # look again whether there is room
  *                 memcpy(self.at(cell), <const char *>view.buf + i * size, size)
  *                 ivshmem_writer_add(&self.writer, cell, <uint32_t>size, time, 0)             # <<<<<<<<<<<<<<
  *                 self.missed += self.writer.missed
@@ -7991,6 +7966,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
  *             return i
 */
             __pyx_v_i = (__pyx_v_i + 1);
+            __pyx_L14_continue:;
           }
 
           /* "ivshmem/channel/messages.pyx":161
@@ -8078,7 +8054,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_4put_rows(struct _
         }
       }
 
-      /* "ivshmem/channel/messages.pyx":109
+      /* "ivshmem/channel/messages.pyx":107
  *         return loan.publish(timeout, spin=spin)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -8857,15 +8833,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_12loan(struct __py
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
-  int __pyx_t_2;
-  PyObject *__pyx_t_3 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  int __pyx_t_3;
   PyObject *__pyx_t_4 = NULL;
   PyObject *__pyx_t_5 = NULL;
-  PyObject *__pyx_t_6[3];
-  Py_ssize_t __pyx_t_7;
-  PyObject *__pyx_t_8 = NULL;
-  size_t __pyx_t_9;
-  uint64_t __pyx_t_10;
+  PyObject *__pyx_t_6 = NULL;
+  PyObject *__pyx_t_7 = NULL;
+  size_t __pyx_t_8;
+  PyObject *__pyx_t_9[3];
+  Py_ssize_t __pyx_t_10;
+  uint64_t __pyx_t_11;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -8876,8 +8853,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_12loan(struct __py
  *         """
  *         cdef uint64_t wanted
  *         self.enter()             # <<<<<<<<<<<<<<
- *         if size is None:
- *             size = self.channel.record.geometry.limit
+ *         size = self.channel.record.geometry.limit if size is None else operator.index(size)
+ *         if size < 0:
 */
   __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 197, __pyx_L1_error)
 
@@ -8885,94 +8862,109 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_12loan(struct __py
   /* "ivshmem/channel/messages.pyx":198
  *         cdef uint64_t wanted
  *         self.enter()
- *         if size is None:             # <<<<<<<<<<<<<<
- *             size = self.channel.record.geometry.limit
- *         if size < 0:
-*/
-  __pyx_t_2 = (__pyx_v_size == Py_None);
-  if (__pyx_t_2) {
-
-
-    /* "ivshmem/channel/messages.pyx":199
- *         self.enter()
- *         if size is None:
- *             size = self.channel.record.geometry.limit             # <<<<<<<<<<<<<<
+ *         size = self.channel.record.geometry.limit if size is None else operator.index(size)             # <<<<<<<<<<<<<<
  *         if size < 0:
  *             raise ValueError(f"no message has {size} bytes")
 */
-    __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 199, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_3);
-    __Pyx_DECREF_SET(__pyx_v_size, __pyx_t_3);
-    __pyx_t_3 = 0;
-
-    /* "ivshmem/channel/messages.pyx":198
- *         cdef uint64_t wanted
- *         self.enter()
- *         if size is None:             # <<<<<<<<<<<<<<
- *             size = self.channel.record.geometry.limit
- *         if size < 0:
-*/
+  __pyx_t_3 = (__pyx_v_size == Py_None);
+  if (__pyx_t_3) {
+    __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 198, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
+    __pyx_t_2 = __pyx_t_4;
+    __pyx_t_4 = 0;
+  } else {
+    __pyx_t_5 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_operator); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 198, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_6);
+    __pyx_t_7 = __Pyx_PyObject_GetAttrStr(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_index); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 198, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
+    __pyx_t_8 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_7))) {
+      __pyx_t_5 = PyMethod_GET_SELF(__pyx_t_7);
+      assert(__pyx_t_5);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_7);
+      __Pyx_INCREF(__pyx_t_5);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_7, __pyx__function);
+      __pyx_t_8 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_v_size};
+      __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_7, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 198, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_4);
+    }
+    __pyx_t_2 = __pyx_t_4;
+    __pyx_t_4 = 0;
   }
 
-  /* "ivshmem/channel/messages.pyx":200
- *         if size is None:
- *             size = self.channel.record.geometry.limit
+  __Pyx_DECREF_SET(__pyx_v_size, __pyx_t_2);
+  __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/messages.pyx":199
+ *         self.enter()
+ *         size = self.channel.record.geometry.limit if size is None else operator.index(size)
  *         if size < 0:             # <<<<<<<<<<<<<<
  *             raise ValueError(f"no message has {size} bytes")
  *         wanted = min(size, 1 << 40)
 */
-  __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_v_size, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 200, __pyx_L1_error)
-  if (unlikely(__pyx_t_2)) {
+  __pyx_t_3 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_v_size, __pyx_mstate_global->__pyx_int_0, Py_LT); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 199, __pyx_L1_error)
+  if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/messages.pyx":201
- *             size = self.channel.record.geometry.limit
+    /* "ivshmem/channel/messages.pyx":200
+ *         size = self.channel.record.geometry.limit if size is None else operator.index(size)
  *         if size < 0:
  *             raise ValueError(f"no message has {size} bytes")             # <<<<<<<<<<<<<<
  *         wanted = min(size, 1 << 40)
  *         if wanted > self.channel.record.geometry.limit:
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 201, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6[0] = __pyx_mstate_global->__pyx_kp_u_no_message_has;
-    __pyx_t_6[1] = __pyx_t_5;
-    __pyx_t_6[2] = __pyx_mstate_global->__pyx_kp_u_bytes;
-    __pyx_t_7 = 21;
+    __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 200, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_7);
+    __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_no_message_has;
+    __pyx_t_9[1] = __pyx_t_7;
+    __pyx_t_9[2] = __pyx_mstate_global->__pyx_kp_u_bytes;
+    __pyx_t_10 = 21;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_7 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_6[1]);
+    __pyx_t_10 += __Pyx_PyUnicode_GET_LENGTH(__pyx_t_9[1]);
     #endif
     __pyx_t_1 = 0;
     #if __Pyx_PyUnicode_Join_CAN_USE_KIND_AND_LENGTH
-    __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_6[1]);
+    __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]);
     #endif
-    __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_6, 3, __pyx_t_7, __pyx_t_1);
-    if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 201, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_8);
-    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __pyx_t_9 = 1;
+    __pyx_t_5 = __Pyx_PyUnicode_Join(__pyx_t_9, 3, __pyx_t_10, __pyx_t_1);
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 200, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
+    __pyx_t_8 = 1;
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_8};
-      __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_9, (2-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_5};
+      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 201, __pyx_L1_error)
-      __Pyx_GOTREF(__pyx_t_3);
+      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 200, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
     }
-    __Pyx_Raise(__pyx_t_3, 0, 0, 0);
-    __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 201, __pyx_L1_error)
+    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __PYX_ERR(0, 200, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":200
- *         if size is None:
- *             size = self.channel.record.geometry.limit
+    /* "ivshmem/channel/messages.pyx":199
+ *         self.enter()
+ *         size = self.channel.record.geometry.limit if size is None else operator.index(size)
  *         if size < 0:             # <<<<<<<<<<<<<<
  *             raise ValueError(f"no message has {size} bytes")
  *         wanted = min(size, 1 << 40)
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":202
+  /* "ivshmem/channel/messages.pyx":201
  *         if size < 0:
  *             raise ValueError(f"no message has {size} bytes")
  *         wanted = min(size, 1 << 40)             # <<<<<<<<<<<<<<
@@ -8980,50 +8972,50 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_12loan(struct __py
  *             raise self.too_long(wanted)
 */
   __Pyx_INCREF(__pyx_mstate_global->__pyx_int_1099511627776);
-  __pyx_t_3 = __pyx_mstate_global->__pyx_int_1099511627776;
+  __pyx_t_2 = __pyx_mstate_global->__pyx_int_1099511627776;
   __Pyx_INCREF(__pyx_v_size);
-  __pyx_t_8 = __pyx_v_size;
-  __pyx_t_2 = __Pyx_PyObject_CompareBoolLt_object_object(__pyx_t_3, __pyx_t_8, Py_LT); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 202, __pyx_L1_error)
-  if (__pyx_t_2) {
-    __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_4 = __pyx_t_3;
+  __pyx_t_5 = __pyx_v_size;
+  __pyx_t_3 = __Pyx_PyObject_CompareBoolLt_object_object(__pyx_t_2, __pyx_t_5, Py_LT); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 201, __pyx_L1_error)
+  if (__pyx_t_3) {
+    __Pyx_INCREF(__pyx_t_2);
+    __pyx_t_4 = __pyx_t_2;
   } else {
-    __Pyx_INCREF(__pyx_t_8);
-    __pyx_t_4 = __pyx_t_8;
+    __Pyx_INCREF(__pyx_t_5);
+    __pyx_t_4 = __pyx_t_5;
   }
 
-  __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_10 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_10 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 202, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  __pyx_t_11 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_11 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 201, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_v_wanted = __pyx_t_10;
+  __pyx_v_wanted = __pyx_t_11;
 
-  /* "ivshmem/channel/messages.pyx":203
+  /* "ivshmem/channel/messages.pyx":202
  *             raise ValueError(f"no message has {size} bytes")
  *         wanted = min(size, 1 << 40)
  *         if wanted > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
  *             raise self.too_long(wanted)
  *         return Loan(self, wanted)
 */
-  __pyx_t_2 = (__pyx_v_wanted > __pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit);
+  __pyx_t_3 = (__pyx_v_wanted > __pyx_v_self->__pyx_base.__pyx_base.channel.record.geometry.limit);
 
-  if (unlikely(__pyx_t_2)) {
+  if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/messages.pyx":204
+    /* "ivshmem/channel/messages.pyx":203
  *         wanted = min(size, 1 << 40)
  *         if wanted > self.channel.record.geometry.limit:
  *             raise self.too_long(wanted)             # <<<<<<<<<<<<<<
  *         return Loan(self, wanted)
  * 
 */
-    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_wanted); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 204, __pyx_L1_error)
+    __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self), __pyx_v_wanted); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 203, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_Raise(__pyx_t_4, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __PYX_ERR(0, 204, __pyx_L1_error)
+    __PYX_ERR(0, 203, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":203
+    /* "ivshmem/channel/messages.pyx":202
  *             raise ValueError(f"no message has {size} bytes")
  *         wanted = min(size, 1 << 40)
  *         if wanted > self.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -9032,23 +9024,23 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_12loan(struct __py
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":205
+  /* "ivshmem/channel/messages.pyx":204
  *         if wanted > self.channel.record.geometry.limit:
  *             raise self.too_long(wanted)
  *         return Loan(self, wanted)             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_3 = NULL;
-  __pyx_t_8 = __Pyx_PyLong_From_uint64_t(__pyx_v_wanted); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 205, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_8);
-  __pyx_t_9 = 1;
+  __pyx_t_2 = NULL;
+  __pyx_t_5 = __Pyx_PyLong_From_uint64_t(__pyx_v_wanted); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 204, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_5);
+  __pyx_t_8 = 1;
   {
-    PyObject *__pyx_callargs[3] = {__pyx_t_3, ((PyObject *)__pyx_v_self), __pyx_t_8};
-    __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_callargs+__pyx_t_9, (3-__pyx_t_9) | (__pyx_t_9*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 205, __pyx_L1_error)
+    PyObject *__pyx_callargs[3] = {__pyx_t_2, ((PyObject *)__pyx_v_self), __pyx_t_5};
+    __pyx_t_4 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_callargs+__pyx_t_8, (3-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 204, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_4);
   }
   {
@@ -9072,10 +9064,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_12loan(struct __py
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_XDECREF(__pyx_t_3);
+  __Pyx_XDECREF(__pyx_t_2);
   __Pyx_XDECREF(__pyx_t_4);
   __Pyx_XDECREF(__pyx_t_5);
-  __Pyx_XDECREF(__pyx_t_8);
+  __Pyx_XDECREF(__pyx_t_6);
+  __Pyx_XDECREF(__pyx_t_7);
   __Pyx_AddTraceback("ivshmem.channel.messages.Writer.loan", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -9292,7 +9285,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Writer_16__setstate_cytho
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":220
+/* "ivshmem/channel/messages.pyx":219
  *     """
  * 
  *     def __cinit__(self, Writer writer not None, uint32_t size):             # <<<<<<<<<<<<<<
@@ -9339,39 +9332,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_writer,&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 220, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 219, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 220, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 219, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 220, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 219, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 220, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 219, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 220, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, i); __PYX_ERR(0, 219, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 220, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 219, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 220, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 219, __pyx_L3_error)
     }
     __pyx_v_writer = ((struct __pyx_obj_7ivshmem_7channel_8messages_Writer *)values[0]);
-    __pyx_v_size = __Pyx_PyLong_As_uint32_t(values[1]); if (unlikely((__pyx_v_size == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 220, __pyx_L3_error)
+    __pyx_v_size = __Pyx_PyLong_As_uint32_t(values[1]); if (unlikely((__pyx_v_size == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 219, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 220, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 219, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -9382,7 +9375,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_writer), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, 0, "writer", 0))) __PYX_ERR(0, 220, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_writer), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, 0, "writer", 0))) __PYX_ERR(0, 219, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4Loan___cinit__(((struct __pyx_obj_7ivshmem_7channel_8messages_Loan *)__pyx_v_self), __pyx_v_writer, __pyx_v_size);
 
   /* function exit code */
@@ -9414,7 +9407,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4Loan___cinit__(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/messages.pyx":221
+  /* "ivshmem/channel/messages.pyx":220
  * 
  *     def __cinit__(self, Writer writer not None, uint32_t size):
  *         self.writer = writer             # <<<<<<<<<<<<<<
@@ -9426,7 +9419,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4Loan___cinit__(struct __pyx_obj
   __Pyx_GOTREF((PyObject *)__pyx_v_self->writer);
   __Pyx_DECREF_SET(__pyx_v_self->writer, __pyx_v_writer);
 
-  /* "ivshmem/channel/messages.pyx":222
+  /* "ivshmem/channel/messages.pyx":221
  *     def __cinit__(self, Writer writer not None, uint32_t size):
  *         self.writer = writer
  *         self.size = size             # <<<<<<<<<<<<<<
@@ -9435,7 +9428,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4Loan___cinit__(struct __pyx_obj
 */
   __pyx_v_self->size = __pyx_v_size;
 
-  /* "ivshmem/channel/messages.pyx":223
+  /* "ivshmem/channel/messages.pyx":222
  *         self.writer = writer
  *         self.size = size
  *         if size > writer.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -9447,20 +9440,20 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4Loan___cinit__(struct __pyx_obj
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/messages.pyx":224
+    /* "ivshmem/channel/messages.pyx":223
  *         self.size = size
  *         if size > writer.channel.record.geometry.limit:
  *             raise writer.too_long(size)             # <<<<<<<<<<<<<<
  *         writer.loan_cell(&self.cell)
  *         self.live = True
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 224, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.too_long(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_v_size); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 223, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 224, __pyx_L1_error)
+    __PYX_ERR(0, 223, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":223
+    /* "ivshmem/channel/messages.pyx":222
  *         self.writer = writer
  *         self.size = size
  *         if size > writer.channel.record.geometry.limit:             # <<<<<<<<<<<<<<
@@ -9469,17 +9462,17 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4Loan___cinit__(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":225
+  /* "ivshmem/channel/messages.pyx":224
  *         if size > writer.channel.record.geometry.limit:
  *             raise writer.too_long(size)
  *         writer.loan_cell(&self.cell)             # <<<<<<<<<<<<<<
  *         self.live = True
  * 
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.loan_cell(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), (&__pyx_v_self->cell)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 225, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.loan_cell(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), (&__pyx_v_self->cell)); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 224, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/messages.pyx":226
+  /* "ivshmem/channel/messages.pyx":225
  *             raise writer.too_long(size)
  *         writer.loan_cell(&self.cell)
  *         self.live = True             # <<<<<<<<<<<<<<
@@ -9488,7 +9481,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4Loan___cinit__(struct __pyx_obj
 */
   __pyx_v_self->live = 1;
 
-  /* "ivshmem/channel/messages.pyx":220
+  /* "ivshmem/channel/messages.pyx":219
  *     """
  * 
  *     def __cinit__(self, Writer writer not None, uint32_t size):             # <<<<<<<<<<<<<<
@@ -9509,7 +9502,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4Loan___cinit__(struct __pyx_obj
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":228
+/* "ivshmem/channel/messages.pyx":227
  *         self.live = True
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -9555,27 +9548,27 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4Loan_2__getbuffer__(struct __py
   __pyx_v_view->obj = Py_None; __Pyx_INCREF(Py_None);
   __Pyx_GIVEREF(__pyx_v_view->obj);
 
-  /* "ivshmem/channel/messages.pyx":229
+  /* "ivshmem/channel/messages.pyx":228
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         self.check()             # <<<<<<<<<<<<<<
  *         self.writer.begin_copy()  # by the user, until the buffer is released
  *         try:
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_8messages_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 229, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_8messages_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 228, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/messages.pyx":230
+  /* "ivshmem/channel/messages.pyx":229
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         self.check()
  *         self.writer.begin_copy()  # by the user, until the buffer is released             # <<<<<<<<<<<<<<
  *         try:
  *             PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 230, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.begin_copy(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 229, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/messages.pyx":231
+  /* "ivshmem/channel/messages.pyx":230
  *         self.check()
  *         self.writer.begin_copy()  # by the user, until the buffer is released
  *         try:             # <<<<<<<<<<<<<<
@@ -9591,17 +9584,17 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4Loan_2__getbuffer__(struct __py
     __Pyx_XGOTREF(__pyx_t_4);
     /*try:*/ {
 
-      /* "ivshmem/channel/messages.pyx":232
+      /* "ivshmem/channel/messages.pyx":231
  *         self.writer.begin_copy()  # by the user, until the buffer is released
  *         try:
  *             PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.writer.end_copy()
 */
-      __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.at(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->writer), __pyx_v_self->cell), __pyx_v_self->size, 0, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 232, __pyx_L3_error)
+      __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.at(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_self->writer), __pyx_v_self->cell), __pyx_v_self->size, 0, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 231, __pyx_L3_error)
 
 
-      /* "ivshmem/channel/messages.pyx":231
+      /* "ivshmem/channel/messages.pyx":230
  *         self.check()
  *         self.writer.begin_copy()  # by the user, until the buffer is released
  *         try:             # <<<<<<<<<<<<<<
@@ -9615,7 +9608,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4Loan_2__getbuffer__(struct __py
     goto __pyx_L8_try_end;
     __pyx_L3_error:;
 
-    /* "ivshmem/channel/messages.pyx":233
+    /* "ivshmem/channel/messages.pyx":232
  *         try:
  *             PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -9625,22 +9618,22 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4Loan_2__getbuffer__(struct __py
     __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_1) {
       __Pyx_AddTraceback("ivshmem.channel.messages.Loan.__getbuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 233, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 232, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_7);
 
-      /* "ivshmem/channel/messages.pyx":234
+      /* "ivshmem/channel/messages.pyx":233
  *             PyBuffer_FillInfo(view, self, self.writer.at(self.cell), self.size, False, flags)
  *         except BaseException:
  *             self.writer.end_copy()             # <<<<<<<<<<<<<<
  *             raise
  *         self.exports += 1
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 234, __pyx_L5_except_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 233, __pyx_L5_except_error)
 
 
-      /* "ivshmem/channel/messages.pyx":235
+      /* "ivshmem/channel/messages.pyx":234
  *         except BaseException:
  *             self.writer.end_copy()
  *             raise             # <<<<<<<<<<<<<<
@@ -9652,11 +9645,11 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4Loan_2__getbuffer__(struct __py
       __Pyx_XGIVEREF(__pyx_t_7);
       __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_6, __pyx_t_7);
       __pyx_t_5 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
-      __PYX_ERR(0, 235, __pyx_L5_except_error)
+      __PYX_ERR(0, 234, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/messages.pyx":231
+    /* "ivshmem/channel/messages.pyx":230
  *         self.check()
  *         self.writer.begin_copy()  # by the user, until the buffer is released
  *         try:             # <<<<<<<<<<<<<<
@@ -9672,7 +9665,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4Loan_2__getbuffer__(struct __py
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/messages.pyx":236
+  /* "ivshmem/channel/messages.pyx":235
  *             self.writer.end_copy()
  *             raise
  *         self.exports += 1             # <<<<<<<<<<<<<<
@@ -9681,7 +9674,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4Loan_2__getbuffer__(struct __py
 */
   __pyx_v_self->exports = (__pyx_v_self->exports + 1);
 
-  /* "ivshmem/channel/messages.pyx":237
+  /* "ivshmem/channel/messages.pyx":236
  *             raise
  *         self.exports += 1
  *         self.writer.exports += 1             # <<<<<<<<<<<<<<
@@ -9690,7 +9683,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4Loan_2__getbuffer__(struct __py
 */
   __pyx_v_self->writer->__pyx_base.exports = (__pyx_v_self->writer->__pyx_base.exports + 1);
 
-  /* "ivshmem/channel/messages.pyx":228
+  /* "ivshmem/channel/messages.pyx":227
  *         self.live = True
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -9723,7 +9716,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4Loan_2__getbuffer__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":239
+/* "ivshmem/channel/messages.pyx":238
  *         self.writer.exports += 1
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -9751,7 +9744,7 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4Loan_4__releasebuffer__(struct
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/messages.pyx":240
+  /* "ivshmem/channel/messages.pyx":239
  * 
  *     def __releasebuffer__(self, Py_buffer *view):
  *         self.exports -= 1             # <<<<<<<<<<<<<<
@@ -9760,7 +9753,7 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4Loan_4__releasebuffer__(struct
 */
   __pyx_v_self->exports = (__pyx_v_self->exports - 1);
 
-  /* "ivshmem/channel/messages.pyx":241
+  /* "ivshmem/channel/messages.pyx":240
  *     def __releasebuffer__(self, Py_buffer *view):
  *         self.exports -= 1
  *         self.writer.exports -= 1             # <<<<<<<<<<<<<<
@@ -9769,17 +9762,17 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4Loan_4__releasebuffer__(struct
 */
   __pyx_v_self->writer->__pyx_base.exports = (__pyx_v_self->writer->__pyx_base.exports - 1);
 
-  /* "ivshmem/channel/messages.pyx":242
+  /* "ivshmem/channel/messages.pyx":241
  *         self.exports -= 1
  *         self.writer.exports -= 1
  *         self.writer.end_copy()             # <<<<<<<<<<<<<<
  * 
- *     def __len__(self):
+ *     def __reduce__(self):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 242, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.end_copy(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 241, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/messages.pyx":239
+  /* "ivshmem/channel/messages.pyx":238
  *         self.writer.exports += 1
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -9795,8 +9788,109 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4Loan_4__releasebuffer__(struct
 
 }
 
-/* "ivshmem/channel/messages.pyx":244
+/* "ivshmem/channel/messages.pyx":243
  *         self.writer.end_copy()
+ * 
+ *     def __reduce__(self):             # <<<<<<<<<<<<<<
+ *         raise TypeError("a Loan cannot be copied or pickled")
+ * 
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_7__reduce__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4Loan_6__reduce__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4Loan_7__reduce__ = {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4Loan_7__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4Loan_6__reduce__};
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_7__reduce__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__reduce__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__reduce__", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce__", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4Loan_6__reduce__(((struct __pyx_obj_7ivshmem_7channel_8messages_Loan *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_6__reduce__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  size_t __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__reduce__", 0);
+
+  /* "ivshmem/channel/messages.pyx":244
+ * 
+ *     def __reduce__(self):
+ *         raise TypeError("a Loan cannot be copied or pickled")             # <<<<<<<<<<<<<<
+ * 
+ *     def __len__(self):
+*/
+  __pyx_t_2 = NULL;
+  __pyx_t_3 = 1;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_Loan_cannot_be_copied_or_pickl};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 244, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  __Pyx_Raise(__pyx_t_1, 0, 0, 0);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __PYX_ERR(0, 244, __pyx_L1_error)
+
+  /* "ivshmem/channel/messages.pyx":243
+ *         self.writer.end_copy()
+ * 
+ *     def __reduce__(self):             # <<<<<<<<<<<<<<
+ *         raise TypeError("a Loan cannot be copied or pickled")
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_AddTraceback("ivshmem.channel.messages.Loan.__reduce__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/messages.pyx":246
+ *         raise TypeError("a Loan cannot be copied or pickled")
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
  *         return self.size
@@ -9804,24 +9898,24 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4Loan_4__releasebuffer__(struct
 */
 
 /* Python wrapper */
-static Py_ssize_t __pyx_pw_7ivshmem_7channel_8messages_4Loan_7__len__(PyObject *__pyx_v_self); /*proto*/
-static Py_ssize_t __pyx_pw_7ivshmem_7channel_8messages_4Loan_7__len__(PyObject *__pyx_v_self) {
+static Py_ssize_t __pyx_pw_7ivshmem_7channel_8messages_4Loan_9__len__(PyObject *__pyx_v_self); /*proto*/
+static Py_ssize_t __pyx_pw_7ivshmem_7channel_8messages_4Loan_9__len__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   Py_ssize_t __pyx_r;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__len__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4Loan_6__len__(((struct __pyx_obj_7ivshmem_7channel_8messages_Loan *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4Loan_8__len__(((struct __pyx_obj_7ivshmem_7channel_8messages_Loan *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static Py_ssize_t __pyx_pf_7ivshmem_7channel_8messages_4Loan_6__len__(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self) {
+static Py_ssize_t __pyx_pf_7ivshmem_7channel_8messages_4Loan_8__len__(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self) {
   Py_ssize_t __pyx_r;
 
-  /* "ivshmem/channel/messages.pyx":245
+  /* "ivshmem/channel/messages.pyx":247
  * 
  *     def __len__(self):
  *         return self.size             # <<<<<<<<<<<<<<
@@ -9834,8 +9928,8 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_8messages_4Loan_6__len__(struct __p
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":244
- *         self.writer.end_copy()
+  /* "ivshmem/channel/messages.pyx":246
+ *         raise TypeError("a Loan cannot be copied or pickled")
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
  *         return self.size
@@ -9848,7 +9942,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_8messages_4Loan_6__len__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":247
+/* "ivshmem/channel/messages.pyx":249
  *         return self.size
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -9870,7 +9964,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4Loan_check(struct __pyx_obj_7ivs
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/channel/messages.pyx":248
+  /* "ivshmem/channel/messages.pyx":250
  * 
  *     cdef int check(self) except -1:
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -9882,7 +9976,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4Loan_check(struct __pyx_obj_7ivs
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/messages.pyx":249
+    /* "ivshmem/channel/messages.pyx":251
  *     cdef int check(self) except -1:
  *         if not self.live:
  *             raise ClosedError("the loan was published or dropped")             # <<<<<<<<<<<<<<
@@ -9890,7 +9984,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4Loan_check(struct __pyx_obj_7ivs
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 249, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 251, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9909,14 +10003,14 @@ static int __pyx_f_7ivshmem_7channel_8messages_4Loan_check(struct __pyx_obj_7ivs
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 249, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 251, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 249, __pyx_L1_error)
+    __PYX_ERR(0, 251, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":248
+    /* "ivshmem/channel/messages.pyx":250
  * 
  *     cdef int check(self) except -1:
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -9925,20 +10019,20 @@ static int __pyx_f_7ivshmem_7channel_8messages_4Loan_check(struct __pyx_obj_7ivs
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":250
+  /* "ivshmem/channel/messages.pyx":252
  *         if not self.live:
  *             raise ClosedError("the loan was published or dropped")
  *         return self.writer.enter()             # <<<<<<<<<<<<<<
  * 
  *     cdef int check_exports(self) except -1:
 */
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 250, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_self->writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->writer)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 252, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_6;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":247
+  /* "ivshmem/channel/messages.pyx":249
  *         return self.size
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -9959,7 +10053,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4Loan_check(struct __pyx_obj_7ivs
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":252
+/* "ivshmem/channel/messages.pyx":254
  *         return self.writer.enter()
  * 
  *     cdef int check_exports(self) except -1:             # <<<<<<<<<<<<<<
@@ -9983,7 +10077,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4Loan_check_exports(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check_exports", 0);
 
-  /* "ivshmem/channel/messages.pyx":253
+  /* "ivshmem/channel/messages.pyx":255
  * 
  *     cdef int check_exports(self) except -1:
  *         if self.exports:             # <<<<<<<<<<<<<<
@@ -9995,7 +10089,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4Loan_check_exports(struct __pyx_
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/messages.pyx":254
+    /* "ivshmem/channel/messages.pyx":256
  *     cdef int check_exports(self) except -1:
  *         if self.exports:
  *             raise BufferError(             # <<<<<<<<<<<<<<
@@ -10004,7 +10098,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4Loan_check_exports(struct __pyx_
 */
     __pyx_t_3 = NULL;
 
-    /* "ivshmem/channel/messages.pyx":255
+    /* "ivshmem/channel/messages.pyx":257
  *         if self.exports:
  *             raise BufferError(
  *                 f"{counted(self.exports, 'memoryview')} or arrays of the loan are in use: release"             # <<<<<<<<<<<<<<
@@ -10012,9 +10106,9 @@ static int __pyx_f_7ivshmem_7channel_8messages_4Loan_check_exports(struct __pyx_
  *             )
 */
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 255, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 257, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 255, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 257, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_8 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -10034,13 +10128,13 @@ static int __pyx_f_7ivshmem_7channel_8messages_4Loan_check_exports(struct __pyx_
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 255, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 257, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 255, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 257, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_or_arrays_of_the_loan_are_in_us); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 255, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_or_arrays_of_the_loan_are_in_us); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 257, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_8 = 1;
@@ -10049,14 +10143,14 @@ static int __pyx_f_7ivshmem_7channel_8messages_4Loan_check_exports(struct __pyx_
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 254, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 256, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 254, __pyx_L1_error)
+    __PYX_ERR(0, 256, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":253
+    /* "ivshmem/channel/messages.pyx":255
  * 
  *     cdef int check_exports(self) except -1:
  *         if self.exports:             # <<<<<<<<<<<<<<
@@ -10065,7 +10159,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4Loan_check_exports(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":258
+  /* "ivshmem/channel/messages.pyx":260
  *                 " them first (del)"
  *             )
  *         return 0             # <<<<<<<<<<<<<<
@@ -10078,7 +10172,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4Loan_check_exports(struct __pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":252
+  /* "ivshmem/channel/messages.pyx":254
  *         return self.writer.enter()
  * 
  *     cdef int check_exports(self) except -1:             # <<<<<<<<<<<<<<
@@ -10102,7 +10196,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4Loan_check_exports(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":260
+/* "ivshmem/channel/messages.pyx":262
  *         return 0
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -10140,20 +10234,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_5array___get__(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/messages.pyx":267
+  /* "ivshmem/channel/messages.pyx":269
  *         arrays cannot be published.
  *         """
  *         import numpy  # an extra, which only this needs             # <<<<<<<<<<<<<<
  * 
  *         if self.writer.type is not None:
 */
-  __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_numpy, 0, 0, NULL, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 267, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_numpy, 0, 0, NULL, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 269, __pyx_L1_error)
   __pyx_t_1 = __pyx_t_2;
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_numpy = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/messages.pyx":269
+  /* "ivshmem/channel/messages.pyx":271
  *         import numpy  # an extra, which only this needs
  * 
  *         if self.writer.type is not None:             # <<<<<<<<<<<<<<
@@ -10164,7 +10258,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_5array___get__(struc
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/messages.pyx":270
+    /* "ivshmem/channel/messages.pyx":272
  * 
  *         if self.writer.type is not None:
  *             return self.writer.type.array(memoryview(self))             # <<<<<<<<<<<<<<
@@ -10173,7 +10267,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_5array___get__(struc
 */
     __pyx_t_4 = __pyx_v_self->writer->__pyx_base.type;
     __Pyx_INCREF(__pyx_t_4);
-    __pyx_t_5 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 270, __pyx_L1_error)
+    __pyx_t_5 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 272, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 0;
     {
@@ -10181,7 +10275,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_5array___get__(struc
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_array, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 270, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 272, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -10195,7 +10289,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_5array___get__(struc
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/messages.pyx":269
+    /* "ivshmem/channel/messages.pyx":271
  *         import numpy  # an extra, which only this needs
  * 
  *         if self.writer.type is not None:             # <<<<<<<<<<<<<<
@@ -10204,7 +10298,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_5array___get__(struc
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":271
+  /* "ivshmem/channel/messages.pyx":273
  *         if self.writer.type is not None:
  *             return self.writer.type.array(memoryview(self))
  *         return numpy.frombuffer(self, "uint8")             # <<<<<<<<<<<<<<
@@ -10218,7 +10312,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_5array___get__(struc
     PyObject *__pyx_callargs[3] = {__pyx_t_5, ((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_uint8};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_frombuffer, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 271, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 273, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -10232,7 +10326,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_5array___get__(struc
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":260
+  /* "ivshmem/channel/messages.pyx":262
  *         return 0
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -10254,7 +10348,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_5array___get__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":273
+/* "ivshmem/channel/messages.pyx":275
  *         return numpy.frombuffer(self, "uint8")
  * 
  *     def publish(self, timeout=None, *, size=None, spin=None):             # <<<<<<<<<<<<<<
@@ -10263,16 +10357,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_5array___get__(struc
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_9publish(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_11publish(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4Loan_8publish, "Publish it; afterwards the memory is the readers\047.\n\n        Args:\n            timeout, spin: as of `put`.\n            size: bytes of the message, if it is shorter than the loan.\n\n        Returns:\n            As of `put`.\n\n        Raises:\n            BufferError: a memoryview or an array of it is alive: its owner could change the message\n                after it was published. The loan stays.\n            TimeoutError: as of `put`. The loan stays.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4Loan_9publish = {"publish", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4Loan_9publish, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4Loan_8publish};
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_9publish(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4Loan_10publish, "Publish it; afterwards the memory is the readers\047.\n\n        Args:\n            timeout, spin: as of `put`.\n            size: bytes of the message, if it is shorter than the loan.\n\n        Returns:\n            As of `put`.\n\n        Raises:\n            BufferError: a memoryview or an array of it is alive: its owner could change the message\n                after it was published. The loan stays.\n            TimeoutError: as of `put`. The loan stays.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4Loan_11publish = {"publish", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4Loan_11publish, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4Loan_10publish};
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_11publish(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10304,18 +10398,18 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_size,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 273, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 275, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 273, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 275, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "publish", 0) < (0)) __PYX_ERR(0, 273, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "publish", 0) < (0)) __PYX_ERR(0, 275, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
@@ -10323,7 +10417,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 273, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 275, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -10338,7 +10432,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("publish", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 273, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("publish", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 275, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10349,7 +10443,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(((struct __pyx_obj_7ivshmem_7channel_8messages_Loan *)__pyx_v_self), __pyx_v_timeout, __pyx_v_size, __pyx_v_spin);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4Loan_10publish(((struct __pyx_obj_7ivshmem_7channel_8messages_Loan *)__pyx_v_self), __pyx_v_timeout, __pyx_v_size, __pyx_v_spin);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -10359,7 +10453,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_size, PyObject *__pyx_v_spin) {
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_10publish(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_size, PyObject *__pyx_v_spin) {
   struct __pyx_obj_7ivshmem_7channel_8messages_Writer *__pyx_v_writer = 0;
   uint32_t __pyx_v_length;
   int __pyx_v_code;
@@ -10383,7 +10477,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("publish", 0);
 
-  /* "ivshmem/channel/messages.pyx":288
+  /* "ivshmem/channel/messages.pyx":290
  *             TimeoutError: as of `put`. The loan stays.
  *         """
  *         cdef Writer writer = self.writer             # <<<<<<<<<<<<<<
@@ -10395,7 +10489,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
   __pyx_v_writer = ((struct __pyx_obj_7ivshmem_7channel_8messages_Writer *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/messages.pyx":289
+  /* "ivshmem/channel/messages.pyx":291
  *         """
  *         cdef Writer writer = self.writer
  *         cdef uint32_t length = self.size             # <<<<<<<<<<<<<<
@@ -10406,27 +10500,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
 
   __pyx_v_length = __pyx_t_2;
 
-  /* "ivshmem/channel/messages.pyx":291
+  /* "ivshmem/channel/messages.pyx":293
  *         cdef uint32_t length = self.size
  *         cdef int code
  *         self.check()             # <<<<<<<<<<<<<<
  *         self.check_exports()
  *         if size is not None:
 */
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_8messages_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 291, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_8messages_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 293, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/messages.pyx":292
+  /* "ivshmem/channel/messages.pyx":294
  *         cdef int code
  *         self.check()
  *         self.check_exports()             # <<<<<<<<<<<<<<
  *         if size is not None:
  *             if not 0 <= size <= self.size:
 */
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_8messages_4Loan_check_exports(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 292, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_8messages_4Loan_check_exports(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 294, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/messages.pyx":293
+  /* "ivshmem/channel/messages.pyx":295
  *         self.check()
  *         self.check_exports()
  *         if size is not None:             # <<<<<<<<<<<<<<
@@ -10437,18 +10531,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/channel/messages.pyx":294
+    /* "ivshmem/channel/messages.pyx":296
  *         self.check_exports()
  *         if size is not None:
  *             if not 0 <= size <= self.size:             # <<<<<<<<<<<<<<
  *                 raise ValueError(f"{size} bytes of a loan of {self.size}")
  *             length = size
 */
-    __pyx_t_4 = __Pyx_PyObject_CompareBoolLe_int_object(__pyx_mstate_global->__pyx_int_0, __pyx_v_size, Py_LE); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 294, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyObject_CompareBoolLe_int_object(__pyx_mstate_global->__pyx_int_0, __pyx_v_size, Py_LE); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 296, __pyx_L1_error)
     if (__pyx_t_4) {
-      __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->size); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 294, __pyx_L1_error)
+      __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->size); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 296, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
-      __pyx_t_4 = __Pyx_PyObject_CompareBoolLe_object_int(__pyx_v_size, __pyx_t_1, Py_LE); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 294, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_PyObject_CompareBoolLe_object_int(__pyx_v_size, __pyx_t_1, Py_LE); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 296, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
     }
     __pyx_t_5 = (!__pyx_t_4);
@@ -10457,7 +10551,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
     if (unlikely(__pyx_t_5)) {
 
 
-      /* "ivshmem/channel/messages.pyx":295
+      /* "ivshmem/channel/messages.pyx":297
  *         if size is not None:
  *             if not 0 <= size <= self.size:
  *                 raise ValueError(f"{size} bytes of a loan of {self.size}")             # <<<<<<<<<<<<<<
@@ -10465,9 +10559,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
  *         code = writer.wait(timeout, spin)
 */
       __pyx_t_6 = NULL;
-      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 295, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_PyObject_FormatSimple(__pyx_v_size, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 297, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
-      __pyx_t_8 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 295, __pyx_L1_error)
+      __pyx_t_8 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 297, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_8);
       __pyx_t_9[0] = __pyx_t_7;
       __pyx_t_9[1] = __pyx_mstate_global->__pyx_kp_u_bytes_of_a_loan_of;
@@ -10481,7 +10575,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
       __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[0]);
       #endif
       __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 3, __pyx_t_10, __pyx_t_3);
-      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 295, __pyx_L1_error)
+      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 297, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -10491,14 +10585,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
         __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_12, (2-__pyx_t_12) | (__pyx_t_12*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_6); __pyx_t_6 = 0;
         __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 295, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 297, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_1);
       }
       __Pyx_Raise(__pyx_t_1, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-      __PYX_ERR(0, 295, __pyx_L1_error)
+      __PYX_ERR(0, 297, __pyx_L1_error)
 
-      /* "ivshmem/channel/messages.pyx":294
+      /* "ivshmem/channel/messages.pyx":296
  *         self.check_exports()
  *         if size is not None:
  *             if not 0 <= size <= self.size:             # <<<<<<<<<<<<<<
@@ -10507,17 +10601,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
 */
     }
 
-    /* "ivshmem/channel/messages.pyx":296
+    /* "ivshmem/channel/messages.pyx":298
  *             if not 0 <= size <= self.size:
  *                 raise ValueError(f"{size} bytes of a loan of {self.size}")
  *             length = size             # <<<<<<<<<<<<<<
  *         code = writer.wait(timeout, spin)
  *         if code == IVSHMEM_AGAIN:
 */
-    __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_v_size); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 296, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_As_uint32_t(__pyx_v_size); if (unlikely((__pyx_t_2 == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 298, __pyx_L1_error)
     __pyx_v_length = __pyx_t_2;
 
-    /* "ivshmem/channel/messages.pyx":293
+    /* "ivshmem/channel/messages.pyx":295
  *         self.check()
  *         self.check_exports()
  *         if size is not None:             # <<<<<<<<<<<<<<
@@ -10526,17 +10620,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":297
+  /* "ivshmem/channel/messages.pyx":299
  *                 raise ValueError(f"{size} bytes of a loan of {self.size}")
  *             length = size
  *         code = writer.wait(timeout, spin)             # <<<<<<<<<<<<<<
  *         if code == IVSHMEM_AGAIN:
  *             raise writer.blocked(timeout)
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_writer), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 297, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_writer), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 299, __pyx_L1_error)
   __pyx_v_code = __pyx_t_3;
 
-  /* "ivshmem/channel/messages.pyx":298
+  /* "ivshmem/channel/messages.pyx":300
  *             length = size
  *         code = writer.wait(timeout, spin)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -10548,20 +10642,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
   if (unlikely(__pyx_t_5)) {
 
 
-    /* "ivshmem/channel/messages.pyx":299
+    /* "ivshmem/channel/messages.pyx":301
  *         code = writer.wait(timeout, spin)
  *         if code == IVSHMEM_AGAIN:
  *             raise writer.blocked(timeout)             # <<<<<<<<<<<<<<
  *         if code:
  *             raise writer.fail(code)
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.blocked(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_v_timeout); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 299, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.blocked(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_v_timeout); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 301, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 299, __pyx_L1_error)
+    __PYX_ERR(0, 301, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":298
+    /* "ivshmem/channel/messages.pyx":300
  *             length = size
  *         code = writer.wait(timeout, spin)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -10570,7 +10664,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":300
+  /* "ivshmem/channel/messages.pyx":302
  *         if code == IVSHMEM_AGAIN:
  *             raise writer.blocked(timeout)
  *         if code:             # <<<<<<<<<<<<<<
@@ -10582,20 +10676,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
   if (unlikely(__pyx_t_5)) {
 
 
-    /* "ivshmem/channel/messages.pyx":301
+    /* "ivshmem/channel/messages.pyx":303
  *             raise writer.blocked(timeout)
  *         if code:
  *             raise writer.fail(code)             # <<<<<<<<<<<<<<
  *         self.check()
  *         self.check_exports()  # another thread may have made one during the wait
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_writer), __pyx_v_code); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 301, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_writer), __pyx_v_code); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 303, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 301, __pyx_L1_error)
+    __PYX_ERR(0, 303, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":300
+    /* "ivshmem/channel/messages.pyx":302
  *         if code == IVSHMEM_AGAIN:
  *             raise writer.blocked(timeout)
  *         if code:             # <<<<<<<<<<<<<<
@@ -10604,27 +10698,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":302
+  /* "ivshmem/channel/messages.pyx":304
  *         if code:
  *             raise writer.fail(code)
  *         self.check()             # <<<<<<<<<<<<<<
  *         self.check_exports()  # another thread may have made one during the wait
  *         self.live = False
 */
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_8messages_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 302, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_8messages_4Loan_check(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 304, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/messages.pyx":303
+  /* "ivshmem/channel/messages.pyx":305
  *             raise writer.fail(code)
  *         self.check()
  *         self.check_exports()  # another thread may have made one during the wait             # <<<<<<<<<<<<<<
  *         self.live = False
  *         writer.send(self.cell, length, 0)
 */
-  __pyx_t_3 = __pyx_f_7ivshmem_7channel_8messages_4Loan_check_exports(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 303, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_7ivshmem_7channel_8messages_4Loan_check_exports(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 305, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/messages.pyx":304
+  /* "ivshmem/channel/messages.pyx":306
  *         self.check()
  *         self.check_exports()  # another thread may have made one during the wait
  *         self.live = False             # <<<<<<<<<<<<<<
@@ -10633,24 +10727,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
 */
   __pyx_v_self->live = 0;
 
-  /* "ivshmem/channel/messages.pyx":305
+  /* "ivshmem/channel/messages.pyx":307
  *         self.check_exports()  # another thread may have made one during the wait
  *         self.live = False
  *         writer.send(self.cell, length, 0)             # <<<<<<<<<<<<<<
  *         return writer.writer.missed
  * 
 */
-  __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.send(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_v_self->cell, __pyx_v_length, 0); if (unlikely(__pyx_t_13 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 305, __pyx_L1_error)
+  __pyx_t_13 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Writer *)__pyx_v_writer->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.send(((struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *)__pyx_v_writer), __pyx_v_self->cell, __pyx_v_length, 0); if (unlikely(__pyx_t_13 == ((uint64_t)0) && PyErr_Occurred())) __PYX_ERR(0, 307, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/messages.pyx":306
+  /* "ivshmem/channel/messages.pyx":308
  *         self.live = False
  *         writer.send(self.cell, length, 0)
  *         return writer.writer.missed             # <<<<<<<<<<<<<<
  * 
  *     def publish_async(self, timeout=None, *, size=None):
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_writer->__pyx_base.writer.missed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 306, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_writer->__pyx_base.writer.missed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 308, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -10663,7 +10757,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":273
+  /* "ivshmem/channel/messages.pyx":275
  *         return numpy.frombuffer(self, "uint8")
  * 
  *     def publish(self, timeout=None, *, size=None, spin=None):             # <<<<<<<<<<<<<<
@@ -10689,7 +10783,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":308
+/* "ivshmem/channel/messages.pyx":310
  *         return writer.writer.missed
  * 
  *     def publish_async(self, timeout=None, *, size=None):             # <<<<<<<<<<<<<<
@@ -10698,16 +10792,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_8publish(struct __py
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_11publish_async(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_13publish_async(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4Loan_10publish_async, "The twin of `publish` for asyncio: a coroutine. If it is cancelled, the loan stays.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4Loan_11publish_async = {"publish_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4Loan_11publish_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4Loan_10publish_async};
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_11publish_async(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4Loan_12publish_async, "The twin of `publish` for asyncio: a coroutine. If it is cancelled, the loan stays.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4Loan_13publish_async = {"publish_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4Loan_13publish_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4Loan_12publish_async};
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_13publish_async(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10738,25 +10832,25 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_size,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 308, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 310, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 308, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 310, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "publish_async", 0) < (0)) __PYX_ERR(0, 308, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "publish_async", 0) < (0)) __PYX_ERR(0, 310, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 308, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 310, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -10769,7 +10863,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("publish_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 308, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("publish_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 310, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10780,7 +10874,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4Loan_10publish_async(((struct __pyx_obj_7ivshmem_7channel_8messages_Loan *)__pyx_v_self), __pyx_v_timeout, __pyx_v_size);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4Loan_12publish_async(((struct __pyx_obj_7ivshmem_7channel_8messages_Loan *)__pyx_v_self), __pyx_v_timeout, __pyx_v_size);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -10790,7 +10884,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_10publish_async(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_size) {
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_12publish_async(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_size) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -10804,7 +10898,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_10publish_async(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("publish_async", 0);
 
-  /* "ivshmem/channel/messages.pyx":310
+  /* "ivshmem/channel/messages.pyx":312
  *     def publish_async(self, timeout=None, *, size=None):
  *         """The twin of `publish` for asyncio: a coroutine. If it is cancelled, the loan stays."""
  *         return asynchronous.until_in_time(self.writer, self.publish, timeout, size=size)             # <<<<<<<<<<<<<<
@@ -10812,12 +10906,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_10publish_async(stru
  *     def drop(self):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 310, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 312, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_in_time); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 310, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_in_time); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 312, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_publish); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 310, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_publish); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 312, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   #if CYTHON_VECTORCALL
   #endif
@@ -10837,13 +10931,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_10publish_async(stru
     PyObject *__pyx_callargs[5] = {__pyx_t_2, ((PyObject *)__pyx_v_self->writer), __pyx_t_3, __pyx_v_timeout, __pyx_v_size};
     #if CYTHON_VECTORCALL
     __pyx_t_6 = __pyx_mstate_global->__pyx_tuple[2];
-    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 310, __pyx_L1_error)
+    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 312, __pyx_L1_error)
     __Pyx_INCREF(__pyx_t_6);
     #else
     {
       PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_size};
       __pyx_t_6 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+4, 1);
-      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 310, __pyx_L1_error)
+      if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 312, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
     }
     #endif
@@ -10854,7 +10948,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_10publish_async(stru
     #endif
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 310, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 312, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -10868,7 +10962,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_10publish_async(stru
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":308
+  /* "ivshmem/channel/messages.pyx":310
  *         return writer.writer.missed
  * 
  *     def publish_async(self, timeout=None, *, size=None):             # <<<<<<<<<<<<<<
@@ -10891,7 +10985,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_10publish_async(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":312
+/* "ivshmem/channel/messages.pyx":314
  *         return asynchronous.until_in_time(self.writer, self.publish, timeout, size=size)
  * 
  *     def drop(self):             # <<<<<<<<<<<<<<
@@ -10900,16 +10994,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_10publish_async(stru
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_13drop(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_15drop(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4Loan_12drop, "Give it back without publishing it; may be called twice.\n\n        Raises:\n            BufferError: as of `publish`.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4Loan_13drop = {"drop", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4Loan_13drop, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4Loan_12drop};
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_13drop(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4Loan_14drop, "Give it back without publishing it; may be called twice.\n\n        Raises:\n            BufferError: as of `publish`.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4Loan_15drop = {"drop", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4Loan_15drop, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4Loan_14drop};
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_15drop(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -10935,14 +11029,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("drop", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4Loan_12drop(((struct __pyx_obj_7ivshmem_7channel_8messages_Loan *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4Loan_14drop(((struct __pyx_obj_7ivshmem_7channel_8messages_Loan *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_12drop(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_14drop(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -10952,7 +11046,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_12drop(struct __pyx_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("drop", 0);
 
-  /* "ivshmem/channel/messages.pyx":318
+  /* "ivshmem/channel/messages.pyx":320
  *             BufferError: as of `publish`.
  *         """
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -10964,7 +11058,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_12drop(struct __pyx_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":319
+    /* "ivshmem/channel/messages.pyx":321
  *         """
  *         if not self.live:
  *             return             # <<<<<<<<<<<<<<
@@ -10981,7 +11075,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_12drop(struct __pyx_
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/messages.pyx":318
+    /* "ivshmem/channel/messages.pyx":320
  *             BufferError: as of `publish`.
  *         """
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -10990,17 +11084,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_12drop(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":320
+  /* "ivshmem/channel/messages.pyx":322
  *         if not self.live:
  *             return
  *         self.check_exports()             # <<<<<<<<<<<<<<
  *         self.live = False
  *         if self.writer.open:
 */
-  __pyx_t_2 = __pyx_f_7ivshmem_7channel_8messages_4Loan_check_exports(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 320, __pyx_L1_error)
+  __pyx_t_2 = __pyx_f_7ivshmem_7channel_8messages_4Loan_check_exports(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 322, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/messages.pyx":321
+  /* "ivshmem/channel/messages.pyx":323
  *             return
  *         self.check_exports()
  *         self.live = False             # <<<<<<<<<<<<<<
@@ -11009,7 +11103,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_12drop(struct __pyx_
 */
   __pyx_v_self->live = 0;
 
-  /* "ivshmem/channel/messages.pyx":322
+  /* "ivshmem/channel/messages.pyx":324
  *         self.check_exports()
  *         self.live = False
  *         if self.writer.open:             # <<<<<<<<<<<<<<
@@ -11018,7 +11112,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_12drop(struct __pyx_
 */
   if (__pyx_v_self->writer->__pyx_base.__pyx_base.open) {
 
-    /* "ivshmem/channel/messages.pyx":323
+    /* "ivshmem/channel/messages.pyx":325
  *         self.live = False
  *         if self.writer.open:
  *             ivshmem_loan_drop(&self.writer.writer, self.cell)             # <<<<<<<<<<<<<<
@@ -11027,7 +11121,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_12drop(struct __pyx_
 */
     ivshmem_loan_drop((&__pyx_v_self->writer->__pyx_base.writer), __pyx_v_self->cell);
 
-    /* "ivshmem/channel/messages.pyx":322
+    /* "ivshmem/channel/messages.pyx":324
  *         self.check_exports()
  *         self.live = False
  *         if self.writer.open:             # <<<<<<<<<<<<<<
@@ -11036,7 +11130,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_12drop(struct __pyx_
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":312
+  /* "ivshmem/channel/messages.pyx":314
  *         return asynchronous.until_in_time(self.writer, self.publish, timeout, size=size)
  * 
  *     def drop(self):             # <<<<<<<<<<<<<<
@@ -11056,7 +11150,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_12drop(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":325
+/* "ivshmem/channel/messages.pyx":327
  *             ivshmem_loan_drop(&self.writer.writer, self.cell)
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -11065,16 +11159,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_12drop(struct __pyx_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_15__enter__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_17__enter__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4Loan_14__enter__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4Loan_15__enter__ = {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4Loan_15__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4Loan_14__enter__};
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_15__enter__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4Loan_16__enter__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4Loan_17__enter__ = {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4Loan_17__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4Loan_16__enter__};
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_17__enter__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -11100,19 +11194,19 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__enter__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4Loan_14__enter__(((struct __pyx_obj_7ivshmem_7channel_8messages_Loan *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4Loan_16__enter__(((struct __pyx_obj_7ivshmem_7channel_8messages_Loan *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_14__enter__(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_16__enter__(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/messages.pyx":326
+  /* "ivshmem/channel/messages.pyx":328
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -11130,7 +11224,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_14__enter__(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":325
+  /* "ivshmem/channel/messages.pyx":327
  *             ivshmem_loan_drop(&self.writer.writer, self.cell)
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -11145,7 +11239,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_14__enter__(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":328
+/* "ivshmem/channel/messages.pyx":330
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -11154,16 +11248,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_14__enter__(struct _
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_17__exit__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_19__exit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4Loan_16__exit__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4Loan_17__exit__ = {"__exit__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4Loan_17__exit__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4Loan_16__exit__};
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_17__exit__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4Loan_18__exit__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4Loan_19__exit__ = {"__exit__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4Loan_19__exit__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4Loan_18__exit__};
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_19__exit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -11200,33 +11294,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 328, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 330, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 328, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 330, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 1) ? kwd_pos_args : 1;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 328, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 330, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 328, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 330, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 328, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 330, __pyx_L3_error)
     }
     __pyx_v_kind = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 328, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 330, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -11238,7 +11332,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4Loan_16__exit__(((struct __pyx_obj_7ivshmem_7channel_8messages_Loan *)__pyx_v_self), __pyx_v_kind, __pyx_v_error);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4Loan_18__exit__(((struct __pyx_obj_7ivshmem_7channel_8messages_Loan *)__pyx_v_self), __pyx_v_kind, __pyx_v_error);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -11249,7 +11343,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_16__exit__(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self, PyObject *__pyx_v_kind, CYTHON_UNUSED PyObject *__pyx_v_error) {
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_18__exit__(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self, PyObject *__pyx_v_kind, CYTHON_UNUSED PyObject *__pyx_v_error) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -11261,7 +11355,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_16__exit__(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/messages.pyx":329
+  /* "ivshmem/channel/messages.pyx":331
  * 
  *     def __exit__(self, kind, *error):
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -11273,7 +11367,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_16__exit__(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":330
+    /* "ivshmem/channel/messages.pyx":332
  *     def __exit__(self, kind, *error):
  *         if not self.live:
  *             return             # <<<<<<<<<<<<<<
@@ -11290,7 +11384,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_16__exit__(struct __
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/messages.pyx":329
+    /* "ivshmem/channel/messages.pyx":331
  * 
  *     def __exit__(self, kind, *error):
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -11299,7 +11393,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_16__exit__(struct __
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":331
+  /* "ivshmem/channel/messages.pyx":333
  *         if not self.live:
  *             return
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -11310,7 +11404,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_16__exit__(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":332
+    /* "ivshmem/channel/messages.pyx":334
  *             return
  *         if kind is None:
  *             self.publish()             # <<<<<<<<<<<<<<
@@ -11324,12 +11418,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_16__exit__(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_publish, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 332, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 334, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/messages.pyx":331
+    /* "ivshmem/channel/messages.pyx":333
  *         if not self.live:
  *             return
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -11339,7 +11433,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_16__exit__(struct __
     goto __pyx_L4;
   }
 
-  /* "ivshmem/channel/messages.pyx":333
+  /* "ivshmem/channel/messages.pyx":335
  *         if kind is None:
  *             self.publish()
  *         elif self.exports == 0:             # <<<<<<<<<<<<<<
@@ -11351,7 +11445,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_16__exit__(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":334
+    /* "ivshmem/channel/messages.pyx":336
  *             self.publish()
  *         elif self.exports == 0:
  *             self.drop()             # <<<<<<<<<<<<<<
@@ -11365,12 +11459,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_16__exit__(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_drop, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 334, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 336, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/messages.pyx":333
+    /* "ivshmem/channel/messages.pyx":335
  *         if kind is None:
  *             self.publish()
  *         elif self.exports == 0:             # <<<<<<<<<<<<<<
@@ -11380,7 +11474,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_16__exit__(struct __
   }
   __pyx_L4:;
 
-  /* "ivshmem/channel/messages.pyx":328
+  /* "ivshmem/channel/messages.pyx":330
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -11402,7 +11496,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_16__exit__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":336
+/* "ivshmem/channel/messages.pyx":338
  *             self.drop()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -11411,23 +11505,23 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_16__exit__(struct __
 */
 
 /* Python wrapper */
-static void __pyx_pw_7ivshmem_7channel_8messages_4Loan_19__del__(PyObject *__pyx_v_self); /*proto*/
-static void __pyx_pw_7ivshmem_7channel_8messages_4Loan_19__del__(PyObject *__pyx_v_self) {
+static void __pyx_pw_7ivshmem_7channel_8messages_4Loan_21__del__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_7channel_8messages_4Loan_21__del__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__del__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_7channel_8messages_4Loan_18__del__(((struct __pyx_obj_7ivshmem_7channel_8messages_Loan *)__pyx_v_self));
+  __pyx_pf_7ivshmem_7channel_8messages_4Loan_20__del__(((struct __pyx_obj_7ivshmem_7channel_8messages_Loan *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_7channel_8messages_4Loan_18__del__(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self) {
+static void __pyx_pf_7ivshmem_7channel_8messages_4Loan_20__del__(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self) {
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/messages.pyx":337
+  /* "ivshmem/channel/messages.pyx":339
  * 
  *     def __del__(self):
  *         if self.live and self.writer is not None and self.writer.open:             # <<<<<<<<<<<<<<
@@ -11455,7 +11549,7 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4Loan_18__del__(struct __pyx_ob
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":338
+    /* "ivshmem/channel/messages.pyx":340
  *     def __del__(self):
  *         if self.live and self.writer is not None and self.writer.open:
  *             ivshmem_loan_drop(&self.writer.writer, self.cell)             # <<<<<<<<<<<<<<
@@ -11464,7 +11558,7 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4Loan_18__del__(struct __pyx_ob
 */
     ivshmem_loan_drop((&__pyx_v_self->writer->__pyx_base.writer), __pyx_v_self->cell);
 
-    /* "ivshmem/channel/messages.pyx":337
+    /* "ivshmem/channel/messages.pyx":339
  * 
  *     def __del__(self):
  *         if self.live and self.writer is not None and self.writer.open:             # <<<<<<<<<<<<<<
@@ -11473,7 +11567,7 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4Loan_18__del__(struct __pyx_ob
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":336
+  /* "ivshmem/channel/messages.pyx":338
  *             self.drop()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -11485,7 +11579,7 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4Loan_18__del__(struct __pyx_ob
 
 }
 
-/* "ivshmem/channel/messages.pyx":340
+/* "ivshmem/channel/messages.pyx":342
  *             ivshmem_loan_drop(&self.writer.writer, self.cell)
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11494,21 +11588,21 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4Loan_18__del__(struct __pyx_ob
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_21__repr__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_21__repr__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_23__repr__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_23__repr__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__repr__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4Loan_20__repr__(((struct __pyx_obj_7ivshmem_7channel_8messages_Loan *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4Loan_22__repr__(((struct __pyx_obj_7ivshmem_7channel_8messages_Loan *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_20__repr__(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_22__repr__(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self) {
   PyObject *__pyx_v_state = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -11523,7 +11617,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_20__repr__(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/messages.pyx":341
+  /* "ivshmem/channel/messages.pyx":343
  * 
  *     def __repr__(self):
  *         state = "" if self.live else ", published or dropped"             # <<<<<<<<<<<<<<
@@ -11540,16 +11634,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_20__repr__(struct __
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/messages.pyx":342
+  /* "ivshmem/channel/messages.pyx":344
  *     def __repr__(self):
  *         state = "" if self.live else ", published or dropped"
  *         return f"<ivshmem.channel.Loan of {self.size} bytes{state}>"             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 342, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->size, 0, ' ', 'd'); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 344, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 342, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 344, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_t_3[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel_Loan_of;
   __pyx_t_3[1] = __pyx_t_1;
@@ -11565,7 +11659,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_20__repr__(struct __
   __pyx_t_5 |= __Pyx_PyUnicode_KIND_04(__pyx_t_3[3]);
   #endif
   __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_3, 5, __pyx_t_4, __pyx_t_5);
-  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 342, __pyx_L1_error)
+  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 344, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -11580,7 +11674,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_20__repr__(struct __
   __pyx_t_6 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":340
+  /* "ivshmem/channel/messages.pyx":342
  *             ivshmem_loan_drop(&self.writer.writer, self.cell)
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11684,213 +11778,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_4size___get__(struct
   return __pyx_r;
 }
 
-/* "(tree fragment)":1
- * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_23__reduce_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4Loan_22__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4Loan_23__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4Loan_23__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4Loan_22__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_23__reduce_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__reduce_cython__ (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__reduce_cython__", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4Loan_22__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_8messages_Loan *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_22__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__reduce_cython__", 0);
-
-  /* "(tree fragment)":2
- * def __reduce_cython__(self):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
- * def __setstate_cython__(self, __pyx_state):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
-*/
-  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(1, 2, __pyx_L1_error)
-
-  /* "(tree fragment)":1
- * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.messages.Loan.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "(tree fragment)":3
- * def __reduce_cython__(self):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_25__setstate_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4Loan_24__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4Loan_25__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4Loan_25__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4Loan_24__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4Loan_25__setstate_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  CYTHON_UNUSED PyObject *__pyx_v___pyx_state = 0;
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[1] = {0};
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__setstate_cython__ (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
-    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
-    if (__pyx_kwds_len > 0) {
-      switch (__pyx_nargs) {
-        case  1:
-        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  0: break;
-        default: goto __pyx_L5_argtuple_error;
-      }
-      const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
-      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
-      }
-    } else if (unlikely(__pyx_nargs != 1)) {
-      goto __pyx_L5_argtuple_error;
-    } else {
-      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
-    }
-    __pyx_v___pyx_state = values[0];
-  }
-  goto __pyx_L6_skip;
-  __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
-  __pyx_L6_skip:;
-  goto __pyx_L4_argument_unpacking_done;
-  __pyx_L3_error:;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_AddTraceback("ivshmem.channel.messages.Loan.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __Pyx_RefNannyFinishContext();
-  return NULL;
-  __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4Loan_24__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_8messages_Loan *)__pyx_v_self), __pyx_v___pyx_state);
-
-  /* function exit code */
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4Loan_24__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_8messages_Loan *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__setstate_cython__", 0);
-
-  /* "(tree fragment)":4
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"             # <<<<<<<<<<<<<<
-*/
-  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_no_default___reduce___due_to_non, 0, 0);
-  __PYX_ERR(1, 4, __pyx_L1_error)
-
-  /* "(tree fragment)":3
- * def __reduce_cython__(self):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.messages.Loan.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/messages.pyx":347
+/* "ivshmem/channel/messages.pyx":349
  * # -- readers --------------------------------------------------------------------------------------
  * 
  * cdef int64_t probe_reader(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -11907,7 +11795,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_reader(void *__pyx_v_wh
   unsigned int __pyx_t_3;
   int __pyx_t_4;
 
-  /* "ivshmem/channel/messages.pyx":348
+  /* "ivshmem/channel/messages.pyx":350
  * 
  * cdef int64_t probe_reader(void *what) noexcept nogil:
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what             # <<<<<<<<<<<<<<
@@ -11916,7 +11804,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_reader(void *__pyx_v_wh
 */
   __pyx_v_reader = ((struct ivshmem_reader *)__pyx_v_what);
 
-  /* "ivshmem/channel/messages.pyx":350
+  /* "ivshmem/channel/messages.pyx":352
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what
  *     cdef unsigned i
  *     for i in range(reader.channel.record.geometry.writers):             # <<<<<<<<<<<<<<
@@ -11930,7 +11818,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_reader(void *__pyx_v_wh
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "ivshmem/channel/messages.pyx":353
+    /* "ivshmem/channel/messages.pyx":355
  *         if ivshmem_value(
  *             ivshmem_get(reader.channel, ivshmem_source_head_at(reader, i))
  *         ) != reader.sources[i].next:             # <<<<<<<<<<<<<<
@@ -11940,7 +11828,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_reader(void *__pyx_v_wh
     __pyx_t_4 = (ivshmem_value(ivshmem_get(__pyx_v_reader->channel, ivshmem_source_head_at(__pyx_v_reader, __pyx_v_i))) != (__pyx_v_reader->sources[__pyx_v_i]).next);
 
 
-    /* "ivshmem/channel/messages.pyx":351
+    /* "ivshmem/channel/messages.pyx":353
  *     cdef unsigned i
  *     for i in range(reader.channel.record.geometry.writers):
  *         if ivshmem_value(             # <<<<<<<<<<<<<<
@@ -11950,7 +11838,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_reader(void *__pyx_v_wh
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/messages.pyx":354
+      /* "ivshmem/channel/messages.pyx":356
  *             ivshmem_get(reader.channel, ivshmem_source_head_at(reader, i))
  *         ) != reader.sources[i].next:
  *             return 1             # <<<<<<<<<<<<<<
@@ -11963,7 +11851,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_reader(void *__pyx_v_wh
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/messages.pyx":351
+      /* "ivshmem/channel/messages.pyx":353
  *     cdef unsigned i
  *     for i in range(reader.channel.record.geometry.writers):
  *         if ivshmem_value(             # <<<<<<<<<<<<<<
@@ -11974,7 +11862,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_reader(void *__pyx_v_wh
   }
 
 
-  /* "ivshmem/channel/messages.pyx":355
+  /* "ivshmem/channel/messages.pyx":357
  *         ) != reader.sources[i].next:
  *             return 1
  *     return 0             # <<<<<<<<<<<<<<
@@ -11987,7 +11875,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_reader(void *__pyx_v_wh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":347
+  /* "ivshmem/channel/messages.pyx":349
  * # -- readers --------------------------------------------------------------------------------------
  * 
  * cdef int64_t probe_reader(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -12002,7 +11890,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_reader(void *__pyx_v_wh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":366
+/* "ivshmem/channel/messages.pyx":368
  *     """
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -12034,14 +11922,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4lost___get__(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/messages.pyx":369
+  /* "ivshmem/channel/messages.pyx":371
  *     def lost(self):
  *         """How many messages were overwritten before this reader took them."""
  *         return ivshmem_reader_lost(&self.reader)             # <<<<<<<<<<<<<<
  * 
  *     # As a ChannelEnd.
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(ivshmem_reader_lost((&__pyx_v_self->__pyx_base.reader))); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 369, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(ivshmem_reader_lost((&__pyx_v_self->__pyx_base.reader))); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 371, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -12054,7 +11942,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4lost___get__(stru
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":366
+  /* "ivshmem/channel/messages.pyx":368
  *     """
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -12073,7 +11961,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4lost___get__(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":373
+/* "ivshmem/channel/messages.pyx":375
  *     # As a ChannelEnd.
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -12085,7 +11973,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_attempt(struct __pyx_obj_
   int __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/channel/messages.pyx":374
+  /* "ivshmem/channel/messages.pyx":376
  * 
  *     cdef int attempt(self) except -2:
  *         return 0 if self.pending else ivshmem_take(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -12104,7 +11992,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_attempt(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":373
+  /* "ivshmem/channel/messages.pyx":375
  *     # As a ChannelEnd.
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -12118,7 +12006,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_attempt(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":376
+/* "ivshmem/channel/messages.pyx":378
  *         return 0 if self.pending else ivshmem_take(&self.reader, &self.message)
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -12129,7 +12017,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_attempt(struct __pyx_obj_
 static int __pyx_f_7ivshmem_7channel_8messages_6Reader_begin_sleep(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/messages.pyx":377
+  /* "ivshmem/channel/messages.pyx":379
  * 
  *     cdef int begin_sleep(self) except -2:
  *         return ivshmem_reader_sleep(&self.reader)             # <<<<<<<<<<<<<<
@@ -12142,7 +12030,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_begin_sleep(struct __pyx_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":376
+  /* "ivshmem/channel/messages.pyx":378
  *         return 0 if self.pending else ivshmem_take(&self.reader, &self.message)
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -12156,7 +12044,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_begin_sleep(struct __pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":379
+/* "ivshmem/channel/messages.pyx":381
  *         return ivshmem_reader_sleep(&self.reader)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -12167,7 +12055,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_begin_sleep(struct __pyx_
 static void __pyx_f_7ivshmem_7channel_8messages_6Reader_end_sleep(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/channel/messages.pyx":380
+  /* "ivshmem/channel/messages.pyx":382
  * 
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -12179,7 +12067,7 @@ static void __pyx_f_7ivshmem_7channel_8messages_6Reader_end_sleep(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":381
+    /* "ivshmem/channel/messages.pyx":383
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)             # <<<<<<<<<<<<<<
@@ -12188,7 +12076,7 @@ static void __pyx_f_7ivshmem_7channel_8messages_6Reader_end_sleep(struct __pyx_o
 */
     ivshmem_sleep_end((&__pyx_v_self->__pyx_base.__pyx_base.channel), (&__pyx_v_self->__pyx_base.reader.sleep));
 
-    /* "ivshmem/channel/messages.pyx":380
+    /* "ivshmem/channel/messages.pyx":382
  * 
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -12197,7 +12085,7 @@ static void __pyx_f_7ivshmem_7channel_8messages_6Reader_end_sleep(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":379
+  /* "ivshmem/channel/messages.pyx":381
  *         return ivshmem_reader_sleep(&self.reader)
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -12209,7 +12097,7 @@ static void __pyx_f_7ivshmem_7channel_8messages_6Reader_end_sleep(struct __pyx_o
 
 }
 
-/* "ivshmem/channel/messages.pyx":383
+/* "ivshmem/channel/messages.pyx":385
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -12220,7 +12108,7 @@ static void __pyx_f_7ivshmem_7channel_8messages_6Reader_end_sleep(struct __pyx_o
 static int64_t __pyx_f_7ivshmem_7channel_8messages_6Reader_probe(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/messages.pyx":384
+  /* "ivshmem/channel/messages.pyx":386
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader             # <<<<<<<<<<<<<<
@@ -12229,7 +12117,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_6Reader_probe(struct __pyx_ob
 */
   (__pyx_v_what[0]) = (&__pyx_v_self->__pyx_base.reader);
 
-  /* "ivshmem/channel/messages.pyx":385
+  /* "ivshmem/channel/messages.pyx":387
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader
  *         probe[0] = probe_reader             # <<<<<<<<<<<<<<
@@ -12238,7 +12126,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_6Reader_probe(struct __pyx_ob
 */
   (__pyx_v_probe[0]) = __pyx_f_7ivshmem_7channel_8messages_probe_reader;
 
-  /* "ivshmem/channel/messages.pyx":386
+  /* "ivshmem/channel/messages.pyx":388
  *         what[0] = &self.reader
  *         probe[0] = probe_reader
  *         return 1             # <<<<<<<<<<<<<<
@@ -12251,7 +12139,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_6Reader_probe(struct __pyx_ob
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":383
+  /* "ivshmem/channel/messages.pyx":385
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -12265,7 +12153,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_6Reader_probe(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":388
+/* "ivshmem/channel/messages.pyx":390
  *         return 1
  * 
  *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
@@ -12282,7 +12170,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_mend(struct __pyx_obj_7iv
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/messages.pyx":389
+  /* "ivshmem/channel/messages.pyx":391
  * 
  *     cdef int mend(self) except -1:
  *         ivshmem_reader_beat(&self.reader)             # <<<<<<<<<<<<<<
@@ -12291,7 +12179,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_mend(struct __pyx_obj_7iv
 */
   ivshmem_reader_beat((&__pyx_v_self->__pyx_base.reader));
 
-  /* "ivshmem/channel/messages.pyx":390
+  /* "ivshmem/channel/messages.pyx":392
  *     cdef int mend(self) except -1:
  *         ivshmem_reader_beat(&self.reader)
  *         if self.awaited and (self.pending or probe_reader(&self.reader)):             # <<<<<<<<<<<<<<
@@ -12323,17 +12211,17 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_mend(struct __pyx_obj_7iv
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":391
+    /* "ivshmem/channel/messages.pyx":393
  *         ivshmem_reader_beat(&self.reader)
  *         if self.awaited and (self.pending or probe_reader(&self.reader)):
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 391, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 393, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/messages.pyx":390
+    /* "ivshmem/channel/messages.pyx":392
  *     cdef int mend(self) except -1:
  *         ivshmem_reader_beat(&self.reader)
  *         if self.awaited and (self.pending or probe_reader(&self.reader)):             # <<<<<<<<<<<<<<
@@ -12342,7 +12230,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_mend(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":392
+  /* "ivshmem/channel/messages.pyx":394
  *         if self.awaited and (self.pending or probe_reader(&self.reader)):
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -12355,7 +12243,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_mend(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":388
+  /* "ivshmem/channel/messages.pyx":390
  *         return 1
  * 
  *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
@@ -12372,7 +12260,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_mend(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":396
+/* "ivshmem/channel/messages.pyx":398
  *     # Reading.
  * 
  *     cdef int take(self, object timeout, object spin) except -2:             # <<<<<<<<<<<<<<
@@ -12404,17 +12292,17 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take", 0);
 
-  /* "ivshmem/channel/messages.pyx":400
+  /* "ivshmem/channel/messages.pyx":402
  *         cdef int code
  *         cdef ivshmem_message message
  *         self.enter()             # <<<<<<<<<<<<<<
  *         if self.take_pending():
  *             return 0
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 400, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 402, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/messages.pyx":401
+  /* "ivshmem/channel/messages.pyx":403
  *         cdef ivshmem_message message
  *         self.enter()
  *         if self.take_pending():             # <<<<<<<<<<<<<<
@@ -12426,7 +12314,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/messages.pyx":402
+    /* "ivshmem/channel/messages.pyx":404
  *         self.enter()
  *         if self.take_pending():
  *             return 0             # <<<<<<<<<<<<<<
@@ -12439,7 +12327,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/messages.pyx":401
+    /* "ivshmem/channel/messages.pyx":403
  *         cdef ivshmem_message message
  *         self.enter()
  *         if self.take_pending():             # <<<<<<<<<<<<<<
@@ -12448,7 +12336,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":403
+  /* "ivshmem/channel/messages.pyx":405
  *         if self.take_pending():
  *             return 0
  *         code = ivshmem_take(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -12457,7 +12345,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
 */
   __pyx_v_code = ivshmem_take((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message));
 
-  /* "ivshmem/channel/messages.pyx":404
+  /* "ivshmem/channel/messages.pyx":406
  *             return 0
  *         code = ivshmem_take(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -12469,7 +12357,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/messages.pyx":405
+    /* "ivshmem/channel/messages.pyx":407
  *         code = ivshmem_take(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:
  *             if timeout is not None and timeout == 0 and not self.watched:             # <<<<<<<<<<<<<<
@@ -12485,7 +12373,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
 
       goto __pyx_L6_bool_binop_done;
     }
-    __pyx_t_3 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 405, __pyx_L1_error)
+    __pyx_t_3 = (__Pyx_PyLong_BoolEqObjC(__pyx_v_timeout, __pyx_mstate_global->__pyx_int_0, 0, 0)); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 407, __pyx_L1_error)
     if (__pyx_t_3) {
 
     } else {
@@ -12503,7 +12391,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/messages.pyx":406
+      /* "ivshmem/channel/messages.pyx":408
  *         if code == IVSHMEM_AGAIN:
  *             if timeout is not None and timeout == 0 and not self.watched:
  *                 return code             # <<<<<<<<<<<<<<
@@ -12516,7 +12404,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/messages.pyx":405
+      /* "ivshmem/channel/messages.pyx":407
  *         code = ivshmem_take(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:
  *             if timeout is not None and timeout == 0 and not self.watched:             # <<<<<<<<<<<<<<
@@ -12525,17 +12413,17 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/channel/messages.pyx":407
+    /* "ivshmem/channel/messages.pyx":409
  *             if timeout is not None and timeout == 0 and not self.watched:
  *                 return code
  *             code = self.wait(timeout, spin)             # <<<<<<<<<<<<<<
  *             if code == IVSHMEM_AGAIN:
  *                 return code
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 407, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 409, __pyx_L1_error)
     __pyx_v_code = __pyx_t_1;
 
-    /* "ivshmem/channel/messages.pyx":408
+    /* "ivshmem/channel/messages.pyx":410
  *                 return code
  *             code = self.wait(timeout, spin)
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -12547,7 +12435,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/messages.pyx":409
+      /* "ivshmem/channel/messages.pyx":411
  *             code = self.wait(timeout, spin)
  *             if code == IVSHMEM_AGAIN:
  *                 return code             # <<<<<<<<<<<<<<
@@ -12560,7 +12448,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/messages.pyx":408
+      /* "ivshmem/channel/messages.pyx":410
  *                 return code
  *             code = self.wait(timeout, spin)
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -12569,7 +12457,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/channel/messages.pyx":410
+    /* "ivshmem/channel/messages.pyx":412
  *             if code == IVSHMEM_AGAIN:
  *                 return code
  *             if self.take_pending():  # another thread left it             # <<<<<<<<<<<<<<
@@ -12581,7 +12469,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/messages.pyx":411
+      /* "ivshmem/channel/messages.pyx":413
  *                 return code
  *             if self.take_pending():  # another thread left it
  *                 return 0             # <<<<<<<<<<<<<<
@@ -12594,7 +12482,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/messages.pyx":410
+      /* "ivshmem/channel/messages.pyx":412
  *             if code == IVSHMEM_AGAIN:
  *                 return code
  *             if self.take_pending():  # another thread left it             # <<<<<<<<<<<<<<
@@ -12603,7 +12491,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/channel/messages.pyx":404
+    /* "ivshmem/channel/messages.pyx":406
  *             return 0
  *         code = ivshmem_take(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -12612,7 +12500,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":412
+  /* "ivshmem/channel/messages.pyx":414
  *             if self.take_pending():  # another thread left it
  *                 return 0
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -12624,7 +12512,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/messages.pyx":413
+    /* "ivshmem/channel/messages.pyx":415
  *                 return 0
  *         if self.membership.rings.count:
  *             message = self.message  # another thread may take one during the flush             # <<<<<<<<<<<<<<
@@ -12635,27 +12523,27 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
 
     __pyx_v_message = __pyx_t_4;
 
-    /* "ivshmem/channel/messages.pyx":414
+    /* "ivshmem/channel/messages.pyx":416
  *         if self.membership.rings.count:
  *             message = self.message  # another thread may take one during the flush
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *             self.enter()
  *             self.message = message
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 414, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 416, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/messages.pyx":415
+    /* "ivshmem/channel/messages.pyx":417
  *             message = self.message  # another thread may take one during the flush
  *             self.membership.flush()
  *             self.enter()             # <<<<<<<<<<<<<<
  *             self.message = message
  *         if code:
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 415, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 417, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/messages.pyx":416
+    /* "ivshmem/channel/messages.pyx":418
  *             self.membership.flush()
  *             self.enter()
  *             self.message = message             # <<<<<<<<<<<<<<
@@ -12664,7 +12552,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
 */
     __pyx_v_self->message = __pyx_v_message;
 
-    /* "ivshmem/channel/messages.pyx":412
+    /* "ivshmem/channel/messages.pyx":414
  *             if self.take_pending():  # another thread left it
  *                 return 0
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -12673,7 +12561,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":417
+  /* "ivshmem/channel/messages.pyx":419
  *             self.enter()
  *             self.message = message
  *         if code:             # <<<<<<<<<<<<<<
@@ -12685,20 +12573,20 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/messages.pyx":418
+    /* "ivshmem/channel/messages.pyx":420
  *             self.message = message
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *             self.keep()
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 418, __pyx_L1_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 420, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_Raise(__pyx_t_5, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __PYX_ERR(0, 418, __pyx_L1_error)
+    __PYX_ERR(0, 420, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":417
+    /* "ivshmem/channel/messages.pyx":419
  *             self.enter()
  *             self.message = message
  *         if code:             # <<<<<<<<<<<<<<
@@ -12707,7 +12595,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":419
+  /* "ivshmem/channel/messages.pyx":421
  *         if code:
  *             raise self.fail(code)
  *         if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
@@ -12733,17 +12621,17 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/messages.pyx":420
+    /* "ivshmem/channel/messages.pyx":422
  *             raise self.fail(code)
  *         if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *             self.keep()             # <<<<<<<<<<<<<<
  *             raise MessagesLost(
  *                 f"channel {self.name!r}: this process was stopped, and writers continued without"
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 420, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 422, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/messages.pyx":421
+    /* "ivshmem/channel/messages.pyx":423
  *         if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *             self.keep()
  *             raise MessagesLost(             # <<<<<<<<<<<<<<
@@ -12751,43 +12639,43 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
  *                 f" it: {counted(self.message.lost, 'message')} of a writer were lost",
 */
     __pyx_t_6 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_MessagesLost); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 421, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_MessagesLost); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 423, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
 
-    /* "ivshmem/channel/messages.pyx":422
+    /* "ivshmem/channel/messages.pyx":424
  *             self.keep()
  *             raise MessagesLost(
  *                 f"channel {self.name!r}: this process was stopped, and writers continued without"             # <<<<<<<<<<<<<<
  *                 f" it: {counted(self.message.lost, 'message')} of a writer were lost",
  *                 self.message.lost,
 */
-    __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 422, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 424, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
 
-    /* "ivshmem/channel/messages.pyx":423
+    /* "ivshmem/channel/messages.pyx":425
  *             raise MessagesLost(
  *                 f"channel {self.name!r}: this process was stopped, and writers continued without"
  *                 f" it: {counted(self.message.lost, 'message')} of a writer were lost",             # <<<<<<<<<<<<<<
  *                 self.message.lost,
  *             )
 */
-    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 423, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 425, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
-    __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.lost); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 423, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.lost); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 425, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_11 = PyTuple_New(2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 423, __pyx_L1_error)
+    __pyx_t_11 = PyTuple_New(2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 425, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_GIVEREF(__pyx_t_10);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 0, __pyx_t_10) != (0)) __PYX_ERR(0, 423, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 0, __pyx_t_10) != (0)) __PYX_ERR(0, 425, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_message);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_message);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 1, __pyx_mstate_global->__pyx_n_u_message) != (0)) __PYX_ERR(0, 423, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 1, __pyx_mstate_global->__pyx_n_u_message) != (0)) __PYX_ERR(0, 425, __pyx_L1_error);
     __pyx_t_10 = 0;
-    __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_9, __pyx_t_11, NULL); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 423, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_9, __pyx_t_11, NULL); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 425, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 423, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 425, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -12796,7 +12684,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
     __pyx_t_12[3] = __pyx_t_11;
     __pyx_t_12[4] = __pyx_mstate_global->__pyx_kp_u_of_a_writer_were_lost;
 
-    /* "ivshmem/channel/messages.pyx":422
+    /* "ivshmem/channel/messages.pyx":424
  *             self.keep()
  *             raise MessagesLost(
  *                 f"channel {self.name!r}: this process was stopped, and writers continued without"             # <<<<<<<<<<<<<<
@@ -12812,19 +12700,19 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
     __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_13, __pyx_t_1);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 422, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 424, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
 
-    /* "ivshmem/channel/messages.pyx":424
+    /* "ivshmem/channel/messages.pyx":426
  *                 f"channel {self.name!r}: this process was stopped, and writers continued without"
  *                 f" it: {counted(self.message.lost, 'message')} of a writer were lost",
  *                 self.message.lost,             # <<<<<<<<<<<<<<
  *             )
  *         return 0
 */
-    __pyx_t_11 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.lost); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 424, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.lost); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 426, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __pyx_t_14 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -12845,14 +12733,14 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 421, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 423, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     __Pyx_Raise(__pyx_t_5, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __PYX_ERR(0, 421, __pyx_L1_error)
+    __PYX_ERR(0, 423, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":419
+    /* "ivshmem/channel/messages.pyx":421
  *         if code:
  *             raise self.fail(code)
  *         if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
@@ -12861,7 +12749,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":426
+  /* "ivshmem/channel/messages.pyx":428
  *                 self.message.lost,
  *             )
  *         return 0             # <<<<<<<<<<<<<<
@@ -12874,7 +12762,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":396
+  /* "ivshmem/channel/messages.pyx":398
  *     # Reading.
  * 
  *     cdef int take(self, object timeout, object spin) except -2:             # <<<<<<<<<<<<<<
@@ -12901,7 +12789,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":428
+/* "ivshmem/channel/messages.pyx":430
  *         return 0
  * 
  *     cdef bint take_pending(self) noexcept:             # <<<<<<<<<<<<<<
@@ -12917,7 +12805,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take_pending(struct __pyx
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/messages.pyx":429
+  /* "ivshmem/channel/messages.pyx":431
  * 
  *     cdef bint take_pending(self) noexcept:
  *         if not self.pending:             # <<<<<<<<<<<<<<
@@ -12929,7 +12817,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take_pending(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":430
+    /* "ivshmem/channel/messages.pyx":432
  *     cdef bint take_pending(self) noexcept:
  *         if not self.pending:
  *             return False             # <<<<<<<<<<<<<<
@@ -12942,7 +12830,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take_pending(struct __pyx
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/messages.pyx":429
+    /* "ivshmem/channel/messages.pyx":431
  * 
  *     cdef bint take_pending(self) noexcept:
  *         if not self.pending:             # <<<<<<<<<<<<<<
@@ -12951,7 +12839,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take_pending(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":431
+  /* "ivshmem/channel/messages.pyx":433
  *         if not self.pending:
  *             return False
  *         self.pending = False             # <<<<<<<<<<<<<<
@@ -12960,17 +12848,17 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take_pending(struct __pyx
 */
   __pyx_v_self->pending = 0;
 
-  /* "ivshmem/channel/messages.pyx":432
+  /* "ivshmem/channel/messages.pyx":434
  *             return False
  *         self.pending = False
  *         self.forget(self.message.writer, self.message.position)             # <<<<<<<<<<<<<<
  *         return True
  * 
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.forget(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message.writer, __pyx_v_self->message.position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 432, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.forget(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message.writer, __pyx_v_self->message.position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 434, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/messages.pyx":433
+  /* "ivshmem/channel/messages.pyx":435
  *         self.pending = False
  *         self.forget(self.message.writer, self.message.position)
  *         return True             # <<<<<<<<<<<<<<
@@ -12983,7 +12871,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take_pending(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":428
+  /* "ivshmem/channel/messages.pyx":430
  *         return 0
  * 
  *     cdef bint take_pending(self) noexcept:             # <<<<<<<<<<<<<<
@@ -13000,7 +12888,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take_pending(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":435
+/* "ivshmem/channel/messages.pyx":437
  *         return True
  * 
  *     cdef int keep(self) except -1:             # <<<<<<<<<<<<<<
@@ -13015,7 +12903,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_keep(struct __pyx_obj_7iv
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/messages.pyx":437
+  /* "ivshmem/channel/messages.pyx":439
  *     cdef int keep(self) except -1:
  *         """Leave the message that was taken for the next call."""
  *         self.pending = True             # <<<<<<<<<<<<<<
@@ -13024,20 +12912,20 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_keep(struct __pyx_obj_7iv
 */
   __pyx_v_self->pending = 1;
 
-  /* "ivshmem/channel/messages.pyx":438
+  /* "ivshmem/channel/messages.pyx":440
  *         """Leave the message that was taken for the next call."""
  *         self.pending = True
  *         return self.hold(&self.message)             # <<<<<<<<<<<<<<
  * 
  *     cdef object copy_out(self):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.hold(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_self->message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 438, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.hold(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_self->message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 440, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":435
+  /* "ivshmem/channel/messages.pyx":437
  *         return True
  * 
  *     cdef int keep(self) except -1:             # <<<<<<<<<<<<<<
@@ -13054,7 +12942,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_keep(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":440
+/* "ivshmem/channel/messages.pyx":442
  *         return self.hold(&self.message)
  * 
  *     cdef object copy_out(self):             # <<<<<<<<<<<<<<
@@ -13077,7 +12965,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_6Reader_copy_out(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("copy_out", 0);
 
-  /* "ivshmem/channel/messages.pyx":442
+  /* "ivshmem/channel/messages.pyx":444
  *     cdef object copy_out(self):
  *         """Copy the message that was taken; None: it was overwritten."""
  *         cdef ivshmem_message message = self.message             # <<<<<<<<<<<<<<
@@ -13088,34 +12976,34 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_6Reader_copy_out(struct __p
 
   __pyx_v_message = __pyx_t_1;
 
-  /* "ivshmem/channel/messages.pyx":443
+  /* "ivshmem/channel/messages.pyx":445
  *         """Copy the message that was taken; None: it was overwritten."""
  *         cdef ivshmem_message message = self.message
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, message.length)             # <<<<<<<<<<<<<<
  *         cdef int code = self.copy_to(&message, PyBytes_AS_STRING(data))
  *         return data if code == 0 else None
 */
-  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_message.length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 443, __pyx_L1_error)
+  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_message.length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 445, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_data = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/messages.pyx":444
+  /* "ivshmem/channel/messages.pyx":446
  *         cdef ivshmem_message message = self.message
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, message.length)
  *         cdef int code = self.copy_to(&message, PyBytes_AS_STRING(data))             # <<<<<<<<<<<<<<
  *         return data if code == 0 else None
  * 
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 444, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 446, __pyx_L1_error)
   __pyx_v_code = __pyx_t_3;
 
-  /* "ivshmem/channel/messages.pyx":445
+  /* "ivshmem/channel/messages.pyx":447
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, message.length)
  *         cdef int code = self.copy_to(&message, PyBytes_AS_STRING(data))
  *         return data if code == 0 else None             # <<<<<<<<<<<<<<
  * 
- *     @cython.critical_section
+ *     @cython.binding(False)
 */
   __pyx_t_4 = (__pyx_v_code == 0);
 
@@ -13138,7 +13026,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_6Reader_copy_out(struct __p
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":440
+  /* "ivshmem/channel/messages.pyx":442
  *         return self.hold(&self.message)
  * 
  *     cdef object copy_out(self):             # <<<<<<<<<<<<<<
@@ -13160,12 +13048,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_6Reader_copy_out(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":447
+/* "ivshmem/channel/messages.pyx":449
  *         return data if code == 0 else None
  * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     @cython.binding(False)             # <<<<<<<<<<<<<<
+ *     @cython.critical_section
  *     def get(self, timeout=None, *, spin=None):
- *         """Return a copy of the next message, of any writer.
 */
 
 /* Python wrapper */
@@ -13176,8 +13064,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_6Reader_get, "Return a copy of the next message, of any writer.\n\n        Messages of one writer come in its order. After a wait for one writer\047s message, another\n        writer\047s can come first.\n\n        Args:\n            timeout: seconds to wait at most; None: for ever; 0: do not wait.\n            spin: as of `Endpoint.wait`.\n\n        Returns:\n            bytes, or what the channel\047s type makes of them; None: no message came in time.\n\n        Raises:\n            MessagesLost: of a reader that blocks: this process was stopped or was silent, and\n                writers continued without it. The next call returns the next message.\n            ChannelCorrupt: a shared word is impossible. The next call looks at the next writer.\n            Overtaken: the writer overwrote 64 messages in a row while they were copied.\n            ClosedError: the reader, the channels or the region is closed.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_6Reader_1get = {"get", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_6Reader_1get, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_6Reader_get};
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_6Reader_get, "get($self, timeout=None, *, spin=None)\n--\n\nReturn a copy of the next message, of any writer.\n\nMessages of one writer come in its order. After a wait for one writer\047s message, another\nwriter\047s can come first.\n\nArgs:\n    timeout: seconds to wait at most; None: for ever; 0: do not wait.\n    spin: as of `Endpoint.wait`.\n\nReturns:\n    bytes, or what the channel\047s type makes of them; None: no message came in time.\n\nRaises:\n    MessagesLost: of a reader that blocks: this process was stopped or was silent, and\n        writers continued without it. The next call returns the next message.\n    ChannelCorrupt: a shared word is impossible. The next call looks at the next writer.\n    Overtaken: the writer overwrote 64 messages in a row while they were copied.\n    ClosedError: the reader, the channels or the region is closed.");
 static PyObject *__pyx_pw_7ivshmem_7channel_8messages_6Reader_1get(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -13209,21 +13096,21 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 447, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 449, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 447, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 449, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get", 0) < (0)) __PYX_ERR(0, 447, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get", 0) < (0)) __PYX_ERR(0, 449, __pyx_L3_error)
 
-      /* "ivshmem/channel/messages.pyx":448
- * 
+      /* "ivshmem/channel/messages.pyx":451
+ *     @cython.binding(False)
  *     @cython.critical_section
  *     def get(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Return a copy of the next message, of any writer.
@@ -13235,7 +13122,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 447, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 449, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -13248,7 +13135,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 447, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 449, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13261,12 +13148,12 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_6Reader_get(((struct __pyx_obj_7ivshmem_7channel_8messages_Reader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/messages.pyx":447
+  /* "ivshmem/channel/messages.pyx":449
  *         return data if code == 0 else None
  * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     @cython.binding(False)             # <<<<<<<<<<<<<<
+ *     @cython.critical_section
  *     def get(self, timeout=None, *, spin=None):
- *         """Return a copy of the next message, of any writer.
 */
 
   /* function exit code */
@@ -13304,7 +13191,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_get(struct __pyx_o
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/messages.pyx":469
+        /* "ivshmem/channel/messages.pyx":472
  *         """
  *         cdef object data
  *         for _ in range(TRIES):             # <<<<<<<<<<<<<<
@@ -13318,21 +13205,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_get(struct __pyx_o
         for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
           __pyx_v__ = __pyx_t_4;
 
-          /* "ivshmem/channel/messages.pyx":470
+          /* "ivshmem/channel/messages.pyx":473
  *         cdef object data
  *         for _ in range(TRIES):
  *             if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *                 return None
  *             data = self.copy_out()
 */
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 470, __pyx_L4_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 473, __pyx_L4_error)
           __pyx_t_6 = (__pyx_t_5 != 0);
 
 
           if (__pyx_t_6) {
 
 
-            /* "ivshmem/channel/messages.pyx":471
+            /* "ivshmem/channel/messages.pyx":474
  *         for _ in range(TRIES):
  *             if self.take(timeout, spin):
  *                 return None             # <<<<<<<<<<<<<<
@@ -13350,7 +13237,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_get(struct __pyx_o
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L3_return;
 
-            /* "ivshmem/channel/messages.pyx":470
+            /* "ivshmem/channel/messages.pyx":473
  *         cdef object data
  *         for _ in range(TRIES):
  *             if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -13359,19 +13246,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_get(struct __pyx_o
 */
           }
 
-          /* "ivshmem/channel/messages.pyx":472
+          /* "ivshmem/channel/messages.pyx":475
  *             if self.take(timeout, spin):
  *                 return None
  *             data = self.copy_out()             # <<<<<<<<<<<<<<
  *             if data is not None:
  *                 return data if self.type is None else self.type.decode(data)
 */
-          __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->copy_out(__pyx_v_self); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 472, __pyx_L4_error)
+          __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->copy_out(__pyx_v_self); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 475, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
           __Pyx_XDECREF_SET(__pyx_v_data, __pyx_t_7);
           __pyx_t_7 = 0;
 
-          /* "ivshmem/channel/messages.pyx":473
+          /* "ivshmem/channel/messages.pyx":476
  *                 return None
  *             data = self.copy_out()
  *             if data is not None:             # <<<<<<<<<<<<<<
@@ -13382,7 +13269,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_get(struct __pyx_o
           if (__pyx_t_6) {
 
 
-            /* "ivshmem/channel/messages.pyx":474
+            /* "ivshmem/channel/messages.pyx":477
  *             data = self.copy_out()
  *             if data is not None:
  *                 return data if self.type is None else self.type.decode(data)             # <<<<<<<<<<<<<<
@@ -13401,7 +13288,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_get(struct __pyx_o
                 PyObject *__pyx_callargs[2] = {__pyx_t_9, __pyx_v_data};
                 __pyx_t_8 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-                if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 474, __pyx_L4_error)
+                if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 477, __pyx_L4_error)
                 __Pyx_GOTREF(__pyx_t_8);
               }
               __pyx_t_7 = __pyx_t_8;
@@ -13420,7 +13307,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_get(struct __pyx_o
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L3_return;
 
-            /* "ivshmem/channel/messages.pyx":473
+            /* "ivshmem/channel/messages.pyx":476
  *                 return None
  *             data = self.copy_out()
  *             if data is not None:             # <<<<<<<<<<<<<<
@@ -13431,26 +13318,26 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_get(struct __pyx_o
         }
 
 
-        /* "ivshmem/channel/messages.pyx":475
+        /* "ivshmem/channel/messages.pyx":478
  *             if data is not None:
  *                 return data if self.type is None else self.type.decode(data)
  *         raise self.starved()             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 475, __pyx_L4_error)
+        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 478, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_7);
         __Pyx_Raise(__pyx_t_7, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        __PYX_ERR(0, 475, __pyx_L4_error)
+        __PYX_ERR(0, 478, __pyx_L4_error)
       }
 
-      /* "ivshmem/channel/messages.pyx":447
+      /* "ivshmem/channel/messages.pyx":449
  *         return data if code == 0 else None
  * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     @cython.binding(False)             # <<<<<<<<<<<<<<
+ *     @cython.critical_section
  *     def get(self, timeout=None, *, spin=None):
- *         """Return a copy of the next message, of any writer.
 */
       /*finally:*/ {
         __pyx_L3_return: {
@@ -13487,7 +13374,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_get(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":477
+/* "ivshmem/channel/messages.pyx":480
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13537,24 +13424,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 477, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 480, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 477, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 480, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 477, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 480, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 477, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 480, __pyx_L3_error)
 
-      /* "ivshmem/channel/messages.pyx":478
+      /* "ivshmem/channel/messages.pyx":481
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -13564,17 +13451,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 477, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 480, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 477, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 480, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 477, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 480, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -13587,7 +13474,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 477, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 480, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13600,7 +13487,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(((struct __pyx_obj_7ivshmem_7channel_8messages_Reader *)__pyx_v_self), __pyx_v_buffer, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/messages.pyx":477
+  /* "ivshmem/channel/messages.pyx":480
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13657,17 +13544,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/messages.pyx":490
+        /* "ivshmem/channel/messages.pyx":493
  *         cdef Py_buffer view
  *         cdef ivshmem_message message
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
  *         try:
  *             for _ in range(TRIES):
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 490, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 493, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/messages.pyx":491
+        /* "ivshmem/channel/messages.pyx":494
  *         cdef ivshmem_message message
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -13676,7 +13563,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/messages.pyx":492
+          /* "ivshmem/channel/messages.pyx":495
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:
  *             for _ in range(TRIES):             # <<<<<<<<<<<<<<
@@ -13690,21 +13577,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
           for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
             __pyx_v__ = __pyx_t_5;
 
-            /* "ivshmem/channel/messages.pyx":493
+            /* "ivshmem/channel/messages.pyx":496
  *         try:
  *             for _ in range(TRIES):
  *                 if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *                     return None
  *                 message = self.message
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 493, __pyx_L7_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 496, __pyx_L7_error)
             __pyx_t_6 = (__pyx_t_2 != 0);
 
 
             if (__pyx_t_6) {
 
 
-              /* "ivshmem/channel/messages.pyx":494
+              /* "ivshmem/channel/messages.pyx":497
  *             for _ in range(TRIES):
  *                 if self.take(timeout, spin):
  *                     return None             # <<<<<<<<<<<<<<
@@ -13722,7 +13609,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
               __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
               goto __pyx_L6_return;
 
-              /* "ivshmem/channel/messages.pyx":493
+              /* "ivshmem/channel/messages.pyx":496
  *         try:
  *             for _ in range(TRIES):
  *                 if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -13731,7 +13618,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
 */
             }
 
-            /* "ivshmem/channel/messages.pyx":495
+            /* "ivshmem/channel/messages.pyx":498
  *                 if self.take(timeout, spin):
  *                     return None
  *                 message = self.message             # <<<<<<<<<<<<<<
@@ -13742,7 +13629,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
 
             __pyx_v_message = __pyx_t_7;
 
-            /* "ivshmem/channel/messages.pyx":496
+            /* "ivshmem/channel/messages.pyx":499
  *                     return None
  *                 message = self.message
  *                 if message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -13754,7 +13641,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
             if (unlikely(__pyx_t_6)) {
 
 
-              /* "ivshmem/channel/messages.pyx":497
+              /* "ivshmem/channel/messages.pyx":500
  *                 message = self.message
  *                 if message.length > <uint64_t>view.len:
  *                     self.message.lost = 0             # <<<<<<<<<<<<<<
@@ -13763,17 +13650,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
 */
               __pyx_v_self->message.lost = 0;
 
-              /* "ivshmem/channel/messages.pyx":498
+              /* "ivshmem/channel/messages.pyx":501
  *                 if message.length > <uint64_t>view.len:
  *                     self.message.lost = 0
  *                     self.keep()             # <<<<<<<<<<<<<<
  *                     raise MessageTooLong(
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"
 */
-              __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 498, __pyx_L7_error)
+              __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 501, __pyx_L7_error)
 
 
-              /* "ivshmem/channel/messages.pyx":499
+              /* "ivshmem/channel/messages.pyx":502
  *                     self.message.lost = 0
  *                     self.keep()
  *                     raise MessageTooLong(             # <<<<<<<<<<<<<<
@@ -13781,19 +13668,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
  *                     )
 */
               __pyx_t_9 = NULL;
-              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 499, __pyx_L7_error)
+              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 502, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_10);
 
-              /* "ivshmem/channel/messages.pyx":500
+              /* "ivshmem/channel/messages.pyx":503
  *                     self.keep()
  *                     raise MessageTooLong(
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"             # <<<<<<<<<<<<<<
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:
 */
-              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 500, __pyx_L7_error)
+              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 503, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_11);
-              __pyx_t_12 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 500, __pyx_L7_error)
+              __pyx_t_12 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 503, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_12);
               __pyx_t_13[0] = __pyx_mstate_global->__pyx_kp_u_a_message_of;
               __pyx_t_13[1] = __pyx_t_11;
@@ -13805,7 +13692,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
               #endif
               __pyx_t_2 = 0;
               __pyx_t_15 = __Pyx_PyUnicode_Join(__pyx_t_13, 4, __pyx_t_14, __pyx_t_2);
-              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 500, __pyx_L7_error)
+              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 503, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_15);
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
               __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -13827,14 +13714,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
                 __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
                 __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
                 __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-                if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 499, __pyx_L7_error)
+                if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 502, __pyx_L7_error)
                 __Pyx_GOTREF(__pyx_t_8);
               }
               __Pyx_Raise(__pyx_t_8, 0, 0, 0);
               __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-              __PYX_ERR(0, 499, __pyx_L7_error)
+              __PYX_ERR(0, 502, __pyx_L7_error)
 
-              /* "ivshmem/channel/messages.pyx":496
+              /* "ivshmem/channel/messages.pyx":499
  *                     return None
  *                 message = self.message
  *                 if message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -13843,28 +13730,28 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
 */
             }
 
-            /* "ivshmem/channel/messages.pyx":502
+            /* "ivshmem/channel/messages.pyx":505
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:             # <<<<<<<<<<<<<<
  *                     return message.length
  *             raise self.starved()
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 502, __pyx_L7_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 505, __pyx_L7_error)
             __pyx_t_6 = (__pyx_t_2 == 0);
 
 
             if (__pyx_t_6) {
 
 
-              /* "ivshmem/channel/messages.pyx":503
+              /* "ivshmem/channel/messages.pyx":506
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:
  *                     return message.length             # <<<<<<<<<<<<<<
  *             raise self.starved()
  *         finally:
 */
-              __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_message.length); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 503, __pyx_L7_error)
+              __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_message.length); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 506, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_8);
               {
                 PyObject *__pyx_temp;
@@ -13878,7 +13765,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
               __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
               goto __pyx_L6_return;
 
-              /* "ivshmem/channel/messages.pyx":502
+              /* "ivshmem/channel/messages.pyx":505
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:             # <<<<<<<<<<<<<<
@@ -13889,21 +13776,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
           }
 
 
-          /* "ivshmem/channel/messages.pyx":504
+          /* "ivshmem/channel/messages.pyx":507
  *                 if self.copy_to(&message, <char *>view.buf) == 0:
  *                     return message.length
  *             raise self.starved()             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 504, __pyx_L7_error)
+          __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 507, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_Raise(__pyx_t_8, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-          __PYX_ERR(0, 504, __pyx_L7_error)
+          __PYX_ERR(0, 507, __pyx_L7_error)
         }
 
-        /* "ivshmem/channel/messages.pyx":506
+        /* "ivshmem/channel/messages.pyx":509
  *             raise self.starved()
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -13957,7 +13844,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
         }
       }
 
-      /* "ivshmem/channel/messages.pyx":477
+      /* "ivshmem/channel/messages.pyx":480
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -14003,7 +13890,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":508
+/* "ivshmem/channel/messages.pyx":511
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -14053,24 +13940,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 508, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 511, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 508, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 511, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 508, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 511, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows", 0) < (0)) __PYX_ERR(0, 508, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows", 0) < (0)) __PYX_ERR(0, 511, __pyx_L3_error)
 
-      /* "ivshmem/channel/messages.pyx":509
+      /* "ivshmem/channel/messages.pyx":512
  * 
  *     @cython.critical_section
  *     def get_rows(self, rows, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -14080,17 +13967,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, i); __PYX_ERR(0, 508, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, i); __PYX_ERR(0, 511, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 508, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 511, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 508, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 511, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -14103,7 +13990,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 508, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 511, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14116,7 +14003,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(((struct __pyx_obj_7ivshmem_7channel_8messages_Reader *)__pyx_v_self), __pyx_v_rows, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/messages.pyx":508
+  /* "ivshmem/channel/messages.pyx":511
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -14177,7 +14064,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/messages.pyx":527
+        /* "ivshmem/channel/messages.pyx":530
  *         cdef uint64_t size, i, count
  *         cdef int code
  *         cdef int tries = 0             # <<<<<<<<<<<<<<
@@ -14186,33 +14073,33 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
         __pyx_v_tries = 0;
 
-        /* "ivshmem/channel/messages.pyx":529
+        /* "ivshmem/channel/messages.pyx":532
  *         cdef int tries = 0
  *         cdef ivshmem_message message
  *         cdef object whole = memoryview(rows)             # <<<<<<<<<<<<<<
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
 */
-        __pyx_t_2 = PyMemoryView_FromObject(__pyx_v_rows); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 529, __pyx_L4_error)
+        __pyx_t_2 = PyMemoryView_FromObject(__pyx_v_rows); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 532, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         __pyx_v_whole = __pyx_t_2;
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/messages.pyx":530
+        /* "ivshmem/channel/messages.pyx":533
  *         cdef ivshmem_message message
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:             # <<<<<<<<<<<<<<
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         count = whole.shape[0]
 */
-        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_ndim); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 530, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_ndim); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 533, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_3 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_2, __pyx_mstate_global->__pyx_int_2, Py_LT); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 530, __pyx_L4_error)
+        __pyx_t_3 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_2, __pyx_mstate_global->__pyx_int_2, Py_LT); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 533, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/messages.pyx":531
+          /* "ivshmem/channel/messages.pyx":534
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")             # <<<<<<<<<<<<<<
@@ -14225,14 +14112,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
             PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_rows_a_buffer_of_two_dimensions};
             __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 531, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 534, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           __Pyx_Raise(__pyx_t_2, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-          __PYX_ERR(0, 531, __pyx_L4_error)
+          __PYX_ERR(0, 534, __pyx_L4_error)
 
-          /* "ivshmem/channel/messages.pyx":530
+          /* "ivshmem/channel/messages.pyx":533
  *         cdef ivshmem_message message
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:             # <<<<<<<<<<<<<<
@@ -14241,33 +14128,33 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
         }
 
-        /* "ivshmem/channel/messages.pyx":532
+        /* "ivshmem/channel/messages.pyx":535
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         count = whole.shape[0]             # <<<<<<<<<<<<<<
  *         PyObject_GetBuffer(rows, &view, PyBUF_WRITABLE)
  *         try:
 */
-        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_shape); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 532, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_shape); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 535, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_4 = __Pyx_GetItemInt(__pyx_t_2, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 532, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_GetItemInt(__pyx_t_2, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 535, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 532, __pyx_L4_error)
+        __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 535, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
         __pyx_v_count = __pyx_t_6;
 
-        /* "ivshmem/channel/messages.pyx":533
+        /* "ivshmem/channel/messages.pyx":536
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         count = whole.shape[0]
  *         PyObject_GetBuffer(rows, &view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
  *         try:
  *             size = view.len // count if count else 0
 */
-        __pyx_t_7 = PyObject_GetBuffer(__pyx_v_rows, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 533, __pyx_L4_error)
+        __pyx_t_7 = PyObject_GetBuffer(__pyx_v_rows, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 536, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/messages.pyx":534
+        /* "ivshmem/channel/messages.pyx":537
  *         count = whole.shape[0]
  *         PyObject_GetBuffer(rows, &view, PyBUF_WRITABLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -14276,7 +14163,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/messages.pyx":535
+          /* "ivshmem/channel/messages.pyx":538
  *         PyObject_GetBuffer(rows, &view, PyBUF_WRITABLE)
  *         try:
  *             size = view.len // count if count else 0             # <<<<<<<<<<<<<<
@@ -14288,7 +14175,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
           if (__pyx_t_3) {
             if (unlikely(__pyx_v_count == 0)) {
               PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-              __PYX_ERR(0, 535, __pyx_L8_error)
+              __PYX_ERR(0, 538, __pyx_L8_error)
             }
 
             __pyx_t_6 = (__pyx_v_view.len / __pyx_v_count);
@@ -14299,7 +14186,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 
           __pyx_v_size = __pyx_t_6;
 
-          /* "ivshmem/channel/messages.pyx":536
+          /* "ivshmem/channel/messages.pyx":539
  *         try:
  *             size = view.len // count if count else 0
  *             i = 0             # <<<<<<<<<<<<<<
@@ -14308,7 +14195,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
           __pyx_v_i = 0;
 
-          /* "ivshmem/channel/messages.pyx":537
+          /* "ivshmem/channel/messages.pyx":540
  *             size = view.len // count if count else 0
  *             i = 0
  *             while i < count:             # <<<<<<<<<<<<<<
@@ -14321,7 +14208,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 
             if (!__pyx_t_3) break;
 
-            /* "ivshmem/channel/messages.pyx":538
+            /* "ivshmem/channel/messages.pyx":541
  *             i = 0
  *             while i < count:
  *                 if i == 0:             # <<<<<<<<<<<<<<
@@ -14333,21 +14220,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/messages.pyx":539
+              /* "ivshmem/channel/messages.pyx":542
  *             while i < count:
  *                 if i == 0:
  *                     if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *                         return 0
  *                 else:
 */
-              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_7 == ((int)-2))) __PYX_ERR(0, 539, __pyx_L8_error)
+              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_7 == ((int)-2))) __PYX_ERR(0, 542, __pyx_L8_error)
               __pyx_t_3 = (__pyx_t_7 != 0);
 
 
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/messages.pyx":540
+                /* "ivshmem/channel/messages.pyx":543
  *                 if i == 0:
  *                     if self.take(timeout, spin):
  *                         return 0             # <<<<<<<<<<<<<<
@@ -14366,7 +14253,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
                 __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
                 goto __pyx_L7_return;
 
-                /* "ivshmem/channel/messages.pyx":539
+                /* "ivshmem/channel/messages.pyx":542
  *             while i < count:
  *                 if i == 0:
  *                     if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -14375,7 +14262,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
               }
 
-              /* "ivshmem/channel/messages.pyx":538
+              /* "ivshmem/channel/messages.pyx":541
  *             i = 0
  *             while i < count:
  *                 if i == 0:             # <<<<<<<<<<<<<<
@@ -14385,7 +14272,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
               goto __pyx_L12;
             }
 
-            /* "ivshmem/channel/messages.pyx":542
+            /* "ivshmem/channel/messages.pyx":545
  *                         return 0
  *                 else:
  *                     code = ivshmem_take(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -14395,7 +14282,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
             /*else*/ {
               __pyx_v_code = ivshmem_take((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message));
 
-              /* "ivshmem/channel/messages.pyx":543
+              /* "ivshmem/channel/messages.pyx":546
  *                 else:
  *                     code = ivshmem_take(&self.reader, &self.message)
  *                     if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -14407,7 +14294,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/messages.pyx":544
+                /* "ivshmem/channel/messages.pyx":547
  *                     code = ivshmem_take(&self.reader, &self.message)
  *                     if code == IVSHMEM_AGAIN:
  *                         break             # <<<<<<<<<<<<<<
@@ -14416,7 +14303,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
                 goto __pyx_L11_break;
 
-                /* "ivshmem/channel/messages.pyx":543
+                /* "ivshmem/channel/messages.pyx":546
  *                 else:
  *                     code = ivshmem_take(&self.reader, &self.message)
  *                     if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -14425,7 +14312,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
               }
 
-              /* "ivshmem/channel/messages.pyx":545
+              /* "ivshmem/channel/messages.pyx":548
  *                     if code == IVSHMEM_AGAIN:
  *                         break
  *                     if code:             # <<<<<<<<<<<<<<
@@ -14437,20 +14324,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
               if (unlikely(__pyx_t_3)) {
 
 
-                /* "ivshmem/channel/messages.pyx":546
+                /* "ivshmem/channel/messages.pyx":549
  *                         break
  *                     if code:
  *                         raise self.fail(code)             # <<<<<<<<<<<<<<
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *                         self.keep()
 */
-                __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 546, __pyx_L8_error)
+                __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 549, __pyx_L8_error)
                 __Pyx_GOTREF(__pyx_t_4);
                 __Pyx_Raise(__pyx_t_4, 0, 0, 0);
                 __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-                __PYX_ERR(0, 546, __pyx_L8_error)
+                __PYX_ERR(0, 549, __pyx_L8_error)
 
-                /* "ivshmem/channel/messages.pyx":545
+                /* "ivshmem/channel/messages.pyx":548
  *                     if code == IVSHMEM_AGAIN:
  *                         break
  *                     if code:             # <<<<<<<<<<<<<<
@@ -14459,7 +14346,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
               }
 
-              /* "ivshmem/channel/messages.pyx":547
+              /* "ivshmem/channel/messages.pyx":550
  *                     if code:
  *                         raise self.fail(code)
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
@@ -14485,17 +14372,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/messages.pyx":548
+                /* "ivshmem/channel/messages.pyx":551
  *                         raise self.fail(code)
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *                         self.keep()             # <<<<<<<<<<<<<<
  *                         break
  *                 message = self.message
 */
-                __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 548, __pyx_L8_error)
+                __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 551, __pyx_L8_error)
 
 
-                /* "ivshmem/channel/messages.pyx":549
+                /* "ivshmem/channel/messages.pyx":552
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *                         self.keep()
  *                         break             # <<<<<<<<<<<<<<
@@ -14504,7 +14391,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
                 goto __pyx_L11_break;
 
-                /* "ivshmem/channel/messages.pyx":547
+                /* "ivshmem/channel/messages.pyx":550
  *                     if code:
  *                         raise self.fail(code)
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
@@ -14515,7 +14402,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
             }
             __pyx_L12:;
 
-            /* "ivshmem/channel/messages.pyx":550
+            /* "ivshmem/channel/messages.pyx":553
  *                         self.keep()
  *                         break
  *                 message = self.message             # <<<<<<<<<<<<<<
@@ -14526,7 +14413,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 
             __pyx_v_message = __pyx_t_9;
 
-            /* "ivshmem/channel/messages.pyx":551
+            /* "ivshmem/channel/messages.pyx":554
  *                         break
  *                 message = self.message
  *                 if message.length > size:             # <<<<<<<<<<<<<<
@@ -14538,7 +14425,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/messages.pyx":552
+              /* "ivshmem/channel/messages.pyx":555
  *                 message = self.message
  *                 if message.length > size:
  *                     self.message.lost = 0             # <<<<<<<<<<<<<<
@@ -14547,17 +14434,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
               __pyx_v_self->message.lost = 0;
 
-              /* "ivshmem/channel/messages.pyx":553
+              /* "ivshmem/channel/messages.pyx":556
  *                 if message.length > size:
  *                     self.message.lost = 0
  *                     self.keep()             # <<<<<<<<<<<<<<
  *                     if i:
  *                         break
 */
-              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 553, __pyx_L8_error)
+              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 556, __pyx_L8_error)
 
 
-              /* "ivshmem/channel/messages.pyx":554
+              /* "ivshmem/channel/messages.pyx":557
  *                     self.message.lost = 0
  *                     self.keep()
  *                     if i:             # <<<<<<<<<<<<<<
@@ -14569,7 +14456,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/messages.pyx":555
+                /* "ivshmem/channel/messages.pyx":558
  *                     self.keep()
  *                     if i:
  *                         break             # <<<<<<<<<<<<<<
@@ -14578,7 +14465,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
                 goto __pyx_L11_break;
 
-                /* "ivshmem/channel/messages.pyx":554
+                /* "ivshmem/channel/messages.pyx":557
  *                     self.message.lost = 0
  *                     self.keep()
  *                     if i:             # <<<<<<<<<<<<<<
@@ -14587,7 +14474,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
               }
 
-              /* "ivshmem/channel/messages.pyx":556
+              /* "ivshmem/channel/messages.pyx":559
  *                     if i:
  *                         break
  *                     raise MessageTooLong(             # <<<<<<<<<<<<<<
@@ -14595,19 +14482,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
  *                     )
 */
               __pyx_t_2 = NULL;
-              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 556, __pyx_L8_error)
+              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 559, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_10);
 
-              /* "ivshmem/channel/messages.pyx":557
+              /* "ivshmem/channel/messages.pyx":560
  *                         break
  *                     raise MessageTooLong(
  *                         f"a message of {message.length} bytes, and a row has {size}"             # <<<<<<<<<<<<<<
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:
 */
-              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 557, __pyx_L8_error)
+              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 560, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_11);
-              __pyx_t_12 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 557, __pyx_L8_error)
+              __pyx_t_12 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 560, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_12);
               __pyx_t_13[0] = __pyx_mstate_global->__pyx_kp_u_a_message_of;
               __pyx_t_13[1] = __pyx_t_11;
@@ -14619,7 +14506,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
               #endif
               __pyx_t_7 = 0;
               __pyx_t_15 = __Pyx_PyUnicode_Join(__pyx_t_13, 4, __pyx_t_14, __pyx_t_7);
-              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 557, __pyx_L8_error)
+              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 560, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_15);
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
               __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -14641,14 +14528,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
                 __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
                 __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
                 __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-                if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 556, __pyx_L8_error)
+                if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 559, __pyx_L8_error)
                 __Pyx_GOTREF(__pyx_t_4);
               }
               __Pyx_Raise(__pyx_t_4, 0, 0, 0);
               __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-              __PYX_ERR(0, 556, __pyx_L8_error)
+              __PYX_ERR(0, 559, __pyx_L8_error)
 
-              /* "ivshmem/channel/messages.pyx":551
+              /* "ivshmem/channel/messages.pyx":554
  *                         break
  *                 message = self.message
  *                 if message.length > size:             # <<<<<<<<<<<<<<
@@ -14657,21 +14544,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
             }
 
-            /* "ivshmem/channel/messages.pyx":559
+            /* "ivshmem/channel/messages.pyx":562
  *                         f"a message of {message.length} bytes, and a row has {size}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:             # <<<<<<<<<<<<<<
  *                     i += 1
  *                     tries = 0
 */
-            __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), (((char *)__pyx_v_view.buf) + (__pyx_v_i * __pyx_v_size))); if (unlikely(__pyx_t_7 == ((int)-2))) __PYX_ERR(0, 559, __pyx_L8_error)
+            __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), (((char *)__pyx_v_view.buf) + (__pyx_v_i * __pyx_v_size))); if (unlikely(__pyx_t_7 == ((int)-2))) __PYX_ERR(0, 562, __pyx_L8_error)
             __pyx_t_3 = (__pyx_t_7 == 0);
 
 
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/messages.pyx":560
+              /* "ivshmem/channel/messages.pyx":563
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:
  *                     i += 1             # <<<<<<<<<<<<<<
@@ -14680,7 +14567,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
               __pyx_v_i = (__pyx_v_i + 1);
 
-              /* "ivshmem/channel/messages.pyx":561
+              /* "ivshmem/channel/messages.pyx":564
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:
  *                     i += 1
  *                     tries = 0             # <<<<<<<<<<<<<<
@@ -14689,7 +14576,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
               __pyx_v_tries = 0;
 
-              /* "ivshmem/channel/messages.pyx":559
+              /* "ivshmem/channel/messages.pyx":562
  *                         f"a message of {message.length} bytes, and a row has {size}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:             # <<<<<<<<<<<<<<
@@ -14699,7 +14586,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
               goto __pyx_L21;
             }
 
-            /* "ivshmem/channel/messages.pyx":563
+            /* "ivshmem/channel/messages.pyx":566
  *                     tries = 0
  *                 else:
  *                     tries += 1             # <<<<<<<<<<<<<<
@@ -14709,7 +14596,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
             /*else*/ {
               __pyx_v_tries = (__pyx_v_tries + 1);
 
-              /* "ivshmem/channel/messages.pyx":564
+              /* "ivshmem/channel/messages.pyx":567
  *                 else:
  *                     tries += 1
  *                     if tries == TRIES:             # <<<<<<<<<<<<<<
@@ -14721,7 +14608,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/messages.pyx":565
+                /* "ivshmem/channel/messages.pyx":568
  *                     tries += 1
  *                     if tries == TRIES:
  *                         if i:             # <<<<<<<<<<<<<<
@@ -14733,7 +14620,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
                 if (__pyx_t_3) {
 
 
-                  /* "ivshmem/channel/messages.pyx":566
+                  /* "ivshmem/channel/messages.pyx":569
  *                     if tries == TRIES:
  *                         if i:
  *                             break             # <<<<<<<<<<<<<<
@@ -14742,7 +14629,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
                   goto __pyx_L11_break;
 
-                  /* "ivshmem/channel/messages.pyx":565
+                  /* "ivshmem/channel/messages.pyx":568
  *                     tries += 1
  *                     if tries == TRIES:
  *                         if i:             # <<<<<<<<<<<<<<
@@ -14751,20 +14638,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
                 }
 
-                /* "ivshmem/channel/messages.pyx":567
+                /* "ivshmem/channel/messages.pyx":570
  *                         if i:
  *                             break
  *                         raise self.starved()             # <<<<<<<<<<<<<<
  *             return i
  *         finally:
 */
-                __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 567, __pyx_L8_error)
+                __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 570, __pyx_L8_error)
                 __Pyx_GOTREF(__pyx_t_4);
                 __Pyx_Raise(__pyx_t_4, 0, 0, 0);
                 __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-                __PYX_ERR(0, 567, __pyx_L8_error)
+                __PYX_ERR(0, 570, __pyx_L8_error)
 
-                /* "ivshmem/channel/messages.pyx":564
+                /* "ivshmem/channel/messages.pyx":567
  *                 else:
  *                     tries += 1
  *                     if tries == TRIES:             # <<<<<<<<<<<<<<
@@ -14777,14 +14664,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
           }
           __pyx_L11_break:;
 
-          /* "ivshmem/channel/messages.pyx":568
+          /* "ivshmem/channel/messages.pyx":571
  *                             break
  *                         raise self.starved()
  *             return i             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 568, __pyx_L8_error)
+          __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 571, __pyx_L8_error)
           __Pyx_GOTREF(__pyx_t_4);
           {
             PyObject *__pyx_temp;
@@ -14799,7 +14686,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
           goto __pyx_L7_return;
         }
 
-        /* "ivshmem/channel/messages.pyx":570
+        /* "ivshmem/channel/messages.pyx":573
  *             return i
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -14853,7 +14740,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
         }
       }
 
-      /* "ivshmem/channel/messages.pyx":508
+      /* "ivshmem/channel/messages.pyx":511
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -14904,7 +14791,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":572
+/* "ivshmem/channel/messages.pyx":575
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -14953,20 +14840,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 572, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 575, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 572, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 575, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view", 0) < (0)) __PYX_ERR(0, 572, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view", 0) < (0)) __PYX_ERR(0, 575, __pyx_L3_error)
 
-      /* "ivshmem/channel/messages.pyx":573
+      /* "ivshmem/channel/messages.pyx":576
  * 
  *     @cython.critical_section
  *     def view(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -14979,7 +14866,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 572, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 575, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -14992,7 +14879,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("view", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 572, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("view", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 575, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15005,7 +14892,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(((struct __pyx_obj_7ivshmem_7channel_8messages_Reader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/messages.pyx":572
+  /* "ivshmem/channel/messages.pyx":575
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15049,7 +14936,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/messages.pyx":589
+        /* "ivshmem/channel/messages.pyx":592
  *             MessagesLost, ChannelCorrupt, ClosedError: as of `get`.
  *         """
  *         if self.views >= self.channel.record.geometry.views:             # <<<<<<<<<<<<<<
@@ -15061,7 +14948,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/channel/messages.pyx":590
+          /* "ivshmem/channel/messages.pyx":593
  *         """
  *         if self.views >= self.channel.record.geometry.views:
  *             raise ChannelError(             # <<<<<<<<<<<<<<
@@ -15069,35 +14956,35 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
  *                 " that it was made for: release one"
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 590, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 593, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
 
-          /* "ivshmem/channel/messages.pyx":591
+          /* "ivshmem/channel/messages.pyx":594
  *         if self.views >= self.channel.record.geometry.views:
  *             raise ChannelError(
  *                 f"channel {self.name!r}: {counted(self.views, 'view')} at once, which are all"             # <<<<<<<<<<<<<<
  *                 " that it was made for: release one"
  *             )
 */
-          __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 591, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 594, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
-          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 591, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 594, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
-          __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.views); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 591, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.views); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 594, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = PyTuple_New(2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 591, __pyx_L4_error)
+          __pyx_t_9 = PyTuple_New(2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 594, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_GIVEREF(__pyx_t_8);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 0, __pyx_t_8) != (0)) __PYX_ERR(0, 591, __pyx_L4_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 0, __pyx_t_8) != (0)) __PYX_ERR(0, 594, __pyx_L4_error);
           __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_view);
           __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_view);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 1, __pyx_mstate_global->__pyx_n_u_view) != (0)) __PYX_ERR(0, 591, __pyx_L4_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 1, __pyx_mstate_global->__pyx_n_u_view) != (0)) __PYX_ERR(0, 594, __pyx_L4_error);
           __pyx_t_8 = 0;
-          __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_9, NULL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 591, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_9, NULL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 594, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-          __pyx_t_9 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 591, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 594, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
           __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -15114,7 +15001,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
           __pyx_t_12 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_10[3]);
           #endif
           __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_10, 5, __pyx_t_11, __pyx_t_12);
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 591, __pyx_L4_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 594, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
@@ -15136,14 +15023,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 590, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 593, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_Raise(__pyx_t_3, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __PYX_ERR(0, 590, __pyx_L4_error)
+          __PYX_ERR(0, 593, __pyx_L4_error)
 
-          /* "ivshmem/channel/messages.pyx":589
+          /* "ivshmem/channel/messages.pyx":592
  *             MessagesLost, ChannelCorrupt, ClosedError: as of `get`.
  *         """
  *         if self.views >= self.channel.record.geometry.views:             # <<<<<<<<<<<<<<
@@ -15152,21 +15039,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
 */
         }
 
-        /* "ivshmem/channel/messages.pyx":594
+        /* "ivshmem/channel/messages.pyx":597
  *                 " that it was made for: release one"
  *             )
  *         if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *             return None
  *         return view_of(self, self.message)
 */
-        __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_12 == ((int)-2))) __PYX_ERR(0, 594, __pyx_L4_error)
+        __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_12 == ((int)-2))) __PYX_ERR(0, 597, __pyx_L4_error)
         __pyx_t_2 = (__pyx_t_12 != 0);
 
 
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/messages.pyx":595
+          /* "ivshmem/channel/messages.pyx":598
  *             )
  *         if self.take(timeout, spin):
  *             return None             # <<<<<<<<<<<<<<
@@ -15184,7 +15071,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/messages.pyx":594
+          /* "ivshmem/channel/messages.pyx":597
  *                 " that it was made for: release one"
  *             )
  *         if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -15193,14 +15080,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
 */
         }
 
-        /* "ivshmem/channel/messages.pyx":596
+        /* "ivshmem/channel/messages.pyx":599
  *         if self.take(timeout, spin):
  *             return None
  *         return view_of(self, self.message)             # <<<<<<<<<<<<<<
  * 
  *     def get_async(self, timeout=None):
 */
-        __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_8messages_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 596, __pyx_L4_error)
+        __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_8messages_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 599, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         {
           PyObject *__pyx_temp;
@@ -15215,7 +15102,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/messages.pyx":572
+      /* "ivshmem/channel/messages.pyx":575
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15259,7 +15146,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":598
+/* "ivshmem/channel/messages.pyx":601
  *         return view_of(self, self.message)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -15307,24 +15194,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 598, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 601, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 598, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 601, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 598, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 601, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 598, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 601, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -15335,7 +15222,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 598, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 601, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15369,7 +15256,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_8get_async(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_async", 0);
 
-  /* "ivshmem/channel/messages.pyx":600
+  /* "ivshmem/channel/messages.pyx":603
  *     def get_async(self, timeout=None):
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.get, timeout)             # <<<<<<<<<<<<<<
@@ -15377,12 +15264,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_8get_async(struct 
  *     def get_into_async(self, buffer, timeout=None):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 600, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 603, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 600, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 603, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 600, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 603, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -15402,7 +15289,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_8get_async(struct 
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 600, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 603, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -15416,7 +15303,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_8get_async(struct 
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":598
+  /* "ivshmem/channel/messages.pyx":601
  *         return view_of(self, self.message)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -15438,7 +15325,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_8get_async(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":602
+/* "ivshmem/channel/messages.pyx":605
  *         return asynchronous.until_something(self, self.get, timeout)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
@@ -15487,35 +15374,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 602, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 605, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 602, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 605, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 602, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 605, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 602, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 605, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 602, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 605, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 602, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 605, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 602, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 605, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -15526,7 +15413,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 602, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 605, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15560,7 +15447,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_10get_into_async(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_into_async", 0);
 
-  /* "ivshmem/channel/messages.pyx":604
+  /* "ivshmem/channel/messages.pyx":607
  *     def get_into_async(self, buffer, timeout=None):
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)             # <<<<<<<<<<<<<<
@@ -15568,12 +15455,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_10get_into_async(s
  *     async def get_rows_async(self, rows, timeout=None):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 604, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 607, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 604, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 607, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 604, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 607, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -15593,7 +15480,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_10get_into_async(s
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 604, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 607, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -15607,7 +15494,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_10get_into_async(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":602
+  /* "ivshmem/channel/messages.pyx":605
  *         return asynchronous.until_something(self, self.get, timeout)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
@@ -15630,7 +15517,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_10get_into_async(s
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_8messages_6Reader_14generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/messages.pyx":606
+/* "ivshmem/channel/messages.pyx":609
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
@@ -15679,35 +15566,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 606, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 609, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 606, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 609, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 606, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 609, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows_async", 0) < (0)) __PYX_ERR(0, 606, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows_async", 0) < (0)) __PYX_ERR(0, 609, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, i); __PYX_ERR(0, 606, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, i); __PYX_ERR(0, 609, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 606, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 609, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 606, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 609, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -15718,7 +15605,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 606, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 609, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15751,7 +15638,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_12get_rows_async(s
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 606, __pyx_L1_error)
+    __PYX_ERR(0, 609, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -15765,7 +15652,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_12get_rows_async(s
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_timeout);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_timeout);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_8messages_6Reader_14generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages); if (unlikely(!gen)) __PYX_ERR(0, 606, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_8messages_6Reader_14generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages); if (unlikely(!gen)) __PYX_ERR(0, 609, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -15807,10 +15694,10 @@ static PyObject *__pyx_gb_7ivshmem_7channel_8messages_6Reader_14generator(__pyx_
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
-    __PYX_ERR(0, 606, __pyx_L1_error)
+    __PYX_ERR(0, 609, __pyx_L1_error)
   }
 
-  /* "ivshmem/channel/messages.pyx":608
+  /* "ivshmem/channel/messages.pyx":611
  *     async def get_rows_async(self, rows, timeout=None):
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
  *         found = await asynchronous.until_something(self, self._rows_or_none, timeout, rows)             # <<<<<<<<<<<<<<
@@ -15818,12 +15705,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_8messages_6Reader_14generator(__pyx_
  * 
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 608, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 611, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 608, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 611, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_rows_or_none); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 608, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_rows_or_none); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 611, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -15843,7 +15730,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_8messages_6Reader_14generator(__pyx_
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 608, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 611, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __pyx_t_6 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_1, &__pyx_r);
@@ -15857,34 +15744,34 @@ static PyObject *__pyx_gb_7ivshmem_7channel_8messages_6Reader_14generator(__pyx_
     __pyx_generator->resume_label = 1;
     return __pyx_r;
     __pyx_L4_resume_from_await:;
-    if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 608, __pyx_L1_error)
+    if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 611, __pyx_L1_error)
     __pyx_t_1 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_1);
   } else if (likely(__pyx_t_6 == PYGEN_RETURN)) {
     __Pyx_GOTREF(__pyx_r);
     __pyx_t_1 = __pyx_r; __pyx_r = NULL;
   } else {
     __Pyx_XGOTREF(__pyx_r);
-    __PYX_ERR(0, 608, __pyx_L1_error)
+    __PYX_ERR(0, 611, __pyx_L1_error)
   }
   __Pyx_GIVEREF(__pyx_t_1);
   __pyx_cur_scope->__pyx_v_found = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/messages.pyx":609
+  /* "ivshmem/channel/messages.pyx":612
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
  *         found = await asynchronous.until_something(self, self._rows_or_none, timeout, rows)
  *         return found or 0             # <<<<<<<<<<<<<<
  * 
  *     def _rows_or_none(self, rows, timeout):
 */
-  __pyx_t_7 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_found); if (unlikely((__pyx_t_7 < 0))) __PYX_ERR(0, 609, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_found); if (unlikely((__pyx_t_7 < 0))) __PYX_ERR(0, 612, __pyx_L1_error)
   if (!__pyx_t_7) {
   } else {
     __Pyx_INCREF(__pyx_cur_scope->__pyx_v_found);
     __pyx_t_1 = __pyx_cur_scope->__pyx_v_found;
     goto __pyx_L5_bool_binop_done;
   }
-  __pyx_t_4 = __Pyx_PyLong_From_long(0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 609, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From_long(0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 612, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_1 = __pyx_t_4;
   __pyx_t_4 = 0;
@@ -15901,7 +15788,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_8messages_6Reader_14generator(__pyx_
   goto __pyx_L0;
   CYTHON_MAYBE_UNUSED_VAR(__pyx_cur_scope);
 
-  /* "ivshmem/channel/messages.pyx":606
+  /* "ivshmem/channel/messages.pyx":609
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
@@ -15930,7 +15817,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_8messages_6Reader_14generator(__pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":611
+/* "ivshmem/channel/messages.pyx":614
  *         return found or 0
  * 
  *     def _rows_or_none(self, rows, timeout):             # <<<<<<<<<<<<<<
@@ -15979,39 +15866,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 611, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 614, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 611, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 614, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 611, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 614, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_rows_or_none", 0) < (0)) __PYX_ERR(0, 611, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_rows_or_none", 0) < (0)) __PYX_ERR(0, 614, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, i); __PYX_ERR(0, 611, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, i); __PYX_ERR(0, 614, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 611, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 614, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 611, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 614, __pyx_L3_error)
     }
     __pyx_v_rows = values[0];
     __pyx_v_timeout = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 611, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 614, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -16045,7 +15932,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_15_rows_or_none(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_rows_or_none", 0);
 
-  /* "ivshmem/channel/messages.pyx":612
+  /* "ivshmem/channel/messages.pyx":615
  * 
  *     def _rows_or_none(self, rows, timeout):
  *         return self.get_rows(rows, timeout) or None             # <<<<<<<<<<<<<<
@@ -16059,10 +15946,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_15_rows_or_none(st
     PyObject *__pyx_callargs[3] = {__pyx_t_3, __pyx_v_rows, __pyx_v_timeout};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get_rows, __pyx_callargs+__pyx_t_4, (3-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 612, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 615, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 612, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 615, __pyx_L1_error)
   if (!__pyx_t_5) {
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   } else {
@@ -16085,7 +15972,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_15_rows_or_none(st
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":611
+  /* "ivshmem/channel/messages.pyx":614
  *         return found or 0
  * 
  *     def _rows_or_none(self, rows, timeout):             # <<<<<<<<<<<<<<
@@ -16106,7 +15993,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_15_rows_or_none(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":614
+/* "ivshmem/channel/messages.pyx":617
  *         return self.get_rows(rows, timeout) or None
  * 
  *     def view_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -16154,24 +16041,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 614, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 617, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 614, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 617, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view_async", 0) < (0)) __PYX_ERR(0, 614, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view_async", 0) < (0)) __PYX_ERR(0, 617, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 614, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 617, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -16182,7 +16069,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("view_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 614, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("view_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 617, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -16216,7 +16103,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_17view_async(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("view_async", 0);
 
-  /* "ivshmem/channel/messages.pyx":616
+  /* "ivshmem/channel/messages.pyx":619
  *     def view_async(self, timeout=None):
  *         """The twin of `view` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.view, timeout)             # <<<<<<<<<<<<<<
@@ -16224,12 +16111,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_17view_async(struc
  *     def __iter__(self):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 616, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 619, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 616, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 619, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_view); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 616, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_view); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 619, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -16249,7 +16136,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_17view_async(struc
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 616, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 619, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -16263,7 +16150,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_17view_async(struc
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":614
+  /* "ivshmem/channel/messages.pyx":617
  *         return self.get_rows(rows, timeout) or None
  * 
  *     def view_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -16285,7 +16172,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_17view_async(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":618
+/* "ivshmem/channel/messages.pyx":621
  *         return asynchronous.until_something(self, self.view, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -16313,7 +16200,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_19__iter__(struct 
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/messages.pyx":619
+  /* "ivshmem/channel/messages.pyx":622
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -16331,7 +16218,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_19__iter__(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":618
+  /* "ivshmem/channel/messages.pyx":621
  *         return asynchronous.until_something(self, self.view, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -16346,7 +16233,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_19__iter__(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":621
+/* "ivshmem/channel/messages.pyx":624
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -16380,7 +16267,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_21__next__(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/messages.pyx":622
+  /* "ivshmem/channel/messages.pyx":625
  * 
  *     def __next__(self):
  *         return self.get()             # <<<<<<<<<<<<<<
@@ -16394,7 +16281,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_21__next__(struct 
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 622, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 625, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -16408,7 +16295,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_21__next__(struct 
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":621
+  /* "ivshmem/channel/messages.pyx":624
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -16428,7 +16315,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_21__next__(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":624
+/* "ivshmem/channel/messages.pyx":627
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -16456,7 +16343,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_23__aiter__(struct
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/messages.pyx":625
+  /* "ivshmem/channel/messages.pyx":628
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -16474,7 +16361,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_23__aiter__(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":624
+  /* "ivshmem/channel/messages.pyx":627
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -16489,7 +16376,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_23__aiter__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":627
+/* "ivshmem/channel/messages.pyx":630
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -16523,7 +16410,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_25__anext__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/messages.pyx":628
+  /* "ivshmem/channel/messages.pyx":631
  * 
  *     def __anext__(self):
  *         return self.get_async()             # <<<<<<<<<<<<<<
@@ -16537,7 +16424,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_25__anext__(struct
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 628, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 631, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -16551,7 +16438,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_25__anext__(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":627
+  /* "ivshmem/channel/messages.pyx":630
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -16777,7 +16664,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_29__setstate_cytho
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":650
+/* "ivshmem/channel/messages.pyx":653
  *     """
  * 
  *     def __init__(self, *_, **__):             # <<<<<<<<<<<<<<
@@ -16828,12 +16715,12 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View___init__(CYTHON_UNUSED str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__init__", 0);
 
-  /* "ivshmem/channel/messages.pyx":651
+  /* "ivshmem/channel/messages.pyx":654
  * 
  *     def __init__(self, *_, **__):
  *         raise TypeError("a View is made by Reader.view")             # <<<<<<<<<<<<<<
  * 
- *     @property
+ *     def __reduce__(self):
 */
   __pyx_t_2 = NULL;
   __pyx_t_3 = 1;
@@ -16841,14 +16728,14 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View___init__(CYTHON_UNUSED str
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_View_is_made_by_Reader_view};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 651, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 654, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 651, __pyx_L1_error)
+  __PYX_ERR(0, 654, __pyx_L1_error)
 
-  /* "ivshmem/channel/messages.pyx":650
+  /* "ivshmem/channel/messages.pyx":653
  *     """
  * 
  *     def __init__(self, *_, **__):             # <<<<<<<<<<<<<<
@@ -16867,8 +16754,109 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View___init__(CYTHON_UNUSED str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":653
+/* "ivshmem/channel/messages.pyx":656
  *         raise TypeError("a View is made by Reader.view")
+ * 
+ *     def __reduce__(self):             # <<<<<<<<<<<<<<
+ *         raise TypeError("a View cannot be copied or pickled: `bytes(view)` is a copy")
+ * 
+*/
+
+/* Python wrapper */
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_3__reduce__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4View_2__reduce__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4View_3__reduce__ = {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_3__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_2__reduce__};
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_3__reduce__(PyObject *__pyx_v_self, 
+#if CYTHON_VECTORCALL
+PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
+#else
+PyObject *__pyx_args, PyObject *__pyx_kwds
+#endif
+) {
+  #if !CYTHON_VECTORCALL
+  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
+  #endif
+  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
+  PyObject *__pyx_r = 0;
+  __Pyx_RefNannyDeclarations
+  __Pyx_RefNannySetupContext("__reduce__ (wrapper)", 0);
+  #if !CYTHON_VECTORCALL
+  #if CYTHON_ASSUME_SAFE_SIZE
+  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
+  #else
+  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
+  #endif
+  #endif
+  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
+  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__reduce__", 1, 0, 0, __pyx_nargs); return NULL; }
+  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
+  if (unlikely(__pyx_kwds_len < 0)) return NULL;
+  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce__", __pyx_kwds); return NULL;}
+  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4View_2__reduce__(((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_v_self));
+
+  /* function exit code */
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_2__reduce__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self) {
+  PyObject *__pyx_r = NULL;
+  __Pyx_RefNannyDeclarations
+  PyObject *__pyx_t_1 = NULL;
+  PyObject *__pyx_t_2 = NULL;
+  size_t __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+  __Pyx_RefNannySetupContext("__reduce__", 0);
+
+  /* "ivshmem/channel/messages.pyx":657
+ * 
+ *     def __reduce__(self):
+ *         raise TypeError("a View cannot be copied or pickled: `bytes(view)` is a copy")             # <<<<<<<<<<<<<<
+ * 
+ *     @property
+*/
+  __pyx_t_2 = NULL;
+  __pyx_t_3 = 1;
+  {
+    PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_View_cannot_be_copied_or_pickl};
+    __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+    __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 657, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_1);
+  }
+  __Pyx_Raise(__pyx_t_1, 0, 0, 0);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+  __PYX_ERR(0, 657, __pyx_L1_error)
+
+  /* "ivshmem/channel/messages.pyx":656
+ *         raise TypeError("a View is made by Reader.view")
+ * 
+ *     def __reduce__(self):             # <<<<<<<<<<<<<<
+ *         raise TypeError("a View cannot be copied or pickled: `bytes(view)` is a copy")
+ * 
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_XDECREF(__pyx_t_1);
+  __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_AddTraceback("ivshmem.channel.messages.View.__reduce__", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = NULL;
+  __Pyx_XGIVEREF(__pyx_r);
+  __Pyx_RefNannyFinishContext();
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/messages.pyx":659
+ *         raise TypeError("a View cannot be copied or pickled: `bytes(view)` is a copy")
  * 
  *     @property             # <<<<<<<<<<<<<<
  *     def size(self):
@@ -16899,14 +16887,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4size___get__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/messages.pyx":655
+  /* "ivshmem/channel/messages.pyx":661
  *     @property
  *     def size(self):
  *         return self.message.length             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->message.length); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 655, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->message.length); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 661, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -16919,8 +16907,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4size___get__(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":653
- *         raise TypeError("a View is made by Reader.view")
+  /* "ivshmem/channel/messages.pyx":659
+ *         raise TypeError("a View cannot be copied or pickled: `bytes(view)` is a copy")
  * 
  *     @property             # <<<<<<<<<<<<<<
  *     def size(self):
@@ -16938,7 +16926,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4size___get__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":657
+/* "ivshmem/channel/messages.pyx":663
  *         return self.message.length
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -16970,14 +16958,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_6writer___get__(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/messages.pyx":659
+  /* "ivshmem/channel/messages.pyx":665
  *     @property
  *     def writer(self):
  *         return self.message.writer             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_self->message.writer); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 659, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_self->message.writer); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 665, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -16990,7 +16978,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_6writer___get__(stru
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":657
+  /* "ivshmem/channel/messages.pyx":663
  *         return self.message.length
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -17009,7 +16997,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_6writer___get__(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":661
+/* "ivshmem/channel/messages.pyx":667
  *         return self.message.writer
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -17041,14 +17029,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_8position___get__(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/messages.pyx":663
+  /* "ivshmem/channel/messages.pyx":669
  *     @property
  *     def position(self):
  *         return self.message.position             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.position); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 663, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.position); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 669, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -17061,7 +17049,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_8position___get__(st
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":661
+  /* "ivshmem/channel/messages.pyx":667
  *         return self.message.writer
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -17080,7 +17068,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_8position___get__(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":665
+/* "ivshmem/channel/messages.pyx":671
  *         return self.message.position
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -17112,14 +17100,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4lost___get__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/messages.pyx":667
+  /* "ivshmem/channel/messages.pyx":673
  *     @property
  *     def lost(self):
  *         return self.message.lost             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.lost); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 667, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.lost); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 673, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -17132,7 +17120,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4lost___get__(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":665
+  /* "ivshmem/channel/messages.pyx":671
  *         return self.message.position
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -17151,7 +17139,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4lost___get__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":669
+/* "ivshmem/channel/messages.pyx":675
  *         return self.message.lost
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -17181,14 +17169,56 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
   PyObject *__pyx_t_2 = NULL;
+  PyObject *__pyx_t_3 = NULL;
+  size_t __pyx_t_4;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/messages.pyx":672
+  /* "ivshmem/channel/messages.pyx":678
  *     def time(self):
  *         cdef uint64_t late, today
+ *         if self.reader is None:             # <<<<<<<<<<<<<<
+ *             raise TypeError("a View is made by Reader.view")
+ *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:
+*/
+  __pyx_t_1 = (((PyObject *)__pyx_v_self->reader) == Py_None);
+  if (unlikely(__pyx_t_1)) {
+
+
+    /* "ivshmem/channel/messages.pyx":679
+ *         cdef uint64_t late, today
+ *         if self.reader is None:
+ *             raise TypeError("a View is made by Reader.view")             # <<<<<<<<<<<<<<
+ *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:
+ *             return None
+*/
+    __pyx_t_3 = NULL;
+    __pyx_t_4 = 1;
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_a_View_is_made_by_Reader_view};
+      __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 679, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_2);
+    }
+    __Pyx_Raise(__pyx_t_2, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+    __PYX_ERR(0, 679, __pyx_L1_error)
+
+    /* "ivshmem/channel/messages.pyx":678
+ *     def time(self):
+ *         cdef uint64_t late, today
+ *         if self.reader is None:             # <<<<<<<<<<<<<<
+ *             raise TypeError("a View is made by Reader.view")
+ *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:
+*/
+  }
+
+  /* "ivshmem/channel/messages.pyx":680
+ *         if self.reader is None:
+ *             raise TypeError("a View is made by Reader.view")
  *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:             # <<<<<<<<<<<<<<
  *             return None
  *         # The message has 44 bits of it, half a year: the rest is that of now.
@@ -17198,8 +17228,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":673
- *         cdef uint64_t late, today
+    /* "ivshmem/channel/messages.pyx":681
+ *             raise TypeError("a View is made by Reader.view")
  *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:
  *             return None             # <<<<<<<<<<<<<<
  *         # The message has 44 bits of it, half a year: the rest is that of now.
@@ -17215,16 +17245,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/messages.pyx":672
- *     def time(self):
- *         cdef uint64_t late, today
+    /* "ivshmem/channel/messages.pyx":680
+ *         if self.reader is None:
+ *             raise TypeError("a View is made by Reader.view")
  *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:             # <<<<<<<<<<<<<<
  *             return None
  *         # The message has 44 bits of it, half a year: the rest is that of now.
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":675
+  /* "ivshmem/channel/messages.pyx":683
  *             return None
  *         # The message has 44 bits of it, half a year: the rest is that of now.
  *         today = microseconds()             # <<<<<<<<<<<<<<
@@ -17233,7 +17263,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
 */
   __pyx_v_today = __pyx_f_7ivshmem_7channel_5roles_microseconds();
 
-  /* "ivshmem/channel/messages.pyx":676
+  /* "ivshmem/channel/messages.pyx":684
  *         # The message has 44 bits of it, half a year: the rest is that of now.
  *         today = microseconds()
  *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)             # <<<<<<<<<<<<<<
@@ -17242,7 +17272,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
 */
   __pyx_v_late = ((__pyx_v_today - __pyx_v_self->message.time) & ((((uint64_t)1) << 44) - 1));
 
-  /* "ivshmem/channel/messages.pyx":677
+  /* "ivshmem/channel/messages.pyx":685
  *         today = microseconds()
  *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)
  *         if late >= <uint64_t>1 << 43:             # <<<<<<<<<<<<<<
@@ -17254,14 +17284,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":678
+    /* "ivshmem/channel/messages.pyx":686
  *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)
  *         if late >= <uint64_t>1 << 43:
  *             return (today + ((<uint64_t>1 << 44) - late)) / 1e6             # <<<<<<<<<<<<<<
  *         return (today - late) / 1e6
  * 
 */
-    __pyx_t_2 = PyFloat_FromDouble((((double)(__pyx_v_today + ((((uint64_t)1) << 44) - __pyx_v_late))) / 1e6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 678, __pyx_L1_error)
+    __pyx_t_2 = PyFloat_FromDouble((((double)(__pyx_v_today + ((((uint64_t)1) << 44) - __pyx_v_late))) / 1e6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 686, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     {
       PyObject *__pyx_temp;
@@ -17274,7 +17304,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/messages.pyx":677
+    /* "ivshmem/channel/messages.pyx":685
  *         today = microseconds()
  *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)
  *         if late >= <uint64_t>1 << 43:             # <<<<<<<<<<<<<<
@@ -17283,14 +17313,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":679
+  /* "ivshmem/channel/messages.pyx":687
  *         if late >= <uint64_t>1 << 43:
  *             return (today + ((<uint64_t>1 << 44) - late)) / 1e6
  *         return (today - late) / 1e6             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_2 = PyFloat_FromDouble((((double)(__pyx_v_today - __pyx_v_late)) / 1e6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 679, __pyx_L1_error)
+  __pyx_t_2 = PyFloat_FromDouble((((double)(__pyx_v_today - __pyx_v_late)) / 1e6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 687, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -17303,7 +17333,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":669
+  /* "ivshmem/channel/messages.pyx":675
  *         return self.message.lost
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -17314,6 +17344,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
   /* function exit code */
   __pyx_L1_error:;
   __Pyx_XDECREF(__pyx_t_2);
+  __Pyx_XDECREF(__pyx_t_3);
   __Pyx_AddTraceback("ivshmem.channel.messages.View.time.__get__", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = NULL;
   __pyx_L0:;
@@ -17324,7 +17355,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":681
+/* "ivshmem/channel/messages.pyx":689
  *         return (today - late) / 1e6
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -17356,14 +17387,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_6offset___get__(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/messages.pyx":684
+  /* "ivshmem/channel/messages.pyx":692
  *     def offset(self):
  *         """Where it lies in the region, in bytes."""
  *         return self.message.offset             # <<<<<<<<<<<<<<
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.offset); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 684, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.offset); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 692, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -17376,7 +17407,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_6offset___get__(stru
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":681
+  /* "ivshmem/channel/messages.pyx":689
  *         return (today - late) / 1e6
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -17395,7 +17426,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_6offset___get__(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":686
+/* "ivshmem/channel/messages.pyx":694
  *         return self.message.offset
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -17404,14 +17435,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_6offset___get__(stru
 */
 
 /* Python wrapper */
-CYTHON_UNUSED static int __pyx_pw_7ivshmem_7channel_8messages_4View_3__getbuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags); /*proto*/
-CYTHON_UNUSED static int __pyx_pw_7ivshmem_7channel_8messages_4View_3__getbuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
+CYTHON_UNUSED static int __pyx_pw_7ivshmem_7channel_8messages_4View_5__getbuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags); /*proto*/
+CYTHON_UNUSED static int __pyx_pw_7ivshmem_7channel_8messages_4View_5__getbuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   int __pyx_r;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__getbuffer__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_v_self), ((Py_buffer *)__pyx_v_view), ((int)__pyx_v_flags));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4View_4__getbuffer__(((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_v_self), ((Py_buffer *)__pyx_v_view), ((int)__pyx_v_flags));
 
   /* function exit code */
 
@@ -17420,7 +17451,7 @@ CYTHON_UNUSED static int __pyx_pw_7ivshmem_7channel_8messages_4View_3__getbuffer
   return __pyx_r;
 }
 
-static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
+static int __pyx_pf_7ivshmem_7channel_8messages_4View_4__getbuffer__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self, Py_buffer *__pyx_v_view, int __pyx_v_flags) {
   char *__pyx_v_start;
   int __pyx_r;
   __Pyx_RefNannyDeclarations
@@ -17444,7 +17475,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __py
   __pyx_v_view->obj = Py_None; __Pyx_INCREF(Py_None);
   __Pyx_GIVEREF(__pyx_v_view->obj);
 
-  /* "ivshmem/channel/messages.pyx":688
+  /* "ivshmem/channel/messages.pyx":696
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         cdef char *start
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -17456,7 +17487,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __py
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/messages.pyx":689
+    /* "ivshmem/channel/messages.pyx":697
  *         cdef char *start
  *         if not self.live:
  *             raise ClosedError("the view was released")             # <<<<<<<<<<<<<<
@@ -17464,7 +17495,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __py
  *             raise self.reader.membership.unusable()  # its writer does not wait for it any more
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 689, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 697, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -17483,14 +17514,14 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __py
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 689, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 697, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 689, __pyx_L1_error)
+    __PYX_ERR(0, 697, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":688
+    /* "ivshmem/channel/messages.pyx":696
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         cdef char *start
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -17499,7 +17530,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __py
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":690
+  /* "ivshmem/channel/messages.pyx":698
  *         if not self.live:
  *             raise ClosedError("the view was released")
  *         if not self.reader.usable():             # <<<<<<<<<<<<<<
@@ -17511,20 +17542,20 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __py
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/messages.pyx":691
+    /* "ivshmem/channel/messages.pyx":699
  *             raise ClosedError("the view was released")
  *         if not self.reader.usable():
  *             raise self.reader.membership.unusable()  # its writer does not wait for it any more             # <<<<<<<<<<<<<<
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->reader->__pyx_base.membership->__pyx_vtab)->unusable(__pyx_v_self->reader->__pyx_base.membership); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 691, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->reader->__pyx_base.membership->__pyx_vtab)->unusable(__pyx_v_self->reader->__pyx_base.membership); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 699, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 691, __pyx_L1_error)
+    __PYX_ERR(0, 699, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":690
+    /* "ivshmem/channel/messages.pyx":698
  *         if not self.live:
  *             raise ClosedError("the view was released")
  *         if not self.reader.usable():             # <<<<<<<<<<<<<<
@@ -17533,17 +17564,17 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __py
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":692
+  /* "ivshmem/channel/messages.pyx":700
  *         if not self.reader.usable():
  *             raise self.reader.membership.unusable()  # its writer does not wait for it any more
  *         self.reader.membership.mapping.pin()             # <<<<<<<<<<<<<<
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:
 */
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->reader->__pyx_base.membership->mapping); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 692, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->reader->__pyx_base.membership->mapping); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 700, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/messages.pyx":693
+  /* "ivshmem/channel/messages.pyx":701
  *             raise self.reader.membership.unusable()  # its writer does not wait for it any more
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset             # <<<<<<<<<<<<<<
@@ -17552,7 +17583,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __py
 */
   __pyx_v_start = (((char *)__pyx_v_self->reader->__pyx_base.channel.area.memory.start) + __pyx_v_self->message.offset);
 
-  /* "ivshmem/channel/messages.pyx":694
+  /* "ivshmem/channel/messages.pyx":702
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:             # <<<<<<<<<<<<<<
@@ -17568,17 +17599,17 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __py
     __Pyx_XGOTREF(__pyx_t_9);
     /*try:*/ {
 
-      /* "ivshmem/channel/messages.pyx":695
+      /* "ivshmem/channel/messages.pyx":703
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:
  *             PyBuffer_FillInfo(view, self, start, self.message.length, True, flags)             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.reader.membership.mapping.unpin()
 */
-      __pyx_t_6 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_start, __pyx_v_self->message.length, 1, __pyx_v_flags); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 695, __pyx_L5_error)
+      __pyx_t_6 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_start, __pyx_v_self->message.length, 1, __pyx_v_flags); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 703, __pyx_L5_error)
 
 
-      /* "ivshmem/channel/messages.pyx":694
+      /* "ivshmem/channel/messages.pyx":702
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:             # <<<<<<<<<<<<<<
@@ -17595,7 +17626,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __py
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-    /* "ivshmem/channel/messages.pyx":696
+    /* "ivshmem/channel/messages.pyx":704
  *         try:
  *             PyBuffer_FillInfo(view, self, start, self.message.length, True, flags)
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -17605,12 +17636,12 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __py
     __pyx_t_6 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_6) {
       __Pyx_AddTraceback("ivshmem.channel.messages.View.__getbuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_2, &__pyx_t_4, &__pyx_t_3) < 0) __PYX_ERR(0, 696, __pyx_L7_except_error)
+      if (__Pyx_GetException(&__pyx_t_2, &__pyx_t_4, &__pyx_t_3) < 0) __PYX_ERR(0, 704, __pyx_L7_except_error)
       __Pyx_XGOTREF(__pyx_t_2);
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_3);
 
-      /* "ivshmem/channel/messages.pyx":697
+      /* "ivshmem/channel/messages.pyx":705
  *             PyBuffer_FillInfo(view, self, start, self.message.length, True, flags)
  *         except BaseException:
  *             self.reader.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -17619,7 +17650,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __py
 */
       ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->reader->__pyx_base.membership->mapping);
 
-      /* "ivshmem/channel/messages.pyx":698
+      /* "ivshmem/channel/messages.pyx":706
  *         except BaseException:
  *             self.reader.membership.mapping.unpin()
  *             raise             # <<<<<<<<<<<<<<
@@ -17631,11 +17662,11 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __py
       __Pyx_XGIVEREF(__pyx_t_3);
       __Pyx_ErrRestoreWithState(__pyx_t_2, __pyx_t_4, __pyx_t_3);
       __pyx_t_2 = 0;  __pyx_t_4 = 0;  __pyx_t_3 = 0; 
-      __PYX_ERR(0, 698, __pyx_L7_except_error)
+      __PYX_ERR(0, 706, __pyx_L7_except_error)
     }
     goto __pyx_L7_except_error;
 
-    /* "ivshmem/channel/messages.pyx":694
+    /* "ivshmem/channel/messages.pyx":702
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:             # <<<<<<<<<<<<<<
@@ -17651,7 +17682,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __py
     __pyx_L10_try_end:;
   }
 
-  /* "ivshmem/channel/messages.pyx":699
+  /* "ivshmem/channel/messages.pyx":707
  *             self.reader.membership.mapping.unpin()
  *             raise
  *         self.exports += 1             # <<<<<<<<<<<<<<
@@ -17660,7 +17691,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __py
 */
   __pyx_v_self->exports = (__pyx_v_self->exports + 1);
 
-  /* "ivshmem/channel/messages.pyx":686
+  /* "ivshmem/channel/messages.pyx":694
  *         return self.message.offset
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -17694,7 +17725,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":701
+/* "ivshmem/channel/messages.pyx":709
  *         self.exports += 1
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -17703,22 +17734,22 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_2__getbuffer__(struct __py
 */
 
 /* Python wrapper */
-CYTHON_UNUSED static void __pyx_pw_7ivshmem_7channel_8messages_4View_5__releasebuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view); /*proto*/
-CYTHON_UNUSED static void __pyx_pw_7ivshmem_7channel_8messages_4View_5__releasebuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view) {
+CYTHON_UNUSED static void __pyx_pw_7ivshmem_7channel_8messages_4View_7__releasebuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view); /*proto*/
+CYTHON_UNUSED static void __pyx_pw_7ivshmem_7channel_8messages_4View_7__releasebuffer__(PyObject *__pyx_v_self, Py_buffer *__pyx_v_view) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__releasebuffer__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_7channel_8messages_4View_4__releasebuffer__(((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_v_self), ((Py_buffer *)__pyx_v_view));
+  __pyx_pf_7ivshmem_7channel_8messages_4View_6__releasebuffer__(((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_v_self), ((Py_buffer *)__pyx_v_view));
 
   /* function exit code */
 
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_7channel_8messages_4View_4__releasebuffer__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view) {
+static void __pyx_pf_7ivshmem_7channel_8messages_4View_6__releasebuffer__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view) {
 
-  /* "ivshmem/channel/messages.pyx":702
+  /* "ivshmem/channel/messages.pyx":710
  * 
  *     def __releasebuffer__(self, Py_buffer *view):
  *         self.exports -= 1             # <<<<<<<<<<<<<<
@@ -17727,7 +17758,7 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4View_4__releasebuffer__(struct
 */
   __pyx_v_self->exports = (__pyx_v_self->exports - 1);
 
-  /* "ivshmem/channel/messages.pyx":703
+  /* "ivshmem/channel/messages.pyx":711
  *     def __releasebuffer__(self, Py_buffer *view):
  *         self.exports -= 1
  *         self.reader.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -17736,7 +17767,7 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4View_4__releasebuffer__(struct
 */
   ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->reader->__pyx_base.membership->mapping);
 
-  /* "ivshmem/channel/messages.pyx":701
+  /* "ivshmem/channel/messages.pyx":709
  *         self.exports += 1
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -17748,7 +17779,7 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4View_4__releasebuffer__(struct
 
 }
 
-/* "ivshmem/channel/messages.pyx":705
+/* "ivshmem/channel/messages.pyx":713
  *         self.reader.membership.mapping.unpin()
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -17757,24 +17788,24 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4View_4__releasebuffer__(struct
 */
 
 /* Python wrapper */
-static Py_ssize_t __pyx_pw_7ivshmem_7channel_8messages_4View_7__len__(PyObject *__pyx_v_self); /*proto*/
-static Py_ssize_t __pyx_pw_7ivshmem_7channel_8messages_4View_7__len__(PyObject *__pyx_v_self) {
+static Py_ssize_t __pyx_pw_7ivshmem_7channel_8messages_4View_9__len__(PyObject *__pyx_v_self); /*proto*/
+static Py_ssize_t __pyx_pw_7ivshmem_7channel_8messages_4View_9__len__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   Py_ssize_t __pyx_r;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__len__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4View_6__len__(((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4View_8__len__(((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static Py_ssize_t __pyx_pf_7ivshmem_7channel_8messages_4View_6__len__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self) {
+static Py_ssize_t __pyx_pf_7ivshmem_7channel_8messages_4View_8__len__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self) {
   Py_ssize_t __pyx_r;
 
-  /* "ivshmem/channel/messages.pyx":706
+  /* "ivshmem/channel/messages.pyx":714
  * 
  *     def __len__(self):
  *         return self.message.length             # <<<<<<<<<<<<<<
@@ -17787,7 +17818,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_8messages_4View_6__len__(struct __p
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":705
+  /* "ivshmem/channel/messages.pyx":713
  *         self.reader.membership.mapping.unpin()
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -17801,7 +17832,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_8messages_4View_6__len__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":708
+/* "ivshmem/channel/messages.pyx":716
  *         return self.message.length
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
@@ -17810,16 +17841,16 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_8messages_4View_6__len__(struct __p
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_9__bytes__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_11__bytes__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4View_8__bytes__, "Return a copy; raise Overtaken if the message was overwritten before the copy ended.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4View_9__bytes__ = {"__bytes__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_9__bytes__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_8__bytes__};
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_9__bytes__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4View_10__bytes__, "Return a copy; raise Overtaken if the message was overwritten before the copy ended.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4View_11__bytes__ = {"__bytes__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_11__bytes__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_10__bytes__};
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_11__bytes__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -17845,14 +17876,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__bytes__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4View_8__bytes__(((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4View_10__bytes__(((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_8__bytes__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_10__bytes__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self) {
   PyObject *__pyx_v_data = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -17865,14 +17896,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_8__bytes__(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__bytes__", 0);
 
-  /* "ivshmem/channel/messages.pyx":710
+  /* "ivshmem/channel/messages.pyx":718
  *     def __bytes__(self):
  *         """Return a copy; raise Overtaken if the message was overwritten before the copy ended."""
  *         data = memoryview(self).tobytes()             # <<<<<<<<<<<<<<
  *         self.check()
  *         return data
 */
-  __pyx_t_3 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 710, __pyx_L1_error)
+  __pyx_t_3 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 718, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_2 = __pyx_t_3;
   __Pyx_INCREF(__pyx_t_2);
@@ -17882,14 +17913,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_8__bytes__(struct __
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_tobytes, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 710, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 718, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 710, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 718, __pyx_L1_error)
   __pyx_v_data = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/messages.pyx":711
+  /* "ivshmem/channel/messages.pyx":719
  *         """Return a copy; raise Overtaken if the message was overwritten before the copy ended."""
  *         data = memoryview(self).tobytes()
  *         self.check()             # <<<<<<<<<<<<<<
@@ -17903,12 +17934,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_8__bytes__(struct __
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_check, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 711, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 719, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/messages.pyx":712
+  /* "ivshmem/channel/messages.pyx":720
  *         data = memoryview(self).tobytes()
  *         self.check()
  *         return data             # <<<<<<<<<<<<<<
@@ -17926,7 +17957,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_8__bytes__(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":708
+  /* "ivshmem/channel/messages.pyx":716
  *         return self.message.length
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
@@ -17948,7 +17979,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_8__bytes__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":714
+/* "ivshmem/channel/messages.pyx":722
  *         return data
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -17986,22 +18017,77 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_5array___get__(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/messages.pyx":717
+  /* "ivshmem/channel/messages.pyx":725
  *     def array(self):
  *         """A numpy array over the message, of the channel's type (without one: of bytes)."""
  *         import numpy  # an extra, which only this needs             # <<<<<<<<<<<<<<
  * 
- *         if self.reader.type is not None:
+ *         if not self.live:
 */
-  __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_numpy, 0, 0, NULL, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 717, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_numpy, 0, 0, NULL, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 725, __pyx_L1_error)
   __pyx_t_1 = __pyx_t_2;
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_numpy = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/messages.pyx":719
+  /* "ivshmem/channel/messages.pyx":727
  *         import numpy  # an extra, which only this needs
  * 
+ *         if not self.live:             # <<<<<<<<<<<<<<
+ *             raise ClosedError("the view was released")
+ *         if self.reader.type is not None:
+*/
+  __pyx_t_3 = (!__pyx_v_self->live);
+
+  if (unlikely(__pyx_t_3)) {
+
+
+    /* "ivshmem/channel/messages.pyx":728
+ * 
+ *         if not self.live:
+ *             raise ClosedError("the view was released")             # <<<<<<<<<<<<<<
+ *         if self.reader.type is not None:
+ *             return self.reader.type.array(memoryview(self))
+*/
+    __pyx_t_4 = NULL;
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 728, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_5);
+    __pyx_t_6 = 1;
+    #if CYTHON_UNPACK_METHODS
+    if (unlikely(PyMethod_Check(__pyx_t_5))) {
+      __pyx_t_4 = PyMethod_GET_SELF(__pyx_t_5);
+      assert(__pyx_t_4);
+      PyObject* __pyx__function = PyMethod_GET_FUNCTION(__pyx_t_5);
+      __Pyx_INCREF(__pyx_t_4);
+      __Pyx_INCREF(__pyx__function);
+      __Pyx_DECREF_SET(__pyx_t_5, __pyx__function);
+      __pyx_t_6 = 0;
+    }
+    #endif
+    {
+      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_the_view_was_released};
+      __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
+      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 728, __pyx_L1_error)
+      __Pyx_GOTREF(__pyx_t_1);
+    }
+    __Pyx_Raise(__pyx_t_1, 0, 0, 0);
+    __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+    __PYX_ERR(0, 728, __pyx_L1_error)
+
+    /* "ivshmem/channel/messages.pyx":727
+ *         import numpy  # an extra, which only this needs
+ * 
+ *         if not self.live:             # <<<<<<<<<<<<<<
+ *             raise ClosedError("the view was released")
+ *         if self.reader.type is not None:
+*/
+  }
+
+  /* "ivshmem/channel/messages.pyx":729
+ *         if not self.live:
+ *             raise ClosedError("the view was released")
  *         if self.reader.type is not None:             # <<<<<<<<<<<<<<
  *             return self.reader.type.array(memoryview(self))
  *         return numpy.frombuffer(self, "uint8")
@@ -18010,24 +18096,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_5array___get__(struc
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/messages.pyx":720
- * 
+    /* "ivshmem/channel/messages.pyx":730
+ *             raise ClosedError("the view was released")
  *         if self.reader.type is not None:
  *             return self.reader.type.array(memoryview(self))             # <<<<<<<<<<<<<<
  *         return numpy.frombuffer(self, "uint8")
  * 
 */
-    __pyx_t_4 = __pyx_v_self->reader->type;
-    __Pyx_INCREF(__pyx_t_4);
-    __pyx_t_5 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 720, __pyx_L1_error)
-    __Pyx_GOTREF(__pyx_t_5);
+    __pyx_t_5 = __pyx_v_self->reader->type;
+    __Pyx_INCREF(__pyx_t_5);
+    __pyx_t_4 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 730, __pyx_L1_error)
+    __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_6 = 0;
     {
-      PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_t_5};
+      PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_t_4};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_array, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-      __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 720, __pyx_L1_error)
+      __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
+      __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 730, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -18041,30 +18127,30 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_5array___get__(struc
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/messages.pyx":719
- *         import numpy  # an extra, which only this needs
- * 
+    /* "ivshmem/channel/messages.pyx":729
+ *         if not self.live:
+ *             raise ClosedError("the view was released")
  *         if self.reader.type is not None:             # <<<<<<<<<<<<<<
  *             return self.reader.type.array(memoryview(self))
  *         return numpy.frombuffer(self, "uint8")
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":721
+  /* "ivshmem/channel/messages.pyx":731
  *         if self.reader.type is not None:
  *             return self.reader.type.array(memoryview(self))
  *         return numpy.frombuffer(self, "uint8")             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_5 = __pyx_v_numpy;
-  __Pyx_INCREF(__pyx_t_5);
+  __pyx_t_4 = __pyx_v_numpy;
+  __Pyx_INCREF(__pyx_t_4);
   __pyx_t_6 = 0;
   {
-    PyObject *__pyx_callargs[3] = {__pyx_t_5, ((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_uint8};
+    PyObject *__pyx_callargs[3] = {__pyx_t_4, ((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_uint8};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_frombuffer, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-    __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 721, __pyx_L1_error)
+    __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 731, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -18078,7 +18164,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_5array___get__(struc
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":714
+  /* "ivshmem/channel/messages.pyx":722
  *         return data
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -18100,7 +18186,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_5array___get__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":723
+/* "ivshmem/channel/messages.pyx":733
  *         return numpy.frombuffer(self, "uint8")
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -18142,7 +18228,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/messages.pyx":726
+  /* "ivshmem/channel/messages.pyx":736
  *     def __array_interface__(self):
  *         """What numpy.asarray and others take: address, shape and type; read-only."""
  *         if not self.live or self.reader.membership.mapping.closed:             # <<<<<<<<<<<<<<
@@ -18159,9 +18245,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->reader->__pyx_base.membership->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 726, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->reader->__pyx_base.membership->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 736, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 726, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 736, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   __pyx_t_1 = __pyx_t_2;
@@ -18170,7 +18256,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/messages.pyx":727
+    /* "ivshmem/channel/messages.pyx":737
  *         """What numpy.asarray and others take: address, shape and type; read-only."""
  *         if not self.live or self.reader.membership.mapping.closed:
  *             raise ClosedError("the view was released, or the region closed")             # <<<<<<<<<<<<<<
@@ -18178,7 +18264,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
  *         if self.reader.type is not None:
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 727, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 737, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -18197,14 +18283,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 727, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 737, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 727, __pyx_L1_error)
+    __PYX_ERR(0, 737, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":726
+    /* "ivshmem/channel/messages.pyx":736
  *     def __array_interface__(self):
  *         """What numpy.asarray and others take: address, shape and type; read-only."""
  *         if not self.live or self.reader.membership.mapping.closed:             # <<<<<<<<<<<<<<
@@ -18213,7 +18299,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":728
+  /* "ivshmem/channel/messages.pyx":738
  *         if not self.live or self.reader.membership.mapping.closed:
  *             raise ClosedError("the view was released, or the region closed")
  *         kind, shape = ("|u1", (self.message.length,))             # <<<<<<<<<<<<<<
@@ -18222,19 +18308,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
 */
   __pyx_t_3 = __pyx_mstate_global->__pyx_kp_u_u1;
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 728, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 738, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 728, __pyx_L1_error)
+  __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 738, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_GIVEREF(__pyx_t_5);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_t_5) != (0)) __PYX_ERR(0, 728, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_t_5) != (0)) __PYX_ERR(0, 738, __pyx_L1_error);
   __pyx_t_5 = 0;
   __pyx_v_kind = __pyx_t_3;
   __pyx_t_3 = 0;
   __pyx_v_shape = __pyx_t_4;
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":729
+  /* "ivshmem/channel/messages.pyx":739
  *             raise ClosedError("the view was released, or the region closed")
  *         kind, shape = ("|u1", (self.message.length,))
  *         if self.reader.type is not None:             # <<<<<<<<<<<<<<
@@ -18245,7 +18331,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":730
+    /* "ivshmem/channel/messages.pyx":740
  *         kind, shape = ("|u1", (self.message.length,))
  *         if self.reader.type is not None:
  *             kind, shape = self.reader.type.interface(self.message.length)             # <<<<<<<<<<<<<<
@@ -18254,7 +18340,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
 */
     __pyx_t_3 = __pyx_v_self->reader->type;
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 730, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 740, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 0;
     {
@@ -18262,7 +18348,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
       __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_interface, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 730, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 740, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     if ((likely(PyTuple_CheckExact(__pyx_t_4))) || (PyList_CheckExact(__pyx_t_4))) {
@@ -18271,7 +18357,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
       if (unlikely(size != 2)) {
         if (size > 2) __Pyx_RaiseTooManyValuesError(2);
         else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
-        __PYX_ERR(0, 730, __pyx_L1_error)
+        __PYX_ERR(0, 740, __pyx_L1_error)
       }
       #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
       if (likely(PyTuple_CheckExact(sequence))) {
@@ -18281,22 +18367,22 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
         __Pyx_INCREF(__pyx_t_3);
       } else {
         __pyx_t_5 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 730, __pyx_L1_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 740, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_5);
         __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 730, __pyx_L1_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 740, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_3);
       }
       #else
-      __pyx_t_5 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 730, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 740, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_3 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 730, __pyx_L1_error)
+      __pyx_t_3 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 740, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       #endif
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     } else {
       Py_ssize_t index = -1;
-      __pyx_t_7 = PyObject_GetIter(__pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 730, __pyx_L1_error)
+      __pyx_t_7 = PyObject_GetIter(__pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 740, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       __pyx_t_8 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_7);
@@ -18304,7 +18390,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
       __Pyx_GOTREF(__pyx_t_5);
       index = 1; __pyx_t_3 = __pyx_t_8(__pyx_t_7); if (unlikely(!__pyx_t_3)) goto __pyx_L7_unpacking_failed;
       __Pyx_GOTREF(__pyx_t_3);
-      if (__Pyx_IternextUnpackEndCheck(__pyx_t_8(__pyx_t_7), 2) < (0)) __PYX_ERR(0, 730, __pyx_L1_error)
+      if (__Pyx_IternextUnpackEndCheck(__pyx_t_8(__pyx_t_7), 2) < (0)) __PYX_ERR(0, 740, __pyx_L1_error)
       __pyx_t_8 = NULL;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       goto __pyx_L8_unpacking_done;
@@ -18312,7 +18398,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __pyx_t_8 = NULL;
       if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
-      __PYX_ERR(0, 730, __pyx_L1_error)
+      __PYX_ERR(0, 740, __pyx_L1_error)
       __pyx_L8_unpacking_done:;
     }
     __Pyx_DECREF_SET(__pyx_v_kind, __pyx_t_5);
@@ -18320,7 +18406,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
     __Pyx_DECREF_SET(__pyx_v_shape, __pyx_t_3);
     __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/messages.pyx":729
+    /* "ivshmem/channel/messages.pyx":739
  *             raise ClosedError("the view was released, or the region closed")
  *         kind, shape = ("|u1", (self.message.length,))
  *         if self.reader.type is not None:             # <<<<<<<<<<<<<<
@@ -18329,7 +18415,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":731
+  /* "ivshmem/channel/messages.pyx":741
  *         if self.reader.type is not None:
  *             kind, shape = self.reader.type.interface(self.message.length)
  *         address = <size_t>self.reader.channel.area.memory.start + self.message.offset             # <<<<<<<<<<<<<<
@@ -18338,29 +18424,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
 */
   __pyx_v_address = (((size_t)__pyx_v_self->reader->__pyx_base.channel.area.memory.start) + __pyx_v_self->message.offset);
 
-  /* "ivshmem/channel/messages.pyx":732
+  /* "ivshmem/channel/messages.pyx":742
  *             kind, shape = self.reader.type.interface(self.message.length)
  *         address = <size_t>self.reader.channel.area.memory.start + self.message.offset
  *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}             # <<<<<<<<<<<<<<
  * 
  *     def __dlpack__(self, **options):
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 732, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 742, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_version, __pyx_mstate_global->__pyx_int_3) < (0)) __PYX_ERR(0, 732, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_typestr, __pyx_v_kind) < (0)) __PYX_ERR(0, 732, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_shape, __pyx_v_shape) < (0)) __PYX_ERR(0, 732, __pyx_L1_error)
-  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_address); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 732, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_version, __pyx_mstate_global->__pyx_int_3) < (0)) __PYX_ERR(0, 742, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_typestr, __pyx_v_kind) < (0)) __PYX_ERR(0, 742, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_shape, __pyx_v_shape) < (0)) __PYX_ERR(0, 742, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_address); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 742, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = PyTuple_New(2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 732, __pyx_L1_error)
+  __pyx_t_5 = PyTuple_New(2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 742, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_GIVEREF(__pyx_t_3);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 732, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 742, __pyx_L1_error);
   __Pyx_INCREF(Py_True);
   __Pyx_GIVEREF(Py_True);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 1, Py_True) != (0)) __PYX_ERR(0, 732, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 1, Py_True) != (0)) __PYX_ERR(0, 742, __pyx_L1_error);
   __pyx_t_3 = 0;
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_data, __pyx_t_5) < (0)) __PYX_ERR(0, 732, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_data, __pyx_t_5) < (0)) __PYX_ERR(0, 742, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   {
     PyObject *__pyx_temp;
@@ -18373,7 +18459,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
   __pyx_t_4 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":723
+  /* "ivshmem/channel/messages.pyx":733
  *         return numpy.frombuffer(self, "uint8")
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -18398,7 +18484,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":734
+/* "ivshmem/channel/messages.pyx":744
  *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}
  * 
  *     def __dlpack__(self, **options):             # <<<<<<<<<<<<<<
@@ -18407,16 +18493,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_11__dlpack__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_13__dlpack__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4View_10__dlpack__, "Export the message, for numpy.from_dlpack or torch.from_dlpack; needs numpy.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4View_11__dlpack__ = {"__dlpack__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_11__dlpack__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_10__dlpack__};
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_11__dlpack__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4View_12__dlpack__, "Export the message, for numpy.from_dlpack or torch.from_dlpack; needs numpy.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4View_13__dlpack__ = {"__dlpack__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_13__dlpack__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_12__dlpack__};
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_13__dlpack__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -18452,7 +18538,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
     if (unlikely(!__pyx_v_options)) return NULL;
     __Pyx_GOTREF(__pyx_v_options);
   }
-  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4View_10__dlpack__(((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_v_self), __pyx_v_options);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4View_12__dlpack__(((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_v_self), __pyx_v_options);
 
   /* function exit code */
   __Pyx_DECREF(__pyx_v_options);
@@ -18460,7 +18546,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_10__dlpack__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self, PyObject *__pyx_v_options) {
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_12__dlpack__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self, PyObject *__pyx_v_options) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -18471,21 +18557,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_10__dlpack__(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dlpack__", 0);
 
-  /* "ivshmem/channel/messages.pyx":736
+  /* "ivshmem/channel/messages.pyx":746
  *     def __dlpack__(self, **options):
  *         """Export the message, for numpy.from_dlpack or torch.from_dlpack; needs numpy."""
  *         return self.array.__dlpack__(**options)             # <<<<<<<<<<<<<<
  * 
  *     def __dlpack_device__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_array); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 736, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_array); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 746, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_dlpack); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 736, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_dlpack); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 746, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyDict_Copy(__pyx_v_options); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 736, __pyx_L1_error)
+  __pyx_t_1 = PyDict_Copy(__pyx_v_options); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 746, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_Call(__pyx_t_2, __pyx_mstate_global->__pyx_empty_tuple, __pyx_t_1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 736, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_Call(__pyx_t_2, __pyx_mstate_global->__pyx_empty_tuple, __pyx_t_1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 746, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -18500,7 +18586,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_10__dlpack__(struct 
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":734
+  /* "ivshmem/channel/messages.pyx":744
  *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}
  * 
  *     def __dlpack__(self, **options):             # <<<<<<<<<<<<<<
@@ -18521,7 +18607,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_10__dlpack__(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":738
+/* "ivshmem/channel/messages.pyx":748
  *         return self.array.__dlpack__(**options)
  * 
  *     def __dlpack_device__(self):             # <<<<<<<<<<<<<<
@@ -18530,16 +18616,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_10__dlpack__(struct 
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_13__dlpack_device__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_15__dlpack_device__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4View_12__dlpack_device__, "Return DLPack\047s number of the processor\047s memory.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4View_13__dlpack_device__ = {"__dlpack_device__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_13__dlpack_device__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_12__dlpack_device__};
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_13__dlpack_device__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4View_14__dlpack_device__, "Return DLPack\047s number of the processor\047s memory.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4View_15__dlpack_device__ = {"__dlpack_device__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_15__dlpack_device__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_14__dlpack_device__};
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_15__dlpack_device__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -18565,19 +18651,19 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__dlpack_device__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4View_12__dlpack_device__(((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4View_14__dlpack_device__(((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_12__dlpack_device__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_14__dlpack_device__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__dlpack_device__", 0);
 
-  /* "ivshmem/channel/messages.pyx":740
+  /* "ivshmem/channel/messages.pyx":750
  *     def __dlpack_device__(self):
  *         """Return DLPack's number of the processor's memory."""
  *         return (1, 0)             # <<<<<<<<<<<<<<
@@ -18595,7 +18681,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_12__dlpack_device__(
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":738
+  /* "ivshmem/channel/messages.pyx":748
  *         return self.array.__dlpack__(**options)
  * 
  *     def __dlpack_device__(self):             # <<<<<<<<<<<<<<
@@ -18610,7 +18696,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_12__dlpack_device__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":742
+/* "ivshmem/channel/messages.pyx":752
  *         return (1, 0)
  * 
  *     def check(self):             # <<<<<<<<<<<<<<
@@ -18619,16 +18705,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_12__dlpack_device__(
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_15check(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_17check(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4View_14check, "Raise Overtaken if the message was overwritten since it was taken.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4View_15check = {"check", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_15check, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_14check};
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_15check(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4View_16check, "Raise Overtaken if the message was overwritten since it was taken.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4View_17check = {"check", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_17check, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_16check};
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_17check(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -18654,14 +18740,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("check", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4View_14check(((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4View_16check(((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_14check(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16check(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -18681,7 +18767,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_14check(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/channel/messages.pyx":744
+  /* "ivshmem/channel/messages.pyx":754
  *     def check(self):
  *         """Raise Overtaken if the message was overwritten since it was taken."""
  *         if not self.overtaken and self.live and self.reader.usable():             # <<<<<<<<<<<<<<
@@ -18713,7 +18799,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_14check(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":745
+    /* "ivshmem/channel/messages.pyx":755
  *         """Raise Overtaken if the message was overwritten since it was taken."""
  *         if not self.overtaken and self.live and self.reader.usable():
  *             self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0             # <<<<<<<<<<<<<<
@@ -18722,7 +18808,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_14check(struct __pyx
 */
     __pyx_v_self->overtaken = (ivshmem_check((&__pyx_v_self->reader->__pyx_base.channel), (&__pyx_v_self->message)) != 0);
 
-    /* "ivshmem/channel/messages.pyx":744
+    /* "ivshmem/channel/messages.pyx":754
  *     def check(self):
  *         """Raise Overtaken if the message was overwritten since it was taken."""
  *         if not self.overtaken and self.live and self.reader.usable():             # <<<<<<<<<<<<<<
@@ -18731,7 +18817,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_14check(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":746
+  /* "ivshmem/channel/messages.pyx":756
  *         if not self.overtaken and self.live and self.reader.usable():
  *             self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
  *         if self.overtaken:             # <<<<<<<<<<<<<<
@@ -18740,7 +18826,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_14check(struct __pyx
 */
   if (unlikely(__pyx_v_self->overtaken)) {
 
-    /* "ivshmem/channel/messages.pyx":747
+    /* "ivshmem/channel/messages.pyx":757
  *             self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
  *         if self.overtaken:
  *             raise Overtaken(             # <<<<<<<<<<<<<<
@@ -18748,27 +18834,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_14check(struct __pyx
  *                 f" {self.message.position} while it was looked at; what was seen may be torn"
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 747, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 757, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
 
-    /* "ivshmem/channel/messages.pyx":748
+    /* "ivshmem/channel/messages.pyx":758
  *         if self.overtaken:
  *             raise Overtaken(
  *                 f"channel {self.reader.name!r}: the writer overwrote message"             # <<<<<<<<<<<<<<
  *                 f" {self.message.position} while it was looked at; what was seen may be torn"
  *             )
 */
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->reader->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 748, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->reader->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 758, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
 
-    /* "ivshmem/channel/messages.pyx":749
+    /* "ivshmem/channel/messages.pyx":759
  *             raise Overtaken(
  *                 f"channel {self.reader.name!r}: the writer overwrote message"
  *                 f" {self.message.position} while it was looked at; what was seen may be torn"             # <<<<<<<<<<<<<<
  *             )
  * 
 */
-    __pyx_t_7 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 749, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 759, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_8[1] = __pyx_t_6;
@@ -18776,7 +18862,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_14check(struct __pyx
     __pyx_t_8[3] = __pyx_t_7;
     __pyx_t_8[4] = __pyx_mstate_global->__pyx_kp_u_while_it_was_looked_at_what_was;
 
-    /* "ivshmem/channel/messages.pyx":748
+    /* "ivshmem/channel/messages.pyx":758
  *         if self.overtaken:
  *             raise Overtaken(
  *                 f"channel {self.reader.name!r}: the writer overwrote message"             # <<<<<<<<<<<<<<
@@ -18792,7 +18878,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_14check(struct __pyx
     __pyx_t_10 |= __Pyx_PyUnicode_KIND_04(__pyx_t_8[1]);
     #endif
     __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_8, 5, __pyx_t_9, __pyx_t_10);
-    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 748, __pyx_L1_error)
+    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 758, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -18814,14 +18900,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_14check(struct __pyx
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 747, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 757, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 747, __pyx_L1_error)
+    __PYX_ERR(0, 757, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":746
+    /* "ivshmem/channel/messages.pyx":756
  *         if not self.overtaken and self.live and self.reader.usable():
  *             self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
  *         if self.overtaken:             # <<<<<<<<<<<<<<
@@ -18830,7 +18916,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_14check(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":742
+  /* "ivshmem/channel/messages.pyx":752
  *         return (1, 0)
  * 
  *     def check(self):             # <<<<<<<<<<<<<<
@@ -18856,7 +18942,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_14check(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":752
+/* "ivshmem/channel/messages.pyx":762
  *             )
  * 
  *     def release(self):             # <<<<<<<<<<<<<<
@@ -18865,16 +18951,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_14check(struct __pyx
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_17release(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_19release(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4View_16release, "Give the memory back to the writer; may be called twice.\n\n        Raises:\n            BufferError: a memoryview or an array of it is alive.\n            Overtaken: the message was overwritten since it was taken. The View is released.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4View_17release = {"release", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_17release, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_16release};
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_17release(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4View_18release, "Give the memory back to the writer; may be called twice.\n\n        Raises:\n            BufferError: a memoryview or an array of it is alive.\n            Overtaken: the message was overwritten since it was taken. The View is released.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4View_19release = {"release", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_19release, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_18release};
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_19release(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -18900,14 +18986,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("release", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4View_16release(((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4View_18release(((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_18release(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -18933,7 +19019,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/channel/messages.pyx":759
+  /* "ivshmem/channel/messages.pyx":769
  *             Overtaken: the message was overwritten since it was taken. The View is released.
  *         """
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -18945,7 +19031,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":760
+    /* "ivshmem/channel/messages.pyx":770
  *         """
  *         if not self.live:
  *             return             # <<<<<<<<<<<<<<
@@ -18962,7 +19048,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/messages.pyx":759
+    /* "ivshmem/channel/messages.pyx":769
  *             Overtaken: the message was overwritten since it was taken. The View is released.
  *         """
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -18971,7 +19057,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":761
+  /* "ivshmem/channel/messages.pyx":771
  *         if not self.live:
  *             return
  *         if self.exports:             # <<<<<<<<<<<<<<
@@ -18983,7 +19069,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/messages.pyx":762
+    /* "ivshmem/channel/messages.pyx":772
  *             return
  *         if self.exports:
  *             raise BufferError(             # <<<<<<<<<<<<<<
@@ -18992,7 +19078,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
 */
     __pyx_t_3 = NULL;
 
-    /* "ivshmem/channel/messages.pyx":763
+    /* "ivshmem/channel/messages.pyx":773
  *         if self.exports:
  *             raise BufferError(
  *                 f"{counted(self.exports, 'memoryview')} or arrays of the message are in use:"             # <<<<<<<<<<<<<<
@@ -19000,9 +19086,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
  *             )
 */
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 763, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 773, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 763, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 773, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_8 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -19022,13 +19108,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 763, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 773, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 763, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 773, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_or_arrays_of_the_message_are_in); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 763, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_or_arrays_of_the_message_are_in); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 773, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_8 = 1;
@@ -19037,14 +19123,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 762, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 772, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 762, __pyx_L1_error)
+    __PYX_ERR(0, 772, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":761
+    /* "ivshmem/channel/messages.pyx":771
  *         if not self.live:
  *             return
  *         if self.exports:             # <<<<<<<<<<<<<<
@@ -19053,7 +19139,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":766
+  /* "ivshmem/channel/messages.pyx":776
  *                 " release them first (del)"
  *             )
  *         try:             # <<<<<<<<<<<<<<
@@ -19062,7 +19148,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
 */
   /*try:*/ {
 
-    /* "ivshmem/channel/messages.pyx":767
+    /* "ivshmem/channel/messages.pyx":777
  *             )
  *         try:
  *             self.check()             # <<<<<<<<<<<<<<
@@ -19076,13 +19162,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_check, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 767, __pyx_L6_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 777, __pyx_L6_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   }
 
-  /* "ivshmem/channel/messages.pyx":769
+  /* "ivshmem/channel/messages.pyx":779
  *             self.check()
  *         finally:
  *             self.abandon()             # <<<<<<<<<<<<<<
@@ -19091,7 +19177,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
 */
   /*finally:*/ {
     /*normal exit:*/{
-      __pyx_t_9 = __pyx_f_7ivshmem_7channel_8messages_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 769, __pyx_L1_error)
+      __pyx_t_9 = __pyx_f_7ivshmem_7channel_8messages_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 779, __pyx_L1_error)
 
       goto __pyx_L7;
     }
@@ -19116,7 +19202,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
       __Pyx_XGOTREF(__pyx_t_17);
       __pyx_t_9 = __pyx_lineno; __pyx_t_10 = __pyx_clineno; __pyx_t_11 = __pyx_filename;
       {
-        __pyx_t_18 = __pyx_f_7ivshmem_7channel_8messages_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_18 == ((int)-1))) __PYX_ERR(0, 769, __pyx_L9_error)
+        __pyx_t_18 = __pyx_f_7ivshmem_7channel_8messages_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_18 == ((int)-1))) __PYX_ERR(0, 779, __pyx_L9_error)
 
       }
       __Pyx_XGIVEREF(__pyx_t_15);
@@ -19144,7 +19230,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
     __pyx_L7:;
   }
 
-  /* "ivshmem/channel/messages.pyx":752
+  /* "ivshmem/channel/messages.pyx":762
  *             )
  * 
  *     def release(self):             # <<<<<<<<<<<<<<
@@ -19170,7 +19256,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":771
+/* "ivshmem/channel/messages.pyx":781
  *             self.abandon()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -19179,16 +19265,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16release(struct __p
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_19__enter__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_21__enter__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4View_18__enter__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4View_19__enter__ = {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_19__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_18__enter__};
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_19__enter__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4View_20__enter__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4View_21__enter__ = {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_21__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_20__enter__};
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_21__enter__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -19214,19 +19300,19 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__enter__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4View_18__enter__(((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4View_20__enter__(((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_18__enter__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_20__enter__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/messages.pyx":772
+  /* "ivshmem/channel/messages.pyx":782
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -19244,7 +19330,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_18__enter__(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":771
+  /* "ivshmem/channel/messages.pyx":781
  *             self.abandon()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -19259,7 +19345,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_18__enter__(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":774
+/* "ivshmem/channel/messages.pyx":784
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -19268,16 +19354,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_18__enter__(struct _
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_21__exit__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_23__exit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4View_20__exit__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4View_21__exit__ = {"__exit__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_21__exit__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_20__exit__};
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_21__exit__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4View_22__exit__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4View_23__exit__ = {"__exit__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_23__exit__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_22__exit__};
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_23__exit__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -19314,33 +19400,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 774, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 784, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 774, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 784, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 1) ? kwd_pos_args : 1;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 774, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 784, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 774, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 784, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 774, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 784, __pyx_L3_error)
     }
     __pyx_v_kind = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 774, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 784, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -19352,7 +19438,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4View_20__exit__(((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_v_self), __pyx_v_kind, __pyx_v_error);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4View_22__exit__(((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_v_self), __pyx_v_kind, __pyx_v_error);
 
   /* function exit code */
   for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
@@ -19363,7 +19449,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_20__exit__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self, PyObject *__pyx_v_kind, CYTHON_UNUSED PyObject *__pyx_v_error) {
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_22__exit__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self, PyObject *__pyx_v_kind, CYTHON_UNUSED PyObject *__pyx_v_error) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -19376,7 +19462,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_20__exit__(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/messages.pyx":775
+  /* "ivshmem/channel/messages.pyx":785
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -19387,7 +19473,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_20__exit__(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":776
+    /* "ivshmem/channel/messages.pyx":786
  *     def __exit__(self, kind, *error):
  *         if kind is None:
  *             self.release()             # <<<<<<<<<<<<<<
@@ -19401,12 +19487,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_20__exit__(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_release, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 776, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 786, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/messages.pyx":775
+    /* "ivshmem/channel/messages.pyx":785
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -19416,7 +19502,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_20__exit__(struct __
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/messages.pyx":777
+  /* "ivshmem/channel/messages.pyx":787
  *         if kind is None:
  *             self.release()
  *         elif not self.exports:             # <<<<<<<<<<<<<<
@@ -19428,17 +19514,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_20__exit__(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":778
+    /* "ivshmem/channel/messages.pyx":788
  *             self.release()
  *         elif not self.exports:
  *             self.abandon()             # <<<<<<<<<<<<<<
  * 
  *     cdef int abandon(self) except -1:
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_7channel_8messages_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 778, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_7channel_8messages_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 788, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/messages.pyx":777
+    /* "ivshmem/channel/messages.pyx":787
  *         if kind is None:
  *             self.release()
  *         elif not self.exports:             # <<<<<<<<<<<<<<
@@ -19448,7 +19534,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_20__exit__(struct __
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/messages.pyx":774
+  /* "ivshmem/channel/messages.pyx":784
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -19470,7 +19556,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_20__exit__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":780
+/* "ivshmem/channel/messages.pyx":790
  *             self.abandon()
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -19485,7 +19571,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4View_abandon(struct __pyx_obj_7i
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/messages.pyx":781
+  /* "ivshmem/channel/messages.pyx":791
  * 
  *     cdef int abandon(self) except -1:
  *         if self.live:             # <<<<<<<<<<<<<<
@@ -19494,7 +19580,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4View_abandon(struct __pyx_obj_7i
 */
   if (__pyx_v_self->live) {
 
-    /* "ivshmem/channel/messages.pyx":782
+    /* "ivshmem/channel/messages.pyx":792
  *     cdef int abandon(self) except -1:
  *         if self.live:
  *             self.live = False             # <<<<<<<<<<<<<<
@@ -19503,7 +19589,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4View_abandon(struct __pyx_obj_7i
 */
     __pyx_v_self->live = 0;
 
-    /* "ivshmem/channel/messages.pyx":783
+    /* "ivshmem/channel/messages.pyx":793
  *         if self.live:
  *             self.live = False
  *             self.reader.views -= 1             # <<<<<<<<<<<<<<
@@ -19512,17 +19598,17 @@ static int __pyx_f_7ivshmem_7channel_8messages_4View_abandon(struct __pyx_obj_7i
 */
     __pyx_v_self->reader->views = (__pyx_v_self->reader->views - 1);
 
-    /* "ivshmem/channel/messages.pyx":784
+    /* "ivshmem/channel/messages.pyx":794
  *             self.live = False
  *             self.reader.views -= 1
  *             self.reader.let_go(self.message.writer, self.message.position)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->reader->__pyx_base.__pyx_vtab)->let_go(__pyx_v_self->reader, __pyx_v_self->message.writer, __pyx_v_self->message.position); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 784, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->reader->__pyx_base.__pyx_vtab)->let_go(__pyx_v_self->reader, __pyx_v_self->message.writer, __pyx_v_self->message.position); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 794, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/messages.pyx":781
+    /* "ivshmem/channel/messages.pyx":791
  * 
  *     cdef int abandon(self) except -1:
  *         if self.live:             # <<<<<<<<<<<<<<
@@ -19531,7 +19617,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4View_abandon(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":785
+  /* "ivshmem/channel/messages.pyx":795
  *             self.reader.views -= 1
  *             self.reader.let_go(self.message.writer, self.message.position)
  *         return 0             # <<<<<<<<<<<<<<
@@ -19544,7 +19630,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4View_abandon(struct __pyx_obj_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":780
+  /* "ivshmem/channel/messages.pyx":790
  *             self.abandon()
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -19561,7 +19647,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4View_abandon(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":787
+/* "ivshmem/channel/messages.pyx":797
  *         return 0
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -19570,35 +19656,35 @@ static int __pyx_f_7ivshmem_7channel_8messages_4View_abandon(struct __pyx_obj_7i
 */
 
 /* Python wrapper */
-static void __pyx_pw_7ivshmem_7channel_8messages_4View_23__del__(PyObject *__pyx_v_self); /*proto*/
-static void __pyx_pw_7ivshmem_7channel_8messages_4View_23__del__(PyObject *__pyx_v_self) {
+static void __pyx_pw_7ivshmem_7channel_8messages_4View_25__del__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_7channel_8messages_4View_25__del__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__del__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_7channel_8messages_4View_22__del__(((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_v_self));
+  __pyx_pf_7ivshmem_7channel_8messages_4View_24__del__(((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_7channel_8messages_4View_22__del__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self) {
+static void __pyx_pf_7ivshmem_7channel_8messages_4View_24__del__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self) {
   int __pyx_t_1;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/messages.pyx":788
+  /* "ivshmem/channel/messages.pyx":798
  * 
  *     def __del__(self):
  *         self.abandon()             # <<<<<<<<<<<<<<
  * 
  *     def __repr__(self):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_8messages_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 788, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_8messages_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 798, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/messages.pyx":787
+  /* "ivshmem/channel/messages.pyx":797
  *         return 0
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -19614,7 +19700,7 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4View_22__del__(struct __pyx_ob
 
 }
 
-/* "ivshmem/channel/messages.pyx":790
+/* "ivshmem/channel/messages.pyx":800
  *         self.abandon()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -19623,21 +19709,21 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4View_22__del__(struct __pyx_ob
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_25__repr__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_25__repr__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_27__repr__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_27__repr__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__repr__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4View_24__repr__(((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4View_26__repr__(((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_24__repr__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_26__repr__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self) {
   PyObject *__pyx_v_state = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -19652,7 +19738,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_24__repr__(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/messages.pyx":791
+  /* "ivshmem/channel/messages.pyx":801
  * 
  *     def __repr__(self):
  *         state = "" if self.live else ", released"             # <<<<<<<<<<<<<<
@@ -19669,16 +19755,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_24__repr__(struct __
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/messages.pyx":792
+  /* "ivshmem/channel/messages.pyx":802
  *     def __repr__(self):
  *         state = "" if self.live else ", released"
  *         return f"<ivshmem.channel.View of {self.message.length} bytes{state}>"             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 792, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 802, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 792, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 802, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_t_3[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel_View_of;
   __pyx_t_3[1] = __pyx_t_1;
@@ -19694,7 +19780,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_24__repr__(struct __
   __pyx_t_5 |= __Pyx_PyUnicode_KIND_04(__pyx_t_3[3]);
   #endif
   __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_3, 5, __pyx_t_4, __pyx_t_5);
-  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 792, __pyx_L1_error)
+  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 802, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -19709,7 +19795,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_24__repr__(struct __
   __pyx_t_6 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":790
+  /* "ivshmem/channel/messages.pyx":800
  *         self.abandon()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -19731,213 +19817,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_24__repr__(struct __
   return __pyx_r;
 }
 
-/* "(tree fragment)":1
- * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     raise TypeError, "Pickling of struct members such as self.message must be explicitly requested with @auto_pickle(True)"
- * def __setstate_cython__(self, __pyx_state):
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_27__reduce_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4View_26__reduce_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4View_27__reduce_cython__ = {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_27__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_26__reduce_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_27__reduce_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__reduce_cython__ (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("__reduce_cython__", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__reduce_cython__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4View_26__reduce_cython__(((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_26__reduce_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__reduce_cython__", 0);
-
-  /* "(tree fragment)":2
- * def __reduce_cython__(self):
- *     raise TypeError, "Pickling of struct members such as self.message must be explicitly requested with @auto_pickle(True)"             # <<<<<<<<<<<<<<
- * def __setstate_cython__(self, __pyx_state):
- *     raise TypeError, "Pickling of struct members such as self.message must be explicitly requested with @auto_pickle(True)"
-*/
-  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_Pickling_of_struct_members_such, 0, 0);
-  __PYX_ERR(1, 2, __pyx_L1_error)
-
-  /* "(tree fragment)":1
- * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     raise TypeError, "Pickling of struct members such as self.message must be explicitly requested with @auto_pickle(True)"
- * def __setstate_cython__(self, __pyx_state):
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.messages.View.__reduce_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "(tree fragment)":3
- * def __reduce_cython__(self):
- *     raise TypeError, "Pickling of struct members such as self.message must be explicitly requested with @auto_pickle(True)"
- * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     raise TypeError, "Pickling of struct members such as self.message must be explicitly requested with @auto_pickle(True)"
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_29__setstate_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_8messages_4View_28__setstate_cython__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_8messages_4View_29__setstate_cython__ = {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_29__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_28__setstate_cython__};
-static PyObject *__pyx_pw_7ivshmem_7channel_8messages_4View_29__setstate_cython__(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  CYTHON_UNUSED PyObject *__pyx_v___pyx_state = 0;
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject* values[1] = {0};
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("__setstate_cython__ (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  {
-    PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_pyx_state,0};
-    const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(1, 3, __pyx_L3_error)
-    if (__pyx_kwds_len > 0) {
-      switch (__pyx_nargs) {
-        case  1:
-        values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
-        CYTHON_FALLTHROUGH;
-        case  0: break;
-        default: goto __pyx_L5_argtuple_error;
-      }
-      const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__setstate_cython__", 0) < (0)) __PYX_ERR(1, 3, __pyx_L3_error)
-      for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, i); __PYX_ERR(1, 3, __pyx_L3_error) }
-      }
-    } else if (unlikely(__pyx_nargs != 1)) {
-      goto __pyx_L5_argtuple_error;
-    } else {
-      values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(1, 3, __pyx_L3_error)
-    }
-    __pyx_v___pyx_state = values[0];
-  }
-  goto __pyx_L6_skip;
-  __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__setstate_cython__", 1, 1, 1, __pyx_nargs); __PYX_ERR(1, 3, __pyx_L3_error)
-  __pyx_L6_skip:;
-  goto __pyx_L4_argument_unpacking_done;
-  __pyx_L3_error:;
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_AddTraceback("ivshmem.channel.messages.View.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __Pyx_RefNannyFinishContext();
-  return NULL;
-  __pyx_L4_argument_unpacking_done:;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_4View_28__setstate_cython__(((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_v_self), __pyx_v___pyx_state);
-
-  /* function exit code */
-  for (Py_ssize_t __pyx_temp=0; __pyx_temp < (Py_ssize_t)(sizeof(values)/sizeof(values[0])); ++__pyx_temp) {
-    Py_XDECREF(values[__pyx_temp]);
-  }
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_28__setstate_cython__(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v___pyx_state) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  int __pyx_lineno = 0;
-  const char *__pyx_filename = NULL;
-  int __pyx_clineno = 0;
-  __Pyx_RefNannySetupContext("__setstate_cython__", 0);
-
-  /* "(tree fragment)":4
- *     raise TypeError, "Pickling of struct members such as self.message must be explicitly requested with @auto_pickle(True)"
- * def __setstate_cython__(self, __pyx_state):
- *     raise TypeError, "Pickling of struct members such as self.message must be explicitly requested with @auto_pickle(True)"             # <<<<<<<<<<<<<<
-*/
-  __Pyx_Raise(((PyObject *)(((PyTypeObject*)PyExc_TypeError))), __pyx_mstate_global->__pyx_kp_u_Pickling_of_struct_members_such, 0, 0);
-  __PYX_ERR(1, 4, __pyx_L1_error)
-
-  /* "(tree fragment)":3
- * def __reduce_cython__(self):
- *     raise TypeError, "Pickling of struct members such as self.message must be explicitly requested with @auto_pickle(True)"
- * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     raise TypeError, "Pickling of struct members such as self.message must be explicitly requested with @auto_pickle(True)"
-*/
-
-  /* function exit code */
-  __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.messages.View.__setstate_cython__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-  __pyx_r = NULL;
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/messages.pyx":795
+/* "ivshmem/channel/messages.pyx":805
  * 
  * 
  * cdef View view_of(ReaderEnd reader, ivshmem_message message):             # <<<<<<<<<<<<<<
@@ -19961,17 +19841,17 @@ static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7chan
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("view_of", 0);
 
-  /* "ivshmem/channel/messages.pyx":798
+  /* "ivshmem/channel/messages.pyx":808
  *     # By value: to make an object can run other code, which takes the reader's next message.
  *     cdef View view
  *     reader.hold(&message)             # <<<<<<<<<<<<<<
  *     try:
  *         view = View.__new__(View)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_vtab)->hold(__pyx_v_reader, (&__pyx_v_message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 798, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_vtab)->hold(__pyx_v_reader, (&__pyx_v_message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 808, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/messages.pyx":799
+  /* "ivshmem/channel/messages.pyx":809
  *     cdef View view
  *     reader.hold(&message)
  *     try:             # <<<<<<<<<<<<<<
@@ -19987,19 +19867,19 @@ static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7chan
     __Pyx_XGOTREF(__pyx_t_4);
     /*try:*/ {
 
-      /* "ivshmem/channel/messages.pyx":800
+      /* "ivshmem/channel/messages.pyx":810
  *     reader.hold(&message)
  *     try:
  *         view = View.__new__(View)             # <<<<<<<<<<<<<<
  *     except BaseException:
  *         reader.let_go(message.writer, message.position)
 */
-      __pyx_t_5 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_8messages_View(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 800, __pyx_L3_error)
+      __pyx_t_5 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_8messages_View(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 810, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_5);
       __pyx_v_view = ((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_t_5);
       __pyx_t_5 = 0;
 
-      /* "ivshmem/channel/messages.pyx":799
+      /* "ivshmem/channel/messages.pyx":809
  *     cdef View view
  *     reader.hold(&message)
  *     try:             # <<<<<<<<<<<<<<
@@ -20014,7 +19894,7 @@ static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7chan
     __pyx_L3_error:;
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/messages.pyx":801
+    /* "ivshmem/channel/messages.pyx":811
  *     try:
  *         view = View.__new__(View)
  *     except BaseException:             # <<<<<<<<<<<<<<
@@ -20024,22 +19904,22 @@ static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7chan
     __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_1) {
       __Pyx_AddTraceback("ivshmem.channel.messages.view_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 801, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 811, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_7);
 
-      /* "ivshmem/channel/messages.pyx":802
+      /* "ivshmem/channel/messages.pyx":812
  *         view = View.__new__(View)
  *     except BaseException:
  *         reader.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
  *         raise
  *     reader.views += 1
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_vtab)->let_go(__pyx_v_reader, __pyx_v_message.writer, __pyx_v_message.position); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 802, __pyx_L5_except_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_vtab)->let_go(__pyx_v_reader, __pyx_v_message.writer, __pyx_v_message.position); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 812, __pyx_L5_except_error)
 
 
-      /* "ivshmem/channel/messages.pyx":803
+      /* "ivshmem/channel/messages.pyx":813
  *     except BaseException:
  *         reader.let_go(message.writer, message.position)
  *         raise             # <<<<<<<<<<<<<<
@@ -20051,11 +19931,11 @@ static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7chan
       __Pyx_XGIVEREF(__pyx_t_7);
       __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_6, __pyx_t_7);
       __pyx_t_5 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
-      __PYX_ERR(0, 803, __pyx_L5_except_error)
+      __PYX_ERR(0, 813, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/messages.pyx":799
+    /* "ivshmem/channel/messages.pyx":809
  *     cdef View view
  *     reader.hold(&message)
  *     try:             # <<<<<<<<<<<<<<
@@ -20071,7 +19951,7 @@ static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7chan
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/messages.pyx":804
+  /* "ivshmem/channel/messages.pyx":814
  *         reader.let_go(message.writer, message.position)
  *         raise
  *     reader.views += 1             # <<<<<<<<<<<<<<
@@ -20080,7 +19960,7 @@ static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7chan
 */
   __pyx_v_reader->views = (__pyx_v_reader->views + 1);
 
-  /* "ivshmem/channel/messages.pyx":805
+  /* "ivshmem/channel/messages.pyx":815
  *         raise
  *     reader.views += 1
  *     view.message = message             # <<<<<<<<<<<<<<
@@ -20089,7 +19969,7 @@ static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7chan
 */
   __pyx_v_view->message = __pyx_v_message;
 
-  /* "ivshmem/channel/messages.pyx":806
+  /* "ivshmem/channel/messages.pyx":816
  *     reader.views += 1
  *     view.message = message
  *     view.reader = reader             # <<<<<<<<<<<<<<
@@ -20101,7 +19981,7 @@ static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7chan
   __Pyx_GOTREF((PyObject *)__pyx_v_view->reader);
   __Pyx_DECREF_SET(__pyx_v_view->reader, __pyx_v_reader);
 
-  /* "ivshmem/channel/messages.pyx":807
+  /* "ivshmem/channel/messages.pyx":817
  *     view.message = message
  *     view.reader = reader
  *     view.live = True             # <<<<<<<<<<<<<<
@@ -20110,7 +19990,7 @@ static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7chan
 */
   __pyx_v_view->live = 1;
 
-  /* "ivshmem/channel/messages.pyx":808
+  /* "ivshmem/channel/messages.pyx":818
  *     view.reader = reader
  *     view.live = True
  *     return view             # <<<<<<<<<<<<<<
@@ -20128,7 +20008,7 @@ static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7chan
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":795
+  /* "ivshmem/channel/messages.pyx":805
  * 
  * 
  * cdef View view_of(ReaderEnd reader, ivshmem_message message):             # <<<<<<<<<<<<<<
@@ -20150,7 +20030,7 @@ static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7chan
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":813
+/* "ivshmem/channel/messages.pyx":823
  * # -- values ---------------------------------------------------------------------------------------
  * 
  * cdef int64_t probe_value(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20162,7 +20042,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_value(void *__pyx_v_wha
   struct ivshmem_reader *__pyx_v_reader;
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/messages.pyx":814
+  /* "ivshmem/channel/messages.pyx":824
  * 
  * cdef int64_t probe_value(void *what) noexcept nogil:
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what             # <<<<<<<<<<<<<<
@@ -20171,7 +20051,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_value(void *__pyx_v_wha
 */
   __pyx_v_reader = ((struct ivshmem_reader *)__pyx_v_what);
 
-  /* "ivshmem/channel/messages.pyx":815
+  /* "ivshmem/channel/messages.pyx":825
  * cdef int64_t probe_value(void *what) noexcept nogil:
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what
  *     return ivshmem_value(ivshmem_head(reader.channel, 0)) != reader.sources[0].next             # <<<<<<<<<<<<<<
@@ -20184,7 +20064,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_value(void *__pyx_v_wha
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":813
+  /* "ivshmem/channel/messages.pyx":823
  * # -- values ---------------------------------------------------------------------------------------
  * 
  * cdef int64_t probe_value(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20198,7 +20078,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_value(void *__pyx_v_wha
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":826
+/* "ivshmem/channel/messages.pyx":836
  *     """
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -20210,7 +20090,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_attempt(struct __py
   int __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/channel/messages.pyx":828
+  /* "ivshmem/channel/messages.pyx":838
  *     cdef int attempt(self) except -2:
  *         """Look for a content that this reader has not seen."""
  *         if not probe_value(&self.reader):             # <<<<<<<<<<<<<<
@@ -20222,7 +20102,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_attempt(struct __py
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":829
+    /* "ivshmem/channel/messages.pyx":839
  *         """Look for a content that this reader has not seen."""
  *         if not probe_value(&self.reader):
  *             return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -20235,7 +20115,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_attempt(struct __py
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/messages.pyx":828
+    /* "ivshmem/channel/messages.pyx":838
  *     cdef int attempt(self) except -2:
  *         """Look for a content that this reader has not seen."""
  *         if not probe_value(&self.reader):             # <<<<<<<<<<<<<<
@@ -20244,7 +20124,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_attempt(struct __py
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":830
+  /* "ivshmem/channel/messages.pyx":840
  *         if not probe_value(&self.reader):
  *             return IVSHMEM_AGAIN
  *         return ivshmem_value_look(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -20257,7 +20137,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_attempt(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":826
+  /* "ivshmem/channel/messages.pyx":836
  *     """
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -20271,7 +20151,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_attempt(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":832
+/* "ivshmem/channel/messages.pyx":842
  *         return ivshmem_value_look(&self.reader, &self.message)
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -20284,7 +20164,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_begin_sleep(struct 
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/messages.pyx":833
+  /* "ivshmem/channel/messages.pyx":843
  * 
  *     cdef int begin_sleep(self) except -2:
  *         if self.reader.slot == IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -20296,7 +20176,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_begin_sleep(struct 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":834
+    /* "ivshmem/channel/messages.pyx":844
  *     cdef int begin_sleep(self) except -2:
  *         if self.reader.slot == IVSHMEM_NO_SLOT:
  *             return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -20309,7 +20189,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_begin_sleep(struct 
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/messages.pyx":833
+    /* "ivshmem/channel/messages.pyx":843
  * 
  *     cdef int begin_sleep(self) except -2:
  *         if self.reader.slot == IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -20318,7 +20198,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_begin_sleep(struct 
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":835
+  /* "ivshmem/channel/messages.pyx":845
  *         if self.reader.slot == IVSHMEM_NO_SLOT:
  *             return IVSHMEM_AGAIN
  *         ivshmem_sleep_begin(&self.channel, &self.reader.sleep)             # <<<<<<<<<<<<<<
@@ -20327,7 +20207,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_begin_sleep(struct 
 */
   ivshmem_sleep_begin((&__pyx_v_self->__pyx_base.__pyx_base.channel), (&__pyx_v_self->__pyx_base.reader.sleep));
 
-  /* "ivshmem/channel/messages.pyx":836
+  /* "ivshmem/channel/messages.pyx":846
  *             return IVSHMEM_AGAIN
  *         ivshmem_sleep_begin(&self.channel, &self.reader.sleep)
  *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -20349,7 +20229,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_begin_sleep(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":832
+  /* "ivshmem/channel/messages.pyx":842
  *         return ivshmem_value_look(&self.reader, &self.message)
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -20363,7 +20243,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_begin_sleep(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":838
+/* "ivshmem/channel/messages.pyx":848
  *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -20374,7 +20254,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_begin_sleep(struct 
 static void __pyx_f_7ivshmem_7channel_8messages_11ValueReader_end_sleep(struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/channel/messages.pyx":839
+  /* "ivshmem/channel/messages.pyx":849
  * 
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -20386,7 +20266,7 @@ static void __pyx_f_7ivshmem_7channel_8messages_11ValueReader_end_sleep(struct _
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":840
+    /* "ivshmem/channel/messages.pyx":850
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)             # <<<<<<<<<<<<<<
@@ -20395,7 +20275,7 @@ static void __pyx_f_7ivshmem_7channel_8messages_11ValueReader_end_sleep(struct _
 */
     ivshmem_sleep_end((&__pyx_v_self->__pyx_base.__pyx_base.channel), (&__pyx_v_self->__pyx_base.reader.sleep));
 
-    /* "ivshmem/channel/messages.pyx":839
+    /* "ivshmem/channel/messages.pyx":849
  * 
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -20404,7 +20284,7 @@ static void __pyx_f_7ivshmem_7channel_8messages_11ValueReader_end_sleep(struct _
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":838
+  /* "ivshmem/channel/messages.pyx":848
  *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -20416,7 +20296,7 @@ static void __pyx_f_7ivshmem_7channel_8messages_11ValueReader_end_sleep(struct _
 
 }
 
-/* "ivshmem/channel/messages.pyx":842
+/* "ivshmem/channel/messages.pyx":852
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -20427,7 +20307,7 @@ static void __pyx_f_7ivshmem_7channel_8messages_11ValueReader_end_sleep(struct _
 static int64_t __pyx_f_7ivshmem_7channel_8messages_11ValueReader_probe(struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/messages.pyx":843
+  /* "ivshmem/channel/messages.pyx":853
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader             # <<<<<<<<<<<<<<
@@ -20436,7 +20316,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_11ValueReader_probe(struct __
 */
   (__pyx_v_what[0]) = (&__pyx_v_self->__pyx_base.reader);
 
-  /* "ivshmem/channel/messages.pyx":844
+  /* "ivshmem/channel/messages.pyx":854
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader
  *         probe[0] = probe_value             # <<<<<<<<<<<<<<
@@ -20445,7 +20325,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_11ValueReader_probe(struct __
 */
   (__pyx_v_probe[0]) = __pyx_f_7ivshmem_7channel_8messages_probe_value;
 
-  /* "ivshmem/channel/messages.pyx":845
+  /* "ivshmem/channel/messages.pyx":855
  *         what[0] = &self.reader
  *         probe[0] = probe_value
  *         return 1             # <<<<<<<<<<<<<<
@@ -20458,7 +20338,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_11ValueReader_probe(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":842
+  /* "ivshmem/channel/messages.pyx":852
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -20472,7 +20352,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_11ValueReader_probe(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":847
+/* "ivshmem/channel/messages.pyx":857
  *         return 1
  * 
  *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
@@ -20489,7 +20369,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_mend(struct __pyx_o
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/messages.pyx":848
+  /* "ivshmem/channel/messages.pyx":858
  * 
  *     cdef int mend(self) except -1:
  *         if self.awaited and probe_value(&self.reader):             # <<<<<<<<<<<<<<
@@ -20515,17 +20395,17 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_mend(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":849
+    /* "ivshmem/channel/messages.pyx":859
  *     cdef int mend(self) except -1:
  *         if self.awaited and probe_value(&self.reader):
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 849, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 859, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/messages.pyx":848
+    /* "ivshmem/channel/messages.pyx":858
  * 
  *     cdef int mend(self) except -1:
  *         if self.awaited and probe_value(&self.reader):             # <<<<<<<<<<<<<<
@@ -20534,7 +20414,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_mend(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":850
+  /* "ivshmem/channel/messages.pyx":860
  *         if self.awaited and probe_value(&self.reader):
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -20547,7 +20427,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_mend(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":847
+  /* "ivshmem/channel/messages.pyx":857
  *         return 1
  * 
  *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
@@ -20564,7 +20444,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_mend(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":852
+/* "ivshmem/channel/messages.pyx":862
  *         return 0
  * 
  *     cdef object latest(self, int code):             # <<<<<<<<<<<<<<
@@ -20591,7 +20471,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
   __Pyx_RefNannySetupContext("latest", 0);
 
 
-  /* "ivshmem/channel/messages.pyx":855
+  /* "ivshmem/channel/messages.pyx":865
  *         """Copy the content that was looked at, or a later one."""
  *         cdef bytes data
  *         for _ in range(TRIES):             # <<<<<<<<<<<<<<
@@ -20605,7 +20485,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v__ = __pyx_t_3;
 
-    /* "ivshmem/channel/messages.pyx":856
+    /* "ivshmem/channel/messages.pyx":866
  *         cdef bytes data
  *         for _ in range(TRIES):
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -20617,7 +20497,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/messages.pyx":857
+      /* "ivshmem/channel/messages.pyx":867
  *         for _ in range(TRIES):
  *             if code == IVSHMEM_AGAIN:
  *                 return None             # <<<<<<<<<<<<<<
@@ -20634,7 +20514,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/messages.pyx":856
+      /* "ivshmem/channel/messages.pyx":866
  *         cdef bytes data
  *         for _ in range(TRIES):
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -20643,7 +20523,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
 */
     }
 
-    /* "ivshmem/channel/messages.pyx":858
+    /* "ivshmem/channel/messages.pyx":868
  *             if code == IVSHMEM_AGAIN:
  *                 return None
  *             if code:             # <<<<<<<<<<<<<<
@@ -20655,20 +20535,20 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
     if (unlikely(__pyx_t_4)) {
 
 
-      /* "ivshmem/channel/messages.pyx":859
+      /* "ivshmem/channel/messages.pyx":869
  *                 return None
  *             if code:
  *                 raise self.fail(code)             # <<<<<<<<<<<<<<
  *             data = PyBytes_FromStringAndSize(NULL, self.message.length)
  *             ivshmem_copy_payload(
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 859, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 869, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_Raise(__pyx_t_5, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __PYX_ERR(0, 859, __pyx_L1_error)
+      __PYX_ERR(0, 869, __pyx_L1_error)
 
-      /* "ivshmem/channel/messages.pyx":858
+      /* "ivshmem/channel/messages.pyx":868
  *             if code == IVSHMEM_AGAIN:
  *                 return None
  *             if code:             # <<<<<<<<<<<<<<
@@ -20677,19 +20557,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
 */
     }
 
-    /* "ivshmem/channel/messages.pyx":860
+    /* "ivshmem/channel/messages.pyx":870
  *             if code:
  *                 raise self.fail(code)
  *             data = PyBytes_FromStringAndSize(NULL, self.message.length)             # <<<<<<<<<<<<<<
  *             ivshmem_copy_payload(
  *                 PyBytes_AS_STRING(data),
 */
-    __pyx_t_5 = PyBytes_FromStringAndSize(NULL, __pyx_v_self->message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 860, __pyx_L1_error)
+    __pyx_t_5 = PyBytes_FromStringAndSize(NULL, __pyx_v_self->message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 870, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_XDECREF_SET(__pyx_v_data, ((PyObject*)__pyx_t_5));
     __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/messages.pyx":861
+    /* "ivshmem/channel/messages.pyx":871
  *                 raise self.fail(code)
  *             data = PyBytes_FromStringAndSize(NULL, self.message.length)
  *             ivshmem_copy_payload(             # <<<<<<<<<<<<<<
@@ -20698,7 +20578,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
 */
     ivshmem_copy_payload(PyBytes_AS_STRING(__pyx_v_data), (__pyx_v_self->__pyx_base.__pyx_base.channel.area.memory.start + __pyx_v_self->message.offset), __pyx_v_self->message.length);
 
-    /* "ivshmem/channel/messages.pyx":866
+    /* "ivshmem/channel/messages.pyx":876
  *                 self.message.length,
  *             )
  *             if ivshmem_check(&self.channel, &self.message) == 0:             # <<<<<<<<<<<<<<
@@ -20710,7 +20590,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/messages.pyx":867
+      /* "ivshmem/channel/messages.pyx":877
  *             )
  *             if ivshmem_check(&self.channel, &self.message) == 0:
  *                 return data if self.type is None else self.type.decode(data)             # <<<<<<<<<<<<<<
@@ -20729,7 +20609,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
           PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_v_data};
           __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 867, __pyx_L1_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 877, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_6);
         }
         __pyx_t_5 = __pyx_t_6;
@@ -20747,7 +20627,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
       __pyx_t_5 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/channel/messages.pyx":866
+      /* "ivshmem/channel/messages.pyx":876
  *                 self.message.length,
  *             )
  *             if ivshmem_check(&self.channel, &self.message) == 0:             # <<<<<<<<<<<<<<
@@ -20756,7 +20636,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
 */
     }
 
-    /* "ivshmem/channel/messages.pyx":868
+    /* "ivshmem/channel/messages.pyx":878
  *             if ivshmem_check(&self.channel, &self.message) == 0:
  *                 return data if self.type is None else self.type.decode(data)
  *             code = ivshmem_value_look(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -20767,20 +20647,20 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
   }
 
 
-  /* "ivshmem/channel/messages.pyx":869
+  /* "ivshmem/channel/messages.pyx":879
  *                 return data if self.type is None else self.type.decode(data)
  *             code = ivshmem_value_look(&self.reader, &self.message)
  *         raise self.starved()             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 869, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 879, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_Raise(__pyx_t_5, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  __PYX_ERR(0, 869, __pyx_L1_error)
+  __PYX_ERR(0, 879, __pyx_L1_error)
 
-  /* "ivshmem/channel/messages.pyx":852
+  /* "ivshmem/channel/messages.pyx":862
  *         return 0
  * 
  *     cdef object latest(self, int code):             # <<<<<<<<<<<<<<
@@ -20804,7 +20684,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":871
+/* "ivshmem/channel/messages.pyx":881
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -20873,24 +20753,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_get(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/messages.pyx":882
+        /* "ivshmem/channel/messages.pyx":892
  *             ChannelCorrupt, ClosedError: as of Reader.get.
  *         """
  *         self.enter()             # <<<<<<<<<<<<<<
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 882, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 892, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/messages.pyx":883
+        /* "ivshmem/channel/messages.pyx":893
  *         """
  *         self.enter()
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, ivshmem_value_look((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 883, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, ivshmem_value_look((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 893, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         {
           PyObject *__pyx_temp;
@@ -20905,7 +20785,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_get(struct _
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/messages.pyx":871
+      /* "ivshmem/channel/messages.pyx":881
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -20943,7 +20823,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_get(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":885
+/* "ivshmem/channel/messages.pyx":895
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -20992,20 +20872,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 885, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 895, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 885, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 895, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed", 0) < (0)) __PYX_ERR(0, 885, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed", 0) < (0)) __PYX_ERR(0, 895, __pyx_L3_error)
 
-      /* "ivshmem/channel/messages.pyx":886
+      /* "ivshmem/channel/messages.pyx":896
  * 
  *     @cython.critical_section
  *     def wait_changed(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -21018,7 +20898,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 885, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 895, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -21031,7 +20911,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait_changed", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 885, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait_changed", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 895, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -21044,7 +20924,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_11ValueReader_2wait_changed(((struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/messages.pyx":885
+  /* "ivshmem/channel/messages.pyx":895
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -21078,25 +20958,25 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_2wait_change
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/messages.pyx":898
+        /* "ivshmem/channel/messages.pyx":908
  *             As of `get`.
  *         """
  *         self.enter()             # <<<<<<<<<<<<<<
  *         return self.latest(self.wait(timeout, spin))
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 898, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 908, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/messages.pyx":899
+        /* "ivshmem/channel/messages.pyx":909
  *         """
  *         self.enter()
  *         return self.latest(self.wait(timeout, spin))             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 899, __pyx_L4_error)
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 899, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 909, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 909, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
 
         {
@@ -21112,7 +20992,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_2wait_change
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/messages.pyx":885
+      /* "ivshmem/channel/messages.pyx":895
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -21150,7 +21030,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_2wait_change
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":901
+/* "ivshmem/channel/messages.pyx":911
  *         return self.latest(self.wait(timeout, spin))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -21221,17 +21101,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_4view(struct
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/messages.pyx":909
+        /* "ivshmem/channel/messages.pyx":919
  *         """
  *         cdef int code
  *         self.enter()             # <<<<<<<<<<<<<<
  *         code = ivshmem_value_look(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 909, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 919, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/messages.pyx":910
+        /* "ivshmem/channel/messages.pyx":920
  *         cdef int code
  *         self.enter()
  *         code = ivshmem_value_look(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -21240,7 +21120,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_4view(struct
 */
         __pyx_v_code = ivshmem_value_look((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message));
 
-        /* "ivshmem/channel/messages.pyx":911
+        /* "ivshmem/channel/messages.pyx":921
  *         self.enter()
  *         code = ivshmem_value_look(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -21252,7 +21132,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_4view(struct
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/messages.pyx":912
+          /* "ivshmem/channel/messages.pyx":922
  *         code = ivshmem_value_look(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:
  *             return None             # <<<<<<<<<<<<<<
@@ -21270,7 +21150,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_4view(struct
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/messages.pyx":911
+          /* "ivshmem/channel/messages.pyx":921
  *         self.enter()
  *         code = ivshmem_value_look(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -21279,7 +21159,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_4view(struct
 */
         }
 
-        /* "ivshmem/channel/messages.pyx":913
+        /* "ivshmem/channel/messages.pyx":923
  *         if code == IVSHMEM_AGAIN:
  *             return None
  *         if code:             # <<<<<<<<<<<<<<
@@ -21291,20 +21171,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_4view(struct
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/messages.pyx":914
+          /* "ivshmem/channel/messages.pyx":924
  *             return None
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return view_of(self, self.message)
  * 
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 914, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 924, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_4);
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 914, __pyx_L4_error)
+          __PYX_ERR(0, 924, __pyx_L4_error)
 
-          /* "ivshmem/channel/messages.pyx":913
+          /* "ivshmem/channel/messages.pyx":923
  *         if code == IVSHMEM_AGAIN:
  *             return None
  *         if code:             # <<<<<<<<<<<<<<
@@ -21313,14 +21193,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_4view(struct
 */
         }
 
-        /* "ivshmem/channel/messages.pyx":915
+        /* "ivshmem/channel/messages.pyx":925
  *         if code:
  *             raise self.fail(code)
  *         return view_of(self, self.message)             # <<<<<<<<<<<<<<
  * 
  *     def wait_changed_async(self, timeout=None):
 */
-        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_8messages_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 915, __pyx_L4_error)
+        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_8messages_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 925, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         {
           PyObject *__pyx_temp;
@@ -21335,7 +21215,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_4view(struct
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/messages.pyx":901
+      /* "ivshmem/channel/messages.pyx":911
  *         return self.latest(self.wait(timeout, spin))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -21374,7 +21254,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_4view(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":917
+/* "ivshmem/channel/messages.pyx":927
  *         return view_of(self, self.message)
  * 
  *     def wait_changed_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -21422,24 +21302,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 917, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 927, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 917, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 927, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed_async", 0) < (0)) __PYX_ERR(0, 917, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed_async", 0) < (0)) __PYX_ERR(0, 927, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 917, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 927, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -21450,7 +21330,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait_changed_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 917, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait_changed_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 927, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -21484,7 +21364,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_6wait_change
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_changed_async", 0);
 
-  /* "ivshmem/channel/messages.pyx":919
+  /* "ivshmem/channel/messages.pyx":929
  *     def wait_changed_async(self, timeout=None):
  *         """The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.wait_changed, timeout)             # <<<<<<<<<<<<<<
@@ -21492,12 +21372,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_6wait_change
  *     def __iter__(self):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 919, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 929, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 919, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 929, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_wait_changed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 919, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_wait_changed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 929, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -21517,7 +21397,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_6wait_change
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 919, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 929, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -21531,7 +21411,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_6wait_change
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":917
+  /* "ivshmem/channel/messages.pyx":927
  *         return view_of(self, self.message)
  * 
  *     def wait_changed_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -21553,7 +21433,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_6wait_change
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":921
+/* "ivshmem/channel/messages.pyx":931
  *         return asynchronous.until_something(self, self.wait_changed, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -21581,7 +21461,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_8__iter__(st
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/messages.pyx":922
+  /* "ivshmem/channel/messages.pyx":932
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -21599,7 +21479,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_8__iter__(st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":921
+  /* "ivshmem/channel/messages.pyx":931
  *         return asynchronous.until_something(self, self.wait_changed, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -21614,7 +21494,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_8__iter__(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":924
+/* "ivshmem/channel/messages.pyx":934
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -21648,7 +21528,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_10__next__(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/messages.pyx":925
+  /* "ivshmem/channel/messages.pyx":935
  * 
  *     def __next__(self):
  *         return self.wait_changed()             # <<<<<<<<<<<<<<
@@ -21662,7 +21542,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_10__next__(s
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_wait_changed, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 925, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 935, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -21676,7 +21556,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_10__next__(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":924
+  /* "ivshmem/channel/messages.pyx":934
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -21696,7 +21576,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_10__next__(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":927
+/* "ivshmem/channel/messages.pyx":937
  *         return self.wait_changed()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -21724,7 +21604,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_12__aiter__(
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/messages.pyx":928
+  /* "ivshmem/channel/messages.pyx":938
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -21742,7 +21622,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_12__aiter__(
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":927
+  /* "ivshmem/channel/messages.pyx":937
  *         return self.wait_changed()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -21757,7 +21637,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_12__aiter__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":930
+/* "ivshmem/channel/messages.pyx":940
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -21790,7 +21670,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_14__anext__(
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/messages.pyx":931
+  /* "ivshmem/channel/messages.pyx":941
  * 
  *     def __anext__(self):
  *         return self.wait_changed_async()             # <<<<<<<<<<<<<<
@@ -21802,7 +21682,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_14__anext__(
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_wait_changed_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 931, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 941, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -21816,7 +21696,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_14__anext__(
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":930
+  /* "ivshmem/channel/messages.pyx":940
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -22280,7 +22160,7 @@ static PyObject *__pyx_tp_vectorcall_7ivshmem_7channel_8messages_Loan(PyObject *
 static void __pyx_tp_finalize_7ivshmem_7channel_8messages_Loan(PyObject *o) {
   PyObject *etype, *eval, *etb;
   __Pyx_PyErr_FetchException(&etype, &eval, &etb);
-  __pyx_pw_7ivshmem_7channel_8messages_4Loan_19__del__(o);
+  __pyx_pw_7ivshmem_7channel_8messages_4Loan_21__del__(o);
   __Pyx_PyErr_RestoreException(etype, eval, etb);
 }
 #endif
@@ -22332,13 +22212,12 @@ static PyObject *__pyx_getprop_7ivshmem_7channel_8messages_4Loan_size(PyObject *
 }
 
 static PyMethodDef __pyx_methods_7ivshmem_7channel_8messages_Loan[] = {
-  {"publish", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4Loan_9publish, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4Loan_8publish},
-  {"publish_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4Loan_11publish_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4Loan_10publish_async},
-  {"drop", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4Loan_13drop, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4Loan_12drop},
-  {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4Loan_15__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4Loan_14__enter__},
-  {"__exit__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4Loan_17__exit__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4Loan_16__exit__},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4Loan_23__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4Loan_22__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4Loan_25__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4Loan_24__setstate_cython__},
+  {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4Loan_7__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4Loan_6__reduce__},
+  {"publish", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4Loan_11publish, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4Loan_10publish},
+  {"publish_async", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4Loan_13publish_async, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4Loan_12publish_async},
+  {"drop", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4Loan_15drop, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4Loan_14drop},
+  {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4Loan_17__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4Loan_16__enter__},
+  {"__exit__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4Loan_19__exit__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4Loan_18__exit__},
   {0, 0, 0, 0}
 };
 
@@ -22357,9 +22236,9 @@ static PyBufferProcs __pyx_tp_as_buffer_Loan = {
 #endif
 static PyType_Slot __pyx_type_7ivshmem_7channel_8messages_Loan_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_8messages_Loan},
-  {Py_tp_repr, (void *)__pyx_pw_7ivshmem_7channel_8messages_4Loan_21__repr__},
-  {Py_sq_length, (void *)__pyx_pw_7ivshmem_7channel_8messages_4Loan_7__len__},
-  {Py_mp_length, (void *)__pyx_pw_7ivshmem_7channel_8messages_4Loan_7__len__},
+  {Py_tp_repr, (void *)__pyx_pw_7ivshmem_7channel_8messages_4Loan_23__repr__},
+  {Py_sq_length, (void *)__pyx_pw_7ivshmem_7channel_8messages_4Loan_9__len__},
+  {Py_mp_length, (void *)__pyx_pw_7ivshmem_7channel_8messages_4Loan_9__len__},
   #if defined(Py_bf_getbuffer)
   {Py_bf_getbuffer, (void *)__pyx_pw_7ivshmem_7channel_8messages_4Loan_3__getbuffer__},
   #endif
@@ -22391,7 +22270,7 @@ static PyType_Spec __pyx_type_7ivshmem_7channel_8messages_Loan_spec = {
 #else
 
 static PySequenceMethods __pyx_tp_as_sequence_Loan = {
-  __pyx_pw_7ivshmem_7channel_8messages_4Loan_7__len__, /*sq_length*/
+  __pyx_pw_7ivshmem_7channel_8messages_4Loan_9__len__, /*sq_length*/
   0, /*sq_concat*/
   0, /*sq_repeat*/
   0, /*sq_item*/
@@ -22404,7 +22283,7 @@ static PySequenceMethods __pyx_tp_as_sequence_Loan = {
 };
 
 static PyMappingMethods __pyx_tp_as_mapping_Loan = {
-  __pyx_pw_7ivshmem_7channel_8messages_4Loan_7__len__, /*mp_length*/
+  __pyx_pw_7ivshmem_7channel_8messages_4Loan_9__len__, /*mp_length*/
   0, /*mp_subscript*/
   0, /*mp_ass_subscript*/
 };
@@ -22424,7 +22303,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_8messages_Loan = {
   0, /*tp_getattr*/
   0, /*tp_setattr*/
   0, /*tp_as_async*/
-  __pyx_pw_7ivshmem_7channel_8messages_4Loan_21__repr__, /*tp_repr*/
+  __pyx_pw_7ivshmem_7channel_8messages_4Loan_23__repr__, /*tp_repr*/
   0, /*tp_as_number*/
   &__pyx_tp_as_sequence_Loan, /*tp_as_sequence*/
   &__pyx_tp_as_mapping_Loan, /*tp_as_mapping*/
@@ -22723,7 +22602,7 @@ static PyObject *__pyx_tp_new_7ivshmem_7channel_8messages_View(PyTypeObject *t, 
 static void __pyx_tp_finalize_7ivshmem_7channel_8messages_View(PyObject *o) {
   PyObject *etype, *eval, *etb;
   __Pyx_PyErr_FetchException(&etype, &eval, &etb);
-  __pyx_pw_7ivshmem_7channel_8messages_4View_23__del__(o);
+  __pyx_pw_7ivshmem_7channel_8messages_4View_25__del__(o);
   __Pyx_PyErr_RestoreException(etype, eval, etb);
 }
 #endif
@@ -22799,15 +22678,14 @@ static PyObject *__pyx_getprop_7ivshmem_7channel_8messages_4View___array_interfa
 }
 
 static PyMethodDef __pyx_methods_7ivshmem_7channel_8messages_View[] = {
-  {"__bytes__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_9__bytes__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_8__bytes__},
-  {"__dlpack__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_11__dlpack__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_10__dlpack__},
-  {"__dlpack_device__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_13__dlpack_device__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_12__dlpack_device__},
-  {"check", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_15check, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_14check},
-  {"release", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_17release, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_16release},
-  {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_19__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_18__enter__},
-  {"__exit__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_21__exit__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_20__exit__},
-  {"__reduce_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_27__reduce_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_26__reduce_cython__},
-  {"__setstate_cython__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_29__setstate_cython__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_28__setstate_cython__},
+  {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_3__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_2__reduce__},
+  {"__bytes__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_11__bytes__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_10__bytes__},
+  {"__dlpack__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_13__dlpack__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_12__dlpack__},
+  {"__dlpack_device__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_15__dlpack_device__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_14__dlpack_device__},
+  {"check", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_17check, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_16check},
+  {"release", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_19release, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_18release},
+  {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_21__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_20__enter__},
+  {"__exit__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_8messages_4View_23__exit__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_8messages_4View_22__exit__},
   {0, 0, 0, 0}
 };
 
@@ -22826,20 +22704,20 @@ static struct PyGetSetDef __pyx_getsets_7ivshmem_7channel_8messages_View[] = {
 #if !CYTHON_COMPILING_IN_LIMITED_API
 
 static PyBufferProcs __pyx_tp_as_buffer_View = {
-  __pyx_pw_7ivshmem_7channel_8messages_4View_3__getbuffer__, /*bf_getbuffer*/
-  __pyx_pw_7ivshmem_7channel_8messages_4View_5__releasebuffer__, /*bf_releasebuffer*/
+  __pyx_pw_7ivshmem_7channel_8messages_4View_5__getbuffer__, /*bf_getbuffer*/
+  __pyx_pw_7ivshmem_7channel_8messages_4View_7__releasebuffer__, /*bf_releasebuffer*/
 };
 #endif
 static PyType_Slot __pyx_type_7ivshmem_7channel_8messages_View_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_8messages_View},
-  {Py_tp_repr, (void *)__pyx_pw_7ivshmem_7channel_8messages_4View_25__repr__},
-  {Py_sq_length, (void *)__pyx_pw_7ivshmem_7channel_8messages_4View_7__len__},
-  {Py_mp_length, (void *)__pyx_pw_7ivshmem_7channel_8messages_4View_7__len__},
+  {Py_tp_repr, (void *)__pyx_pw_7ivshmem_7channel_8messages_4View_27__repr__},
+  {Py_sq_length, (void *)__pyx_pw_7ivshmem_7channel_8messages_4View_9__len__},
+  {Py_mp_length, (void *)__pyx_pw_7ivshmem_7channel_8messages_4View_9__len__},
   #if defined(Py_bf_getbuffer)
-  {Py_bf_getbuffer, (void *)__pyx_pw_7ivshmem_7channel_8messages_4View_3__getbuffer__},
+  {Py_bf_getbuffer, (void *)__pyx_pw_7ivshmem_7channel_8messages_4View_5__getbuffer__},
   #endif
   #if defined(Py_bf_releasebuffer)
-  {Py_bf_releasebuffer, (void *)__pyx_pw_7ivshmem_7channel_8messages_4View_5__releasebuffer__},
+  {Py_bf_releasebuffer, (void *)__pyx_pw_7ivshmem_7channel_8messages_4View_7__releasebuffer__},
   #endif
   {Py_tp_doc, (void *)PyDoc_STR("A message where it lies; made by `Reader.view`.\n\n    It is a buffer that can be read: memoryview(view), numpy.asarray(view); `array` has the\n    channel\047s type. Its bytes are shared memory: any process that can write to the region can change\n    them at any time. Copy (`bytes(view)`) what is to be checked before it is used.\n\n    Release it soon (`with`, or `release()`): it holds memory of the writer.\n\n    Attributes:\n        size: bytes.\n        writer: the number of the writer\047s slot.\n        position: of the message among those of its writer.\n        time: of publication, in seconds since 1970; None if the channel has no times.\n        lost: messages of this writer that were overwritten before this one was taken.\n    ")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_8messages_View},
@@ -22862,7 +22740,7 @@ static PyType_Spec __pyx_type_7ivshmem_7channel_8messages_View_spec = {
 #else
 
 static PySequenceMethods __pyx_tp_as_sequence_View = {
-  __pyx_pw_7ivshmem_7channel_8messages_4View_7__len__, /*sq_length*/
+  __pyx_pw_7ivshmem_7channel_8messages_4View_9__len__, /*sq_length*/
   0, /*sq_concat*/
   0, /*sq_repeat*/
   0, /*sq_item*/
@@ -22875,14 +22753,14 @@ static PySequenceMethods __pyx_tp_as_sequence_View = {
 };
 
 static PyMappingMethods __pyx_tp_as_mapping_View = {
-  __pyx_pw_7ivshmem_7channel_8messages_4View_7__len__, /*mp_length*/
+  __pyx_pw_7ivshmem_7channel_8messages_4View_9__len__, /*mp_length*/
   0, /*mp_subscript*/
   0, /*mp_ass_subscript*/
 };
 
 static PyBufferProcs __pyx_tp_as_buffer_View = {
-  __pyx_pw_7ivshmem_7channel_8messages_4View_3__getbuffer__, /*bf_getbuffer*/
-  __pyx_pw_7ivshmem_7channel_8messages_4View_5__releasebuffer__, /*bf_releasebuffer*/
+  __pyx_pw_7ivshmem_7channel_8messages_4View_5__getbuffer__, /*bf_getbuffer*/
+  __pyx_pw_7ivshmem_7channel_8messages_4View_7__releasebuffer__, /*bf_releasebuffer*/
 };
 
 static PyTypeObject __pyx_type_7ivshmem_7channel_8messages_View = {
@@ -22895,7 +22773,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_8messages_View = {
   0, /*tp_getattr*/
   0, /*tp_setattr*/
   0, /*tp_as_async*/
-  __pyx_pw_7ivshmem_7channel_8messages_4View_25__repr__, /*tp_repr*/
+  __pyx_pw_7ivshmem_7channel_8messages_4View_27__repr__, /*tp_repr*/
   0, /*tp_as_number*/
   &__pyx_tp_as_sequence_View, /*tp_as_sequence*/
   &__pyx_tp_as_mapping_View, /*tp_as_mapping*/
@@ -23442,11 +23320,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_Writer(__
   __pyx_vtable_7ivshmem_7channel_8messages_Writer.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
   __pyx_vtable_7ivshmem_7channel_8messages_Writer.announce = (int (*)(struct __pyx_obj_7ivshmem_7channel_8messages_Writer *))__pyx_f_7ivshmem_7channel_8messages_6Writer_announce;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 33, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 35, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_8messages_Writer_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer)) __PYX_ERR(0, 33, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer)) __PYX_ERR(0, 35, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer = &__pyx_type_7ivshmem_7channel_8messages_Writer;
   #endif
@@ -23454,7 +23332,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_Writer(__
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer) < (0)) __PYX_ERR(0, 35, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer);
@@ -23464,12 +23342,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_Writer(__
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_vtabptr_7ivshmem_7channel_8messages_Writer) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Writer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_vtabptr_7ivshmem_7channel_8messages_Writer) < (0)) __PYX_ERR(0, 35, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Writer, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer) < (0)) __PYX_ERR(0, 35, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_8messages_Writer, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer) < (0)) __PYX_ERR(0, 33, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Writer) < (0)) __PYX_ERR(0, 35, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -23490,7 +23368,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_Loan(__py
   __pyx_vtable_7ivshmem_7channel_8messages_Loan.check = (int (*)(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *))__pyx_f_7ivshmem_7channel_8messages_4Loan_check;
   __pyx_vtable_7ivshmem_7channel_8messages_Loan.check_exports = (int (*)(struct __pyx_obj_7ivshmem_7channel_8messages_Loan *))__pyx_f_7ivshmem_7channel_8messages_4Loan_check_exports;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_8messages_Loan_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan)) __PYX_ERR(0, 208, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_8messages_Loan_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan)) __PYX_ERR(0, 207, __pyx_L1_error)
   #if !CYTHON_COMPILING_IN_LIMITED_API
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan->tp_as_buffer = &__pyx_tp_as_buffer_Loan;
   #elif defined(Py_bf_getbuffer) && defined(Py_bf_releasebuffer)
@@ -23506,7 +23384,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_Loan(__py
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan) < (0)) __PYX_ERR(0, 208, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan) < (0)) __PYX_ERR(0, 207, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan);
@@ -23516,9 +23394,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_Loan(__py
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_vtabptr_7ivshmem_7channel_8messages_Loan) < (0)) __PYX_ERR(0, 208, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Loan, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan) < (0)) __PYX_ERR(0, 208, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan) < (0)) __PYX_ERR(0, 208, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_vtabptr_7ivshmem_7channel_8messages_Loan) < (0)) __PYX_ERR(0, 207, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Loan, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Loan) < (0)) __PYX_ERR(0, 207, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -23547,11 +23424,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_Reader(__
   __pyx_vtable_7ivshmem_7channel_8messages_Reader.keep = (int (*)(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *))__pyx_f_7ivshmem_7channel_8messages_6Reader_keep;
   __pyx_vtable_7ivshmem_7channel_8messages_Reader.copy_out = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *))__pyx_f_7ivshmem_7channel_8messages_6Reader_copy_out;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 358, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 360, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_8messages_Reader_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader)) __PYX_ERR(0, 358, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader)) __PYX_ERR(0, 360, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader = &__pyx_type_7ivshmem_7channel_8messages_Reader;
   #endif
@@ -23559,7 +23436,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_Reader(__
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader) < (0)) __PYX_ERR(0, 358, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader) < (0)) __PYX_ERR(0, 360, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader);
@@ -23569,12 +23446,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_Reader(__
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_vtabptr_7ivshmem_7channel_8messages_Reader) < (0)) __PYX_ERR(0, 358, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Reader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader) < (0)) __PYX_ERR(0, 358, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_vtabptr_7ivshmem_7channel_8messages_Reader) < (0)) __PYX_ERR(0, 360, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Reader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader) < (0)) __PYX_ERR(0, 360, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_8messages_Reader, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader) < (0)) __PYX_ERR(0, 358, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_Reader) < (0)) __PYX_ERR(0, 360, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -23594,7 +23471,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_View(__py
   __pyx_vtabptr_7ivshmem_7channel_8messages_View = &__pyx_vtable_7ivshmem_7channel_8messages_View;
   __pyx_vtable_7ivshmem_7channel_8messages_View.abandon = (int (*)(struct __pyx_obj_7ivshmem_7channel_8messages_View *))__pyx_f_7ivshmem_7channel_8messages_4View_abandon;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_8messages_View_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View)) __PYX_ERR(0, 631, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_8messages_View_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View)) __PYX_ERR(0, 634, __pyx_L1_error)
   #if !CYTHON_COMPILING_IN_LIMITED_API
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View->tp_as_buffer = &__pyx_tp_as_buffer_View;
   #elif defined(Py_bf_getbuffer) && defined(Py_bf_releasebuffer)
@@ -23610,7 +23487,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_View(__py
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View) < (0)) __PYX_ERR(0, 631, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View) < (0)) __PYX_ERR(0, 634, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View);
@@ -23620,9 +23497,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_View(__py
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_vtabptr_7ivshmem_7channel_8messages_View) < (0)) __PYX_ERR(0, 631, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_View, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View) < (0)) __PYX_ERR(0, 631, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View) < (0)) __PYX_ERR(0, 631, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_vtabptr_7ivshmem_7channel_8messages_View) < (0)) __PYX_ERR(0, 634, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_View, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View) < (0)) __PYX_ERR(0, 634, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -23648,11 +23524,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_ValueRead
   __pyx_vtable_7ivshmem_7channel_8messages_ValueReader.__pyx_base.__pyx_base.mend = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_8messages_11ValueReader_mend;
   __pyx_vtable_7ivshmem_7channel_8messages_ValueReader.latest = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader *, int))__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 818, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 828, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_8messages_ValueReader_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader)) __PYX_ERR(0, 818, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader)) __PYX_ERR(0, 828, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader = &__pyx_type_7ivshmem_7channel_8messages_ValueReader;
   #endif
@@ -23660,7 +23536,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_ValueRead
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader) < (0)) __PYX_ERR(0, 818, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader) < (0)) __PYX_ERR(0, 828, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader);
@@ -23670,12 +23546,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_ValueRead
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_vtabptr_7ivshmem_7channel_8messages_ValueReader) < (0)) __PYX_ERR(0, 818, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ValueReader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader) < (0)) __PYX_ERR(0, 818, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_vtabptr_7ivshmem_7channel_8messages_ValueReader) < (0)) __PYX_ERR(0, 828, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ValueReader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader) < (0)) __PYX_ERR(0, 828, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader) < (0)) __PYX_ERR(0, 818, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader) < (0)) __PYX_ERR(0, 828, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -23693,14 +23569,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages___pyx_sco
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async)) __PYX_ERR(0, 606, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async)) __PYX_ERR(0, 609, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async = &__pyx_type_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async) < (0)) __PYX_ERR(0, 606, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async) < (0)) __PYX_ERR(0, 609, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async);
@@ -24283,28 +24159,41 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
   /* "ivshmem/channel/messages.pyx":24
  * from .roles cimport LARGE, microseconds, ReaderEnd, TRIES, WriterEnd
  * 
+ * import operator             # <<<<<<<<<<<<<<
+ * 
+ * from ..errors import (
+*/
+  __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_operator, 0, 0, NULL, 0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 24, __pyx_L1_error)
+  __pyx_t_2 = __pyx_t_1;
+  __Pyx_GOTREF(__pyx_t_2);
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_operator, __pyx_t_2) < (0)) __PYX_ERR(0, 24, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/messages.pyx":26
+ * import operator
+ * 
  * from ..errors import (             # <<<<<<<<<<<<<<
  *     ChannelError, ChannelTypeError, ClosedError, MessagesLost, MessageTooLong, Overtaken,
  * )
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_ChannelTypeError,__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_MessagesLost,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_Overtaken};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 6, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 24, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_errors, __pyx_imported_names, 6, __pyx_mstate_global->__pyx_kp_u_ivshmem_errors, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 26, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_ChannelError,__pyx_mstate_global->__pyx_n_u_ChannelTypeError,__pyx_mstate_global->__pyx_n_u_ClosedError,__pyx_mstate_global->__pyx_n_u_MessagesLost,__pyx_mstate_global->__pyx_n_u_MessageTooLong,__pyx_mstate_global->__pyx_n_u_Overtaken};
     for (__pyx_t_3=0; __pyx_t_3 < 6; __pyx_t_3++) {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 24, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 26, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 24, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 26, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/messages.pyx":27
+  /* "ivshmem/channel/messages.pyx":29
  *     ChannelError, ChannelTypeError, ClosedError, MessagesLost, MessageTooLong, Overtaken,
  * )
  * from ..text import counted             # <<<<<<<<<<<<<<
@@ -24313,22 +24202,22 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 27, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_text, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_text, 2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 29, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_counted};
     __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 27, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 29, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 27, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 29, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/messages.pyx":28
+  /* "ivshmem/channel/messages.pyx":30
  * )
  * from ..text import counted
  * from . import asynchronous             # <<<<<<<<<<<<<<
@@ -24337,48 +24226,48 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
 */
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_asynchronous};
-    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u__2, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_channel, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 28, __pyx_L1_error)
+    __pyx_t_1 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u__2, __pyx_imported_names, 1, __pyx_mstate_global->__pyx_kp_u_ivshmem_channel, 1); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 30, __pyx_L1_error)
   }
   __pyx_t_2 = __pyx_t_1;
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject* const __pyx_imported_names[] = {__pyx_mstate_global->__pyx_n_u_asynchronous};
     __pyx_t_3 = 0; {
-      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 28, __pyx_L1_error)
+      __pyx_t_4 = __Pyx_ImportFrom(__pyx_t_2, __pyx_imported_names[__pyx_t_3]); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 30, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
-      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 28, __pyx_L1_error)
+      if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_imported_names[__pyx_t_3], __pyx_t_4) < (0)) __PYX_ERR(0, 30, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     }
   }
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/messages.pyx":43
- *     """
+  /* "ivshmem/channel/messages.pyx":90
+ *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def put(self, data, timeout=None, *, spin=None):
- *         """Copy a message into the channel.
+ *     def put_parts(self, parts, timeout=None, *, spin=None):
+ *         """Copy several buffers into one message, one after the other; otherwise as `put`."""
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 43, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 90, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/messages.pyx":44
+  /* "ivshmem/channel/messages.pyx":91
  * 
  *     @cython.critical_section
- *     def put(self, data, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
- *         """Copy a message into the channel.
- * 
+ *     def put_parts(self, parts, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
+ *         """Copy several buffers into one message, one after the other; otherwise as `put`."""
+ *         cdef Loan loan
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 43, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 90, __pyx_L1_error)
 
-  /* "ivshmem/channel/messages.pyx":43
- *     """
+  /* "ivshmem/channel/messages.pyx":90
+ *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def put(self, data, timeout=None, *, spin=None):
- *         """Copy a message into the channel.
+ *     def put_parts(self, parts, timeout=None, *, spin=None):
+ *         """Copy several buffers into one message, one after the other; otherwise as `put`."""
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_1put, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 43, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_3put_parts, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_parts, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 90, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -24386,36 +24275,36 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_mstate_global->__pyx_n_u_put, __pyx_t_4) < (0)) __PYX_ERR(0, 43, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_mstate_global->__pyx_n_u_put_parts, __pyx_t_4) < (0)) __PYX_ERR(0, 90, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":92
- *             PyBuffer_Release(&view)
+  /* "ivshmem/channel/messages.pyx":107
+ *         return loan.publish(timeout, spin=spin)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def put_parts(self, parts, timeout=None, *, spin=None):
- *         """Copy several buffers into one message, one after the other; otherwise as `put`."""
+ *     def put_rows(self, rows, timeout=None, *, spin=None):
+ *         """Publish each row of an array as a message, and announce them together.
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 92, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 107, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
 
-  /* "ivshmem/channel/messages.pyx":93
+  /* "ivshmem/channel/messages.pyx":108
  * 
  *     @cython.critical_section
- *     def put_parts(self, parts, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
- *         """Copy several buffers into one message, one after the other; otherwise as `put`."""
- *         cdef Loan loan
+ *     def put_rows(self, rows, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
+ *         """Publish each row of an array as a message, and announce them together.
+ * 
 */
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 92, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 107, __pyx_L1_error)
 
-  /* "ivshmem/channel/messages.pyx":92
- *             PyBuffer_Release(&view)
+  /* "ivshmem/channel/messages.pyx":107
+ *         return loan.publish(timeout, spin=spin)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def put_parts(self, parts, timeout=None, *, spin=None):
- *         """Copy several buffers into one message, one after the other; otherwise as `put`."""
+ *     def put_rows(self, rows, timeout=None, *, spin=None):
+ *         """Publish each row of an array as a message, and announce them together.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_3put_parts, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_parts, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 92, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_5put_rows, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_rows, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 107, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -24423,45 +24312,8 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[4]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_mstate_global->__pyx_n_u_put_parts, __pyx_t_2) < (0)) __PYX_ERR(0, 92, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_mstate_global->__pyx_n_u_put_rows, __pyx_t_2) < (0)) __PYX_ERR(0, 107, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/messages.pyx":109
- *         return loan.publish(timeout, spin=spin)
- * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def put_rows(self, rows, timeout=None, *, spin=None):
- *         """Publish each row of an array as a message, and announce them together.
-*/
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 109, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-
-  /* "ivshmem/channel/messages.pyx":110
- * 
- *     @cython.critical_section
- *     def put_rows(self, rows, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
- *         """Publish each row of an array as a message, and announce them together.
- * 
-*/
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 109, __pyx_L1_error)
-
-  /* "ivshmem/channel/messages.pyx":109
- *         return loan.publish(timeout, spin=spin)
- * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def put_rows(self, rows, timeout=None, *, spin=None):
- *         """Publish each row of an array as a message, and announce them together.
-*/
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_5put_rows, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_rows, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 109, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
-  #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
-  __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_mstate_global->__pyx_n_u_put_rows, __pyx_t_4) < (0)) __PYX_ERR(0, 109, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "ivshmem/channel/messages.pyx":166
  *             PyBuffer_Release(&view)
@@ -24470,14 +24322,14 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
  *         """The twin of `put` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_in_time(self, self.put, timeout, data)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_7put_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 166, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_7put_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 166, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_mstate_global->__pyx_n_u_put_async, __pyx_t_4) < (0)) __PYX_ERR(0, 166, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[4]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_mstate_global->__pyx_n_u_put_async, __pyx_t_2) < (0)) __PYX_ERR(0, 166, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/messages.pyx":170
  *         return asynchronous.until_in_time(self, self.put, timeout, data)
@@ -24486,14 +24338,14 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
  *         """The twin of `put_parts` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_in_time(self, self.put_parts, timeout, parts)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_9put_parts_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_parts_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 170, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_9put_parts_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_parts_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 170, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_mstate_global->__pyx_n_u_put_parts_async, __pyx_t_4) < (0)) __PYX_ERR(0, 170, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[4]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_mstate_global->__pyx_n_u_put_parts_async, __pyx_t_2) < (0)) __PYX_ERR(0, 170, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/messages.pyx":174
  *         return asynchronous.until_in_time(self, self.put_parts, timeout, parts)
@@ -24502,14 +24354,14 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
  *         """The twin of `put_rows` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_in_time(self, self.put_rows, timeout, rows)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_11put_rows_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_rows_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 174, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_11put_rows_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_put_rows_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 174, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_mstate_global->__pyx_n_u_put_rows_async, __pyx_t_4) < (0)) __PYX_ERR(0, 174, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[4]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_mstate_global->__pyx_n_u_put_rows_async, __pyx_t_2) < (0)) __PYX_ERR(0, 174, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/messages.pyx":182
  *         return self.membership.flush()
@@ -24518,27 +24370,27 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
  *         """Borrow the memory of a message, to write into it without a copy.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_13loan, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_loan, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 182, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_13loan, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer_loan, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 182, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_mstate_global->__pyx_n_u_loan, __pyx_t_4) < (0)) __PYX_ERR(0, 182, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[4]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Writer, __pyx_mstate_global->__pyx_n_u_loan, __pyx_t_2) < (0)) __PYX_ERR(0, 182, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.writer cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_15__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_15__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -24546,193 +24398,144 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.writer cannot be converted to a Python object for pickling"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_17__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Writer_17__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Writer___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/messages.pyx":273
+  /* "ivshmem/channel/messages.pyx":243
+ *         self.writer.end_copy()
+ * 
+ *     def __reduce__(self):             # <<<<<<<<<<<<<<
+ *         raise TypeError("a Loan cannot be copied or pickled")
+ * 
+*/
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4Loan_7__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 243, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 243, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+
+  /* "ivshmem/channel/messages.pyx":275
  *         return numpy.frombuffer(self, "uint8")
  * 
  *     def publish(self, timeout=None, *, size=None, spin=None):             # <<<<<<<<<<<<<<
  *         """Publish it; afterwards the memory is the readers'.
  * 
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 273, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_size, Py_None) < (0)) __PYX_ERR(0, 273, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 273, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4Loan_9publish, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_publish, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 273, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(2); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 275, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_size, Py_None) < (0)) __PYX_ERR(0, 275, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 275, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4Loan_11publish, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_publish, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 275, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[4]);
-  __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_mstate_global->__pyx_n_u_publish, __pyx_t_2) < (0)) __PYX_ERR(0, 273, __pyx_L1_error)
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
+  __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_mstate_global->__pyx_n_u_publish, __pyx_t_4) < (0)) __PYX_ERR(0, 275, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":308
+  /* "ivshmem/channel/messages.pyx":310
  *         return writer.writer.missed
  * 
  *     def publish_async(self, timeout=None, *, size=None):             # <<<<<<<<<<<<<<
  *         """The twin of `publish` for asyncio: a coroutine. If it is cancelled, the loan stays."""
  *         return asynchronous.until_in_time(self.writer, self.publish, timeout, size=size)
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 308, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_size, Py_None) < (0)) __PYX_ERR(0, 308, __pyx_L1_error)
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4Loan_11publish_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_publish_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 308, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 310, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_size, Py_None) < (0)) __PYX_ERR(0, 310, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4Loan_13publish_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_publish_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 310, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
-  __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_mstate_global->__pyx_n_u_publish_async, __pyx_t_4) < (0)) __PYX_ERR(0, 308, __pyx_L1_error)
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[4]);
+  __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_mstate_global->__pyx_n_u_publish_async, __pyx_t_2) < (0)) __PYX_ERR(0, 310, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/messages.pyx":312
+  /* "ivshmem/channel/messages.pyx":314
  *         return asynchronous.until_in_time(self.writer, self.publish, timeout, size=size)
  * 
  *     def drop(self):             # <<<<<<<<<<<<<<
  *         """Give it back without publishing it; may be called twice.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4Loan_13drop, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_drop, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 312, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4Loan_15drop, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan_drop, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 314, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_mstate_global->__pyx_n_u_drop, __pyx_t_4) < (0)) __PYX_ERR(0, 312, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_mstate_global->__pyx_n_u_drop, __pyx_t_2) < (0)) __PYX_ERR(0, 314, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/messages.pyx":325
+  /* "ivshmem/channel/messages.pyx":327
  *             ivshmem_loan_drop(&self.writer.writer, self.cell)
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4Loan_15__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 325, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4Loan_17__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 327, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_4) < (0)) __PYX_ERR(0, 325, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 327, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/messages.pyx":328
+  /* "ivshmem/channel/messages.pyx":330
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
  *         if not self.live:
  *             return
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4Loan_17__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 328, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_4) < (0)) __PYX_ERR(0, 328, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-
-  /* "(tree fragment)":1
- * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):
-*/
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4Loan_23__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
-  #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-
-  /* "(tree fragment)":3
- * def __reduce_cython__(self):
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
- * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     raise TypeError, "no default __reduce__ due to non-trivial __cinit__"
-*/
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4Loan_25__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
-  #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-
-  /* "ivshmem/channel/messages.pyx":447
- *         return data if code == 0 else None
- * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def get(self, timeout=None, *, spin=None):
- *         """Return a copy of the next message, of any writer.
-*/
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 447, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-
-  /* "ivshmem/channel/messages.pyx":448
- * 
- *     @cython.critical_section
- *     def get(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
- *         """Return a copy of the next message, of any writer.
- * 
-*/
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 447, __pyx_L1_error)
-
-  /* "ivshmem/channel/messages.pyx":447
- *         return data if code == 0 else None
- * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def get(self, timeout=None, *, spin=None):
- *         """Return a copy of the next message, of any writer.
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_1get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 447, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4Loan_19__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Loan___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 330, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[4]);
-  __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_2) < (0)) __PYX_ERR(0, 447, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 330, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/messages.pyx":477
+  /* "ivshmem/channel/messages.pyx":480
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
  *         """Copy the next message into `buffer`; otherwise as `get`.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 477, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 480, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/messages.pyx":478
+  /* "ivshmem/channel/messages.pyx":481
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Copy the next message into `buffer`; otherwise as `get`.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 477, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 480, __pyx_L1_error)
 
-  /* "ivshmem/channel/messages.pyx":477
+  /* "ivshmem/channel/messages.pyx":480
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
  *         """Copy the next message into `buffer`; otherwise as `get`.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 477, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 480, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -24740,36 +24543,36 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_4) < (0)) __PYX_ERR(0, 477, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_4) < (0)) __PYX_ERR(0, 480, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":508
+  /* "ivshmem/channel/messages.pyx":511
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_rows(self, rows, timeout=None, *, spin=None):
  *         """Copy the messages that are there into the rows of an array, at most one into each.
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 508, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 511, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
 
-  /* "ivshmem/channel/messages.pyx":509
+  /* "ivshmem/channel/messages.pyx":512
  * 
  *     @cython.critical_section
  *     def get_rows(self, rows, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Copy the messages that are there into the rows of an array, at most one into each.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 508, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 511, __pyx_L1_error)
 
-  /* "ivshmem/channel/messages.pyx":508
+  /* "ivshmem/channel/messages.pyx":511
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_rows(self, rows, timeout=None, *, spin=None):
  *         """Copy the messages that are there into the rows of an array, at most one into each.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_5get_rows, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_rows, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 508, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_5get_rows, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_rows, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 511, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -24777,36 +24580,36 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[4]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_rows, __pyx_t_2) < (0)) __PYX_ERR(0, 508, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_rows, __pyx_t_2) < (0)) __PYX_ERR(0, 511, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/messages.pyx":572
+  /* "ivshmem/channel/messages.pyx":575
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def view(self, timeout=None, *, spin=None):
  *         """Return the next message as a View: its memory itself, without a copy.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 572, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 575, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/messages.pyx":573
+  /* "ivshmem/channel/messages.pyx":576
  * 
  *     @cython.critical_section
  *     def view(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Return the next message as a View: its memory itself, without a copy.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 572, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 575, __pyx_L1_error)
 
-  /* "ivshmem/channel/messages.pyx":572
+  /* "ivshmem/channel/messages.pyx":575
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def view(self, timeout=None, *, spin=None):
  *         """Return the next message as a View: its memory itself, without a copy.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_7view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 572, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_7view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 575, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -24814,86 +24617,86 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_4) < (0)) __PYX_ERR(0, 572, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_4) < (0)) __PYX_ERR(0, 575, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":598
+  /* "ivshmem/channel/messages.pyx":601
  *         return view_of(self, self.message)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.get, timeout)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_9get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 598, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_9get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 601, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_4) < (0)) __PYX_ERR(0, 598, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_4) < (0)) __PYX_ERR(0, 601, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":602
+  /* "ivshmem/channel/messages.pyx":605
  *         return asynchronous.until_something(self, self.get, timeout)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_11get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 602, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_11get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 605, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_4) < (0)) __PYX_ERR(0, 602, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_4) < (0)) __PYX_ERR(0, 605, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":606
+  /* "ivshmem/channel/messages.pyx":609
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
  *         found = await asynchronous.until_something(self, self._rows_or_none, timeout, rows)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_13get_rows_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 606, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_13get_rows_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 609, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_t_4) < (0)) __PYX_ERR(0, 606, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_t_4) < (0)) __PYX_ERR(0, 609, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":611
+  /* "ivshmem/channel/messages.pyx":614
  *         return found or 0
  * 
  *     def _rows_or_none(self, rows, timeout):             # <<<<<<<<<<<<<<
  *         return self.get_rows(rows, timeout) or None
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_16_rows_or_none, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader__rows_or_none, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 611, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_16_rows_or_none, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader__rows_or_none, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 614, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_rows_or_none, __pyx_t_4) < (0)) __PYX_ERR(0, 611, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_rows_or_none, __pyx_t_4) < (0)) __PYX_ERR(0, 614, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":614
+  /* "ivshmem/channel/messages.pyx":617
  *         return self.get_rows(rows, timeout) or None
  * 
  *     def view_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `view` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.view, timeout)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_18view_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 614, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_18view_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 617, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_view_async, __pyx_t_4) < (0)) __PYX_ERR(0, 614, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_view_async, __pyx_t_4) < (0)) __PYX_ERR(0, 617, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -24901,7 +24704,7 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_28__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_28__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[22])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -24915,7 +24718,7 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_30__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_30__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[23])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -24923,180 +24726,168 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":708
+  /* "ivshmem/channel/messages.pyx":656
+ *         raise TypeError("a View is made by Reader.view")
+ * 
+ *     def __reduce__(self):             # <<<<<<<<<<<<<<
+ *         raise TypeError("a View cannot be copied or pickled: `bytes(view)` is a copy")
+ * 
+*/
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 656, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_4);
+  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  #endif
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_4) < (0)) __PYX_ERR(0, 656, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+
+  /* "ivshmem/channel/messages.pyx":716
  *         return self.message.length
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
  *         """Return a copy; raise Overtaken if the message was overwritten before the copy ended."""
  *         data = memoryview(self).tobytes()
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_9__bytes__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___bytes, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 708, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_11__bytes__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___bytes, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 716, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_bytes_2, __pyx_t_4) < (0)) __PYX_ERR(0, 708, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_bytes_2, __pyx_t_4) < (0)) __PYX_ERR(0, 716, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":734
+  /* "ivshmem/channel/messages.pyx":744
  *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}
  * 
  *     def __dlpack__(self, **options):             # <<<<<<<<<<<<<<
  *         """Export the message, for numpy.from_dlpack or torch.from_dlpack; needs numpy."""
  *         return self.array.__dlpack__(**options)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_11__dlpack__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___dlpack, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[28])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 734, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_13__dlpack__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___dlpack, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 744, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_dlpack, __pyx_t_4) < (0)) __PYX_ERR(0, 734, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_dlpack, __pyx_t_4) < (0)) __PYX_ERR(0, 744, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":738
+  /* "ivshmem/channel/messages.pyx":748
  *         return self.array.__dlpack__(**options)
  * 
  *     def __dlpack_device__(self):             # <<<<<<<<<<<<<<
  *         """Return DLPack's number of the processor's memory."""
  *         return (1, 0)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_13__dlpack_device__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___dlpack_device, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[29])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 738, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_15__dlpack_device__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___dlpack_device, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 748, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_dlpack_device, __pyx_t_4) < (0)) __PYX_ERR(0, 738, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_dlpack_device, __pyx_t_4) < (0)) __PYX_ERR(0, 748, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":742
+  /* "ivshmem/channel/messages.pyx":752
  *         return (1, 0)
  * 
  *     def check(self):             # <<<<<<<<<<<<<<
  *         """Raise Overtaken if the message was overwritten since it was taken."""
  *         if not self.overtaken and self.live and self.reader.usable():
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_15check, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View_check, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 742, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_17check, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View_check, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[28])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 752, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_check, __pyx_t_4) < (0)) __PYX_ERR(0, 742, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_check, __pyx_t_4) < (0)) __PYX_ERR(0, 752, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":752
+  /* "ivshmem/channel/messages.pyx":762
  *             )
  * 
  *     def release(self):             # <<<<<<<<<<<<<<
  *         """Give the memory back to the writer; may be called twice.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_17release, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View_release, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 752, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_19release, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View_release, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[29])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 762, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_release, __pyx_t_4) < (0)) __PYX_ERR(0, 752, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_release, __pyx_t_4) < (0)) __PYX_ERR(0, 762, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":771
+  /* "ivshmem/channel/messages.pyx":781
  *             self.abandon()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_19__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 771, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_21__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 781, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_4) < (0)) __PYX_ERR(0, 771, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_4) < (0)) __PYX_ERR(0, 781, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":774
+  /* "ivshmem/channel/messages.pyx":784
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
  *         if kind is None:
  *             self.release()
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_21__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[33])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 774, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_23__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 784, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_4) < (0)) __PYX_ERR(0, 774, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_4) < (0)) __PYX_ERR(0, 784, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "(tree fragment)":1
- * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
- *     raise TypeError, "Pickling of struct members such as self.message must be explicitly requested with @auto_pickle(True)"
- * def __setstate_cython__(self, __pyx_state):
-*/
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_27__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[34])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
-  #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-
-  /* "(tree fragment)":3
- * def __reduce_cython__(self):
- *     raise TypeError, "Pickling of struct members such as self.message must be explicitly requested with @auto_pickle(True)"
- * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
- *     raise TypeError, "Pickling of struct members such as self.message must be explicitly requested with @auto_pickle(True)"
-*/
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_29__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[35])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
-  #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-
-  /* "ivshmem/channel/messages.pyx":871
+  /* "ivshmem/channel/messages.pyx":881
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get(self):
  *         """Return a copy of the latest content, which is never torn. Never waits.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_11ValueReader_1get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[36])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 871, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_11ValueReader_1get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 881, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_4) < (0)) __PYX_ERR(0, 871, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_4) < (0)) __PYX_ERR(0, 881, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":885
+  /* "ivshmem/channel/messages.pyx":895
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def wait_changed(self, timeout=None, *, spin=None):
  *         """Wait until the value was set since this reader last looked; return its content.
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 885, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 895, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
 
-  /* "ivshmem/channel/messages.pyx":886
+  /* "ivshmem/channel/messages.pyx":896
  * 
  *     @cython.critical_section
  *     def wait_changed(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Wait until the value was set since this reader last looked; return its content.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 885, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 895, __pyx_L1_error)
 
-  /* "ivshmem/channel/messages.pyx":885
+  /* "ivshmem/channel/messages.pyx":895
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def wait_changed(self, timeout=None, *, spin=None):
  *         """Wait until the value was set since this reader last looked; return its content.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_11ValueReader_3wait_changed, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[37])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 885, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_11ValueReader_3wait_changed, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[33])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 895, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -25104,38 +24895,38 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[4]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed, __pyx_t_2) < (0)) __PYX_ERR(0, 885, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed, __pyx_t_2) < (0)) __PYX_ERR(0, 895, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/messages.pyx":901
+  /* "ivshmem/channel/messages.pyx":911
  *         return self.latest(self.wait(timeout, spin))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def view(self):
  *         """Return the latest content as a View; None: it was never set.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_11ValueReader_5view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[38])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 901, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_11ValueReader_5view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[34])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 911, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_2) < (0)) __PYX_ERR(0, 901, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_2) < (0)) __PYX_ERR(0, 911, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/messages.pyx":917
+  /* "ivshmem/channel/messages.pyx":927
  *         return view_of(self, self.message)
  * 
  *     def wait_changed_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.wait_changed, timeout)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_11ValueReader_7wait_changed_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[39])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 917, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_11ValueReader_7wait_changed_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[35])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 927, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[4]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed_async, __pyx_t_2) < (0)) __PYX_ERR(0, 917, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed_async, __pyx_t_2) < (0)) __PYX_ERR(0, 927, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -25143,7 +24934,7 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_11ValueReader_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[40])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_11ValueReader_17__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[36])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -25157,7 +24948,7 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_11ValueReader_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[41])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_11ValueReader_19__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[37])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -25215,8 +25006,8 @@ static int __Pyx_InitCachedBuiltins(__pyx_mstatetype *__pyx_mstate) {
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
-  __pyx_builtin_sum = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_sum); if (!__pyx_builtin_sum) __PYX_ERR(0, 97, __pyx_L1_error)
-  __pyx_builtin_map = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_map); if (!__pyx_builtin_map) __PYX_ERR(0, 97, __pyx_L1_error)
+  __pyx_builtin_sum = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_sum); if (!__pyx_builtin_sum) __PYX_ERR(0, 95, __pyx_L1_error)
+  __pyx_builtin_map = __Pyx_GetBuiltinName(__pyx_mstate->__pyx_n_u_map); if (!__pyx_builtin_map) __PYX_ERR(0, 95, __pyx_L1_error)
 
   /* Cached unbound methods */
   __pyx_mstate->__pyx_umethod_PyDict_Type_items.type = (PyObject*)&PyDict_Type;
@@ -25239,7 +25030,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/messages.pyx":99
+  /* "ivshmem/channel/messages.pyx":97
  *         loan = self.loan(sum(map(len, buffers)))
  *         try:
  *             with memoryview(loan) as into:             # <<<<<<<<<<<<<<
@@ -25248,12 +25039,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[3] = {Py_None, Py_None, Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 99, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 3); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 97, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
 
-  /* "ivshmem/channel/messages.pyx":107
+  /* "ivshmem/channel/messages.pyx":105
  *             loan.drop()
  *             raise
  *         return loan.publish(timeout, spin=spin)             # <<<<<<<<<<<<<<
@@ -25262,12 +25053,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_spin};
-    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 107, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[1] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[1])) __PYX_ERR(0, 105, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[1]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "ivshmem/channel/messages.pyx":310
+  /* "ivshmem/channel/messages.pyx":312
  *     def publish_async(self, timeout=None, *, size=None):
  *         """The twin of `publish` for asyncio: a coroutine. If it is cancelled, the loan stays."""
  *         return asynchronous.until_in_time(self.writer, self.publish, timeout, size=size)             # <<<<<<<<<<<<<<
@@ -25276,12 +25067,12 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_size};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 310, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 312, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
 
-  /* "ivshmem/channel/messages.pyx":740
+  /* "ivshmem/channel/messages.pyx":750
  *     def __dlpack_device__(self):
  *         """Return DLPack's number of the processor's memory."""
  *         return (1, 0)             # <<<<<<<<<<<<<<
@@ -25290,21 +25081,21 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_int_1, __pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 740, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 750, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[3]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[3]);
 
-  /* "ivshmem/channel/messages.pyx":43
- *     """
+  /* "ivshmem/channel/messages.pyx":90
+ *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def put(self, data, timeout=None, *, spin=None):
- *         """Copy a message into the channel.
+ *     def put_parts(self, parts, timeout=None, *, spin=None):
+ *         """Copy several buffers into one message, one after the other; otherwise as `put`."""
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[4] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[4])) __PYX_ERR(0, 43, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[4] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[4])) __PYX_ERR(0, 90, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[4]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[4]);
@@ -25345,38 +25136,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{57},{6},{20},{22},{27},{22},{59},{62},{28},{50},{15},{22},{10},{1},{2},{31},{62},{25},{25},{1},{1},{4},{179},{100},{29},{13},{8},{8},{7},{6},{2},{9},{16},{14},{12},{28},{50},{15},{68},{73},{63},{33},{21},{43},{3},{0},{1},{12},{16},{11},{4},{14},{13},{22},{24},{9},{12},{18},{14},{12},{9},{6},{24},{26},{20},{10},{16},{15},{21},{15},{21},{11},{17},{11},{29},{31},{15},{16},{24},{30},{4},{14},{15},{22},{14},{13},{22},{24},{10},{12},{6},{24},{26},{11},{10},{16},{16},{22},{15},{21},{1},{20},{12},{9},{9},{10},{17},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{13},{5},{12},{18},{2},{6},{7},{4},{4},{5},{18},{5},{6},{4},{5},{7},{4},{6},{4},{6},{5},{6},{5},{10},{3},{9},{8},{14},{8},{14},{1},{9},{4},{5},{24},{4},{3},{6},{4},{3},{10},{7},{4},{4},{5},{7},{4},{5},{3},{7},{13},{3},{9},{9},{15},{8},{14},{7},{4},{4},{4},{10},{5},{4},{4},{3},{4},{5},{4},{7},{7},{5},{7},{5},{13},{15},{5},{6},{7},{4},{10},{12},{18},{6},{5},{6}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{28},{9},{46},{32},{7},{19},{88},{89},{267},{35},{385},{353},{133},{166},{92},{15},{27},{9},{56},{64},{74},{37},{107},{182},{23},{23},{31},{24},{23},{24},{24},{25},{5}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{57},{6},{20},{22},{27},{22},{59},{62},{28},{50},{15},{22},{10},{1},{2},{31},{62},{25},{25},{1},{1},{4},{179},{34},{59},{29},{13},{8},{8},{7},{6},{2},{9},{16},{14},{12},{28},{15},{68},{73},{63},{33},{21},{43},{3},{0},{1},{12},{16},{11},{4},{14},{13},{15},{9},{12},{18},{14},{12},{9},{6},{24},{26},{20},{16},{15},{21},{15},{21},{11},{17},{11},{29},{31},{15},{16},{24},{30},{4},{14},{15},{22},{14},{13},{15},{10},{12},{6},{24},{26},{11},{16},{16},{22},{15},{21},{1},{20},{12},{9},{9},{10},{17},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{13},{5},{12},{18},{2},{6},{7},{4},{4},{5},{18},{5},{6},{4},{5},{7},{4},{6},{4},{6},{5},{6},{5},{10},{3},{9},{8},{14},{8},{14},{1},{5},{9},{4},{5},{24},{4},{3},{6},{4},{3},{10},{7},{4},{4},{5},{8},{7},{4},{5},{3},{7},{13},{3},{9},{9},{15},{8},{14},{7},{4},{4},{4},{10},{5},{4},{4},{3},{4},{5},{4},{7},{7},{5},{7},{5},{13},{15},{5},{6},{7},{4},{10},{12},{18},{6},{5},{6}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{28},{9},{46},{32},{11},{7},{19},{89},{35},{401},{353},{133},{166},{92},{15},{27},{9},{56},{64},{74},{37},{114},{182},{23},{23},{31},{24},{23},{24},{24},{25},{5}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2759 bytes) */
-static const char cstring[] = "x\332\235V\317w\023G\022\306\033\0036\230`\331\002l\014d\004\006\354\304q\236\022\203\301\311f\343\330@B\010\213\301\201p\3307\257=\323\262&\036\315\310\363C\262x9\344\350\343\034\3478\3079\316QG\035}\324QG\377\t\376\023\366\253\356\031Y?\222\274}\233\027\344\356\352\352\352\252\257\276\252\032\205y\212mi|I\251\227\r\255\2540\207+\3144\025\257\214\003\303S\352\314U*L\347J\311v\326\024\207\233\234\271\0347\270\262\323\360\270\233\376\332%\205)\246\315,ZI\331\222\302,\035R\307\256+e\030\351\225ze\\\367K%\356\310#q\275\356\030\036\004u\016\017L\333\205[\016\274qXC\230\247+\342\001r\320\260\024\337\345\247\356\340\260\242\224\014\007\227\026tn.\016_\255p\327e\273\374\177\273\355\261=\212\311\352\271\346\301A\317\250pB\311\344\0310\246m\357q\004\351}\r9\2232\227s\013\2105\224\035X\266\035k\301s8\320s\330n\205[\336\342\222R\365wL\303-\343\036\274\324\035\273Z\345\372R\346\214\276\274\246\254\t\217S8\354\032w\352\216\355\235\372B\307\206\253T\035[\203D\276\351\245V\010\\y\321U4\333\362\014\313\307;u\303+\333>\245sM\371\306\250\271\345\n\257,kefY\334\\~\221fm\350\340\255\301\353t\360\355\277^\002\212\227\344\202 \305F\003\326,\005.\000,c\207;\314\343f\003>8\206F\036C\311R^=y\365\371\312\243\025\341\220\303\177\343\232\007/\375\035\315d\256+\371\262\343\033&\374S\274F\225\273\313\312\217%\245a\373\212\305\341\257g+U\350\365^\000\"\026\240\365\0044\367\341\240\3551\317\260-\025\327\rk\367\276\242\033\016\0361j\004\272\362\224\231._~eh{&\016\3515x\347k\0360\254\354\0206\256OT\247d\231\245\345\014\330\212\017\006 k\374\240j\032\232\341!(\207\357\373\334\365R\014\225\357\230\357\331j\225\354\362\205m\307\347\213L\0210\031i\221\3544\224\327\034\013g\271\0061\353\346\214\010\256\353*\274\346)\274p\330e;&\310B\277\273\232\341\312\225>\230\206l\317\035\307v\334l\347\361\003/]\177\221j~\221>\346.W\033\007\226\215\354\224\230oz\212\252:\\\3675\256\252\212\356\013x,\333\372\034\331\252\031\314\304\251fX\206\247\302\267\256\267T\223([w\r\244O\313\224\312\250\016\233(\001\313\005\356.""\205L\311\"\326Q\245P\231\243E(\234\001\331\314\023B\267\314M}I\254\034\201\214\242\211\354\021\320`(\330\355\311\2143\345\225$\226\275Ct\021\306\252i\006\305\365\264 \376\217\353\335\336A\265\362g\345G\n\2240\241\220U\342\237\n\227\350\026\2358|\0270(\032:\025\327\177\367\213\337o\310,<\2414\245\353mP[\356\205\226XR\271\321\277eUE;\340\216\252f\273\003\312B\272I3\246\211\220\272R\360\337\005\355\007\344\024\203X\244\221\365\256U\3466,\355g\231\216m\333~a[\273\351\316}\201\036\373o\002\020\335\316\222\254M\271;\364~W>\344AvBtQm\007,\262x*\333\345\336\351J:\322\2637,\317\036\330\016\351\220\321\201m\237\016e\247g)\317\3362\323O]\350Y\016\307\324\1778\024X\3571\036\357\335\322[\275\373:C\346\250\010w\271\376W\362\3247\272\211\177xPLC<#w\272Ye\332\336\340V\3475\203\3526\225\246|\311v\202/\351f06)\035\016\212\344Z\231k{b\225\222\372\235(,\371;l\253+\037\262\226\236Pe\245\313\252\357\235\256d\310=\373*s<wp?\244EY\036\330J\035UU_5\016\360o\023sF}\211\006\370\232\227T5\235\005\200\tk\001\271\332E\367\024\330!L\273pfH\252j\311\027\217\250\273Y\240\370\257\302\014K\374\265u\337\024\022\213U\304_4Y5U\243e\315\243\356M\007\373>33\245\254\363\016\241\332\025\360\003\332\000\333\256a\267\347\371!\314U\025\201\221\267\206\253j\266\203\251nX\274\257\372\304w\217\000\254\354\330\226\355\273bm\330\313]u\227y\262\253\313_Wc\256\247q\323\024\304\320L2\210\240=\207i|\207\221\004\315K\3669\315\326\271f\373\226\047~\270\2563\217\221\004S\000M\210[\264\022sJ\016\253\022\264\364\222cW\344C\300\265\333\t\262\232\357\257\375\254\312\373\253\3350(S%\270C\232`F\305\035\034\222\331\300\3313,\335\344\026\376G\323\047bVX\025z\266\323\240\242M\265,L1\013\364\261\374J\265aW\3513\302%.\n>V1\020d\357\354k\241\240b\227\322]\356\016\2208\243k?m\323\"#\001\2151\214y\035YM\207\263[f\370\3721>p\027_1\256_\241\261\356!ou\372\326\244\177\310\230g\0136c`\343\207>\226\360)\003 \036!\003\206)2\005=\271qm\334*c\342\325\250\r\211\037\027\035\236\0066\305\177\332${[\323p\233\2523Jn\275l\233\\\016]z\357\341\212""\212\357\343\232m\350\213g*\206\346\020)l\304\362\307Hg\364\302\341g\301\326\037\353\235\261\213\207+\207^P\354L\\\242\365\203\340#ZO\006c\341H\347R.\230\r\357\204[\264?\233i\017j\344\203\255tG\347\227\017\367\345\037/x\034\256\207o\243\307\361FL\242\353\013\361\310\311\247g\306/\035>\t\256\004,\330\357L\220\322\203p$\234\215\n\235\311k$\231\016V\202F4BG~\360,,\222\370 \364\242\207\361t\374<\321\233w\233\365\026k\355w\306>>\324\203\205\260\000\273s\213q\356D93>\2010\352\201\026\346\303_\243w\361\217\t\234\232\n\226B\326\231\274\036\026\302\225\360C\234\213\357\047\271d>)7\331\3119y\301\017\326\203\367\320\301\303Er\272\016\307j\341v\224\203ae9f\047\367\316\214\337\n\267\216\005H\265\340]\270.}\364\303gQ1B\234d\373a\224\213\356\305#\235\261q\302\341\\\300\310\375\017p\344\227\350v\264\031\217%\347\223Fk\2443y5\320\303E\\\333\204\256\260R#d)\322\r\304\216H\275\360A4\022\315\306@c\032\300|\204\370\363\327\303\371\260\034\261H\300\265/\215\334\r\367\t\243\311\340\002^/\222O\227:\223\371\340\007\201\367\267I>y\333\\i\356\223\021\362t#\334\357\344g\302\213\302\341\351|g\262\000\177\013\321J\324H\340T.\315mP\n7\243s\021\223\236\325Cv<q\003\366\266B\006(\356\024\223\334\311\014\345\356iP\220\311]\025\240\372\321z\364>&\225\273_%EJ\003\320\"pg\301\215\261\033\341s\341\271 \315\271`\0072\344\344S2+iw\020\270\"\274\335\370}Rjn\300\347\211\251\366\324mx\267\026o\305z\202\267\310\271\267\"\310\277\302:\213\262\021_L\212\022\317\357\001\322Bt?\236\205\205.\354\"u\337\204\265h;\276\221\010\312\nwnC\033$\271\326\276\366Y\\\214\327\343\355$\327\003?\261r\346F\370c\264\325\311\317\235\006L\007\022\331\2319\250\335\270\023\025;3\267B=Z\210\013q\221\356\247\251\343\342a$\347y\310D\326\340\016C\242\277\302\266\036Y\311f\363l\363u\323iM\265\036\036\341]\n\235\0102\236\\M>\264\256\266jG[t\371\047\224\300*\321\342\212\254\265\3610\047(\333\233#\221\200\3713\343\327\303\334\361\337#\3777\220\016`\331\017\321t\360e\360\006\226\362\275L\235\371$\334?\0064\337D\373\361H\234G\"Y\3425\213=\000""\315\246(\022<wIK\032x\204\242\316\003\355k\315\013\255;\255-B\371I\224#\365I\002N\274\267\212,\336\006~\240\357X4F7g\302\263\010A\032\234%\210\227!\235\271\017\263\347\333_\374|\264u\304\216\005\355\017\010l8\270\200z\347\315/\005\306W[\356Q\241\223\237\005xy\340v\234\277)M\325\3027H\214L\344\315n\032\207\000\276\377 \021\324\236\016\n\301\032d<z\200\210\257\200\246\013\315\264(\250\231M\343\002\354EWPK\2004\007\263\202>\"w\262J)\214\221\360J\250ES\321W\310\023\025\"B\271C\017u.O\246\025)\0322Y}$,\374\022\0272\047P\211sH\334#P\345)\034\225\265p6\370\205\272AV\365\353\341{8\220\247\240\006\361|.*k\010\323~,_\267_\277i\277y\327~\367\3530\240\262Ta{\025\215\033\374\230\017\312}\375\3428\235)_\003\311\371\250\024o&\243\311\263\346j\253@~^\n\377C5\002\341yP<\327\232o\375\326~\205\247\266eK\240\026\020,J\257\251\303\324#\341y1\330\204\273#d\233 y\030\316E\033\321\276\334~\010sh\211\007D\367\211\254A\211\243I\232T\177\254\237L\310f\237\r\271\211\303\227a\201\376\374\020\244\343\257N}\344&9/\nm1YI`\340\344\343\376{]\367>\003\\\223S\240\301j6Y\210\027\027\322\216t\234\r\303\223\311\323\216\331\276\334\323u\321\241\267z&\251\230=\027\017\213\022J.+\263o\026\235\\\035\354\275\355\271\317\321!Y\354%\217\233\353\315\355V\256=\nN\235\334\352\352\365X\247\344\325##N\333\301?\202B\332\014\33271\342H\234\307\030\374U6\345UT;A}^\260Rxd\210\306%^.\006O\361\366\350\255\320\212\177J\366\351\271[\344ag\354\023\000W<\316\360O\021\246\327\316g\203\236z\307X4J\335\360j\360\033\2704\025\025\333\363\377ln5u\"\006U\007\236\250\t\026?\216z\2774\246\202{\224{z&E\351\0361\026\224\036x/\315\350\307\207\\\360\345\274\344\304e9\270\333\243J4Bt\371\275=G\235\376\251 2\304H\314\200x\267\271\325\036\235\217^&\005q\020~\213O\207\371\330@_[k\275?\342\340j{\364^\304N\017\357\201\340O\233\213\255b{\024_#\003\326\354\026\254a\323\257\376S\263q4\322\036E\026\373\345/Z\343G\271S\371\251\231\275\326\354Q\241}\001\223\370\277\ru\214\001";
-    PyObject *data = __Pyx_DecompressString(cstring, 2759, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2554 bytes) */
+static const char cstring[] = "x\332\235V\317s\023G\026\306\033\0036\230`\031\001v\014d\004\006\354\215\343\224\202\301\340\260\331r\014l\022\010\213\300@\330\252\255I{\246eM<\232\221gF\222E\345\220\243\217s\354\343\034\3478G\035u\364QG\035\375\047\370O\330\357u\217d\375\310\246\266\226\302R\367\353\327\357\307\367\276\367Z\032\0134\3271\370\262V/YFIc\036\327\230mkA\t\007V\240\325\231\257\225\231\311\265\242\353\255k\036\2679\3639npm\273\021p?\375t\213\032\323l\2279\264R\262e\2159&\244\236[\327J0\322/\rJ\270^-\026\271\247\216\344\365\272g\005\020\3249\"\260]\037ay\210\306c\ri\236\256H\007\024\240\345hU\237\237\204\203\303\262V\264<\\Z4\271\2754z\265\314}\237\355\360\377\355v\300v)\047\247\357Z\200\000\003\253\314\t%\233w\201\261]w\227#\311\340\033\310\231\222\371\234;@\254\241m\303\262\3539\213\201\307\201\236\307v\312\334\t\226\226\265Ju\333\266\374\022\356!J\323s+\025n.w\2031W\326\265u\031q\n\207[\343^\335s\203\223X\350\330\362\265\212\347\032\220(\237Aj\205\300U\027}\315p\235\300r\252\360S\267\202\222[\245r\256k\217\255\232_*\363\362\212Qb\216\303\355\225\027i\325F\016\336Y\274N\007\337\376\375%\240xI!HRl6`\315\321\020\002\300\262\266\271\307\002n7\020\203g\031\0241\224\034\355\325\323W_\256>\\\225\001y\374Wn\004\210\262\272m\330\314\367\025_\266\253\226\215\370\264\240Q\341\376\212\366CQk\270U\315\341\2107p\265\n\364\372/\000\021\007\320\006\022\232\273\010\320\rX`\271\216\216\353\226\263sW3-\017N\254\032\201\256=c\266\317W\230&s3\2446\225\303p+\226\202\275b\031\27367\231&\223\374\023\215u\355\027\311\333\305\032\024\227~\241\254\031i5\322\253V\332\035\333\r\3555\307\302[!E\326+\0261\3334u\230\347)\256\210\324g\3336XB\237;\206\345\253\2259\214\177w\317=\317\365\374\356.\340\373A\272\376*\325\374*u\346\257T\032\373\216\333\363M\255\205\356\363\327\021r\332m\324\ru\027!\200\213>\340\363)\001\302\234\310C\204\247nE\247k\234a\026t\355r\273\270R\342\266\271,W\236\314s\0004\007$\rT\341\230\366J\361\303\335\246\252Kc\022KTI^Oy\375\177\\\357\215\000\242\374\037u\021)\020\374R\241\333P\177(\\\246[t""\342\361\035\300\240\031\0308\334\374\255\232\377nSa\372\224@O\327[`\250\332K-\271$f\321\337\212\256\243\253\271\247\353\335\335\276\025\3646\0367\253\006O\267\024\244\\\244\241\367\257u\3467\034\343\047\205\367\226\353\276p\235\235t\347\277\300,\374\047!\204\251\344(\222\245T\35390$f\272\336\223\243S|4\310\350\t\361Aw=\020\322\341\251l\207\007\312}\337\336r\002wh;\242C\246\206\266\003:\004z\337R\235\275cv5u\334\267\034\315d\360p$\235\376c8\357\337\222\257\376}\235\241 \324);\334\374o\36246\272\211?8\224=\0177jg\332\025f\354\016oM^\263\250\270\2514\245Aw\047i\220n\2724\220[\243\304\215]\271J\311\370^6\204\372\034\005\242\047\037\301 =\241\216H\227\225jZ\311\276}\205y\201?\274\037\321\242\342\rm\225\216\256\353\257\032\373\370{\202\341\256\277\304\360y\315\213\272\236\016`\344\204\265DR\357\201v\202\327\010T=\224\272\000\351z\261*\235\350;\335\364\360\257\314,G~\273f\325\226\022\207\225\3457\006\234\236\252\321\262\026\320\344\244\203\275*\263\273J]\270G\260\354\t\370>m\200h\317\260\337\347~\004i]Gb\024\255\345\353\206\353\341)\265\034>\320J\362\307\206\004\254\344\271\216[\365\345\332rWz\352>\013\324\014V\237\276\301\374\300\340\266-\351`\330d\020I\007\0363\3706#\tF\215\232J\206kr\303\255:\201\374\340\246\311\002F\022\314lL\024\356\320J\276\021\352\241(B\313,znY9\002\256\275\006\357\266\362`Kw\233w\260\211-\3131Q#*W\0211\221:\350Q\366\207_\251\356\033\261\013}\233;\370\2179M\234,\263\n\364\\\257A\r\231j9xx\034p\310\251\226+\r\304\216\237\016\300\247B\017\271O\304\224\344\254`\226\253\25180\034\301\313\036\277{D\036bt\227\273\203\034N\373\214\004\364\002\341\2755Qb\223\027Y\325\016\374\022\303\357\017\353#\367\361;\302\257\226\351}\rP\304:\375\332\243?\224/p%\265\361\003\007\037\364s%\360\252\000\344!\312a\331\262l\320S\033\337\305\255\022\036\253\032\215\032\371\341cv\323[K8\234\014\302\376\3613:\212\352\214*]/\2716W\357%\371{\260\252\343\027j\315\265\314\245Se\313\360\210!.r\371}\2543~\356\340\213\260\360\373Fg\342\374\301\352A\020\346;S\027h}?\374\204\326\323\341""\204\030\353\\\310\204s\342\226(\320\376tW{X#\033\026\322\035\235\177z`\205{jy\361`O}\005\341#\261!\336E\217\342\315\230D\363Kq\346X;59\005\317\365\320\020Y\361s\364>\376!\201\235\231pY\260\316\364g\"\047V\305\3078\023\337M2\311BRj\262\3433\352B5\334\010?@g\352\022\242\200\361z\310\302\232\330\21220|+\237d\216gOM^8x\026\346\224\3475i\251\032mD\037b\006\225\333\367\222<\371\276!\ndq\0169L\\\023?F,\332S\311\235\t\267!C \177E\314\005\005\317~\350\213\005Q\212v\342\017I\261\271\331\334\303y{\346f\224\213\326\343Bl&\360E\000\275\023y\201\204)\370\007Q&\272\023\303\366$as&\224\361\256\206U\261)\032\361\371\004\370]D&\337\205\246X\214\356\306s\2600}\005\233\245(\037m\220\352cQ\213\266\342k\211\204V\206s\023\332@\346j\373\352\027q>\336\210\267\222Lg\372Rx_|\"\362\235\354\325p\2573{M\374\020\025:\331\371\223\204\351\200|\342p\036j\327nE\371\316\354\raF\213q.\316\323}\334\375\014\271q\351x\232\034\357EcQ\226.\307{\235\354\254\270\010`\262\227)<\026\006\342\236`\242\0369\311\223\346\351\346\353\246\327\232i=8D\034\004E>z\022O&W\222\217\255+\255\332a\2413\235\r\237\213 Z\213\221\333e\305\221I\221\221u;\232\272F\340\212^A\026NM~&2G\177^\211?\201x\010\333A\310.\205_\207o`\tX\004\342>\262\233CH\263\237\213\275#@\3658\332\213\307\342,\n\313\222\240\231\357\003l.E\225\340\272MZ\312\300\303\350\001\324\267\222\253\315s\255[\255\002\241\3764\312\220\3724\001)\375\255\241\2527\201\047\340\233\210&\350\346\2548\215\024\224\3019\202|\005\322\331\2730{\266\375\325O\207\205Cv4MI\354K\370\347\342E\220\2367\277\226\030_i\371\207\271Nv\016\340e\201\333Q\366\2722U\023o\242\261\264\260\327{e\035\001\370\356\375DR\375R\230\013\327!\343\321}d|\031\264]l\246Mr_\214\211K\270\000{\321\345\210\021\244\031\230\225t\222\265C-\277\0272\2371qY\030\321Lt\017uj$c\224\312-r\324\2718\235N\t9H\310\352Ci\341m\234\353\006\201\316\234G\341\036\202*\317\020\250\352\215\323\341[\310$\027\251\206\033\342\003\002\310RR\303x\376(;m\004\323A,_\267_\277i\277y\337~\377\363(\240\252ua{-\312\021?\026\302\222`}P\035\245""\263\360\033 \271\020\025\343\047\311x\362\217\346Z+Gq^\020\377\246\236\201\360,(\236i-\264~m\277\202\253-5\"h$\204K*j\2328\365HF\236\017\237 \3341\262M\220<\020\363\321f\264\247\266\037EF\334\026\373D\367\251\356\300\222G\3234a\177\3378\236R\023\257;\234\247\016^\212\034}}\037\246c\273Ns\345:\005/\033m)YM`\340\370\323\301{\275\360\276\000\\\3233\240\301Zw\274\022/\316\245\023\352\250;\304\217\247O&h\373b\016m\226\213V\251\330I6)\364\275\000r\000\237?\310+(\271\352\314\201\201||ex\026\267\347\277\304\304dq\220<jn4\267Z\231\36688u|c@\357!\n\264\024\257\047o\233\267\232\377j\355\037\326\332o\337\265\337\275W\256\377\022\346\322\231\320\276\276\"\207\324D\026O\302\317jV\257\241\351\t\361\263\222\23420\213\030\240\014\347\303g\010a\374\206p\342\347\311\036y\275A\201v&>\007~\371\243n\031R\240\311\333Y4\354\024]\245\0212\021\215\323\220\274\022\376\nJ\315D\371\366\302\337\232\205\246I\374\240&\201\213\232$\363\243\250\377\241\234\t\357\020\005\310M\n\326\035\".\230=\344/-\354\247\007\\\322\346\254\242\006\031}\217d\307\265h\214X\363[{\236\036\200g\222\317\020\243>C\342\235f\241=\276\020\275Lr\362@|\213gt!\2660\336\326[\037\0169(\333\036\277\023\261\223\303;\340\371\263\346R+\337\036\307\313<d\315m\301\0326\203\352\317\233\215\303\261\3668\2129(\177\321\232<\314\234\310O\314\354\266\346\016s\355sx\240\377\003U\222\334\375";
+    PyObject *data = __Pyx_DecompressString(cstring, 2554, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (3717 bytes) */
-static const char cstring[] = "\377 at once\377, which \377are all \373th\026\000it wa\377s made f\377or: rele\367ase/\000e by\367tes\000\003 of ?a loan\006\001\024\003\337, and\023\000rogw hB\000\n\tth<\000\237uffer\025\003:\002w\267rit\016\000we\177\000l\353os\224\000r\213\000ray\341s[\001/\001\\\002\235\001in \347use\205\007M\000m f\373ir2\000(del)\373 o+\rmessawge \031\"tak\327\000\257one .\006t\335\000twime\242!le \222$\337looke\342\000t;z\273 a\247#seen\257 \377y be tor\337n(tre\273 ra\377gment), \177publish5\000\376\243\000dropped},\322%d.: :\372 \374f\000\211#overwr\363ot\202\007\033\001is pgroc\322\000\234Bst?\004\374\357!\302#s cont\367inu\235\000with\367out\263\000: <i\377vshmem.c\377hannel.L\274\257D\010\016View\325A>\313?N\210 N\177\001\220bCy\346K\000n \200\000\350 ibe\377rately s\317tric\275A\267`n \177PEP-484\377B\377rejects \377subclass~\330!f buil\235\000\377 types. \377If you n=e\315 to p%\000%\t\276\257`n set\226\"\047\376\267\000otation\375_<\000ing\047 d\333irb\000iv\361! F\377alse.Pic\343kl\032\000\232\204\001\233\000uct\302\315@m\256\000\207\001\347\204\001\220\000el\233f.\224emu\362`\263@e\177xplicit\322\000\177request\275$\377 @auto_p\376T\001e(True)\353a \242\"i\236\205\004by \377Reader.v\362\273 a\267f\234\205\001dd_nx\305@\361$\256\000sabl\252`~\002\001gcisen\014\001\371d\220M\250Eerror\275s\266Etext\303D/\372\303D/\335\204\004s.pyx\377no defau\377lt __red\377uce__ du\336\232\"non-\253@vi\373al\033\000cinit\361_\231\000\345\204\006\253\206\001rows\347: a\244@\242\206\002of \373twQ\000imens\202\365 s\374A\251A\270\204\001\246\205\001\343\206\001f\177or each\257\205\005}s\332!held,\005\002\315r\225\" c\271B\233\205\001co\337nvert\354Ca \315P\323cob\253a\354\207\001 p\000\273DD\002\231\207\004\0140\263\207\006\311\210\001\353\205\021\214\210\001(\255A\351\210\002\335\210\004d\000\022,\327\207\001\273\210\001\367reg\374` clo\377sed|u1BC\362\312\205\003E\243A\005\004Type\340\n\003!\002\026\002\353\205\001\357\205\001.__\177enter__\006\005\221x\202A\024\004\253Dc\346\205""\002\032\006s\377etstate_\340\013\n\277\207\001M\002\322\207\004\000\t_as\357yncM\367\210\003Too\357Long\007\004sLo\367stO\374!aken\000\260\204\003\265\204\004\251fx\005\017\006q\016*\005\253a\257_or_\330`e\373\204\004g\343et\000\007\203\003\005\010int\001o\000\014\023\016\200\204\0018\010_\002\314\002\331\205\010<\344\205\010\347\003Valu|\004\000\010\001.\303\016\017\013\312.0\t\307\000?\t\327\206\001\276O\twait_\313\211\001gsed\000\025\225\004iew\323\211\001\354\372@\271\215\002__\007\004dlp\367ack\000\014_dev\001i\264\206\001,\004\251d\006\005\253bG\004\241l\374]\004\303\017iew.ch\047eck\201\002\307\216\004W\364\215\002\000\003\300\226/\017\006\355n+\004\363\216\0016\004pu\361t\000\007\366c\005\010part\301s\000\r\025\016\365\207\001:\010\353G__\357_Pyx\001\000Dic\337t_Nex\334`f_5_\205\213\004e\034\000_a\206B&\000\206\327$__\321%\001\006\314%\366\205\006_\373_e\365\205\002__fun\345cB\001g\337\205\005o\000mai}nV\001modul_\002\227namg\002p\211\000\210\206\003_\346\007\001vt\312\212\001\201\001quaal\035\005\362\211\005\301\205\016\214\212\006ex\265\001/set_Q\005st\010\341\206\016\277__test\210 i\377s_corout\357ine_\362\205\tarr\373ay\362\206\002hrono\273us\376\206\002io.&\006s\347atb\370\221\002\000\003sca\277stcell\224bc\371lM\001\362\000trace\317back\336\210\002\342\210\003co\177decount\000\002\277eddata\016\001d\215e\304\220\001en\034\001\243\214\002\247\214\003f\276(\000dfromi\003g\007etg\345\000\216\210\002\005\001\377\206\001\000\005a_\r\006\365\213\001#\001\344\206\007ii\245\211\001\371f\214\000\261\207\001items\374\265\220\r\363\214\005kindle\335n\000\000gth\214\224\001ma\177pmemory\214\216\001\376\376\222\004ndimnex\377tnumpyopr\303\217\001s\230\204\001\233\204\002pop\232\222\004\374\241\222\004\275\211\003putput\002\003\006_&\003\017\000\320\204\002\016\007\263\215\001%\001\360\242\210\007\254\225\004\314\215\001\214\215\001send\367set\226\216\004shap\377esizespi\257nsum\323\216\001t\265@w|\350\223\001\354\223\001outto\345\225\002\337tries\250\221\002tr""\337uint8\204@il\335_\246Aime\007\003so\377methingv<\201\211\001\000\002sver\255\216\001\214\220\001\340\220\220\001\214\213\003\247\210\t\263\210\t\026\005nte?dwhole\217\226\003l\001\37764_t (vo\377id)\000micr\363os\210`\311\000\200\001\330\004\377\n\210+\220Q\200A\330\377\010\013\2104\210t\2201w\330\014\r\010\0015\220\003\010\001\377\020\220\010\230\001\330\r\021\377\220\031\230#\230Q\330\014g\020\220\005&\005\022\r\024\220\033\002\334-\000J\001\017\210q\001\003t\220\3779\230A\230V\2409\250\373C\250\017\001\032(\250\001\360\377*\000\t\r\210E\220\025\177\220a\220q\330\014\017u\000\3775\230\001\230\031\240!\330\373\020\027\016\001\023\2204\220y\373\240\001\027\001u\220G\2301\376\023\001x\230t\2406\250\023\377\250J\260d\270%\270w\377\300a\300q\330\010\016\210\337d\220(\230!\275\000\033)\177\250\021\360 \000\t\014\304\000\377w\220c\230\024\230X\240\357W\250I\260\262\000\022\220,\377\230a\330\020\032\230!\230\3774\230z\250\021\250\047\260\377\021\260$\260h\270a\360}\006+\003u\220A\220Y!\000{\014\023\376\000\010\017\210w\226\000\337v\230T\240\021\226  .\377\250a\360&\000\t\036\230\373Q\340\240\"v\220W\230A\375\330(\0004\220u\230G\240\3631\240\272 X\0016\240\021\240\277&\250\001\330\010\t\244!\006\353\220a\326\001z\206\000U\240\"\377\240D\250\010\260\007\260y\377\300\001\330\020\026\220d\230\245)4\000D)\000A\002v\326!\017\317\210u\220C\213 \376\000t\230\2775\240\001\240\031\250\213 \023\357\2205\230\003\375\000\024\032\230\277$\230h\240a\240\252\"q\356?\003%\230q\240!\020\220\n\372\327\0001\220\001\r\330\020\024\220\375H\353\">\260\024\260V\270\3634\270)\000\312!u\230C\230\277q\330\024\030\230\013\254\002\023\357\024\330\020!\255\000!\2404\327\240y\260\222\000\021\325D\220f\277\230D\240\006\240a\332\003w\337\230a\340\014\034\275@Q\230\375a\241`#1\260\021\360\030\336\270AF\220!\330\245 t\220\3757\320\"u\240A\240Y\250\036\037\001%3\2601\203A\253 \331!=\031\273`\010\034\230J\265\002\340`\3375\220\006\220b\317`\014\022s\220*S\001\361cx\220s\332\002\177g\250Y\260f\270C\261""\000\377\014\022\320\022\"\240!\240?:\250Q\250d\260i\000\365a\313V\230\341\001\010\3254\336\005y\250\327\013\2601\264cB\347 (\240\307\047\250\031?\000\356&\266B<\230\337v\240T\250\034\232a\020\220\276\345`\022\220\"\220B\257@\020\377\027\320\027+\2501\250A?\250T\260\021\330\020\366&\222\204\001\377\030\034\230I\240Q\330\024y\033\303`\352\004\330\024\027\220\324#\377\030\033\2301\330\034#\240\3771\330\030\036\230d\240(o\250!\2501<\0011\330\266B9e\242b\232@J\230a\261B\203`\337a\220t\2303\014\000w\240\377n\260D\270\005\270R\270?r\300\022\3006\310u\000\367\001\3751\261`\t\260\026\260z\300\337\026\300v\310Q\326AK\230\327t\2407\223a\025\346\205\003\t\230\316\264@\023\2201\230I\374\"$\000\037\t\032\230\021\340\334;\2708\275,\376\225+\023\2202\220S\230\001|\370\001\240\204\007\030\037\230q\340\230 \177<\240q\250\001\250\024\306@_a\260t\2701\226(\031\251!\345q\231#%\"\001;\0038\2406\376,\000T\260\027\270\n\300#\367\300Q\330\343 E\240\021\330\253\030\031\255\206\001$\264\206\001\023\342`(\357\240\"\240A\273\204\001\010\240\010}\250x\000\030\230\005\230QJ\004\376V\000\032\230.\250\001\330\030\375\047z\000\007\320/M\310Qw\310a\340\272@4\220x\237\205\001\377\240\031\250(\260$\260e\373\2702\337\"\026\300s\310!\367\330\024\031\272 \024\034\230A\367\340\024\035E\003v\230S\240\304B\000\304B\035\276F\345\206\001\324*\0475\373\260Q\264\207\001\023\220!\220:\277\230Q\230e\2405\357\000\025\237\250d\260(\270\216\205\004\311\210\001\023{\230AL\001\240\025\240a\216\207\001\211\021\235`\272b\020\270A\240\206\003\213\206\001\001\377\230\025\230c\240\022\2403\333\240a\204\206\002\024\032\345\211\001\230a\307\330\017\020\347\211\004\214\212\002\237\211\0018\230\3151\376`U\250\352\210\001\200\002\030\000\377\t\033\230!\2308\2401\357\240F\250!\361\207\004\005\220U\370\212\207\001\270\204\001\234\210\001A\230Y\240a\352\260\204\0011\277.J\325\205\002\024\030\230\374\306+\276+R\320RS\320S\317W\320WX\277/\245\206\003\024\033\377\2307\240!\330\014\022\220\347$\220h\243\207\n\251\211\003t\220;\377""\230d\240$\240f\250D\177\260\004\260G\2707\300*\000\237\020\220\r\230]\240\205\001\022\000\007\377\260z\300\021\300$\300j\253\320Ph\000T\204\214\003qM\001)\334\366\212\001\261\212\003w\240a\312\205\002\220D\336\254\000\001\200A\340\371\207\0026\230\337\033\240C\240q\t\003z\230\377\021\230%\230x\240q\330\247\010\014\210\232\210\004\026\002\020\310\214\001\200\347A\360\014\230\213\003\335\214\005\014\210N[\230!(\001H\220\370\214\004w\260\212\001\366\213`\230a\344\205\002)\2604\260\305q5\000\016*\013\245\215\001\232\002+\230/Q\330\020\022\204`7\322\213\005\314\213\001M\n\367\212\004\340\014\270\215\002u\000\020\250\211\007{\320\017\353\211\010\260\024\260Q\341\215\010.\367\213\002\013\2101\305#e\347\210\003\377\213\n\373\360\026\354\211\r\320\033-\250Q\377\250a\250t\2609\270A\377\270T\300\021\320\004\030\2307\001\360\036\233\212\006\013\210\303\216\004\317\215\001\177x\230w\240i\250q\332\216\003\373\002\220\260B*\230A\320\035\375.@\000q\330\010\024\220Aw\220X\230\217\0027\220\"\346\"\311\007\232\213\002\330Bi\352\213\002\361\212\0021\220\377F\230!\320\004\036\230n\257\250K\260qk\001\036\252\215\001\330\177\010\037\230t\2401\340\370%\344\333$\200\001\007\341\216\005\270\207\001\010\240\004\373\240A\205\215\001j\240\001\240\022\377\2401\320$=\270Q\270yd\225a\326\210\001\010\017\210v\301\204\002\2719\327\215\001\271\006\022\220&\370A\240\351\021\250\220\001\241\"&\202\207\001\230a\330\366a\014\014\210\315B\016\210e\220\2451\255`\007\216cQ\001W\352\000\004w \240\001\272a|\320\033\346\212\001\377F\260$\260f\270A\320\357\004!\240\021\010\014g\270Q\177\320\004$\240N\260!+\002\377\230>\250\021\250$\250i\377\260t\270:\300Y\310e\377\320ST\320\004&\240a\376\023\007&\260\004\260F\270)\277\3001\320\004)\250>\ro\335\300K\000+\2501!\013K\270\237y\310\001\320\004\303@9\013L\317\300\t\310\021\016\007\242\007k\300\377\031\310!\320\n1\260\021";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 3717, 5631);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (3444 bytes) */
+static const char cstring[] = "\377 at once\377, which \377are all \373th\026\000it wa\377s made f\377or: rele\367ase/\000e by\367tes\000\003 of ?a loan\006\001\024\003\337, and\023\000rogw hB\000\n\tth<\000\237uffer\025\003:\002w\267rit\016\000we\177\000l\353os\224\000r\213\000ray\341s[\001/\001\\\002\235\001in \347use\205\007M\000m f\373ir2\000(del)\373 o+\rmessawge \031\"tak\327\000\257one .\006t\335\000twime\242!le \222$\337looke\342\000t;z\273 a\247#seen\257 \377y be tor\337n(tre\273 ra\377gment), \177publish5\000\376\243\000dropped},\322%d.: :\372 \374f\000\211#overwr\363ot\202\007\033\001is pgroc\322\000\234Bst?\004\374\357!\302#s cont\367inu\235\000with\367out\263\000: <i\377vshmem.c\377hannel.L\274\257D\010\016View\325A>\313?N\210 N\177\001\220bCy\346K\000n \200\000\350 ibe\377rately s\317tric\275A\267`n \177PEP-484\377B\377rejects \377subclass~\330!f buil\235\000\377 types. \377If you n=e\315 to p%\000%\t\276\257`n set\226\"\047\376\267\000otation\375_<\000ing\047 d\333irb\000iv\361! F\177alse.a \327\002yc)\002\213Acopi\361#\377pickleda\271 \340\002\007\030: `\343\204\002(\255v\213 )`\362\001a\327 p\365y4\004i\227\205\004by R\277eader.%\001a<\260f\225\205\001dd_n\276@\352$\236\247\000sabl\243`\002\001g_cisen\014\001d\211M~\241Eerrors\257E\257text\274D/\274D/\376\326\204\004s.pyxno\374\254\204\006\362\205\001rows: \371a\353 \351\205\002of tw\275o\252 mens\274 s\340\303A\360!\377a\355\204\001\252\206\001for\337 each\366\204\005se\377lf.held,\352\005\002r\343\002 \313)nve\273rt\263Ca P\232co\tb\362A\263\207\001 \351\"\243@D\002\340\206\004\000\0140\372\206\006\220\210\001\262\205\021\323\207\001\244A\260\210\002\244\210\004\345d\000\022,\236\207\001\202\210\001reg\376\303` closed_|u1BC\221\205\003E\361!\036\005\004Type\n\003!\002\026\002\374\262\205\001\266\205\001.__ent\357er__\006\005xit~\004\006reduce\025\004\360\347\206\001.\002\372\206\004\000\t_asy\367ncM\237\210\003TooL\367ong\007\004sLos{tO\335!aken\337c\326\344d__Z\004c\216\206\002__\376\017\006setstat\363e_\n\r\214a_or_\357none""\252\204\004get<y\003\005\010into\000\014\023\016\200\327a8\010U\002\302\002\376\204\010\211\205\010\335\003V\047alur\004\000\010.\271\016\017\013\300\276\0160\t\275\000?\t\245\206\001O\twa\234\216@\351\210\001ged\000\025\225\004icew\361\210\001\321@\327\214\002__\007\004\277dlpack\000\014_\017devi\331A,\004\200d\006\005\360\202bG\004\377EX\002chec\tkb\002\306\215\004W\363\214\002\000\003\367\017\017\0060\302N+\004\362\215\0016\004pu\303D\005\010\037parts\000\r\351c+\010\370\243\207\001\000\014\215\204\003___Py\375x\001\000Dict_N\377extRef__\032\372\211\004e\034\000_a\335\"&\000\256$\303__\250%\001\006\243%\244\205\006__\375e\243\205\002__func\362B\001g\252\204\005o\000main\276V\001modul_\002nKamg\002p\211\000\323\204\003_\007\001\363vt\306\211\001\201\001qual\260\035\005\356\205\005\216\205\016\247\205\006ex\265\001s\227et_Q\005st\010\254\205\016_\337_test\210 is\377_corouti\367ne_\277\205\tarra\375y\277\206\002hronou\335s\313\206\002io.&\006sa\363tb\355\220\002\000\003scas\337tcell\212bcl\374M\001\362\000traceb\370\352`\214\210\002\220\210\003codec\357ount\000\002edd\267ata\016\001de\271\217\001e\321n\034\001\237\213\002\243\213\003f(\000dfwromi\003get\330\206\006\000\346\206\001\326\206\001\000\005\360\207\003\374\206\001\243\213\001\000\005\206\210\003Oiind\241@\330\210\001f\221\000>\215\207\001items\257\217\r\364\213\005\335k-\000len\000\000gt\375h\206\223\001mapmem\347ory\266\215\001\370\221\004ndi\377mnextnumOpyop\267\217\001\314 p\305\216\0019s\245\204\001\250\204\002pop\234\221\004\243\221\004\216\227\211\003put\327\204\006\345\204\001&\003u\003t_\335\204\002\033\006\222B\205\205\001\206\210\007\256\224\004\374\207\215\001\307\214\001sendse\377tdefault\377shapesiz\377espinsum\312\334\215\001t\302@w\352\222\001\356\222\001ouwtto\347\224\002tri\204`\376\253\220\001truint8\356\221@il_\263Aime\376\007\003somethi\347ngv\345\210\001\000\002sve\001r\350\215\001\276\217\001\302\217\001\346\212\003\213\210\t\227\210\t\026\005\377ntedwhol\371e\221\225\003l\00164_t ""\377(void)\000m\237icros\225`\311\000\200\377\001\330\004\n\210+\220Q\377\200A\330\010\013\2104\210\277t\2201\330\014\r\010\0015\373\220\003\010\001\020\220\010\230\001\377\330\r\021\220\031\230#\230?Q\330\014\020\220\005&\005\022\r\343\024\220\033\002-\000J\001\016\210i\357\220q\230\001U\001\017\210q\376\001\003t\2209\230A\230V\337\2409\250C\250\017\001\033)\177\250\021\360 \000\t\014w\000\377w\220c\230\024\230X\240\357W\250I\260e\000\022\220,\377\230a\330\020\032\230!\230\3774\230z\250\021\250\047\260\377\021\260$\260h\270a\360}\006+\003u\220A\220Y!\000\373\014\023\261\000\010\017\210w\220\177a\220v\230T\240\021\311\000\377#1\260\021\360\030\000\t\277\r\210F\220!\330\032\000t\373\2207E\002u\240A\240Y{\250a\354\000%3\2601x\001\327\036\230QN\001\031\343\000\010\034\277\230J\240a\240q\371\003\006{\220b\367\000\014\022\220*\261\000\375Q\231#x\220s\230$\230\377h\240g\250Y\260f\270\377C\270q\330\014\022\320\022\377\"\240!\240:\250Q\250\363d\260i\000\235!V\2301\230\374\316 \271\0016\240\021\240&\250\357\001\330\010\t\270!\006\220a\375\330\255\0004\220u\230C\230\357y\250\013\260\353 \017\210u\377\220B\220d\230(\240\047\333\250\031?\000\020\026\n\000)\240\3671\240A\047\001<\230v\240wT\250\034\217!\020\220\001l\000\363\220\"+\000\227 \027\320\027+\377\2501\250A\250T\260\021\377\330\020\023\2205\230\003\230\3771\330\024\027\220q\330\030\377\034\230I\240Q\330\024\033\240\270 \352\004\025\001p\001\032\000\033$\000\034\377#\2401\330\030\036\230d?\240(\250!\2501<\0019\000\345\032\331\000et\002M\000<\230q\357\240\001\240\024\252!\250q\330\357\024\030\230\017\226 \024\025\330\376\234\000a\220t\2303\230a\377\230w\240n\260D\270\005\377\270R\270r\300\022\3006\371\310\205\000\207!1\240D\250\t\377\260\026\260z\300\026\300v\377\310Q\330\020\024\220K\230\377t\2407\250!\330\020\025\356\236c\t\230\021\204!1\340\014\365\034\331!\230\210F$\000\t\032g\230\021\340\354;\3108\023\220\317*\376\245+\023\2202\220S\230\001\256\241!t\2305\333\000\031\220\000\030\357\037\230q\340\250 <\240q\357\250""\001\250\024\326@a\260tK\2701\246(\031\317$\253!%\"\001\356;\0038\2406,\000T\260\027\277\270\n\300#\300Q\362!E_\240\021\330\030\031\262\204\001$\271\204\001\235\023\362`(\240\"\306@\274 \010s\240\010\204`\305 \005\230Q\240DnV\000\032\230.\232`\030\047z\000\377\007\320/M\310Q\310a\335\340\312@4\220x\372\"\031\250\177(\260$\260e\2702\337\"\377\026\300s\310!\330\024\031\272\272 \024\265 \340\024\035E\003v\277\230S\240\001\330\030\324B\035\334\316F\320.\0475\260\346\204\002\023\220\377!\220:\230Q\230e\240\3755\357\000\025\250d\260(\270\376\236\205\0045\230\001\230\023\230A^L\001\240\025\240a\262\204\001\021\255`\270\312b\267B\311@H\230A\213a\001\377\230\025\230c\240\022\2403_\240a\240y\260\322 \032\235\207\001\237\230a\330\017\020\237\207\004\304\207\002\017\377\210t\2208\2301\230I\177\240U\250!\200A\330\200\002\377\030\000\t\033\230!\2308\317\2401\240F\223`\226\205\003\005\220\317U\230!\230\207\204\002\234\205\001A\230UY~\000\024\252\204\001\020\225\204\001a\341\204\001\2137\230\314!J\345\205\002\303.\276+R\377\320RS\320SW\320W\371X\277/\265\206\003\024\033\2307\240}!\317\205\001$\220h\230a\201\204\010\375\340\205\211\004;\230d\240$\240\377f\250D\260\004\260G\270\3737\300*\000\020\220\r\230]\374\260\205\001\022\000\007\260z\300\021\300_$\300j\320Ph\000T\274\211\003f\217\207\001\220)\304\001\266\210\003w\240\265\002\3771\220D\230\010\240\001\200\373A\340\211\210\0026\230\033\240C\373\240q\t\003z\230\021\230%K\230x\365\207\001\014\251\210\005\026\002\020\200\212\001\317\200A\360\014\235\211\003\225\212\005\014\210\377N\230!\330\010\014\210He\220\260\212\004w\324\207\001\213`\230a\344\205\002_)\2604\260q5\000\016*\013\374\335\212\001\232\002+\230Q\330\020\022\322\204`7\327\211\005\321\211\001\n\233\210\004\340\014\364\360\212\002u\000\020\270\211\007\320\017!\240\337\021\240!\2404\351A\260\024s\260Q\231\213\010\374\211\002\013\2101\305#\331e\367\210\003\204\212\n\360\026\374\211\r\320\033\377-\250Q\250a\250t\260\3779\270A\270T\300\021\320\277\004\030\230\001\360\036\247""\212\n8\376\236@)\250:\260U\270#\377\270Z\300x\310v\320UoV\320VW\231\214\003\002\220\267B\277*\230A\320\035.G\000q\377\330\010\024\220A\220X\230\256\247\212\0027\220\"\355\"\007\230\204\002\014\237\022\220$\220i\316\210\001\207\213\0031\377\220F\230!\320\004\036\230_n\250K\260qr\001\036\266\213\001\377\330\010\037\230t\2401\340\371\010\200D\342$\013\2105\220\007\317\220q\330\014\311\204\001\277\207\001\010\240\367\004\240A\206\211\001j\240\001\240\377\022\2401\320$=\270Q\363\270d\234a\335\210\001\010\017\210v\356\310\204\0029\240A\300\215\010\022\220&\346\377A\240\021\347\215\001\250\"&\230\005\237\230Q\230a\330a\014\322D\016\227\210e\220\263a\007\225cQ\001W\336\352\000\004 \240\001\301a|\320\375\033\375\212\001F\260$\260f\270\347A\320\004\235@\010\014g\270Q\177\320\004$\240N\260!+\002\377\230>\250\021\250$\250i\377\260t\270:\300Y\310e\377\320ST\320\004&\240a\376\023\007&\260\004\260F\270)\177\3001\320\004)\250\021V\014\273o\300K\000+\2501!\013K?\270y\310\001\320\004\312@9\013\237L\300\t\310\021\016\007\242\007k\377\300\031\310!\320\n1\260\001\021";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 3444, 5184);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (5631 bytes) */
-static const char bytes[] = " at once, which are all that it was made for: release one bytes bytes of a loan of  bytes, and a row has  bytes, and the buffer has  of a writer were lost or arrays of the loan are in use: release them first (del) or arrays of the message are in use: release them first (del) takes one message at a time while it was looked at; what was seen may be torn(tree fragment), published or dropped, released.: : the writer overwrote message : this process was stopped, and writers continued without it: <ivshmem.channel.Loan of <ivshmem.channel.View of >?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.Pickling of struct members such as self.message must be explicitly requested with @auto_pickle(True)a View is made by Reader.viewa message of add_notechannel disableenablegcisenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/messages.pyxno default __reduce__ due to non-trivial __cinit__no message has rows: a buffer of two dimensions is needed, one row for each messageself.held,self.reader cannot be converted to a Python object for picklingself.writer cannot be converted to a Python object for picklingthe loan was published or droppedthe view was releasedthe view was released, or the region closed|u1BChannelErrorChannelTypeErrorClosedErrorLoanLoan.__enter__Loan.__exit__Loan.__reduce_cython__Loan.__setstate_cython__Loan.dropLoan.publishLoan.publish_asyncMessageTooLongMessagesLostOvertakenReaderReader.__reduce_cython__Reader.__setstate_cython__Reader._rows_or_noneReader.getReader.get_asyncReader.get_intoReader.get_into_asyncReader.get_rowsReader.get_rows_asyncReader.viewReader.view_asyncValueReaderValueReader.__reduce_cython__ValueReader.__setstate_cython__ValueReader.getValueReader.viewValueReader.wait_changedValueReader.wait_changed_asyncViewView.__bytes__View.__dlpack__View.__dlpack_device__View.__enter__View.__exit__View.__redu""ce_cython__View.__setstate_cython__View.checkView.releaseWriterWriter.__reduce_cython__Writer.__setstate_cython__Writer.loanWriter.putWriter.put_asyncWriter.put_partsWriter.put_parts_asyncWriter.put_rowsWriter.put_rows_async___Pyx_PyDict_NextRef__annotate____await____bytes____dlpack____dlpack_device____enter____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutine_rows_or_nonearrayasynchronousasyncio.coroutinesatbufferbufferscastcellcheckcline_in_tracebackcloseclosedcodecountcounteddatadecodedropencodeerrorerrorsfoundfrombuffergetget_asyncget_intoget_into_asyncget_rowsget_rows_asynciinterfaceintoitemsivshmem.channel.messageskindlenlengthloanmapmemoryviewmessagendimnextnumpyoptionspartpartspoppublishpublish_asyncputput_asyncput_partsput_parts_asyncput_rowsput_rows_asyncreleaserowsselfsendsetdefaultshapesizespinsumtextthrowtimetimeouttobytestriestypestruint8until_in_timeuntil_somethingvaluevaluesversionviewview_asyncwait_changedwait_changed_asyncwantedwholewriteruint64_t (void)\000microseconds\200\001\330\004\n\210+\220Q\200A\330\010\013\2104\210t\2201\330\014\r\330\010\013\2105\220\003\2201\330\014\020\220\010\230\001\330\r\021\220\031\230#\230Q\330\014\020\220\005\220Q\200A\330\010\013\2105\220\003\2201\330\014\020\220\010\230\001\330\r\021\220\024\220Q\330\014\020\220\010\230\001\200A\330\010\017\210q\200A\330\010\017\210t\2209\230A\230V\2409\250C\250q\200A\330\032(\250\001\360*\000\t\r\210E\220\025\220a\220q\330\014\017\210t\2205\230\001\230\031\240!\330\020\027\220q\330\014\023\2204\220y\240\001\330\014\017\210u\220G\2301\330\020\027\220x\230t\2406\250\023\250J\260d\270%\270w\300a\300q\330\010\016\210d\220(\230!\200A\330\033)\250\021\360 \000\t\014\2104\210w\220c\230\024\230X\240W\250I\260Q\330\014\022\220,\230a\330\020\032\230!\2304\230z\250\021\250\047\260\021\260$\260h\270a\360\006\000\t\014\2104\210u\220A\220Y\230a\330""\014\023\2201\330\010\017\210w\220a\220v\230T\240\021\200A\330 .\250a\360&\000\t\036\230Q\340\010\013\2104\210v\220W\230A\330\014\023\2204\220u\230G\2401\240A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\020\220\006\220a\330\014\017\210z\230\024\230U\240\"\240D\250\010\260\007\260y\300\001\330\020\026\220d\230)\2401\240D\250\001\330\014\023\2204\220v\230Q\330\014\017\210u\220C\220q\330\020\027\220t\2305\240\001\240\031\250!\330\020\023\2205\230\003\2301\330\024\032\230$\230h\240a\240q\330\014\017\210q\330\020\026\220d\230%\230q\240\001\330\014\020\220\n\230!\2301\230A\330\014\r\330\020\024\220H\230A\230V\240>\260\024\260V\2704\270q\330\020\023\2204\220u\230C\230q\330\024\030\230\013\2401\240A\330\023\024\330\020!\240\021\240!\2404\240y\260\001\330\020\021\330\014\020\220\005\220Q\220f\230D\240\006\240a\330\014\023\2204\220w\230a\340\014\034\230A\230Q\230a\200A\330#1\260\021\360\030\000\t\r\210F\220!\330\010\017\210t\2207\230!\2304\230u\240A\240Y\250a\200A\330%3\2601\360 \000\t\036\230Q\360\006\000\t\031\230\001\330\010\034\230J\240a\240q\330\010\013\2105\220\006\220b\230\001\330\014\022\220*\230A\230Q\330\010\013\2104\210x\220s\230$\230h\240g\250Y\260f\270C\270q\330\014\022\320\022\"\240!\240:\250Q\250d\260!\330\010\020\220\005\220V\2301\230A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\020\220\006\220a\330\014\023\2204\220u\230C\230y\250\013\2601\330\014\017\210u\220B\220d\230(\240\047\250\031\260!\330\020\026\220d\230)\2401\240A\330\014\023\220<\230v\240T\250\034\260Q\330\014\020\220\001\330\014\022\220\"\220B\220a\330\020\027\320\027+\2501\250A\250T\260\021\330\020\023\2205\230\003\2301\330\024\027\220q\330\030\034\230I\240Q\330\024\033\2304\230u\240A\240Y\250a\330\024\027\220u\230C\230q\330\030\033\2301\330\034#\2401\330\030\036\230d\240(\250!\2501\330\020\023\2201\330\024\032\230$\230e\2401\240A\330\020\024\220J\230a\230q\240\001\330\020\026\220a\220t\2303\230a\230w\240n\260D\270\005\270R\270r\300\022\3006\310\021\330\020\"\240!""\2401\240D\250\t\260\026\260z\300\026\300v\310Q\330\020\024\220K\230t\2407\250!\330\020\025\220Q\330\014\020\220\t\230\021\330\014\023\2201\340\014\034\230A\230Q\230a\200A\330%3\2601\360$\000\t\032\230\021\340\010\034\230J\240a\240q\330\010\013\2105\220\006\220b\230\001\330\014\022\220*\230A\230Q\330\010\020\220\005\220V\2301\230A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\023\2204\220u\230C\230y\250\013\2601\330\014\020\220\001\330\014\022\220\"\220B\220a\330\020\023\2202\220S\230\001\330\024\027\220t\2305\240\001\240\031\250!\330\030\037\230q\340\024\033\230<\240q\250\001\250\024\250Y\260a\260t\2701\330\024\027\220u\230C\230q\330\030\031\330\024\027\220q\330\030\036\230d\240%\240q\250\001\330\024\027\220t\2308\2406\250\024\250T\260\027\270\n\300#\300Q\330\030\034\230E\240\021\330\030\031\330\020\032\230$\230a\330\020\023\2207\230(\240\"\240A\330\024\030\230\010\240\010\250\001\330\024\030\230\005\230Q\330\024\027\220q\330\030\031\330\024\032\230.\250\001\330\030\047\240q\250\007\320/M\310Q\310a\340\020\023\2204\220x\230q\240\001\240\031\250(\260$\260e\2702\270R\270r\300\026\300s\310!\330\024\031\230\021\330\024\034\230A\340\024\035\230Q\330\024\027\220v\230S\240\001\330\030\033\2301\330\034\035\330\030\036\230d\240(\250!\330\014\023\2201\340\014\034\230A\230Q\230a\200A\330\0475\260Q\360\006\000\t\023\220!\220:\230Q\230e\2405\250\001\250\025\250d\260(\270!\330\010\017\210t\2205\230\001\230\023\230A\230S\240\001\240\025\240a\330\010\t\330\021\033\2301\230I\240Q\330\020\025\220Q\330\020\024\220H\230A\330\024\030\230\001\230\025\230c\240\022\2403\240a\240y\260\001\330\024\032\230#\230Q\230a\330\017\020\330\014\020\220\005\220Q\330\014\r\330\010\017\210t\2208\2301\230I\240U\250!\200A\330\0475\260Q\360\030\000\t\033\230!\2308\2401\240F\250!\330\010\t\330\014\020\220\005\220U\230!\2301\330\020\023\2204\220u\230A\230Y\240a\330\024\033\2301\330\020\032\230$\230a\330\020\023\2207\230(\240\"\240J\250d\260!\330\024\030\230\010\240\010\250\001\330\024\030""\230\005\230Q\330\024\032\230.\250\001\330\030\047\240q\250\007\320/R\320RS\320SW\320WX\340\020\023\2204\220x\230q\240\001\240\031\250(\260$\260f\270C\270q\330\024\033\2307\240!\330\014\022\220$\220h\230a\340\014\034\230A\230Q\230a\200A\340\010\013\2104\210t\220;\230d\240$\240f\250D\260\004\260G\2707\300!\330\014\020\220\r\230]\250!\2501\250D\260\007\260z\300\021\300$\300j\320PS\320ST\330\010\013\2104\210q\330\014\022\220)\2301\330\020\032\230!\2304\230w\240a\330\020\023\2201\220D\230\010\240\001\200A\340\010\017\210t\2206\230\033\240C\240q\200A\340\010\017\210z\230\021\230%\230x\240q\330\010\014\210F\220!\330\010\017\210q\200A\340\010\020\220\003\2201\200A\360\014\000\t\014\2104\210t\2201\330\014\r\330\010\014\210N\230!\330\010\014\210H\220A\330\010\013\2104\210w\220a\330\014\035\230Q\230a\230t\2407\250)\2604\260q\200A\360\016\000\t\014\2104\210t\2201\330\014\r\330\010\013\2104\210q\330\014\022\220+\230Q\330\020\022\220!\2207\230!\2304\230z\250\021\360\006\000\t\n\330\014\020\220\006\220a\340\014\020\220\010\230\001\200A\360\020\000\t\r\210F\220!\330\010\017\320\017!\240\021\240!\2404\240y\260\001\260\024\260Q\330\010\013\2105\220\003\2201\330\014\023\2201\330\010\013\2101\330\014\022\220$\220e\2301\230A\330\010\017\210w\220a\220v\230T\240\021\200A\360\026\000\t\r\210F\220!\330\010\017\210t\2207\230!\320\033-\250Q\250a\250t\2609\270A\270T\300\021\320\004\030\230\001\360\036\000\t\r\210F\220!\330\010\013\2105\220\003\2201\330\014\023\2204\220x\230w\240i\250q\330\010\013\2105\220\002\220!\330\014\022\220*\230A\320\035.\250a\250q\330\010\024\220A\220X\230Q\330\010\013\2107\220\"\220D\230\010\240\007\240y\260\001\330\014\022\220$\220i\230q\240\001\330\010\017\210t\2201\220F\230!\320\004\036\230n\250K\260q\360\036\000\t\036\230T\240\021\330\010\037\230t\2401\340\010\014\210F\220!\330\010\014\210N\230!\330\010\013\2105\220\007\220q\330\014\017\210t\2202\220S\230\010\240\004\240A\330\020\026\220j\240\001\240\022\2401\320$=\270Q\270d\300!\330\014\025\220Q\330\010\017\210v""\220U\230!\2309\240A\330\010\013\2105\220\003\2201\330\014\022\220&\230\010\240\001\240\021\330\010\013\2101\330\014\022\220&\230\005\230Q\230a\330\010\014\210F\220!\330\010\014\210N\230!\330\010\014\210H\220A\330\010\016\210e\2201\220D\230\007\230x\240q\330\010\017\210v\220W\230A\320\004 \240\001\340\010\017\210|\320\033+\2501\250F\260$\260f\270A\320\004!\240\021\340\010\017\210|\320\033+\2501\250F\260$\260g\270Q\320\004$\240N\260!\340\010\017\210|\230>\250\021\250$\250i\260t\270:\300Y\310e\320ST\320\004&\240a\340\010\017\210|\230>\250\021\250&\260\004\260F\270)\3001\320\004)\250\021\340\010\017\210|\320\033+\2501\250F\260$\260o\300Q\320\004+\2501\340\010\017\210|\230>\250\021\250&\260\004\260K\270y\310\001\320\004-\250Q\340\010\017\210|\230>\250\021\250&\260\004\260L\300\t\310\021\320\004-\250Q\340\010\017\210|\320\033+\2501\250F\260$\260k\300\031\310!\320\n1\260\021";
+    #else /* compression: none (5184 bytes) */
+static const char bytes[] = " at once, which are all that it was made for: release one bytes bytes of a loan of  bytes, and a row has  bytes, and the buffer has  of a writer were lost or arrays of the loan are in use: release them first (del) or arrays of the message are in use: release them first (del) takes one message at a time while it was looked at; what was seen may be torn(tree fragment), published or dropped, released.: : the writer overwrote message : this process was stopped, and writers continued without it: <ivshmem.channel.Loan of <ivshmem.channel.View of >?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a Loan cannot be copied or pickleda View cannot be copied or pickled: `bytes(view)` is a copya View is made by Reader.viewa message of add_notechannel disableenablegcisenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/messages.pyxno message has rows: a buffer of two dimensions is needed, one row for each messageself.held,self.reader cannot be converted to a Python object for picklingself.writer cannot be converted to a Python object for picklingthe loan was published or droppedthe view was releasedthe view was released, or the region closed|u1BChannelErrorChannelTypeErrorClosedErrorLoanLoan.__enter__Loan.__exit__Loan.__reduce__Loan.dropLoan.publishLoan.publish_asyncMessageTooLongMessagesLostOvertakenReaderReader.__reduce_cython__Reader.__setstate_cython__Reader._rows_or_noneReader.get_asyncReader.get_intoReader.get_into_asyncReader.get_rowsReader.get_rows_asyncReader.viewReader.view_asyncValueReaderValueReader.__reduce_cython__ValueReader.__setstate_cython__ValueReader.getValueReader.viewValueReader.wait_changedValueReader.wait_changed_asyncViewView.__bytes__View.__dlpack__View.__dlpack_device__View.__enter__View.__exit__View.__reduce__View.checkView.releaseWriterWriter.__reduce_cython__Writer.__setstate_cython__Writer.loanWrite""r.put_asyncWriter.put_partsWriter.put_parts_asyncWriter.put_rowsWriter.put_rows_async___Pyx_PyDict_NextRef__annotate____await____bytes____dlpack____dlpack_device____enter____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutine_rows_or_nonearrayasynchronousasyncio.coroutinesatbufferbufferscastcellcheckcline_in_tracebackcloseclosedcodecountcounteddatadecodedropencodeerrorerrorsfoundfrombuffergetget_asyncget_intoget_into_asyncget_rowsget_rows_asynciindexinterfaceintoitemsivshmem.channel.messageskindlenlengthloanmapmemoryviewmessagendimnextnumpyoperatoroptionspartpartspoppublishpublish_asyncputput_asyncput_partsput_parts_asyncput_rowsput_rows_asyncreleaserowsselfsendsetdefaultshapesizespinsumtextthrowtimetimeouttobytestriestypestruint8until_in_timeuntil_somethingvaluevaluesversionviewview_asyncwait_changedwait_changed_asyncwantedwholewriteruint64_t (void)\000microseconds\200\001\330\004\n\210+\220Q\200A\330\010\013\2104\210t\2201\330\014\r\330\010\013\2105\220\003\2201\330\014\020\220\010\230\001\330\r\021\220\031\230#\230Q\330\014\020\220\005\220Q\200A\330\010\013\2105\220\003\2201\330\014\020\220\010\230\001\330\r\021\220\024\220Q\330\014\020\220\010\230\001\200A\330\010\016\210i\220q\230\001\200A\330\010\017\210q\200A\330\010\017\210t\2209\230A\230V\2409\250C\250q\200A\330\033)\250\021\360 \000\t\014\2104\210w\220c\230\024\230X\240W\250I\260Q\330\014\022\220,\230a\330\020\032\230!\2304\230z\250\021\250\047\260\021\260$\260h\270a\360\006\000\t\014\2104\210u\220A\220Y\230a\330\014\023\2201\330\010\017\210w\220a\220v\230T\240\021\200A\330#1\260\021\360\030\000\t\r\210F\220!\330\010\017\210t\2207\230!\2304\230u\240A\240Y\250a\200A\330%3\2601\360 \000\t\036\230Q\360\006\000\t\031\230\001\330\010\034\230J\240a\240q\330\010\013\2105\220\006\220b\230\001\330\014\022\220*\230A\230Q\330\010\013\2104\210x\220s\230$\230h\240g\250Y\260f\270C""\270q\330\014\022\320\022\"\240!\240:\250Q\250d\260!\330\010\020\220\005\220V\2301\230A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\020\220\006\220a\330\014\023\2204\220u\230C\230y\250\013\2601\330\014\017\210u\220B\220d\230(\240\047\250\031\260!\330\020\026\220d\230)\2401\240A\330\014\023\220<\230v\240T\250\034\260Q\330\014\020\220\001\330\014\022\220\"\220B\220a\330\020\027\320\027+\2501\250A\250T\260\021\330\020\023\2205\230\003\2301\330\024\027\220q\330\030\034\230I\240Q\330\024\033\2304\230u\240A\240Y\250a\330\024\027\220u\230C\230q\330\030\033\2301\330\034#\2401\330\030\036\230d\240(\250!\2501\330\020\023\2201\330\024\032\230$\230e\2401\240A\330\020\023\220<\230q\240\001\240\024\240Y\250a\250q\330\024\030\230\017\240q\330\024\025\330\020\026\220a\220t\2303\230a\230w\240n\260D\270\005\270R\270r\300\022\3006\310\021\330\020\"\240!\2401\240D\250\t\260\026\260z\300\026\300v\310Q\330\020\024\220K\230t\2407\250!\330\020\025\220Q\330\014\020\220\t\230\021\330\014\023\2201\340\014\034\230A\230Q\230a\200A\330%3\2601\360$\000\t\032\230\021\340\010\034\230J\240a\240q\330\010\013\2105\220\006\220b\230\001\330\014\022\220*\230A\230Q\330\010\020\220\005\220V\2301\230A\330\010\032\230!\2306\240\021\240&\250\001\330\010\t\330\014\023\2204\220u\230C\230y\250\013\2601\330\014\020\220\001\330\014\022\220\"\220B\220a\330\020\023\2202\220S\230\001\330\024\027\220t\2305\240\001\240\031\250!\330\030\037\230q\340\024\033\230<\240q\250\001\250\024\250Y\260a\260t\2701\330\024\027\220u\230C\230q\330\030\031\330\024\027\220q\330\030\036\230d\240%\240q\250\001\330\024\027\220t\2308\2406\250\024\250T\260\027\270\n\300#\300Q\330\030\034\230E\240\021\330\030\031\330\020\032\230$\230a\330\020\023\2207\230(\240\"\240A\330\024\030\230\010\240\010\250\001\330\024\030\230\005\230Q\330\024\027\220q\330\030\031\330\024\032\230.\250\001\330\030\047\240q\250\007\320/M\310Q\310a\340\020\023\2204\220x\230q\240\001\240\031\250(\260$\260e\2702\270R\270r\300\026\300s\310!\330\024\031\230""\021\330\024\034\230A\340\024\035\230Q\330\024\027\220v\230S\240\001\330\030\033\2301\330\034\035\330\030\036\230d\240(\250!\330\014\023\2201\340\014\034\230A\230Q\230a\200A\330\0475\260Q\360\006\000\t\023\220!\220:\230Q\230e\2405\250\001\250\025\250d\260(\270!\330\010\017\210t\2205\230\001\230\023\230A\230S\240\001\240\025\240a\330\010\t\330\021\033\2301\230I\240Q\330\020\025\220Q\330\020\024\220H\230A\330\024\030\230\001\230\025\230c\240\022\2403\240a\240y\260\001\330\024\032\230#\230Q\230a\330\017\020\330\014\020\220\005\220Q\330\014\r\330\010\017\210t\2208\2301\230I\240U\250!\200A\330\0475\260Q\360\030\000\t\033\230!\2308\2401\240F\250!\330\010\t\330\014\020\220\005\220U\230!\2301\330\020\023\2204\220u\230A\230Y\240a\330\024\033\2301\330\020\032\230$\230a\330\020\023\2207\230(\240\"\240J\250d\260!\330\024\030\230\010\240\010\250\001\330\024\030\230\005\230Q\330\024\032\230.\250\001\330\030\047\240q\250\007\320/R\320RS\320SW\320WX\340\020\023\2204\220x\230q\240\001\240\031\250(\260$\260f\270C\270q\330\024\033\2307\240!\330\014\022\220$\220h\230a\340\014\034\230A\230Q\230a\200A\340\010\013\2104\210t\220;\230d\240$\240f\250D\260\004\260G\2707\300!\330\014\020\220\r\230]\250!\2501\250D\260\007\260z\300\021\300$\300j\320PS\320ST\330\010\013\2104\210q\330\014\022\220)\2301\330\020\032\230!\2304\230w\240a\330\020\023\2201\220D\230\010\240\001\200A\340\010\017\210t\2206\230\033\240C\240q\200A\340\010\017\210z\230\021\230%\230x\240q\330\010\014\210F\220!\330\010\017\210q\200A\340\010\020\220\003\2201\200A\360\014\000\t\014\2104\210t\2201\330\014\r\330\010\014\210N\230!\330\010\014\210H\220A\330\010\013\2104\210w\220a\330\014\035\230Q\230a\230t\2407\250)\2604\260q\200A\360\016\000\t\014\2104\210t\2201\330\014\r\330\010\013\2104\210q\330\014\022\220+\230Q\330\020\022\220!\2207\230!\2304\230z\250\021\360\006\000\t\n\330\014\020\220\006\220a\340\014\020\220\010\230\001\200A\360\020\000\t\r\210F\220!\330\010\017\320\017!\240\021\240!\2404\240y\260\001\260\024\260Q\330\010""\013\2105\220\003\2201\330\014\023\2201\330\010\013\2101\330\014\022\220$\220e\2301\230A\330\010\017\210w\220a\220v\230T\240\021\200A\360\026\000\t\r\210F\220!\330\010\017\210t\2207\230!\320\033-\250Q\250a\250t\2609\270A\270T\300\021\320\004\030\230\001\360\036\000\t\r\210F\220!\330\010\017\210t\2208\2307\240)\250:\260U\270#\270Z\300x\310v\320UV\320VW\330\010\013\2105\220\002\220!\330\014\022\220*\230A\320\035.\250a\250q\330\010\024\220A\220X\230Q\330\010\013\2107\220\"\220D\230\010\240\007\240y\260\001\330\014\022\220$\220i\230q\240\001\330\010\017\210t\2201\220F\230!\320\004\036\230n\250K\260q\360\036\000\t\036\230T\240\021\330\010\037\230t\2401\340\010\014\210F\220!\330\010\014\210N\230!\330\010\013\2105\220\007\220q\330\014\017\210t\2202\220S\230\010\240\004\240A\330\020\026\220j\240\001\240\022\2401\320$=\270Q\270d\300!\330\014\025\220Q\330\010\017\210v\220U\230!\2309\240A\330\010\013\2105\220\003\2201\330\014\022\220&\230\010\240\001\240\021\330\010\013\2101\330\014\022\220&\230\005\230Q\230a\330\010\014\210F\220!\330\010\014\210N\230!\330\010\014\210H\220A\330\010\016\210e\2201\220D\230\007\230x\240q\330\010\017\210v\220W\230A\320\004 \240\001\340\010\017\210|\320\033+\2501\250F\260$\260f\270A\320\004!\240\021\340\010\017\210|\320\033+\2501\250F\260$\260g\270Q\320\004$\240N\260!\340\010\017\210|\230>\250\021\250$\250i\260t\270:\300Y\310e\320ST\320\004&\240a\340\010\017\210|\230>\250\021\250&\260\004\260F\270)\3001\320\004)\250\021\340\010\017\210|\320\033+\2501\250F\260$\260o\300Q\320\004+\2501\340\010\017\210|\230>\250\021\250&\260\004\260K\270y\310\001\320\004-\250Q\340\010\017\210|\230>\250\021\250&\260\004\260L\300\t\310\021\320\004-\250Q\340\010\017\210|\320\033+\2501\250F\260$\260k\300\031\310!\320\n1\260\021";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 212; i++) {
+    for (int i = 0; i < 210; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 46) PyUnicode_InternInPlace(&string);
@@ -25387,8 +25178,8 @@ static const char bytes[] = " at once, which are all that it was made for: relea
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 212; i < 245; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-212].length;
+    for (int i = 210; i < 242; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-210].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -25398,15 +25189,15 @@ static const char bytes[] = " at once, which are all that it was made for: relea
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 245; i++) {
+    for (Py_ssize_t i = 0; i < 242; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 212;
-      for (Py_ssize_t i=0; i<33; ++i) {
+      PyObject **table = stringtab + 210;
+      for (Py_ssize_t i=0; i<32; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -25493,214 +25284,194 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 606};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 609};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_found};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_get_rows_async, __pyx_mstate->__pyx_kp_b_iso88591_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 43};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_cell, __pyx_mstate->__pyx_n_u_code};
-    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_put, __pyx_mstate->__pyx_kp_b_iso88591_A_a_Q_4vWA_4uG1A_6_a_z_U_D_y_d_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 10, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 92};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 10, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 90};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_parts, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_loan, __pyx_mstate->__pyx_n_u_buffers, __pyx_mstate->__pyx_n_u_into, __pyx_mstate->__pyx_n_u_at, __pyx_mstate->__pyx_n_u_part, __pyx_mstate->__pyx_n_u_part};
-    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_put_parts, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_Qe5_d_t5_AS_a_1IQ_Q_HA_c_3a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_put_parts, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_Qe5_d_t5_AS_a_1IQ_Q_HA_c_3a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 109};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 107};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_cell, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_time, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_whole};
-    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_put_rows, __pyx_mstate->__pyx_kp_b_iso88591_A_31_Q_Jaq_5_b_AQ_4xs_hgYfCq_Qd, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_put_rows, __pyx_mstate->__pyx_kp_b_iso88591_A_31_Q_Jaq_5_b_AQ_4xs_hgYfCq_Qd, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 166};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_put_async, __pyx_mstate->__pyx_kp_b_iso88591_a_F_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_put_async, __pyx_mstate->__pyx_kp_b_iso88591_a_F_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 170};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_parts, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_put_parts_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_L, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_put_parts_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_L, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 174};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_put_rows_async, __pyx_mstate->__pyx_kp_b_iso88591_1_Ky, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_put_rows_async, __pyx_mstate->__pyx_kp_b_iso88591_1_Ky, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 182};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_wanted};
-    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_loan, __pyx_mstate->__pyx_kp_b_iso88591_F_5_1_4xwiq_5_A_aq_AXQ_7_D_y_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_loan, __pyx_mstate->__pyx_kp_b_iso88591_F_t87_U_ZxvUVVW_5_A_aq_AXQ_7_D, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 2, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 273};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 243};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 2, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 275};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_writer, __pyx_mstate->__pyx_n_u_length, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_publish, __pyx_mstate->__pyx_kp_b_iso88591_nKq_T_t1_F_N_5_q_t2S_A_j_1_Qd_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 308};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 310};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_size};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_publish_async, __pyx_mstate->__pyx_kp_b_iso88591_N_it_YeST, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 312};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 314};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_drop, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_N_HA_4wa_Qat7_4q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 325};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 327};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 328};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 330};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_kind, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_5_1_Q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 447};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_data, __pyx_mstate->__pyx_n_u__6};
-    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_get, __pyx_mstate->__pyx_kp_b_iso88591_A_E_aq_t5_q_4y_uG1_xt6_Jd_waq_d, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 477};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 480};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_message, __pyx_mstate->__pyx_n_u__6};
-    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_get_into, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_81F_U_1_4uAYa_1_a_7_Jd_Q_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_get_into, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_81F_U_1_4uAYa_1_a_7_Jd_Q_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 508};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 511};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_tries, __pyx_mstate->__pyx_n_u_message, __pyx_mstate->__pyx_n_u_whole};
-    __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_get_rows, __pyx_mstate->__pyx_kp_b_iso88591_A_31_Jaq_5_b_AQ_V1A_6_4uCy_1_Ba, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_get_rows, __pyx_mstate->__pyx_kp_b_iso88591_A_31_Jaq_5_b_AQ_V1A_6_4uCy_1_Ba, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 572};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 575};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin};
-    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_kp_b_iso88591_A_4wc_XWIQ_a_4z_ha_4uAYa_1_wavT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_kp_b_iso88591_A_4wc_XWIQ_a_4z_ha_4uAYa_1_wavT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 598};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 601};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_get_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_fA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_get_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_fA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 602};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 605};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_get_into_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_1F_k, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_get_into_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_1F_k, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 611};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 614};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_rows_or_none, __pyx_mstate->__pyx_kp_b_iso88591_A_t9AV9Cq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_rows_or_none, __pyx_mstate->__pyx_kp_b_iso88591_A_t9AV9Cq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 614};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 617};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_view_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_gQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_view_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_gQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[22] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[22])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[26] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[26])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 708};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 656};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 716};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data};
-    __pyx_mstate_global->__pyx_codeobj_tab[27] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_bytes_2, __pyx_mstate->__pyx_kp_b_iso88591_A_z_xq_F_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[27])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_bytes_2, __pyx_mstate->__pyx_kp_b_iso88591_A_z_xq_F_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARKEYWORDS), 734};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARKEYWORDS), 744};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_options};
-    __pyx_mstate_global->__pyx_codeobj_tab[28] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_dlpack, __pyx_mstate->__pyx_kp_b_iso88591_A_t6_Cq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[28])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[26] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_dlpack, __pyx_mstate->__pyx_kp_b_iso88591_A_t6_Cq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[26])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 738};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 748};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[29] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_dlpack_device, __pyx_mstate->__pyx_kp_b_iso88591_A_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[29])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 742};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[30] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_check, __pyx_mstate->__pyx_kp_b_iso88591_A_4t_d_fD_G7_1D_z_jPSST_4q_1_4wa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[30])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[27] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_dlpack_device, __pyx_mstate->__pyx_kp_b_iso88591_A_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[27])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 752};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[31] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_release, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_4q_Q_7_4z_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[31])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[28] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_check, __pyx_mstate->__pyx_kp_b_iso88591_A_4t_d_fD_G7_1D_z_jPSST_4q_1_4wa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[28])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 771};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 762};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[32] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[32])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[29] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_release, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_4q_Q_7_4z_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[29])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 774};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 781};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
+    __pyx_mstate_global->__pyx_codeobj_tab[30] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[30])) goto bad;
+  }
+  {
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 784};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_kind, __pyx_mstate->__pyx_n_u_error};
-    __pyx_mstate_global->__pyx_codeobj_tab[33] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_5_1_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[33])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[31] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_5_1_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[31])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 881};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[34] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[34])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[32] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_get, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t7_Qat9AT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[32])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[35] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[35])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 871};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[36] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_get, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t7_Qat9AT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[36])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 885};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 895};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin};
-    __pyx_mstate_global->__pyx_codeobj_tab[37] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_wait_changed, __pyx_mstate->__pyx_kp_b_iso88591_A_1_F_t7_4uAYa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[37])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[33] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_wait_changed, __pyx_mstate->__pyx_kp_b_iso88591_A_1_F_t7_4uAYa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[33])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 901};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 911};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_code};
-    __pyx_mstate_global->__pyx_codeobj_tab[38] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4y_Q_5_1_1_1_e1A_wavT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[38])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[34] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4y_Q_5_1_1_1_e1A_wavT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[34])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 917};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 927};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[39] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_wait_changed_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_oQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[39])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[35] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_wait_changed_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_oQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[35])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[40] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[40])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[36] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[36])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[41] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[41])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[37] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[37])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;

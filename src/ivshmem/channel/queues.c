@@ -2562,11 +2562,12 @@ struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd {
   int times;
   int claims;
   uint64_t missed;
+  int putting;
   int exports;
 };
 
 
-/* "roles.pxd":43
+/* "roles.pxd":46
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2931,6 +2932,8 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
   PyObject *(*too_long)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint64_t);
   int (*wait_again)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *);
   int (*loan_cell)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t *);
+  int (*find_room)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t *, PyObject *, PyObject *);
+  int (*pause_for_cell)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *);
   int (*copy_in)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t, char const *, uint64_t);
   uint64_t (*send)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t, uint32_t, uint64_t);
   char *(*at)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, uint32_t);
@@ -2938,7 +2941,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd {
 static struct __pyx_vtabstruct_7ivshmem_7channel_5roles_WriterEnd *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
 
 
-/* "roles.pxd":43
+/* "roles.pxd":46
  * 
  * 
  * cdef class ReaderEnd(ChannelEnd):             # <<<<<<<<<<<<<<
@@ -2990,7 +2993,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader {
 static struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *__pyx_vtabptr_7ivshmem_7channel_6queues_QueueReader;
 
 
-/* "ivshmem/channel/queues.pyx":241
+/* "ivshmem/channel/queues.pyx":242
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -4266,8 +4269,8 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[1];
-    PyObject *__pyx_codeobj_tab[17];
-    PyObject *__pyx_string_tab[126];
+    PyObject *__pyx_codeobj_tab[16];
+    PyObject *__pyx_string_tab[124];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
 PyTypeObject *__pyx_CommonTypesMetaclassType;
@@ -4351,92 +4354,90 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_QueueReader __pyx_string_tab[37]
 #define __pyx_n_u_QueueReader___reduce_cython __pyx_string_tab[38]
 #define __pyx_n_u_QueueReader___setstate_cython __pyx_string_tab[39]
-#define __pyx_n_u_QueueReader_get __pyx_string_tab[40]
-#define __pyx_n_u_QueueReader_get_async __pyx_string_tab[41]
-#define __pyx_n_u_QueueReader_get_into __pyx_string_tab[42]
-#define __pyx_n_u_QueueReader_get_into_async __pyx_string_tab[43]
-#define __pyx_n_u_QueueReader_take __pyx_string_tab[44]
-#define __pyx_n_u_QueueReader_take_async __pyx_string_tab[45]
-#define __pyx_n_u_Redelivered __pyx_string_tab[46]
-#define __pyx_n_u_Taken __pyx_string_tab[47]
-#define __pyx_n_u_Taken___bytes __pyx_string_tab[48]
-#define __pyx_n_u_Taken___enter __pyx_string_tab[49]
-#define __pyx_n_u_Taken___exit __pyx_string_tab[50]
-#define __pyx_n_u_Taken___reduce __pyx_string_tab[51]
-#define __pyx_n_u_Taken_done __pyx_string_tab[52]
-#define __pyx_n_u_Taken_get __pyx_string_tab[53]
-#define __pyx_n_u_Taken_give_back __pyx_string_tab[54]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[55]
-#define __pyx_n_u_annotate __pyx_string_tab[56]
-#define __pyx_n_u_bytes_2 __pyx_string_tab[57]
-#define __pyx_n_u_enter __pyx_string_tab[58]
-#define __pyx_n_u_exit __pyx_string_tab[59]
-#define __pyx_n_u_func __pyx_string_tab[60]
-#define __pyx_n_u_getstate __pyx_string_tab[61]
-#define __pyx_n_u_main __pyx_string_tab[62]
-#define __pyx_n_u_module __pyx_string_tab[63]
-#define __pyx_n_u_name __pyx_string_tab[64]
-#define __pyx_n_u_pyx_capi __pyx_string_tab[65]
-#define __pyx_n_u_pyx_state __pyx_string_tab[66]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[67]
-#define __pyx_n_u_qualname __pyx_string_tab[68]
-#define __pyx_n_u_reduce __pyx_string_tab[69]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[70]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[71]
-#define __pyx_n_u_set_name __pyx_string_tab[72]
-#define __pyx_n_u_setstate __pyx_string_tab[73]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[74]
-#define __pyx_n_u_test __pyx_string_tab[75]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[76]
-#define __pyx_n_u_asynchronous __pyx_string_tab[77]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[78]
-#define __pyx_n_u_buffer __pyx_string_tab[79]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[80]
-#define __pyx_n_u_code __pyx_string_tab[81]
-#define __pyx_n_u_counted __pyx_string_tab[82]
-#define __pyx_n_u_data __pyx_string_tab[83]
-#define __pyx_n_u_decode __pyx_string_tab[84]
-#define __pyx_n_u_done __pyx_string_tab[85]
-#define __pyx_n_u_error __pyx_string_tab[86]
-#define __pyx_n_u_errors __pyx_string_tab[87]
-#define __pyx_n_u_get __pyx_string_tab[88]
-#define __pyx_n_u_get_async __pyx_string_tab[89]
-#define __pyx_n_u_get_into __pyx_string_tab[90]
-#define __pyx_n_u_get_into_async __pyx_string_tab[91]
-#define __pyx_n_u_give_back __pyx_string_tab[92]
-#define __pyx_n_u_items __pyx_string_tab[93]
-#define __pyx_n_u_ivshmem_channel_queues __pyx_string_tab[94]
-#define __pyx_n_u_kind __pyx_string_tab[95]
-#define __pyx_n_u_memoryview __pyx_string_tab[96]
-#define __pyx_n_u_pop __pyx_string_tab[97]
-#define __pyx_n_u_self __pyx_string_tab[98]
-#define __pyx_n_u_setdefault __pyx_string_tab[99]
-#define __pyx_n_u_size __pyx_string_tab[100]
-#define __pyx_n_u_spin __pyx_string_tab[101]
-#define __pyx_n_u_take __pyx_string_tab[102]
-#define __pyx_n_u_take_async __pyx_string_tab[103]
-#define __pyx_n_u_taken __pyx_string_tab[104]
-#define __pyx_n_u_text __pyx_string_tab[105]
-#define __pyx_n_u_timeout __pyx_string_tab[106]
-#define __pyx_n_u_tobytes __pyx_string_tab[107]
-#define __pyx_n_u_until_something __pyx_string_tab[108]
-#define __pyx_n_u_values __pyx_string_tab[109]
-#define __pyx_n_u_view __pyx_string_tab[110]
-#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[111]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[112]
-#define __pyx_kp_b_iso88591_A_5_1_Q_Q __pyx_string_tab[113]
-#define __pyx_kp_b_iso88591_A_iq_AT_q __pyx_string_tab[114]
-#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[115]
-#define __pyx_kp_b_iso88591_A_z_xq __pyx_string_tab[116]
-#define __pyx_kp_b_iso88591_A_4vQ_6_1_AV5_Qaq_G1AW_Qa_xt6_Jd __pyx_string_tab[117]
-#define __pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_vQa __pyx_string_tab[118]
-#define __pyx_kp_b_iso88591_A_5Q_81F_t6_ivQa_q_uHHBj_A_E_1_n __pyx_string_tab[119]
-#define __pyx_kp_b_iso88591_A_4t1_N_HA_4wgQ_gYat1 __pyx_string_tab[120]
-#define __pyx_kp_b_iso88591_A_uAQ_xt7_T_WAQ __pyx_string_tab[121]
-#define __pyx_kp_b_iso88591_A_4t1_N_F_HA_4wiq_A_G_fA_1_Q_WA __pyx_string_tab[122]
-#define __pyx_kp_b_iso88591_1F_fA __pyx_string_tab[123]
-#define __pyx_kp_b_iso88591_1F_gQ __pyx_string_tab[124]
-#define __pyx_kp_b_iso88591_Q_1F_k __pyx_string_tab[125]
+#define __pyx_n_u_QueueReader_get_async __pyx_string_tab[40]
+#define __pyx_n_u_QueueReader_get_into __pyx_string_tab[41]
+#define __pyx_n_u_QueueReader_get_into_async __pyx_string_tab[42]
+#define __pyx_n_u_QueueReader_take __pyx_string_tab[43]
+#define __pyx_n_u_QueueReader_take_async __pyx_string_tab[44]
+#define __pyx_n_u_Redelivered __pyx_string_tab[45]
+#define __pyx_n_u_Taken __pyx_string_tab[46]
+#define __pyx_n_u_Taken___bytes __pyx_string_tab[47]
+#define __pyx_n_u_Taken___enter __pyx_string_tab[48]
+#define __pyx_n_u_Taken___exit __pyx_string_tab[49]
+#define __pyx_n_u_Taken___reduce __pyx_string_tab[50]
+#define __pyx_n_u_Taken_done __pyx_string_tab[51]
+#define __pyx_n_u_Taken_get __pyx_string_tab[52]
+#define __pyx_n_u_Taken_give_back __pyx_string_tab[53]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[54]
+#define __pyx_n_u_annotate __pyx_string_tab[55]
+#define __pyx_n_u_bytes_2 __pyx_string_tab[56]
+#define __pyx_n_u_enter __pyx_string_tab[57]
+#define __pyx_n_u_exit __pyx_string_tab[58]
+#define __pyx_n_u_func __pyx_string_tab[59]
+#define __pyx_n_u_getstate __pyx_string_tab[60]
+#define __pyx_n_u_main __pyx_string_tab[61]
+#define __pyx_n_u_module __pyx_string_tab[62]
+#define __pyx_n_u_name __pyx_string_tab[63]
+#define __pyx_n_u_pyx_capi __pyx_string_tab[64]
+#define __pyx_n_u_pyx_state __pyx_string_tab[65]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[66]
+#define __pyx_n_u_qualname __pyx_string_tab[67]
+#define __pyx_n_u_reduce __pyx_string_tab[68]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[69]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[70]
+#define __pyx_n_u_set_name __pyx_string_tab[71]
+#define __pyx_n_u_setstate __pyx_string_tab[72]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[73]
+#define __pyx_n_u_test __pyx_string_tab[74]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[75]
+#define __pyx_n_u_asynchronous __pyx_string_tab[76]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[77]
+#define __pyx_n_u_buffer __pyx_string_tab[78]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[79]
+#define __pyx_n_u_code __pyx_string_tab[80]
+#define __pyx_n_u_counted __pyx_string_tab[81]
+#define __pyx_n_u_data __pyx_string_tab[82]
+#define __pyx_n_u_decode __pyx_string_tab[83]
+#define __pyx_n_u_done __pyx_string_tab[84]
+#define __pyx_n_u_error __pyx_string_tab[85]
+#define __pyx_n_u_errors __pyx_string_tab[86]
+#define __pyx_n_u_get __pyx_string_tab[87]
+#define __pyx_n_u_get_async __pyx_string_tab[88]
+#define __pyx_n_u_get_into __pyx_string_tab[89]
+#define __pyx_n_u_get_into_async __pyx_string_tab[90]
+#define __pyx_n_u_give_back __pyx_string_tab[91]
+#define __pyx_n_u_items __pyx_string_tab[92]
+#define __pyx_n_u_ivshmem_channel_queues __pyx_string_tab[93]
+#define __pyx_n_u_kind __pyx_string_tab[94]
+#define __pyx_n_u_memoryview __pyx_string_tab[95]
+#define __pyx_n_u_pop __pyx_string_tab[96]
+#define __pyx_n_u_self __pyx_string_tab[97]
+#define __pyx_n_u_setdefault __pyx_string_tab[98]
+#define __pyx_n_u_size __pyx_string_tab[99]
+#define __pyx_n_u_spin __pyx_string_tab[100]
+#define __pyx_n_u_take __pyx_string_tab[101]
+#define __pyx_n_u_take_async __pyx_string_tab[102]
+#define __pyx_n_u_taken __pyx_string_tab[103]
+#define __pyx_n_u_text __pyx_string_tab[104]
+#define __pyx_n_u_timeout __pyx_string_tab[105]
+#define __pyx_n_u_tobytes __pyx_string_tab[106]
+#define __pyx_n_u_until_something __pyx_string_tab[107]
+#define __pyx_n_u_values __pyx_string_tab[108]
+#define __pyx_n_u_view __pyx_string_tab[109]
+#define __pyx_kp_b_struct___pyx_obj_7ivshmem_7chann __pyx_string_tab[110]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[111]
+#define __pyx_kp_b_iso88591_A_5_1_Q_Q __pyx_string_tab[112]
+#define __pyx_kp_b_iso88591_A_iq_AT_q __pyx_string_tab[113]
+#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[114]
+#define __pyx_kp_b_iso88591_A_z_xq __pyx_string_tab[115]
+#define __pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_vQa __pyx_string_tab[116]
+#define __pyx_kp_b_iso88591_A_5Q_81F_t6_ivQa_q_uHHBj_A_E_1_n __pyx_string_tab[117]
+#define __pyx_kp_b_iso88591_A_4t1_N_HA_4wgQ_gYat1 __pyx_string_tab[118]
+#define __pyx_kp_b_iso88591_A_uAQ_xt7_T_WAQ __pyx_string_tab[119]
+#define __pyx_kp_b_iso88591_A_4t1_N_F_HA_4wiq_A_G_fA_1_Q_WA __pyx_string_tab[120]
+#define __pyx_kp_b_iso88591_1F_fA __pyx_string_tab[121]
+#define __pyx_kp_b_iso88591_1F_gQ __pyx_string_tab[122]
+#define __pyx_kp_b_iso88591_Q_1F_k __pyx_string_tab[123]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
 static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
@@ -4480,8 +4481,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<17; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<126; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<16; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<124; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
 Py_CLEAR(clear_module_state->__pyx_CommonTypesMetaclassType);
@@ -4533,8 +4534,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<1; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<17; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<126; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<16; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<124; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
 Py_VISIT(traverse_module_state->__pyx_CommonTypesMetaclassType);
@@ -6505,9 +6506,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11ClaimingEnd_2__setstate_cy
 /* "ivshmem/channel/queues.pyx":117
  *     """
  * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     @cython.binding(False)             # <<<<<<<<<<<<<<
+ *     @cython.critical_section
  *     def get(self, timeout=None, *, spin=None):
- *         """Return a copy of the next message, which no other reader gets: at most once.
 */
 
 /* Python wrapper */
@@ -6518,8 +6519,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_11QueueReader_get, "Return a copy of the next message, which no other reader gets: at most once.\n\n        If this process dies during the call, the message is lost.\n\n        Args:\n            timeout: seconds to wait at most; None: for ever; 0: do not wait.\n            spin: as of `Endpoint.wait`.\n\n        Returns:\n            bytes, or what the channel\047s type makes of them; None: no message came in time.\n\n        Raises:\n            Redelivered: this process was taken for gone during the copy: the message is lost.\n            RegionError: the region is mapped for reading only.\n            ChannelError: this mapping of the memory has no compare-exchange.\n            ChannelCorrupt, ClosedError: as of Reader.get.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_1get = {"get", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_1get, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_6queues_11QueueReader_get};
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_6queues_11QueueReader_get, "get($self, timeout=None, *, spin=None)\n--\n\nReturn a copy of the next message, which no other reader gets: at most once.\n\nIf this process dies during the call, the message is lost.\n\nArgs:\n    timeout: seconds to wait at most; None: for ever; 0: do not wait.\n    spin: as of `Endpoint.wait`.\n\nReturns:\n    bytes, or what the channel\047s type makes of them; None: no message came in time.\n\nRaises:\n    Redelivered: this process was taken for gone during the copy: the message is lost.\n    RegionError: the region is mapped for reading only.\n    ChannelError: this mapping of the memory has no compare-exchange.\n    ChannelCorrupt, ClosedError: as of Reader.get.");
 static PyObject *__pyx_pw_7ivshmem_7channel_6queues_11QueueReader_1get(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
@@ -6564,8 +6564,8 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get", 0) < (0)) __PYX_ERR(0, 117, __pyx_L3_error)
 
-      /* "ivshmem/channel/queues.pyx":118
- * 
+      /* "ivshmem/channel/queues.pyx":119
+ *     @cython.binding(False)
  *     @cython.critical_section
  *     def get(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Return a copy of the next message, which no other reader gets: at most once.
@@ -6606,9 +6606,9 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   /* "ivshmem/channel/queues.pyx":117
  *     """
  * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     @cython.binding(False)             # <<<<<<<<<<<<<<
+ *     @cython.critical_section
  *     def get(self, timeout=None, *, spin=None):
- *         """Return a copy of the next message, which no other reader gets: at most once.
 */
 
   /* function exit code */
@@ -6645,21 +6645,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":138
+        /* "ivshmem/channel/queues.pyx":139
  *         cdef ivshmem_taken taken
  *         cdef bytes data
  *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *             return None
  *         try:
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 138, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 139, __pyx_L4_error)
         __pyx_t_3 = (__pyx_t_2 != 0);
 
 
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/queues.pyx":139
+          /* "ivshmem/channel/queues.pyx":140
  *         cdef bytes data
  *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *             return None             # <<<<<<<<<<<<<<
@@ -6677,7 +6677,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/queues.pyx":138
+          /* "ivshmem/channel/queues.pyx":139
  *         cdef ivshmem_taken taken
  *         cdef bytes data
  *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
@@ -6686,7 +6686,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
 */
         }
 
-        /* "ivshmem/channel/queues.pyx":140
+        /* "ivshmem/channel/queues.pyx":141
  *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *             return None
  *         try:             # <<<<<<<<<<<<<<
@@ -6702,19 +6702,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
           __Pyx_XGOTREF(__pyx_t_6);
           /*try:*/ {
 
-            /* "ivshmem/channel/queues.pyx":141
+            /* "ivshmem/channel/queues.pyx":142
  *             return None
  *         try:
  *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)             # <<<<<<<<<<<<<<
  *         except MemoryError:
  *             self.undo(&taken)
 */
-            __pyx_t_7 = PyBytes_FromStringAndSize(NULL, __pyx_v_taken.message.length); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 141, __pyx_L7_error)
+            __pyx_t_7 = PyBytes_FromStringAndSize(NULL, __pyx_v_taken.message.length); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 142, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_7);
             __pyx_v_data = ((PyObject*)__pyx_t_7);
             __pyx_t_7 = 0;
 
-            /* "ivshmem/channel/queues.pyx":140
+            /* "ivshmem/channel/queues.pyx":141
  *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *             return None
  *         try:             # <<<<<<<<<<<<<<
@@ -6729,7 +6729,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
           __pyx_L7_error:;
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
 
-          /* "ivshmem/channel/queues.pyx":142
+          /* "ivshmem/channel/queues.pyx":143
  *         try:
  *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
  *         except MemoryError:             # <<<<<<<<<<<<<<
@@ -6739,22 +6739,22 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
           __pyx_t_2 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_MemoryError))));
           if (__pyx_t_2) {
             __Pyx_AddTraceback("ivshmem.channel.queues.QueueReader.get", __pyx_clineno, __pyx_lineno, __pyx_filename);
-            if (__Pyx_GetException(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9) < 0) __PYX_ERR(0, 142, __pyx_L9_except_error)
+            if (__Pyx_GetException(&__pyx_t_7, &__pyx_t_8, &__pyx_t_9) < 0) __PYX_ERR(0, 143, __pyx_L9_except_error)
             __Pyx_XGOTREF(__pyx_t_7);
             __Pyx_XGOTREF(__pyx_t_8);
             __Pyx_XGOTREF(__pyx_t_9);
 
-            /* "ivshmem/channel/queues.pyx":143
+            /* "ivshmem/channel/queues.pyx":144
  *             data = PyBytes_FromStringAndSize(NULL, taken.message.length)
  *         except MemoryError:
  *             self.undo(&taken)             # <<<<<<<<<<<<<<
  *             raise
  *         self.finish(&taken, PyBytes_AS_STRING(data))
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 143, __pyx_L9_except_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 144, __pyx_L9_except_error)
 
 
-            /* "ivshmem/channel/queues.pyx":144
+            /* "ivshmem/channel/queues.pyx":145
  *         except MemoryError:
  *             self.undo(&taken)
  *             raise             # <<<<<<<<<<<<<<
@@ -6766,11 +6766,11 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
             __Pyx_XGIVEREF(__pyx_t_9);
             __Pyx_ErrRestoreWithState(__pyx_t_7, __pyx_t_8, __pyx_t_9);
             __pyx_t_7 = 0;  __pyx_t_8 = 0;  __pyx_t_9 = 0; 
-            __PYX_ERR(0, 144, __pyx_L9_except_error)
+            __PYX_ERR(0, 145, __pyx_L9_except_error)
           }
           goto __pyx_L9_except_error;
 
-          /* "ivshmem/channel/queues.pyx":140
+          /* "ivshmem/channel/queues.pyx":141
  *         if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *             return None
  *         try:             # <<<<<<<<<<<<<<
@@ -6786,17 +6786,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
           __pyx_L12_try_end:;
         }
 
-        /* "ivshmem/channel/queues.pyx":145
+        /* "ivshmem/channel/queues.pyx":146
  *             self.undo(&taken)
  *             raise
  *         self.finish(&taken, PyBytes_AS_STRING(data))             # <<<<<<<<<<<<<<
  *         return data if self.type is None else self.type.decode(data)
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->finish(__pyx_v_self, (&__pyx_v_taken), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 145, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->finish(__pyx_v_self, (&__pyx_v_taken), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 146, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/queues.pyx":146
+        /* "ivshmem/channel/queues.pyx":147
  *             raise
  *         self.finish(&taken, PyBytes_AS_STRING(data))
  *         return data if self.type is None else self.type.decode(data)             # <<<<<<<<<<<<<<
@@ -6815,7 +6815,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
             PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_v_data};
             __pyx_t_8 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-            if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 146, __pyx_L4_error)
+            if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 147, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_8);
           }
           __pyx_t_9 = __pyx_t_8;
@@ -6838,9 +6838,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
       /* "ivshmem/channel/queues.pyx":117
  *     """
  * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
+ *     @cython.binding(False)             # <<<<<<<<<<<<<<
+ *     @cython.critical_section
  *     def get(self, timeout=None, *, spin=None):
- *         """Return a copy of the next message, which no other reader gets: at most once.
 */
       /*finally:*/ {
         __pyx_L3_return: {
@@ -6877,7 +6877,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_get(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":148
+/* "ivshmem/channel/queues.pyx":149
  *         return data if self.type is None else self.type.decode(data)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -6927,24 +6927,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 148, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 149, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 148, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 149, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 148, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 149, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 148, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 149, __pyx_L3_error)
 
-      /* "ivshmem/channel/queues.pyx":149
+      /* "ivshmem/channel/queues.pyx":150
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -6954,17 +6954,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 148, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 149, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 148, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 149, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 148, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 149, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -6977,7 +6977,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 148, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 149, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -6990,7 +6990,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_buffer, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/queues.pyx":148
+  /* "ivshmem/channel/queues.pyx":149
  *         return data if self.type is None else self.type.decode(data)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7042,17 +7042,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":160
+        /* "ivshmem/channel/queues.pyx":161
  *         cdef Py_buffer view
  *         cdef ivshmem_taken taken
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
  *         try:
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 160, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 161, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/queues.pyx":161
+        /* "ivshmem/channel/queues.pyx":162
  *         cdef ivshmem_taken taken
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -7061,21 +7061,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/queues.pyx":162
+          /* "ivshmem/channel/queues.pyx":163
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *                 return None
  *             if taken.message.length > <uint64_t>view.len:
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 162, __pyx_L7_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_ONCE, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 163, __pyx_L7_error)
           __pyx_t_3 = (__pyx_t_2 != 0);
 
 
           if (__pyx_t_3) {
 
 
-            /* "ivshmem/channel/queues.pyx":163
+            /* "ivshmem/channel/queues.pyx":164
  *         try:
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *                 return None             # <<<<<<<<<<<<<<
@@ -7093,7 +7093,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L6_return;
 
-            /* "ivshmem/channel/queues.pyx":162
+            /* "ivshmem/channel/queues.pyx":163
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):             # <<<<<<<<<<<<<<
@@ -7102,7 +7102,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
 */
           }
 
-          /* "ivshmem/channel/queues.pyx":164
+          /* "ivshmem/channel/queues.pyx":165
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *                 return None
  *             if taken.message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -7114,17 +7114,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
           if (unlikely(__pyx_t_3)) {
 
 
-            /* "ivshmem/channel/queues.pyx":165
+            /* "ivshmem/channel/queues.pyx":166
  *                 return None
  *             if taken.message.length > <uint64_t>view.len:
  *                 self.undo(&taken)             # <<<<<<<<<<<<<<
  *                 raise MessageTooLong(
  *                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 165, __pyx_L7_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.undo(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 166, __pyx_L7_error)
 
 
-            /* "ivshmem/channel/queues.pyx":166
+            /* "ivshmem/channel/queues.pyx":167
  *             if taken.message.length > <uint64_t>view.len:
  *                 self.undo(&taken)
  *                 raise MessageTooLong(             # <<<<<<<<<<<<<<
@@ -7132,19 +7132,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
  *                 )
 */
             __pyx_t_5 = NULL;
-            __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 166, __pyx_L7_error)
+            __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 167, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_6);
 
-            /* "ivshmem/channel/queues.pyx":167
+            /* "ivshmem/channel/queues.pyx":168
  *                 self.undo(&taken)
  *                 raise MessageTooLong(
  *                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"             # <<<<<<<<<<<<<<
  *                 )
  *             self.finish(&taken, <char *>view.buf)
 */
-            __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_taken.message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 167, __pyx_L7_error)
+            __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_taken.message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 168, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_7);
-            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 167, __pyx_L7_error)
+            __pyx_t_8 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 168, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_8);
             __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_a_message_of;
             __pyx_t_9[1] = __pyx_t_7;
@@ -7156,7 +7156,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
             #endif
             __pyx_t_2 = 0;
             __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 4, __pyx_t_10, __pyx_t_2);
-            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 167, __pyx_L7_error)
+            if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 168, __pyx_L7_error)
             __Pyx_GOTREF(__pyx_t_11);
             __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
@@ -7178,14 +7178,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
               __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
               __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 166, __pyx_L7_error)
+              if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 167, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_4);
             }
             __Pyx_Raise(__pyx_t_4, 0, 0, 0);
             __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-            __PYX_ERR(0, 166, __pyx_L7_error)
+            __PYX_ERR(0, 167, __pyx_L7_error)
 
-            /* "ivshmem/channel/queues.pyx":164
+            /* "ivshmem/channel/queues.pyx":165
  *             if self.claim(IVSHMEM_CLAIM_ONCE, timeout, spin, &taken):
  *                 return None
  *             if taken.message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -7194,24 +7194,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
 */
           }
 
-          /* "ivshmem/channel/queues.pyx":169
+          /* "ivshmem/channel/queues.pyx":170
  *                     f"a message of {taken.message.length} bytes, and the buffer has {view.len}"
  *                 )
  *             self.finish(&taken, <char *>view.buf)             # <<<<<<<<<<<<<<
  *             return taken.message.length
  *         finally:
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->finish(__pyx_v_self, (&__pyx_v_taken), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 169, __pyx_L7_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->finish(__pyx_v_self, (&__pyx_v_taken), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 170, __pyx_L7_error)
 
 
-          /* "ivshmem/channel/queues.pyx":170
+          /* "ivshmem/channel/queues.pyx":171
  *                 )
  *             self.finish(&taken, <char *>view.buf)
  *             return taken.message.length             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_4 = __Pyx_PyLong_From_uint32_t(__pyx_v_taken.message.length); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 170, __pyx_L7_error)
+          __pyx_t_4 = __Pyx_PyLong_From_uint32_t(__pyx_v_taken.message.length); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 171, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_4);
           {
             PyObject *__pyx_temp;
@@ -7226,7 +7226,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
           goto __pyx_L6_return;
         }
 
-        /* "ivshmem/channel/queues.pyx":172
+        /* "ivshmem/channel/queues.pyx":173
  *             return taken.message.length
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -7280,7 +7280,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
         }
       }
 
-      /* "ivshmem/channel/queues.pyx":148
+      /* "ivshmem/channel/queues.pyx":149
  *         return data if self.type is None else self.type.decode(data)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7325,7 +7325,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_2get_into(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":174
+/* "ivshmem/channel/queues.pyx":175
  *             PyBuffer_Release(&view)
  * 
  *     cdef int finish(self, const ivshmem_taken *taken, char *into) except -1:             # <<<<<<<<<<<<<<
@@ -7360,7 +7360,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("finish", 0);
 
-  /* "ivshmem/channel/queues.pyx":176
+  /* "ivshmem/channel/queues.pyx":177
  *     cdef int finish(self, const ivshmem_taken *taken, char *into) except -1:
  *         """Copy a message out, and give its memory back."""
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset             # <<<<<<<<<<<<<<
@@ -7369,7 +7369,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
 */
   __pyx_v_at = (((char const *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.channel.area.memory.start) + __pyx_v_taken->message.offset);
 
-  /* "ivshmem/channel/queues.pyx":177
+  /* "ivshmem/channel/queues.pyx":178
  *         """Copy a message out, and give its memory back."""
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
  *         if taken.message.length < LARGE:             # <<<<<<<<<<<<<<
@@ -7381,7 +7381,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":178
+    /* "ivshmem/channel/queues.pyx":179
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
  *         if taken.message.length < LARGE:
  *             ivshmem_copy_payload(into, at, taken.message.length)             # <<<<<<<<<<<<<<
@@ -7390,7 +7390,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
 */
     ivshmem_copy_payload(__pyx_v_into, __pyx_v_at, __pyx_v_taken->message.length);
 
-    /* "ivshmem/channel/queues.pyx":177
+    /* "ivshmem/channel/queues.pyx":178
  *         """Copy a message out, and give its memory back."""
  *         cdef const char *at = <const char *>self.channel.area.memory.start + taken.message.offset
  *         if taken.message.length < LARGE:             # <<<<<<<<<<<<<<
@@ -7400,7 +7400,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/queues.pyx":180
+  /* "ivshmem/channel/queues.pyx":181
  *             ivshmem_copy_payload(into, at, taken.message.length)
  *         else:
  *             self.membership.mapping.pin()             # <<<<<<<<<<<<<<
@@ -7408,10 +7408,10 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
  *                 with nogil:
 */
   /*else*/ {
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 180, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->mapping); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 181, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/queues.pyx":181
+    /* "ivshmem/channel/queues.pyx":182
  *         else:
  *             self.membership.mapping.pin()
  *             try:             # <<<<<<<<<<<<<<
@@ -7420,7 +7420,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
 */
     /*try:*/ {
 
-      /* "ivshmem/channel/queues.pyx":182
+      /* "ivshmem/channel/queues.pyx":183
  *             self.membership.mapping.pin()
  *             try:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -7433,7 +7433,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
           __Pyx_FastGIL_Remember();
           /*try:*/ {
 
-            /* "ivshmem/channel/queues.pyx":183
+            /* "ivshmem/channel/queues.pyx":184
  *             try:
  *                 with nogil:
  *                     ivshmem_copy_payload(into, at, taken.message.length)             # <<<<<<<<<<<<<<
@@ -7443,7 +7443,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
             ivshmem_copy_payload(__pyx_v_into, __pyx_v_at, __pyx_v_taken->message.length);
           }
 
-          /* "ivshmem/channel/queues.pyx":182
+          /* "ivshmem/channel/queues.pyx":183
  *             self.membership.mapping.pin()
  *             try:
  *                 with nogil:             # <<<<<<<<<<<<<<
@@ -7460,18 +7460,18 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
           }
       }
 
-      /* "ivshmem/channel/queues.pyx":184
+      /* "ivshmem/channel/queues.pyx":185
  *                 with nogil:
  *                     ivshmem_copy_payload(into, at, taken.message.length)
  *                 self.enter()             # <<<<<<<<<<<<<<
  *             finally:
  *                 self.membership.mapping.unpin()
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 184, __pyx_L5_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 185, __pyx_L5_error)
 
     }
 
-    /* "ivshmem/channel/queues.pyx":186
+    /* "ivshmem/channel/queues.pyx":187
  *                 self.enter()
  *             finally:
  *                 self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -7517,7 +7517,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/queues.pyx":187
+  /* "ivshmem/channel/queues.pyx":188
  *             finally:
  *                 self.membership.mapping.unpin()
  *         if ivshmem_queue_done(&self.reader, taken):             # <<<<<<<<<<<<<<
@@ -7529,7 +7529,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/queues.pyx":188
+    /* "ivshmem/channel/queues.pyx":189
  *                 self.membership.mapping.unpin()
  *         if ivshmem_queue_done(&self.reader, taken):
  *             raise Redelivered(             # <<<<<<<<<<<<<<
@@ -7537,17 +7537,17 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
  *                 " which is lost"
 */
     __pyx_t_12 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_13, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 188, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_13, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 189, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
 
-    /* "ivshmem/channel/queues.pyx":189
+    /* "ivshmem/channel/queues.pyx":190
  *         if ivshmem_queue_done(&self.reader, taken):
  *             raise Redelivered(
  *                 f"queue {self.name!r}: this process was taken for gone while it copied a message,"             # <<<<<<<<<<<<<<
  *                 " which is lost"
  *             )
 */
-    __pyx_t_14 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 189, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 190, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __pyx_t_15[0] = __pyx_mstate_global->__pyx_kp_u_queue;
     __pyx_t_15[1] = __pyx_t_14;
@@ -7561,7 +7561,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
     __pyx_t_3 |= __Pyx_PyUnicode_KIND_04(__pyx_t_15[1]);
     #endif
     __pyx_t_17 = __Pyx_PyUnicode_Join(__pyx_t_15, 3, __pyx_t_16, __pyx_t_3);
-    if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 189, __pyx_L1_error)
+    if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 190, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_17);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
     __pyx_t_18 = 1;
@@ -7582,14 +7582,14 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
       __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
       __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
       __Pyx_DECREF(__pyx_t_13); __pyx_t_13 = 0;
-      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 188, __pyx_L1_error)
+      if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 189, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_11);
     }
     __Pyx_Raise(__pyx_t_11, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-    __PYX_ERR(0, 188, __pyx_L1_error)
+    __PYX_ERR(0, 189, __pyx_L1_error)
 
-    /* "ivshmem/channel/queues.pyx":187
+    /* "ivshmem/channel/queues.pyx":188
  *             finally:
  *                 self.membership.mapping.unpin()
  *         if ivshmem_queue_done(&self.reader, taken):             # <<<<<<<<<<<<<<
@@ -7598,20 +7598,20 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":192
+  /* "ivshmem/channel/queues.pyx":193
  *                 " which is lost"
  *             )
  *         return self.membership.flush()             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 192, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 193, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_3;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":174
+  /* "ivshmem/channel/queues.pyx":175
  *             PyBuffer_Release(&view)
  * 
  *     cdef int finish(self, const ivshmem_taken *taken, char *into) except -1:             # <<<<<<<<<<<<<<
@@ -7635,7 +7635,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11QueueReader_finish(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":194
+/* "ivshmem/channel/queues.pyx":195
  *         return self.membership.flush()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7684,20 +7684,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 194, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 195, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 194, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 195, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 194, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take", 0) < (0)) __PYX_ERR(0, 195, __pyx_L3_error)
 
-      /* "ivshmem/channel/queues.pyx":195
+      /* "ivshmem/channel/queues.pyx":196
  * 
  *     @cython.critical_section
  *     def take(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -7710,7 +7710,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 194, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 195, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -7723,7 +7723,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 194, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 195, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7736,7 +7736,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(((struct __pyx_obj_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/queues.pyx":194
+  /* "ivshmem/channel/queues.pyx":195
  *         return self.membership.flush()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7772,21 +7772,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/queues.pyx":212
+        /* "ivshmem/channel/queues.pyx":213
  *         """
  *         cdef ivshmem_taken taken
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):             # <<<<<<<<<<<<<<
  *             return None
  *         return taken_of(Taken, self, &taken)
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 212, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_QueueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.claim(((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), IVSHMEM_CLAIM_TAKEN, __pyx_v_timeout, __pyx_v_spin, (&__pyx_v_taken)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 213, __pyx_L4_error)
         __pyx_t_3 = (__pyx_t_2 != 0);
 
 
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/queues.pyx":213
+          /* "ivshmem/channel/queues.pyx":214
  *         cdef ivshmem_taken taken
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):
  *             return None             # <<<<<<<<<<<<<<
@@ -7804,7 +7804,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/queues.pyx":212
+          /* "ivshmem/channel/queues.pyx":213
  *         """
  *         cdef ivshmem_taken taken
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):             # <<<<<<<<<<<<<<
@@ -7813,14 +7813,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
 */
         }
 
-        /* "ivshmem/channel/queues.pyx":214
+        /* "ivshmem/channel/queues.pyx":215
  *         if self.claim(IVSHMEM_CLAIM_TAKEN, timeout, spin, &taken):
  *             return None
  *         return taken_of(Taken, self, &taken)             # <<<<<<<<<<<<<<
  * 
  *     def get_async(self, timeout=None):
 */
-        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_6queues_taken_of(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 214, __pyx_L4_error)
+        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_6queues_taken_of(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, ((struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self), (&__pyx_v_taken))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 215, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         {
           PyObject *__pyx_temp;
@@ -7835,7 +7835,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/queues.pyx":194
+      /* "ivshmem/channel/queues.pyx":195
  *         return self.membership.flush()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -7874,7 +7874,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_4take(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":216
+/* "ivshmem/channel/queues.pyx":217
  *         return taken_of(Taken, self, &taken)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -7922,24 +7922,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 216, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 217, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 216, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 217, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 216, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 217, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 216, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 217, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -7950,7 +7950,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 216, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 217, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -7984,7 +7984,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_async", 0);
 
-  /* "ivshmem/channel/queues.pyx":218
+  /* "ivshmem/channel/queues.pyx":219
  *     def get_async(self, timeout=None):
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.get, timeout)             # <<<<<<<<<<<<<<
@@ -7992,12 +7992,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
  *     def get_into_async(self, buffer, timeout=None):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 218, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 219, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 218, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 219, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 218, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 219, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -8017,7 +8017,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 218, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 219, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -8031,7 +8031,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":216
+  /* "ivshmem/channel/queues.pyx":217
  *         return taken_of(Taken, self, &taken)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -8053,7 +8053,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_6get_async(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":220
+/* "ivshmem/channel/queues.pyx":221
  *         return asynchronous.until_something(self, self.get, timeout)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
@@ -8102,35 +8102,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 220, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 221, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 220, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 221, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 220, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 221, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 220, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 221, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 220, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 221, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 220, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 221, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 220, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 221, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -8141,7 +8141,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 220, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 221, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8175,7 +8175,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_asyn
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_into_async", 0);
 
-  /* "ivshmem/channel/queues.pyx":222
+  /* "ivshmem/channel/queues.pyx":223
  *     def get_into_async(self, buffer, timeout=None):
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)             # <<<<<<<<<<<<<<
@@ -8183,12 +8183,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_asyn
  *     def take_async(self, timeout=None):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 222, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 223, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 222, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 223, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 222, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 223, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -8208,7 +8208,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_asyn
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 222, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 223, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -8222,7 +8222,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_asyn
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":220
+  /* "ivshmem/channel/queues.pyx":221
  *         return asynchronous.until_something(self, self.get, timeout)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
@@ -8244,7 +8244,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_8get_into_asyn
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":224
+/* "ivshmem/channel/queues.pyx":225
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -8292,24 +8292,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 224, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 225, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 224, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 225, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take_async", 0) < (0)) __PYX_ERR(0, 224, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "take_async", 0) < (0)) __PYX_ERR(0, 225, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 224, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 225, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -8320,7 +8320,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("take_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 224, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("take_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 225, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -8354,7 +8354,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("take_async", 0);
 
-  /* "ivshmem/channel/queues.pyx":226
+  /* "ivshmem/channel/queues.pyx":227
  *     def take_async(self, timeout=None):
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.take, timeout)             # <<<<<<<<<<<<<<
@@ -8362,12 +8362,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(s
  *     def __iter__(self):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 226, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 227, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 226, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 227, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 226, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_take); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 227, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -8387,7 +8387,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(s
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 226, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 227, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -8401,7 +8401,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":224
+  /* "ivshmem/channel/queues.pyx":225
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -8423,7 +8423,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_10take_async(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":228
+/* "ivshmem/channel/queues.pyx":229
  *         return asynchronous.until_something(self, self.take, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -8451,7 +8451,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12__iter__(str
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/queues.pyx":229
+  /* "ivshmem/channel/queues.pyx":230
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -8469,7 +8469,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12__iter__(str
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":228
+  /* "ivshmem/channel/queues.pyx":229
  *         return asynchronous.until_something(self, self.take, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -8484,7 +8484,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_12__iter__(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":231
+/* "ivshmem/channel/queues.pyx":232
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -8518,7 +8518,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__next__(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/queues.pyx":232
+  /* "ivshmem/channel/queues.pyx":233
  * 
  *     def __next__(self):
  *         return self.get()             # <<<<<<<<<<<<<<
@@ -8532,7 +8532,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__next__(str
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 232, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 233, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -8546,7 +8546,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__next__(str
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":231
+  /* "ivshmem/channel/queues.pyx":232
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -8566,7 +8566,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_14__next__(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":234
+/* "ivshmem/channel/queues.pyx":235
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -8594,7 +8594,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__aiter__(st
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/queues.pyx":235
+  /* "ivshmem/channel/queues.pyx":236
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -8612,7 +8612,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__aiter__(st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":234
+  /* "ivshmem/channel/queues.pyx":235
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -8627,7 +8627,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_16__aiter__(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":237
+/* "ivshmem/channel/queues.pyx":238
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -8661,7 +8661,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__anext__(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/queues.pyx":238
+  /* "ivshmem/channel/queues.pyx":239
  * 
  *     def __anext__(self):
  *         return self.get_async()             # <<<<<<<<<<<<<<
@@ -8675,7 +8675,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__anext__(st
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 238, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 239, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -8689,7 +8689,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_18__anext__(st
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":237
+  /* "ivshmem/channel/queues.pyx":238
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -8915,7 +8915,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_11QueueReader_22__setstate_c
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":255
+/* "ivshmem/channel/queues.pyx":256
  *     """
  * 
  *     def __init__(self, *_, **__):             # <<<<<<<<<<<<<<
@@ -8971,7 +8971,7 @@ static int __pyx_pf_7ivshmem_7channel_6queues_5Taken___init__(struct __pyx_obj_7
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__init__", 0);
 
-  /* "ivshmem/channel/queues.pyx":256
+  /* "ivshmem/channel/queues.pyx":257
  * 
  *     def __init__(self, *_, **__):
  *         raise TypeError(f"a {type(self).__name__} is made by `take`")             # <<<<<<<<<<<<<<
@@ -8979,9 +8979,9 @@ static int __pyx_pf_7ivshmem_7channel_6queues_5Taken___init__(struct __pyx_obj_7
  *     def __reduce__(self):
 */
   __pyx_t_2 = NULL;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 256, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 257, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 256, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 257, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
@@ -8996,7 +8996,7 @@ static int __pyx_pf_7ivshmem_7channel_6queues_5Taken___init__(struct __pyx_obj_7
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 256, __pyx_L1_error)
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 257, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_8 = 1;
@@ -9005,14 +9005,14 @@ static int __pyx_pf_7ivshmem_7channel_6queues_5Taken___init__(struct __pyx_obj_7
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 256, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 257, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 256, __pyx_L1_error)
+  __PYX_ERR(0, 257, __pyx_L1_error)
 
-  /* "ivshmem/channel/queues.pyx":255
+  /* "ivshmem/channel/queues.pyx":256
  *     """
  * 
  *     def __init__(self, *_, **__):             # <<<<<<<<<<<<<<
@@ -9033,7 +9033,7 @@ static int __pyx_pf_7ivshmem_7channel_6queues_5Taken___init__(struct __pyx_obj_7
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":258
+/* "ivshmem/channel/queues.pyx":259
  *         raise TypeError(f"a {type(self).__name__} is made by `take`")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -9100,7 +9100,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2__reduce__(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/channel/queues.pyx":259
+  /* "ivshmem/channel/queues.pyx":260
  * 
  *     def __reduce__(self):
  *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")             # <<<<<<<<<<<<<<
@@ -9108,9 +9108,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2__reduce__(struct __
  *     @property
 */
   __pyx_t_2 = NULL;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 259, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 260, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 259, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 260, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
@@ -9125,7 +9125,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2__reduce__(struct __
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 259, __pyx_L1_error)
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 260, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_8 = 1;
@@ -9134,14 +9134,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2__reduce__(struct __
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 259, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 260, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 259, __pyx_L1_error)
+  __PYX_ERR(0, 260, __pyx_L1_error)
 
-  /* "ivshmem/channel/queues.pyx":258
+  /* "ivshmem/channel/queues.pyx":259
  *         raise TypeError(f"a {type(self).__name__} is made by `take`")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -9162,7 +9162,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_2__reduce__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":261
+/* "ivshmem/channel/queues.pyx":262
  *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9194,14 +9194,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4size___get__(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/queues.pyx":263
+  /* "ivshmem/channel/queues.pyx":264
  *     @property
  *     def size(self):
  *         return self.taken.message.length             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->taken.message.length); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 263, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->taken.message.length); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 264, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -9214,7 +9214,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4size___get__(struct 
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":261
+  /* "ivshmem/channel/queues.pyx":262
  *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9233,7 +9233,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_4size___get__(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":265
+/* "ivshmem/channel/queues.pyx":266
  *         return self.taken.message.length
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9265,14 +9265,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_11redelivered___get__
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/queues.pyx":267
+  /* "ivshmem/channel/queues.pyx":268
  *     @property
  *     def redelivered(self):
  *         return self.taken.redelivered != 0             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->taken.redelivered != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 267, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyBool_FromLong((__pyx_v_self->taken.redelivered != 0)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 268, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -9285,7 +9285,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_11redelivered___get__
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":265
+  /* "ivshmem/channel/queues.pyx":266
  *         return self.taken.message.length
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9304,7 +9304,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_11redelivered___get__
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":269
+/* "ivshmem/channel/queues.pyx":270
  *         return self.taken.redelivered != 0
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9336,14 +9336,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6writer___get__(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/queues.pyx":271
+  /* "ivshmem/channel/queues.pyx":272
  *     @property
  *     def writer(self):
  *         return self.taken.message.writer             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_self->taken.message.writer); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 271, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_self->taken.message.writer); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 272, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -9356,7 +9356,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6writer___get__(struc
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":269
+  /* "ivshmem/channel/queues.pyx":270
  *         return self.taken.redelivered != 0
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9375,7 +9375,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_6writer___get__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":273
+/* "ivshmem/channel/queues.pyx":274
  *         return self.taken.message.writer
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9407,14 +9407,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8position___get__(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/queues.pyx":275
+  /* "ivshmem/channel/queues.pyx":276
  *     @property
  *     def position(self):
  *         return self.taken.message.position             # <<<<<<<<<<<<<<
  * 
  *     cdef int check(self) except -1:
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->taken.message.position); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 275, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->taken.message.position); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 276, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -9427,7 +9427,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8position___get__(str
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":273
+  /* "ivshmem/channel/queues.pyx":274
  *         return self.taken.message.writer
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -9446,7 +9446,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_8position___get__(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":277
+/* "ivshmem/channel/queues.pyx":278
  *         return self.taken.message.position
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -9468,7 +9468,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check(struct __pyx_obj_7ivsh
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/channel/queues.pyx":278
+  /* "ivshmem/channel/queues.pyx":279
  * 
  *     cdef int check(self) except -1:
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -9480,7 +9480,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check(struct __pyx_obj_7ivsh
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/queues.pyx":279
+    /* "ivshmem/channel/queues.pyx":280
  *     cdef int check(self) except -1:
  *         if not self.live:
  *             raise ClosedError("the message was acknowledged or given back")             # <<<<<<<<<<<<<<
@@ -9488,7 +9488,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check(struct __pyx_obj_7ivsh
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 279, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 280, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -9507,14 +9507,14 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check(struct __pyx_obj_7ivsh
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 279, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 280, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 279, __pyx_L1_error)
+    __PYX_ERR(0, 280, __pyx_L1_error)
 
-    /* "ivshmem/channel/queues.pyx":278
+    /* "ivshmem/channel/queues.pyx":279
  * 
  *     cdef int check(self) except -1:
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -9523,20 +9523,20 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check(struct __pyx_obj_7ivsh
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":280
+  /* "ivshmem/channel/queues.pyx":281
  *         if not self.live:
  *             raise ClosedError("the message was acknowledged or given back")
  *         return self.reader.enter()             # <<<<<<<<<<<<<<
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):
 */
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->reader->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->reader)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 280, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_ClaimingEnd *)__pyx_v_self->reader->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->reader)); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 281, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_6;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":277
+  /* "ivshmem/channel/queues.pyx":278
  *         return self.taken.message.position
  * 
  *     cdef int check(self) except -1:             # <<<<<<<<<<<<<<
@@ -9557,7 +9557,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check(struct __pyx_obj_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":282
+/* "ivshmem/channel/queues.pyx":283
  *         return self.reader.enter()
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -9604,27 +9604,27 @@ static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_4__getbuffer__(struct __pyx
   __pyx_v_view->obj = Py_None; __Pyx_INCREF(Py_None);
   __Pyx_GIVEREF(__pyx_v_view->obj);
 
-  /* "ivshmem/channel/queues.pyx":284
+  /* "ivshmem/channel/queues.pyx":285
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         cdef char *start
  *         self.check()             # <<<<<<<<<<<<<<
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 284, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 285, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":285
+  /* "ivshmem/channel/queues.pyx":286
  *         cdef char *start
  *         self.check()
  *         self.reader.membership.mapping.pin()             # <<<<<<<<<<<<<<
  *         start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset
  *         try:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->reader->__pyx_base.__pyx_base.membership->mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 285, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->reader->__pyx_base.__pyx_base.membership->mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 286, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":286
+  /* "ivshmem/channel/queues.pyx":287
  *         self.check()
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset             # <<<<<<<<<<<<<<
@@ -9633,7 +9633,7 @@ static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_4__getbuffer__(struct __pyx
 */
   __pyx_v_start = (((char *)__pyx_v_self->reader->__pyx_base.__pyx_base.channel.area.memory.start) + __pyx_v_self->taken.message.offset);
 
-  /* "ivshmem/channel/queues.pyx":287
+  /* "ivshmem/channel/queues.pyx":288
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset
  *         try:             # <<<<<<<<<<<<<<
@@ -9649,17 +9649,17 @@ static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_4__getbuffer__(struct __pyx
     __Pyx_XGOTREF(__pyx_t_4);
     /*try:*/ {
 
-      /* "ivshmem/channel/queues.pyx":288
+      /* "ivshmem/channel/queues.pyx":289
  *         start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset
  *         try:
  *             PyBuffer_FillInfo(view, self, start, self.taken.message.length, True, flags)             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.reader.membership.mapping.unpin()
 */
-      __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_start, __pyx_v_self->taken.message.length, 1, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 288, __pyx_L3_error)
+      __pyx_t_1 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_start, __pyx_v_self->taken.message.length, 1, __pyx_v_flags); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 289, __pyx_L3_error)
 
 
-      /* "ivshmem/channel/queues.pyx":287
+      /* "ivshmem/channel/queues.pyx":288
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset
  *         try:             # <<<<<<<<<<<<<<
@@ -9673,7 +9673,7 @@ static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_4__getbuffer__(struct __pyx
     goto __pyx_L8_try_end;
     __pyx_L3_error:;
 
-    /* "ivshmem/channel/queues.pyx":289
+    /* "ivshmem/channel/queues.pyx":290
  *         try:
  *             PyBuffer_FillInfo(view, self, start, self.taken.message.length, True, flags)
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -9683,12 +9683,12 @@ static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_4__getbuffer__(struct __pyx
     __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_1) {
       __Pyx_AddTraceback("ivshmem.channel.queues.Taken.__getbuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 289, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 290, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_7);
 
-      /* "ivshmem/channel/queues.pyx":290
+      /* "ivshmem/channel/queues.pyx":291
  *             PyBuffer_FillInfo(view, self, start, self.taken.message.length, True, flags)
  *         except BaseException:
  *             self.reader.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -9697,7 +9697,7 @@ static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_4__getbuffer__(struct __pyx
 */
       ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->reader->__pyx_base.__pyx_base.membership->mapping);
 
-      /* "ivshmem/channel/queues.pyx":291
+      /* "ivshmem/channel/queues.pyx":292
  *         except BaseException:
  *             self.reader.membership.mapping.unpin()
  *             raise             # <<<<<<<<<<<<<<
@@ -9709,11 +9709,11 @@ static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_4__getbuffer__(struct __pyx
       __Pyx_XGIVEREF(__pyx_t_7);
       __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_6, __pyx_t_7);
       __pyx_t_5 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
-      __PYX_ERR(0, 291, __pyx_L5_except_error)
+      __PYX_ERR(0, 292, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/queues.pyx":287
+    /* "ivshmem/channel/queues.pyx":288
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.taken.message.offset
  *         try:             # <<<<<<<<<<<<<<
@@ -9729,7 +9729,7 @@ static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_4__getbuffer__(struct __pyx
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/queues.pyx":292
+  /* "ivshmem/channel/queues.pyx":293
  *             self.reader.membership.mapping.unpin()
  *             raise
  *         self.exports += 1             # <<<<<<<<<<<<<<
@@ -9738,7 +9738,7 @@ static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_4__getbuffer__(struct __pyx
 */
   __pyx_v_self->exports = (__pyx_v_self->exports + 1);
 
-  /* "ivshmem/channel/queues.pyx":282
+  /* "ivshmem/channel/queues.pyx":283
  *         return self.reader.enter()
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -9772,7 +9772,7 @@ static int __pyx_pf_7ivshmem_7channel_6queues_5Taken_4__getbuffer__(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":294
+/* "ivshmem/channel/queues.pyx":295
  *         self.exports += 1
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -9796,7 +9796,7 @@ CYTHON_UNUSED static void __pyx_pw_7ivshmem_7channel_6queues_5Taken_7__releasebu
 
 static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_6__releasebuffer__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view) {
 
-  /* "ivshmem/channel/queues.pyx":295
+  /* "ivshmem/channel/queues.pyx":296
  * 
  *     def __releasebuffer__(self, Py_buffer *view):
  *         self.exports -= 1             # <<<<<<<<<<<<<<
@@ -9805,7 +9805,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_6__releasebuffer__(struct 
 */
   __pyx_v_self->exports = (__pyx_v_self->exports - 1);
 
-  /* "ivshmem/channel/queues.pyx":296
+  /* "ivshmem/channel/queues.pyx":297
  *     def __releasebuffer__(self, Py_buffer *view):
  *         self.exports -= 1
  *         self.reader.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -9814,7 +9814,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_6__releasebuffer__(struct 
 */
   ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->reader->__pyx_base.__pyx_base.membership->mapping);
 
-  /* "ivshmem/channel/queues.pyx":294
+  /* "ivshmem/channel/queues.pyx":295
  *         self.exports += 1
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -9826,7 +9826,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_6__releasebuffer__(struct 
 
 }
 
-/* "ivshmem/channel/queues.pyx":298
+/* "ivshmem/channel/queues.pyx":299
  *         self.reader.membership.mapping.unpin()
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -9852,7 +9852,7 @@ static Py_ssize_t __pyx_pw_7ivshmem_7channel_6queues_5Taken_9__len__(PyObject *_
 static Py_ssize_t __pyx_pf_7ivshmem_7channel_6queues_5Taken_8__len__(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_v_self) {
   Py_ssize_t __pyx_r;
 
-  /* "ivshmem/channel/queues.pyx":299
+  /* "ivshmem/channel/queues.pyx":300
  * 
  *     def __len__(self):
  *         return self.taken.message.length             # <<<<<<<<<<<<<<
@@ -9865,7 +9865,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_6queues_5Taken_8__len__(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":298
+  /* "ivshmem/channel/queues.pyx":299
  *         self.reader.membership.mapping.unpin()
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -9879,7 +9879,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_6queues_5Taken_8__len__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":301
+/* "ivshmem/channel/queues.pyx":302
  *         return self.taken.message.length
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
@@ -9942,14 +9942,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__bytes__(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__bytes__", 0);
 
-  /* "ivshmem/channel/queues.pyx":302
+  /* "ivshmem/channel/queues.pyx":303
  * 
  *     def __bytes__(self):
  *         return memoryview(self).tobytes()             # <<<<<<<<<<<<<<
  * 
  *     def get(self):
 */
-  __pyx_t_3 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 302, __pyx_L1_error)
+  __pyx_t_3 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 303, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_2 = __pyx_t_3;
   __Pyx_INCREF(__pyx_t_2);
@@ -9959,10 +9959,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__bytes__(struct __
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_tobytes, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 302, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 303, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 302, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 303, __pyx_L1_error)
   {
     PyObject *__pyx_temp;
     {
@@ -9974,7 +9974,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__bytes__(struct __
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":301
+  /* "ivshmem/channel/queues.pyx":302
  *         return self.taken.message.length
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
@@ -9995,7 +9995,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_10__bytes__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":304
+/* "ivshmem/channel/queues.pyx":305
  *         return memoryview(self).tobytes()
  * 
  *     def get(self):             # <<<<<<<<<<<<<<
@@ -10060,7 +10060,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12get(struct __pyx_ob
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get", 0);
 
-  /* "ivshmem/channel/queues.pyx":306
+  /* "ivshmem/channel/queues.pyx":307
  *     def get(self):
  *         """Return a copy: bytes, or what the channel's type makes of them."""
  *         data = bytes(self)             # <<<<<<<<<<<<<<
@@ -10073,13 +10073,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12get(struct __pyx_ob
     PyObject *__pyx_callargs[2] = {__pyx_t_2, ((PyObject *)__pyx_v_self)};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(&PyBytes_Type), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 306, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 307, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __pyx_v_data = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/queues.pyx":307
+  /* "ivshmem/channel/queues.pyx":308
  *         """Return a copy: bytes, or what the channel's type makes of them."""
  *         data = bytes(self)
  *         return data if self.reader.type is None else self.reader.type.decode(data)             # <<<<<<<<<<<<<<
@@ -10098,7 +10098,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12get(struct __pyx_ob
       PyObject *__pyx_callargs[2] = {__pyx_t_5, __pyx_v_data};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 307, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 308, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __pyx_t_1 = __pyx_t_2;
@@ -10116,7 +10116,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12get(struct __pyx_ob
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":304
+  /* "ivshmem/channel/queues.pyx":305
  *         return memoryview(self).tobytes()
  * 
  *     def get(self):             # <<<<<<<<<<<<<<
@@ -10138,7 +10138,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_12get(struct __pyx_ob
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":309
+/* "ivshmem/channel/queues.pyx":310
  *         return data if self.reader.type is None else self.reader.type.decode(data)
  * 
  *     cdef int check_exports(self) except -1:             # <<<<<<<<<<<<<<
@@ -10162,7 +10162,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check_exports", 0);
 
-  /* "ivshmem/channel/queues.pyx":310
+  /* "ivshmem/channel/queues.pyx":311
  * 
  *     cdef int check_exports(self) except -1:
  *         if self.exports:             # <<<<<<<<<<<<<<
@@ -10174,7 +10174,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports(struct __pyx_o
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/queues.pyx":311
+    /* "ivshmem/channel/queues.pyx":312
  *     cdef int check_exports(self) except -1:
  *         if self.exports:
  *             raise BufferError(             # <<<<<<<<<<<<<<
@@ -10183,7 +10183,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports(struct __pyx_o
 */
     __pyx_t_3 = NULL;
 
-    /* "ivshmem/channel/queues.pyx":312
+    /* "ivshmem/channel/queues.pyx":313
  *         if self.exports:
  *             raise BufferError(
  *                 f"{counted(self.exports, 'memoryview')} or arrays of the message are in use:"             # <<<<<<<<<<<<<<
@@ -10191,9 +10191,9 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports(struct __pyx_o
  *             )
 */
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 312, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 313, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 312, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 313, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_8 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -10213,13 +10213,13 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports(struct __pyx_o
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 312, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 313, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 312, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 313, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_or_arrays_of_the_message_are_in); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 312, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_or_arrays_of_the_message_are_in); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 313, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_8 = 1;
@@ -10228,14 +10228,14 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports(struct __pyx_o
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 311, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 312, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 311, __pyx_L1_error)
+    __PYX_ERR(0, 312, __pyx_L1_error)
 
-    /* "ivshmem/channel/queues.pyx":310
+    /* "ivshmem/channel/queues.pyx":311
  * 
  *     cdef int check_exports(self) except -1:
  *         if self.exports:             # <<<<<<<<<<<<<<
@@ -10244,7 +10244,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":315
+  /* "ivshmem/channel/queues.pyx":316
  *                 " release them first (del)"
  *             )
  *         return 0             # <<<<<<<<<<<<<<
@@ -10257,7 +10257,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":309
+  /* "ivshmem/channel/queues.pyx":310
  *         return data if self.reader.type is None else self.reader.type.decode(data)
  * 
  *     cdef int check_exports(self) except -1:             # <<<<<<<<<<<<<<
@@ -10281,7 +10281,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":317
+/* "ivshmem/channel/queues.pyx":318
  *         return 0
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
@@ -10353,7 +10353,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("done", 0);
 
-  /* "ivshmem/channel/queues.pyx":326
+  /* "ivshmem/channel/queues.pyx":327
  *         """
  *         cdef int code
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -10365,7 +10365,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":327
+    /* "ivshmem/channel/queues.pyx":328
  *         cdef int code
  *         if not self.live:
  *             return             # <<<<<<<<<<<<<<
@@ -10382,7 +10382,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/queues.pyx":326
+    /* "ivshmem/channel/queues.pyx":327
  *         """
  *         cdef int code
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -10391,27 +10391,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":328
+  /* "ivshmem/channel/queues.pyx":329
  *         if not self.live:
  *             return
  *         self.check_exports()             # <<<<<<<<<<<<<<
  *         self.check()
  *         self.live = False
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_vtab)->check_exports(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 328, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_vtab)->check_exports(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 329, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":329
+  /* "ivshmem/channel/queues.pyx":330
  *             return
  *         self.check_exports()
  *         self.check()             # <<<<<<<<<<<<<<
  *         self.live = False
  *         code = ivshmem_queue_done(&self.reader.reader, &self.taken)
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 329, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 330, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":330
+  /* "ivshmem/channel/queues.pyx":331
  *         self.check_exports()
  *         self.check()
  *         self.live = False             # <<<<<<<<<<<<<<
@@ -10420,7 +10420,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(struct __pyx_o
 */
   __pyx_v_self->live = 0;
 
-  /* "ivshmem/channel/queues.pyx":331
+  /* "ivshmem/channel/queues.pyx":332
  *         self.check()
  *         self.live = False
  *         code = ivshmem_queue_done(&self.reader.reader, &self.taken)             # <<<<<<<<<<<<<<
@@ -10429,17 +10429,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(struct __pyx_o
 */
   __pyx_v_code = ivshmem_queue_done((&__pyx_v_self->reader->__pyx_base.reader), (&__pyx_v_self->taken));
 
-  /* "ivshmem/channel/queues.pyx":332
+  /* "ivshmem/channel/queues.pyx":333
  *         self.live = False
  *         code = ivshmem_queue_done(&self.reader.reader, &self.taken)
  *         self.reader.membership.flush()             # <<<<<<<<<<<<<<
  *         if code:
  *             raise Redelivered(
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->reader->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->reader->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 332, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->reader->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->reader->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 333, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":333
+  /* "ivshmem/channel/queues.pyx":334
  *         code = ivshmem_queue_done(&self.reader.reader, &self.taken)
  *         self.reader.membership.flush()
  *         if code:             # <<<<<<<<<<<<<<
@@ -10451,7 +10451,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(struct __pyx_o
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/queues.pyx":334
+    /* "ivshmem/channel/queues.pyx":335
  *         self.reader.membership.flush()
  *         if code:
  *             raise Redelivered(             # <<<<<<<<<<<<<<
@@ -10459,29 +10459,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(struct __pyx_o
  *                 f" {self.taken.message.position} of writer {self.taken.message.writer}: another"
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 334, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_Redelivered); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 335, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
 
-    /* "ivshmem/channel/queues.pyx":335
+    /* "ivshmem/channel/queues.pyx":336
  *         if code:
  *             raise Redelivered(
  *                 f"queue {self.reader.name!r}: this process was silent while it had message"             # <<<<<<<<<<<<<<
  *                 f" {self.taken.message.position} of writer {self.taken.message.writer}: another"
  *                 " reader has it, too"
 */
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->reader->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 335, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->reader->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 336, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
 
-    /* "ivshmem/channel/queues.pyx":336
+    /* "ivshmem/channel/queues.pyx":337
  *             raise Redelivered(
  *                 f"queue {self.reader.name!r}: this process was silent while it had message"
  *                 f" {self.taken.message.position} of writer {self.taken.message.writer}: another"             # <<<<<<<<<<<<<<
  *                 " reader has it, too"
  *             )
 */
-    __pyx_t_7 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->taken.message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 336, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->taken.message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 337, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
-    __pyx_t_8 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_self->taken.message.writer, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 336, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_self->taken.message.writer, 0, ' ', 'd'); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 337, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
     __pyx_t_9[0] = __pyx_mstate_global->__pyx_kp_u_queue;
     __pyx_t_9[1] = __pyx_t_6;
@@ -10491,7 +10491,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(struct __pyx_o
     __pyx_t_9[5] = __pyx_t_8;
     __pyx_t_9[6] = __pyx_mstate_global->__pyx_kp_u_another_reader_has_it_too;
 
-    /* "ivshmem/channel/queues.pyx":335
+    /* "ivshmem/channel/queues.pyx":336
  *         if code:
  *             raise Redelivered(
  *                 f"queue {self.reader.name!r}: this process was silent while it had message"             # <<<<<<<<<<<<<<
@@ -10507,7 +10507,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(struct __pyx_o
     __pyx_t_2 |= __Pyx_PyUnicode_KIND_04(__pyx_t_9[1]);
     #endif
     __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_9, 7, __pyx_t_10, __pyx_t_2);
-    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 335, __pyx_L1_error)
+    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 336, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -10530,14 +10530,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(struct __pyx_o
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 334, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 335, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 334, __pyx_L1_error)
+    __PYX_ERR(0, 335, __pyx_L1_error)
 
-    /* "ivshmem/channel/queues.pyx":333
+    /* "ivshmem/channel/queues.pyx":334
  *         code = ivshmem_queue_done(&self.reader.reader, &self.taken)
  *         self.reader.membership.flush()
  *         if code:             # <<<<<<<<<<<<<<
@@ -10546,7 +10546,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":317
+  /* "ivshmem/channel/queues.pyx":318
  *         return 0
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
@@ -10574,7 +10574,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_14done(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":340
+/* "ivshmem/channel/queues.pyx":341
  *             )
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
@@ -10635,7 +10635,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16give_back(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("give_back", 0);
 
-  /* "ivshmem/channel/queues.pyx":342
+  /* "ivshmem/channel/queues.pyx":343
  *     def give_back(self):
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -10647,7 +10647,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16give_back(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":343
+    /* "ivshmem/channel/queues.pyx":344
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         if not self.live:
  *             return             # <<<<<<<<<<<<<<
@@ -10664,7 +10664,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16give_back(struct __
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/queues.pyx":342
+    /* "ivshmem/channel/queues.pyx":343
  *     def give_back(self):
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -10673,17 +10673,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16give_back(struct __
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":344
+  /* "ivshmem/channel/queues.pyx":345
  *         if not self.live:
  *             return
  *         self.check_exports()             # <<<<<<<<<<<<<<
  *         self.live = False
  *         if self.reader.usable():
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_vtab)->check_exports(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 344, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_6queues_Taken *)__pyx_v_self->__pyx_vtab)->check_exports(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 345, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/queues.pyx":345
+  /* "ivshmem/channel/queues.pyx":346
  *             return
  *         self.check_exports()
  *         self.live = False             # <<<<<<<<<<<<<<
@@ -10692,7 +10692,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16give_back(struct __
 */
   __pyx_v_self->live = 0;
 
-  /* "ivshmem/channel/queues.pyx":346
+  /* "ivshmem/channel/queues.pyx":347
  *         self.check_exports()
  *         self.live = False
  *         if self.reader.usable():             # <<<<<<<<<<<<<<
@@ -10704,7 +10704,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16give_back(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":347
+    /* "ivshmem/channel/queues.pyx":348
  *         self.live = False
  *         if self.reader.usable():
  *             ivshmem_queue_return(&self.reader.reader, &self.taken)             # <<<<<<<<<<<<<<
@@ -10713,17 +10713,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16give_back(struct __
 */
     (void)(ivshmem_queue_return((&__pyx_v_self->reader->__pyx_base.reader), (&__pyx_v_self->taken)));
 
-    /* "ivshmem/channel/queues.pyx":348
+    /* "ivshmem/channel/queues.pyx":349
  *         if self.reader.usable():
  *             ivshmem_queue_return(&self.reader.reader, &self.taken)
  *             self.reader.membership.flush()             # <<<<<<<<<<<<<<
  * 
  *     def __enter__(self):
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->reader->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->reader->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 348, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->reader->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->reader->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 349, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/queues.pyx":346
+    /* "ivshmem/channel/queues.pyx":347
  *         self.check_exports()
  *         self.live = False
  *         if self.reader.usable():             # <<<<<<<<<<<<<<
@@ -10732,7 +10732,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16give_back(struct __
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":340
+  /* "ivshmem/channel/queues.pyx":341
  *             )
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
@@ -10752,7 +10752,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_16give_back(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":350
+/* "ivshmem/channel/queues.pyx":351
  *             self.reader.membership.flush()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -10808,7 +10808,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__enter__(struct __
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/queues.pyx":351
+  /* "ivshmem/channel/queues.pyx":352
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -10826,7 +10826,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__enter__(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":350
+  /* "ivshmem/channel/queues.pyx":351
  *             self.reader.membership.flush()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -10841,7 +10841,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_18__enter__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":353
+/* "ivshmem/channel/queues.pyx":354
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -10896,33 +10896,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 353, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 354, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 353, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 354, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 1) ? kwd_pos_args : 1;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 353, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 354, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 353, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 354, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 353, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 354, __pyx_L3_error)
     }
     __pyx_v_kind = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 353, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 354, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10957,7 +10957,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_20__exit__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/queues.pyx":354
+  /* "ivshmem/channel/queues.pyx":355
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -10968,7 +10968,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_20__exit__(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":355
+    /* "ivshmem/channel/queues.pyx":356
  *     def __exit__(self, kind, *error):
  *         if kind is None:
  *             self.done()             # <<<<<<<<<<<<<<
@@ -10982,12 +10982,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_20__exit__(struct __p
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_done, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 355, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 356, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/queues.pyx":354
+    /* "ivshmem/channel/queues.pyx":355
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -10997,7 +10997,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_20__exit__(struct __p
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/queues.pyx":356
+  /* "ivshmem/channel/queues.pyx":357
  *         if kind is None:
  *             self.done()
  *         elif self.exports == 0:             # <<<<<<<<<<<<<<
@@ -11009,7 +11009,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_20__exit__(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":357
+    /* "ivshmem/channel/queues.pyx":358
  *             self.done()
  *         elif self.exports == 0:
  *             self.give_back()             # <<<<<<<<<<<<<<
@@ -11023,12 +11023,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_20__exit__(struct __p
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_give_back, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 357, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 358, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/queues.pyx":356
+    /* "ivshmem/channel/queues.pyx":357
  *         if kind is None:
  *             self.done()
  *         elif self.exports == 0:             # <<<<<<<<<<<<<<
@@ -11038,7 +11038,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_20__exit__(struct __p
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/queues.pyx":353
+  /* "ivshmem/channel/queues.pyx":354
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -11060,7 +11060,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_20__exit__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":359
+/* "ivshmem/channel/queues.pyx":360
  *             self.give_back()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -11093,7 +11093,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_22__del__(struct __pyx_obj
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__del__", 0);
 
-  /* "ivshmem/channel/queues.pyx":360
+  /* "ivshmem/channel/queues.pyx":361
  * 
  *     def __del__(self):
  *         if self.live and self.exports == 0:             # <<<<<<<<<<<<<<
@@ -11115,7 +11115,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_22__del__(struct __pyx_obj
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/queues.pyx":361
+    /* "ivshmem/channel/queues.pyx":362
  *     def __del__(self):
  *         if self.live and self.exports == 0:
  *             self.give_back()             # <<<<<<<<<<<<<<
@@ -11129,12 +11129,12 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_22__del__(struct __pyx_obj
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_give_back, __pyx_callargs+__pyx_t_5, (1-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 361, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 362, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/queues.pyx":360
+    /* "ivshmem/channel/queues.pyx":361
  * 
  *     def __del__(self):
  *         if self.live and self.exports == 0:             # <<<<<<<<<<<<<<
@@ -11143,7 +11143,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_22__del__(struct __pyx_obj
 */
   }
 
-  /* "ivshmem/channel/queues.pyx":359
+  /* "ivshmem/channel/queues.pyx":360
  *             self.give_back()
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -11162,7 +11162,7 @@ static void __pyx_pf_7ivshmem_7channel_6queues_5Taken_22__del__(struct __pyx_obj
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/channel/queues.pyx":363
+/* "ivshmem/channel/queues.pyx":364
  *             self.give_back()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11201,7 +11201,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_24__repr__(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/queues.pyx":364
+  /* "ivshmem/channel/queues.pyx":365
  * 
  *     def __repr__(self):
  *         state = "" if self.live else ", done"             # <<<<<<<<<<<<<<
@@ -11218,24 +11218,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_24__repr__(struct __p
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/queues.pyx":365
+  /* "ivshmem/channel/queues.pyx":366
  *     def __repr__(self):
  *         state = "" if self.live else ", done"
  *         return f"<ivshmem.channel.{type(self).__name__} of {self.size} bytes{state}>"             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 365, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 366, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 365, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 366, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_size); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 365, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_size); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 366, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 365, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 366, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 365, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 366, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel;
   __pyx_t_4[1] = __pyx_t_2;
@@ -11253,7 +11253,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_24__repr__(struct __p
   __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_4[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_4[5]);
   #endif
   __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_4, 7, __pyx_t_5, __pyx_t_6);
-  if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 365, __pyx_L1_error)
+  if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 366, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
@@ -11269,7 +11269,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_24__repr__(struct __p
   __pyx_t_7 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":363
+  /* "ivshmem/channel/queues.pyx":364
  *             self.give_back()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -11292,7 +11292,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_6queues_5Taken_24__repr__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/queues.pyx":368
+/* "ivshmem/channel/queues.pyx":369
  * 
  * 
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):             # <<<<<<<<<<<<<<
@@ -11310,7 +11310,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("taken_of", 0);
 
-  /* "ivshmem/channel/queues.pyx":369
+  /* "ivshmem/channel/queues.pyx":370
  * 
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):
  *     cdef Taken made = kind.__new__(kind)             # <<<<<<<<<<<<<<
@@ -11319,15 +11319,15 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
 */
   if (unlikely(((PyObject *)__pyx_v_kind) == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "object.__new__(X): X is not a type object (NoneType)");
-    __PYX_ERR(0, 369, __pyx_L1_error)
+    __PYX_ERR(0, 370, __pyx_L1_error)
   }
-  __pyx_t_1 = __Pyx_tp_new(((PyObject *)__pyx_v_kind), __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 369, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_tp_new(((PyObject *)__pyx_v_kind), __pyx_mstate_global->__pyx_empty_tuple); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 370, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  if (!(likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken)))) __PYX_ERR(0, 369, __pyx_L1_error)
+  if (!(likely(__Pyx_TypeTest(__pyx_t_1, __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken)))) __PYX_ERR(0, 370, __pyx_L1_error)
   __pyx_v_made = ((struct __pyx_obj_7ivshmem_7channel_6queues_Taken *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/queues.pyx":370
+  /* "ivshmem/channel/queues.pyx":371
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):
  *     cdef Taken made = kind.__new__(kind)
  *     made.reader = reader             # <<<<<<<<<<<<<<
@@ -11339,7 +11339,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
   __Pyx_GOTREF((PyObject *)__pyx_v_made->reader);
   __Pyx_DECREF_SET(__pyx_v_made->reader, __pyx_v_reader);
 
-  /* "ivshmem/channel/queues.pyx":371
+  /* "ivshmem/channel/queues.pyx":372
  *     cdef Taken made = kind.__new__(kind)
  *     made.reader = reader
  *     made.taken = taken[0]             # <<<<<<<<<<<<<<
@@ -11348,7 +11348,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
 */
   __pyx_v_made->taken = (__pyx_v_taken[0]);
 
-  /* "ivshmem/channel/queues.pyx":372
+  /* "ivshmem/channel/queues.pyx":373
  *     made.reader = reader
  *     made.taken = taken[0]
  *     made.live = True             # <<<<<<<<<<<<<<
@@ -11356,7 +11356,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
 */
   __pyx_v_made->live = 1;
 
-  /* "ivshmem/channel/queues.pyx":373
+  /* "ivshmem/channel/queues.pyx":374
  *     made.taken = taken[0]
  *     made.live = True
  *     return made             # <<<<<<<<<<<<<<
@@ -11372,7 +11372,7 @@ static struct __pyx_obj_7ivshmem_7channel_6queues_Taken *__pyx_f_7ivshmem_7chann
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/queues.pyx":368
+  /* "ivshmem/channel/queues.pyx":369
  * 
  * 
  * cdef Taken taken_of(type kind, ClaimingEnd reader, const ivshmem_taken *taken):             # <<<<<<<<<<<<<<
@@ -12137,7 +12137,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_Taken(__pyx
   __pyx_vtable_7ivshmem_7channel_6queues_Taken.check = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *))__pyx_f_7ivshmem_7channel_6queues_5Taken_check;
   __pyx_vtable_7ivshmem_7channel_6queues_Taken.check_exports = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_Taken *))__pyx_f_7ivshmem_7channel_6queues_5Taken_check_exports;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_6queues_Taken_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken)) __PYX_ERR(0, 241, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_6queues_Taken_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken)) __PYX_ERR(0, 242, __pyx_L1_error)
   #if !CYTHON_COMPILING_IN_LIMITED_API
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken->tp_as_buffer = &__pyx_tp_as_buffer_Taken;
   #elif defined(Py_bf_getbuffer) && defined(Py_bf_releasebuffer)
@@ -12153,7 +12153,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_Taken(__pyx
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 241, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 242, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken);
@@ -12163,8 +12163,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_Taken(__pyx
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_vtabptr_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 241, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Taken, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 241, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_vtabptr_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 242, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Taken, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_6queues_Taken) < (0)) __PYX_ERR(0, 242, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -12806,33 +12806,33 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/queues.pyx":117
- *     """
+  /* "ivshmem/channel/queues.pyx":149
+ *         return data if self.type is None else self.type.decode(data)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def get(self, timeout=None, *, spin=None):
- *         """Return a copy of the next message, which no other reader gets: at most once.
+ *     def get_into(self, buffer, timeout=None, *, spin=None):
+ *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 117, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 149, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/queues.pyx":118
+  /* "ivshmem/channel/queues.pyx":150
  * 
  *     @cython.critical_section
- *     def get(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
- *         """Return a copy of the next message, which no other reader gets: at most once.
+ *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
+ *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 117, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 149, __pyx_L1_error)
 
-  /* "ivshmem/channel/queues.pyx":117
- *     """
+  /* "ivshmem/channel/queues.pyx":149
+ *         return data if self.type is None else self.type.decode(data)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def get(self, timeout=None, *, spin=None):
- *         """Return a copy of the next message, which no other reader gets: at most once.
+ *     def get_into(self, buffer, timeout=None, *, spin=None):
+ *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_1get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 117, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 149, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -12840,36 +12840,36 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_4) < (0)) __PYX_ERR(0, 117, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_4) < (0)) __PYX_ERR(0, 149, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/queues.pyx":148
- *         return data if self.type is None else self.type.decode(data)
+  /* "ivshmem/channel/queues.pyx":195
+ *         return self.membership.flush()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def get_into(self, buffer, timeout=None, *, spin=None):
- *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
+ *     def take(self, timeout=None, *, spin=None):
+ *         """Take the next message, and acknowledge it later: at least once.
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 148, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 195, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
 
-  /* "ivshmem/channel/queues.pyx":149
+  /* "ivshmem/channel/queues.pyx":196
  * 
  *     @cython.critical_section
- *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
- *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
+ *     def take(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
+ *         """Take the next message, and acknowledge it later: at least once.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 148, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 195, __pyx_L1_error)
 
-  /* "ivshmem/channel/queues.pyx":148
- *         return data if self.type is None else self.type.decode(data)
+  /* "ivshmem/channel/queues.pyx":195
+ *         return self.membership.flush()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def get_into(self, buffer, timeout=None, *, spin=None):
- *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
+ *     def take(self, timeout=None, *, spin=None):
+ *         """Take the next message, and acknowledge it later: at least once.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 148, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_5take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 195, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -12877,106 +12877,69 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_2) < (0)) __PYX_ERR(0, 148, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_2) < (0)) __PYX_ERR(0, 195, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/queues.pyx":194
- *         return self.membership.flush()
- * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def take(self, timeout=None, *, spin=None):
- *         """Take the next message, and acknowledge it later: at least once.
-*/
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 194, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-
-  /* "ivshmem/channel/queues.pyx":195
- * 
- *     @cython.critical_section
- *     def take(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
- *         """Take the next message, and acknowledge it later: at least once.
- * 
-*/
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 194, __pyx_L1_error)
-
-  /* "ivshmem/channel/queues.pyx":194
- *         return self.membership.flush()
- * 
- *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def take(self, timeout=None, *, spin=None):
- *         """Take the next message, and acknowledge it later: at least once.
-*/
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_5take, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 194, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
-  #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take, __pyx_t_4) < (0)) __PYX_ERR(0, 194, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-
-  /* "ivshmem/channel/queues.pyx":216
+  /* "ivshmem/channel/queues.pyx":217
  *         return taken_of(Taken, self, &taken)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.get, timeout)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_7get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 216, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_7get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 217, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_4) < (0)) __PYX_ERR(0, 216, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_2) < (0)) __PYX_ERR(0, 217, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/queues.pyx":220
+  /* "ivshmem/channel/queues.pyx":221
  *         return asynchronous.until_something(self, self.get, timeout)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_9get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 220, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_9get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 221, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_4) < (0)) __PYX_ERR(0, 220, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_2) < (0)) __PYX_ERR(0, 221, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/queues.pyx":224
+  /* "ivshmem/channel/queues.pyx":225
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
  * 
  *     def take_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `take` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.take, timeout)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_11take_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 224, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_11take_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader_take_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 225, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[0]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take_async, __pyx_t_4) < (0)) __PYX_ERR(0, 224, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[0]);
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_QueueReader, __pyx_mstate_global->__pyx_n_u_take_async, __pyx_t_2) < (0)) __PYX_ERR(0, 225, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
  * def __reduce_cython__(self):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
  * def __setstate_cython__(self, __pyx_state):
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_21__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_21__reduce_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader___reduce_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_reduce_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 1, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":3
  * def __reduce_cython__(self):
@@ -12984,128 +12947,128 @@ __Pyx_RefNannySetupContext("PyInit_queues", 0);
  * def __setstate_cython__(self, __pyx_state):             # <<<<<<<<<<<<<<
  *     raise TypeError, "self.held,self.reader cannot be converted to a Python object for pickling"
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_23__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_4)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_11QueueReader_23__setstate_cython__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_QueueReader___setstate_cython, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/queues.pyx":258
+  /* "ivshmem/channel/queues.pyx":259
  *         raise TypeError(f"a {type(self).__name__} is made by `take`")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 258, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[9])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 259, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_4) < (0)) __PYX_ERR(0, 258, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 259, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/queues.pyx":301
+  /* "ivshmem/channel/queues.pyx":302
  *         return self.taken.message.length
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
  *         return memoryview(self).tobytes()
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_11__bytes__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___bytes, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 301, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_11__bytes__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___bytes, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[10])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 302, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_bytes_2, __pyx_t_4) < (0)) __PYX_ERR(0, 301, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_bytes_2, __pyx_t_2) < (0)) __PYX_ERR(0, 302, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/queues.pyx":304
+  /* "ivshmem/channel/queues.pyx":305
  *         return memoryview(self).tobytes()
  * 
  *     def get(self):             # <<<<<<<<<<<<<<
  *         """Return a copy: bytes, or what the channel's type makes of them."""
  *         data = bytes(self)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_13get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 304, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_13get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 305, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_4) < (0)) __PYX_ERR(0, 304, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_2) < (0)) __PYX_ERR(0, 305, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/queues.pyx":317
+  /* "ivshmem/channel/queues.pyx":318
  *         return 0
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
  *         """Acknowledge it: no other reader gets it. May be called twice.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_15done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 317, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_15done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_done, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 318, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_4) < (0)) __PYX_ERR(0, 317, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_2) < (0)) __PYX_ERR(0, 318, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/queues.pyx":340
+  /* "ivshmem/channel/queues.pyx":341
  *             )
  * 
  *     def give_back(self):             # <<<<<<<<<<<<<<
  *         """Give it to another reader, marked `redelivered`. May be called twice."""
  *         if not self.live:
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_17give_back, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_give_back, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 340, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_17give_back, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken_give_back, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 341, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_give_back, __pyx_t_4) < (0)) __PYX_ERR(0, 340, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_give_back, __pyx_t_2) < (0)) __PYX_ERR(0, 341, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/queues.pyx":350
+  /* "ivshmem/channel/queues.pyx":351
  *             self.reader.membership.flush()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_19__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 350, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_19__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 351, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_4) < (0)) __PYX_ERR(0, 350, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 351, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/queues.pyx":353
+  /* "ivshmem/channel/queues.pyx":354
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
  *         if kind is None:
  *             self.done()
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_21__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 353, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_6queues_5Taken_21__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Taken___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_queues, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 354, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
+  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_4) < (0)) __PYX_ERR(0, 353, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_6queues_Taken, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 354, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/queues.pyx":1
  * # cython: language_level=3, binding=True, freethreading_compatible=True             # <<<<<<<<<<<<<<
  * # cython: embedsignature=True, embedsignature.format=clinic
  * """Internal: the reading end of a queue: each message goes to one reader.
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 1, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_test, __pyx_t_4) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 1, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_2);
+  if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_test, __pyx_t_2) < (0)) __PYX_ERR(0, 1, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /*--- Wrapped vars code ---*/
 
@@ -13164,16 +13127,16 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_InitCachedConstants", 0);
 
-  /* "ivshmem/channel/queues.pyx":117
- *     """
+  /* "ivshmem/channel/queues.pyx":149
+ *         return data if self.type is None else self.type.decode(data)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
- *     def get(self, timeout=None, *, spin=None):
- *         """Return a copy of the next message, which no other reader gets: at most once.
+ *     def get_into(self, buffer, timeout=None, *, spin=None):
+ *         """Copy the next message into `buffer`, at most once; otherwise as `get`.
 */
   {
     PyObject* __pyx_temp[1] = {Py_None};
-    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 117, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[0] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[0])) __PYX_ERR(0, 149, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[0]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[0]);
@@ -13214,38 +13177,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 7; } str_length_index[] = {{0},{6},{27},{28},{18},{4},{11},{62},{15},{6},{1},{28},{47},{74},{17},{1},{1},{4},{2},{13},{7},{6},{2},{9},{16},{14},{12},{26},{6},{73},{42},{0},{11},{29},{31},{11},{14},{11},{29},{31},{15},{21},{20},{26},{16},{22},{11},{5},{15},{15},{14},{16},{10},{9},{15},{20},{12},{9},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{12},{18},{6},{18},{4},{7},{4},{6},{4},{5},{6},{3},{9},{8},{14},{9},{5},{22},{4},{10},{3},{4},{10},{4},{4},{4},{10},{5},{4},{7},{7},{15},{6},{4}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{163},{9},{34},{21},{7},{15},{111},{49},{141},{69},{38},{117},{23},{23},{25}};
+    const struct { const unsigned int length: 7; } str_length_index[] = {{0},{6},{27},{28},{18},{4},{11},{62},{15},{6},{1},{28},{47},{74},{17},{1},{1},{4},{2},{13},{7},{6},{2},{9},{16},{14},{12},{26},{6},{73},{42},{0},{11},{29},{31},{11},{14},{11},{29},{31},{21},{20},{26},{16},{22},{11},{5},{15},{15},{14},{16},{10},{9},{15},{20},{12},{9},{9},{8},{8},{12},{8},{10},{8},{12},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{12},{18},{6},{18},{4},{7},{4},{6},{4},{5},{6},{3},{9},{8},{14},{9},{5},{22},{4},{10},{3},{4},{10},{4},{4},{4},{10},{5},{4},{7},{7},{15},{6},{4}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{163},{9},{34},{21},{7},{15},{49},{141},{69},{38},{117},{23},{23},{25}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1281 bytes) */
-static const char cstring[] = "x\332\225T;s\333F\0206\307\264-;rD\331\036\277\213c\374\210\036\014=\234\221\344D\316$\303\304R<\236\3041=t4Js>\001\007\360,\020G\342\016|8)\\\262D\211\022%J\224(U\252D\311\322?A?!{\000H\321\224\233p\206\270\335\275\333\373\276}\035:\030J*P\372\255 b\353H\266(:p\r\203:\250E\004B\032\261m.\321\001E\032\3570\252#\356\240\016\323\016-\020\231@m\242\303\371!z\047\311!}\207\270\201\324\277\3570\t\027\250\263\304q\310P(\243\272\271M\205 &\005+E\314F\256\240\333\310\241\026%\202\252\37562\230#$Z\321\251\265\272\"\035J\221\341\020\263Mm\271ZA:\267iu\033Xr8\352\200\037`g,\231\254 \311\3716\334\001\234:\016\327\000\007\365aG0\013\234Q\277\005+\034\203\323\372\224\304\027\216\253(ld\000o\023\300N\335\362\330\311\304\267\242\266\264\226\312\200\305\205\374\221\365D\253M\333U\255\005\351\242V\365\247\237_\201?9uP\t\320\231 \007\026\245\266\372\232\032\023\231\244\317;Ot\3528\334\021\023M\322\201\314\345\047\371\311\047]\227\272TT;\303A*!A-\243\332\242\226^I\245<C\263%\264{\324\221\020\211\344\300\355\365P\266\270\215\370\301{\252\3114\352\264\262\3146gk\245\362B\264C\233\367\201\253\231u\200\311z\220\247\0030\377j\021\326\006\217\035[\237\021\253\030;Tw5\212\265\024\003\343\3177\005\225B\0229\273\315\005\325wT\304\177d\270M\316\177\347\266\331P\201\275I\003\231\021\317\336\377\371\346\231\373g\267M*\347TL\304\320\326\346\215\314\226\374K\266\263\247U\333\314\353\331\2517\024Z\031\222\005l\233\252\267\322\017\020L\047\016\343\211\n=J\235\031u\300\344\251\226G\232\353j\n2\t\370\344\002\000`U\014\214_\017\007\360\177\3164\211_A\303\274\241\006\306i\371U2\360\024w\2128\301\302\330pmM\255\346$u\360k\023f\247+\327]+\265\330\244\235\256\320rX#\0356\221s\027%\366\244\352j\265\321u\2115q\230\004q\246pS\003\035(\005*7\005\0213T\316T\024c\210D1g\002k\334\341\256d0q*\347-\207\333\334\025\251\314xu\272)\262wM\203\006\247PH,\035\242Q\2256\215\353T\343.dD\327\211$J\321\251\312s:\201\331\030BZ\246\2152i\204\317\033bZ\005x\373\332b~\250\263Q=d\266\016V\356\014{\214\366;\274\243\346\024B\323\251A""\\K\n\366\201\212\016\\\te=\355\241\364QR\343/Y\233B(\222\247U\004\276\314\302\202\267)<c\266\331#\026\000\250k\205t\\\230\347\254\0320\334\370iN\006?\315\331\340\255\214N\326Rhm\345\365\2609\354\320?\263\207`\255\202\376\307\0253\203=\34399\236=\250\360\356\300\253\276\266z.U17>\026\306\305+\243u\257\361\261>^\370j\264\351\235\367j\343\305\222w\301k\214\257.{w\374\007~C\351W\374\262:\361\365\210y]\277\350\327\375f\260\034<\n\272\312\2704\312\227\017\376\262\377\310\037\244\326\273+a\341d\345\334\345\305\321\306\250\3475\222\233k\341j\264\025/\307\345\361\342u\300X\270\014kr\275\022\326\303\277\242\315x\341\2500^*\345\310\036\361\272\343\305\253\343\205\305\321o^\315\253{{\311\375\357\302FH\024\310\300\223\376Vp=x\031\352\321\243\250\037\223X\301\335[\r\227O\276\231\201[\017\177\210v\343r\\\313\341\224c\327\277\344\367\202F@\300\341\333\315\250qr\363\334\345{~\331\377>\250\005\273a9\345\2644\222\336\226\277\234\334\255\206,\352\305\215\230\214K\267\024\235\245\221\353\275\360_\004\277\004\357\243bT\037\227nx;\020o\331\257\215K7=;\250\217o<\200{v\302\333I\255\2314\337&o\367\223\375\277?AD\227\000\270\340\337\n\026\302bXWt6\375\205\240\360i\361>\244\261\341\003\231O\220\371\r\300\255\345A\277\362\313jy\341\2455\331\030\365=SU\001\005\005H\372\303\300\014\367#\022\3118-\324%\357\237\340qXP\227(\206u\250[\236\244\247`?\037nG\315\370\326\321\205\243\275\343\3721\024\371\344Z\226\2433`\273\336)\346R\262T\006\244r\260\021\364!\013\335\270\030\327\263b<\363\215 %\005\336\327\274u`U\272\r\261\335\360\367\300\\\202D{\317\375\213~+y\374,\256\305\317\217.\036\265\216IR\004\342\212\335\277\311\275\365\260\026\356F\017##\256\047E\300\2303\233q#)B\245\347\314\207Gw\216\313\377\001\367*\214%";
-    PyObject *data = __Pyx_DecompressString(cstring, 1281, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1209 bytes) */
+static const char cstring[] = "x\332\225T\275S\033G\024\207\261l\300\301\001\034\006\354\220b\025\177\204\257\310\303\014\230\004g\222Q\002\204\"!\210\221\307C\232\365\352\356\335i\315\351V\334\356\351\303I\341R\345\225W^y\245J\225\224\224*U\362\047\360\047\344\355\235$\004\270\211ft\373\366\355\373\370\275\337{\273\244\324T I\362]\047\3145\211*\003)\371\226\005\036)3I\210\301\\W(R\002b\210*\007\223\010\217T\271q\352\240\310%\2510\023\355\233\344\275b\247\360\236\010\213\350\177\335\343\n\003h[\346y\254)\265RG\256\200\224\314\006\324\002\341.\361%\354\020\017\034`\022\364y\205X\334\223\212,\233\340\254,+\017\200X\036\263+\340\252\225ub\n\027r;\210R\240\251\207~\230;E\311\325:QB\354`\014\304T\365\204\201yH\035O$w\320\231\324\313\270\242\031Z\233C\020\2371\327U\270\304B\3346&\273v\353\327\316\006\276\353\372\310(k\006\034!\325O\274&\313\025\250\344\2142\322\005N\356\347_\016\321\237];h\002L.Y\311\001p\365\3276\270L%\363\266\363`\017\236\047<9\330)h\250\276\374\252o\371\352\314\007\037d\256\332l$\022\221\340X\27128\346z\"\365\031\032m\241[\003Oa%J \266\243\246*\013\227\210\322\0070TRu\322Y\356\332\243\275\322\2740\343\324\025u\304j\247\023`\363\032\362TB\365o\016\343\025\364\330s\315\0211G\251\007\246o\0005\222\034\224\336<\224\240\244bj\364XH0\367t\305\177\246y\213B\374!\\\273\240\013;N\n\031\021\357\306\277yx\047\376\350\261\r\2122\331t\215\333J\356*\3619\335]k=\047\267\367\251\3251\340\354\";\010\257\250\207)\371 \242\344\212Q:\330\342P\2027\262mpu\275\353\227\326\337\353\261O%\304\323\0270\001\325\354Sz\324l\340\177\227\033\212\036\342\204\034\203Ei\322o]=\035\346\035f\034\344\242\324\362]C\257\366\200+\374U\030w\223U\230\276\223h\\VIV\2341j\260*\037\310}\027-\326\224\036c}p\3463g\3400(\342N\247\206\nh\350\r\266j\230D\216@\271\323BJ\261\022\215\234Kj\010O\370\212\343\025\323\234\227=\341\n_&2\027\271\341\241L\0372\003\047\032\260\221Ty\314\000M\233!L0\204\217\214\230&SLoL\320<\047W.\275wH\313pP\006\203ps \206]\300\307\256\"o\337\342\364n\236r\327D\255\360\2325\016\365\252\250\352\213\211\245""\231`1\337Q\222\177\004Y\305\220\330\326\353\031J^!}\337\025\257\000\226\242D\322E\304\313\035*E\005\360\335r\355\032s0\201\016+\225\347\343\005N\273\201\267\231n\367\301\320\355>\032\372:\205\223\216\024Y]>j\026\233U\370+\275\371\253\353\344\177\204\030\271\311#\236\003\363\364\005\305\207\006\237\361\325\225\261dK\205\365i\274\227y\330Z\013\n\237\362\275\311/Z[\301\275`\2437=\033\334\017\n\275Gs\301\323\360YX\320\373\207aV[|\331\342\301Y\230\t\363a1\232\213^DgZ9\323\352/\037\303\271\360E\330H\264K+\361\334\325\267cS\323\255\315V-(t\027\326\342\037\333\373\235l\007\303\177\2059\320\274\201\241&\302ZT\210\030:|\267\325.\\-\214M-\205\331\360\207h#\332\217\263\275\311\251\336\364LK\005\257\303\271\356\327\271\230\267k\235B\207\365f\027\2033}\340\007\007\341A\364k\364\241\235i\347{\263\363\301\036\002\310\206\033\275\331\205\300\215\362\275\371g\030g/~\322\335(v\213o\273oO\272\047\177_b1\023\230x<\\\214&\343L\234\327p\266\302\311h\374r\372\033\254\253\020\"\230K\244b\023\363\"\326G\275\311\351\326a\230\325\313A\220\220\264\331\252\007\266\246\205D\343\310\302\363\310\216O\332\254\255:\ts\023\301?\321\313x\\\007\321\010\363HdR\253\n\267Q\177/\336i\027;\213\347\367\317\337]\344/\220\365\253\307)Gw\222\355\007\3279g\2723Y\314\224\2156\243:\262p\326\311t\362\372\360\367\340MhE\t(\364~\034\254!\252\331\047X\333|\370\016\325\263Ht\260\033>\010\313\335\227o:\033\235\335\363\007\347\345\013\326\315 p\215\356\337\356\322Z\274\021\357\267\237\267\255N\276\233\301\034\267\324v\247\320\315|\037\027n\251O\317\237^d\377\003\034\200Z{";
+    PyObject *data = __Pyx_DecompressString(cstring, 1209, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1631 bytes) */
-static const char cstring[] = "\277 bytes\000\003,\377 and the\377 buffer \377has  can\377not be c\377opied or\277 pickl\010\000i\337s mad-\000y \377`take` o{f \000\001writ>\000~(\001arrays\025\001\376V\001message\377 are in \377use: rel\357easev\001m f\377irst (de\377l)(tree \377fragment\377), done.\025:\243\000o\242\000r5\000y\000\240\003\377it, too:\274\273\000\221\000proce\000 \335w\275\000sil:\000 w\335h\005\000 it\321\000d \270}\005\034\020\302\001n f\341\000g\250j\000-\007\365\004a4\005,N\001c\373h \377\000lost<\377ivshmem.\373ch\254 el.>?\315N\252\000a (\006\226!di\177sableen\002\001/gcis\004\003d-\rE\005\277errorsS\005t\327ext`\004/`\004/q\377ueues.py\375x\005\002 self.\337held,\005\002re|\235\"\267Invert\303@\373to\231\000Pytho\377n object\234\361\002\325Bing\240I\303!a_cknow\361@g\374C\177given b\024\000\337Claim/\000En\375d\000\010.__red\337uce_c_\002__\376\017\013setstat\276\023\tosedE\356\001M\376\236cTooLong\005Q\337\001R\304\002\000\010N\017\017\013O\016\3560\tget\000\014_as\367ync\005\rinto\300\000\021\034\017\371\204\001\222\t\211\205\001N\003Re\347del\252 \213 Takcen\000\002\233 \363\205\002__\007\005\337enter\004\010xi\001t\023\007\303$&\004\202\205\001@\003\305\000\002\004\372\213@_\211A__Pyx~\001\000Dict_N\256`\237Ref__\275\206\002\351!_\033__q\004__k\004\006\000g\002\277__func\036\000_yg\223E+\000main\020\001\277module\032\001n\363am\003\002\360`_cap\321i.\001\010\001\310C_\023\001vt<\342\204\001G\001qual)\005\275\005L\210n\241fex{\001\227`_]\005\371s\200\010\241n__tes\376\243 _is_cor\277outine\303Bh\277ronous\317Biko.\024\006s\322\210\003cl&\000}_\326\000trace\300\204\001\177codecou\201@\337ddata\t\001de\000\352\207\001\375\205\002\201\206\003\262`\265`\243c\005\001\231a\370\000\005\017\004\376%items\374\202\207\r\245\206\003kindme\377moryview\367pop\256\206\001setd\377efaultsi\357zesp\365`akex\272g\220\210\002\373\206\001time\345\000\363to\261\212\002\255\000il_s\377omething\277valuesS\001s\177truct _\211B\337obj_7\230\210\004_7\346\231\210\004_6\264\207\003\372c *(\177Py""TypeO\203\207\003\047*, \030(\366\206\010 0\007j\005\376\313\211\003const *\373)\000\333\211\002_of\200\001\377\330\004\n\210+\220Q\200\377A\330\010\013\2105\220\003\377\2201\330\014\020\220\005\220\377Q\330\r\021\220\031\230#\273\230Q\014\001\n\230!\036\001\016\377\210i\220q\230\004\230A\377\230T\240\021\240%\240q\3663\001\017\210\000\004z\230\021\230\367%\230x\021\002\032(\250\001\377\360(\000\t\014\2104\210\377v\220Q\320\026*\250)\377\2606\270\021\270!\330\014\355\023a\000\010\t\005\000\320\023,\377\250A\250V\2605\270\010\337\300\001\330\017\020s\004\220a\377\220q\330\014\r\330\010\014\377\210G\2201\220A\220W\377\320\034-\250Q\250a\330\377\010\017\210x\220t\2306\377\240\023\240J\250d\260%\337\260w\270a\270\201\001\033)\357\250\021\360\"d\010+\2509?\260F\270!\2701h\0045\001\377q\230\007\230v\240Q\240\375a\352\000\0475\260Q\360\026\377\000\t\033\230!\2308\240\2771\240F\250!\330\220\001\017\377\210t\2206\230\021\320\032\377.\250i\260v\270Q\270\357a\330\020\027\213\001\017\210u\377\220H\230H\240B\240j\377\260\004\260A\330\020\024\220\375E\355\000!\2301\330\020\026\177\220n\240A\330\024#E\000\377E\250\030\3201T\320T\377U\320UY\320YZ\340\372\311 \007\260 \001\230\027\240\010\357\250\004\250A\372\0015\230\010\337\240\001\340\014\034\304 Q\230\252\212\000\340\367 4u\0001\356\004N\275\230\211\000\014\210H\220\217B4\357\210w\220g\202A \240\001\376\362 $\240g\250Y\260a\373\260t\327\001\020\220\007\220{\177\240&\250\001\200A\340\231 \325u\251 Q\235%7\025\000\003\250\377:\260T\270\027\300\005\300oW\310A\310\342@\360\022\215C\333t\220^\014F\220j\007\017\320\373\017!\334@!\2404\240w\276\203 q\270\004\270A\207C;\347\230f\240\244b\242`\022\220+\376\231`\020\030\230\001\230\024\230\365W\375\000\020\325@\220D\230\006\377\230h\320&;\2701\270\377D\300\006\300h\310a\320\371\004\266\000\232\001|\320\033+\250\3771\250F\260$\260f\270\347A\320\004a\000\010\014g\270Q\363\320\004\347@\037\014k\300\031\310\001!";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1631, 2338);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1545 bytes) */
+static const char cstring[] = "\277 bytes\000\003,\377 and the\377 buffer \377has  can\377not be c\377opied or\277 pickl\010\000i\337s mad-\000y \377`take` o{f \000\001writ>\000~(\001arrays\025\001\376V\001message\377 are in \377use: rel\357easev\001m f\377irst (de\377l)(tree \377fragment\377), done.\025:\243\000o\242\000r5\000y\000\240\003\377it, too:\274\273\000\221\000proce\000 \335w\275\000sil:\000 w\335h\005\000 it\321\000d \270}\005\034\020\302\001n f\341\000g\250j\000-\007\365\004a4\005,N\001c\373h \377\000lost<\377ivshmem.\373ch\254 el.>?\315N\252\000a (\006\226!di\177sableen\002\001/gcis\004\003d-\rE\005\277errorsS\005t\327ext`\004/`\004/q\377ueues.py\375x\005\002 self.\337held,\005\002re|\235\"\267Invert\303@\373to\231\000Pytho\377n object\234\361\002\325Bing\240I\303!a_cknow\361@g\374C\177given b\024\000\337Claim/\000En\375d\000\010.__red\337uce_c_\002__\376\017\013setstat\276\023\tosedE\356\001M\376\236cTooLong\005Q\337\001R\304\002\000\010N\017\017\013O\016\3760\tget_asy{nc\005\rinto\000\021\340\034\017\352\204\001\203\t\372\204\001N\003Red\363el\233 \374\000Take\261n\000\002\214 \344\205\002__\007\005e\357nter\004\010xit\000\023\007\264$&\004\363\204\001@\003\266\000\002\004\374 }_\372!__Pyx\001\000\277Dict_N\237`R\317ef__\256\206\002\332!__\215_q\004__k\004\006\000g\002_\337_func\036\000_g\274\204E+\000main\020\001m\337odule\032\001na\371m\003\002\341`_capih.\001\010\001\271C_\023\001vt\323\204\001\036G\001qual)\005\275\005\371N\246\222fex{\001\210`_]\005s|\200\010\222n__tes\243 \377_is_coro\337utine\303Bhr\337onous\317Bio\265.\024\006s\303\210\003cl&\000_\276\326\000trace\261\204\001c\277odecou\201@dodata\t\001de\333\207\001\000\356\205\002\362\205\003\243`\240f\256a\231a\000\005\271c}g\376%items\363\206\r\376\226\206\003kindmem\377oryviewp\373op\237\206\001setde\377faultsizwesp\365`ake\272g\274\201\210\002\354\206\001time\345\000t\371o\242\212\002\255\000il_so\377methingv\337aluesS\001st\277ruct _\211Boobj_7\211\210\004_7\212\210\004\363_6\245\207\003\372c *(P\277yTypeO\364\206""\003*\023, \030(\347\206\010 0\007j\005\274\211\003\377const *)\375\000\314\211\002_of\200\001\330\377\004\n\210+\220Q\200A\377\330\010\013\2105\220\003\220\3771\330\014\020\220\005\220Q\377\330\r\021\220\031\230#\230\335Q\014\001\n\230!\036\001\016\210\377i\220q\230\004\230A\230\177T\240\021\240%\240q3\001\373\017\210\000\004z\230\021\230%\373\230x\021\002\033)\250\021\360\377\"\000\t\014\2104\210v\377\220Q\320\026+\2509\260\257F\270!\270\\\000\023a\000\010\367\017\210xH\000\007\230v\240\367Q\240a{\000\0475\260Q\377\360\026\000\t\033\230!\230\3778\2401\240F\250!\330\377\010\t\330\014\017\210t\220\3776\230\021\320\032.\250i\377\260v\270Q\270a\330\020\367\027\220q\025\001u\220H\230\377H\240B\240j\260\004\260\277A\330\020\024\220E~\000!\377\2301\330\020\026\220n\240\357A\330\024#E\000E\250\030\377\3201T\320TU\320U_Y\320YZ\340\332\000\007\301\000\377\001\230\027\240\010\250\004\250\377A\330\014\023\2205\230\010\337\240\001\340\014\034\325\000Q\230\312\212\000\340\210 4u\000\210 \r\330\337\010\014\210N\230\211\000\014\210\373H\220\240\"4\210w\220g\356\223! \240\001\203 $\240g\277\250Y\260a\260t\327\001\020\377\220\007\220{\240&\250\001w\200A\340\340\000u\220A\306 \356\347\002t\2307\025\000\003\250:\377\260T\270\027\300\005\300W\267\310A\310\363 \360\022\236#t\355\220^\014F\220j\007\017\320\017}!\355 !\2404\240w\203 \357q\270\004\270\254@\014\210G\237\220;\230f\240\265B\263@\022\373\220+\252@\020\030\230\001\230\327\024\230W\375\000\020\346 \220D\377\230\006\230h\320&;\270\3771\270D\300\006\300h\310\347a\320\004\266\000\232\001|\320\033\377+\2501\250F\260$\260\237f\270A\320\004a\000\010\014g\177\270Q\320\004-\250Q\037\014\037k\300\031\310!";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1545, 2212);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (2338 bytes) */
-static const char bytes[] = " bytes bytes, and the buffer has  cannot be copied or pickled is made by `take` of  of writer  or arrays of the message are in use: release them first (del)(tree fragment), done.: another reader has it, too: this process was silent while it had message : this process was taken for gone while it copied a message, which is lost<ivshmem.channel.>?Nonea a message of disableenablegcisenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/queues.pyxqueue self.held,self.reader cannot be converted to a Python object for picklingthe message was acknowledged or given backClaimingEndClaimingEnd.__reduce_cython__ClaimingEnd.__setstate_cython__ClosedErrorMessageTooLongQueueReaderQueueReader.__reduce_cython__QueueReader.__setstate_cython__QueueReader.getQueueReader.get_asyncQueueReader.get_intoQueueReader.get_into_asyncQueueReader.takeQueueReader.take_asyncRedeliveredTakenTaken.__bytes__Taken.__enter__Taken.__exit__Taken.__reduce__Taken.doneTaken.getTaken.give_back__Pyx_PyDict_NextRef__annotate____bytes____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasynchronousasyncio.coroutinesbuffercline_in_tracebackcodecounteddatadecodedoneerrorerrorsgetget_asyncget_intoget_into_asyncgive_backitemsivshmem.channel.queueskindmemoryviewpopselfsetdefaultsizespintaketake_asynctakentexttimeouttobytesuntil_somethingvaluesviewstruct __pyx_obj_7ivshmem_7channel_6queues_Taken *(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *)\000taken_of\200\001\330\004\n\210+\220Q\200A\330\010\013\2105\220\003\2201\330\014\020\220\005\220Q\330\r\021\220\031\230#\230Q\330\014\020\220\n\230!\200A\330\010\016\210i\220q\230\004\230A\230T\240\021\240%\240q\200A\330\010\017\210q\200A\330\010\017\210z\230\021\230%\230x\240q\200A\330\032(\250\001\360(\000\t\014\2104\210v\220Q\320\026*\250)\2606""\270\021\270!\330\014\023\2201\330\010\t\330\014\023\320\023,\250A\250V\2605\270\010\300\001\330\017\020\330\014\020\220\005\220Q\220a\220q\330\014\r\330\010\014\210G\2201\220A\220W\320\034-\250Q\250a\330\010\017\210x\220t\2306\240\023\240J\250d\260%\260w\270a\270q\200A\330\033)\250\021\360\"\000\t\014\2104\210v\220Q\320\026+\2509\260F\270!\2701\330\014\023\2201\330\010\017\210x\220q\230\007\230v\240Q\240a\200A\330\0475\260Q\360\026\000\t\033\230!\2308\2401\240F\250!\330\010\t\330\014\017\210t\2206\230\021\320\032.\250i\260v\270Q\270a\330\020\027\220q\330\014\017\210u\220H\230H\240B\240j\260\004\260A\330\020\024\220E\230\021\230!\2301\330\020\026\220n\240A\330\024#\2401\240E\250\030\3201T\320TU\320UY\320YZ\340\014\020\220\007\220q\230\001\230\027\240\010\250\004\250A\330\014\023\2205\230\010\240\001\340\014\034\230A\230Q\230a\200A\340\010\013\2104\210t\2201\330\014\r\330\010\014\210N\230!\330\010\014\210H\220A\330\010\013\2104\210w\220g\230Q\330\014 \240\001\240\021\240$\240g\250Y\260a\260t\2701\330\014\020\220\007\220{\240&\250\001\200A\340\010\017\210u\220A\220Q\330\010\017\210x\220t\2307\240&\250\003\250:\260T\270\027\300\005\300W\310A\310Q\200A\360\022\000\t\014\2104\210t\2201\330\014\r\330\010\014\210N\230!\330\010\014\210F\220!\330\010\014\210H\220A\330\010\017\320\017!\240\021\240!\2404\240w\250i\260q\270\004\270A\330\010\014\210G\220;\230f\240A\330\010\013\2101\330\014\022\220+\230Q\330\020\030\230\001\230\024\230W\240A\330\020\023\2201\220D\230\006\230h\320&;\2701\270D\300\006\300h\310a\320\004 \240\001\340\010\017\210|\320\033+\2501\250F\260$\260f\270A\320\004!\240\021\340\010\017\210|\320\033+\2501\250F\260$\260g\270Q\320\004-\250Q\340\010\017\210|\320\033+\2501\250F\260$\260k\300\031\310!";
+    #else /* compression: none (2212 bytes) */
+static const char bytes[] = " bytes bytes, and the buffer has  cannot be copied or pickled is made by `take` of  of writer  or arrays of the message are in use: release them first (del)(tree fragment), done.: another reader has it, too: this process was silent while it had message : this process was taken for gone while it copied a message, which is lost<ivshmem.channel.>?Nonea a message of disableenablegcisenabledivshmem.channel.ivshmem.errorsivshmem.textivshmem/channel/queues.pyxqueue self.held,self.reader cannot be converted to a Python object for picklingthe message was acknowledged or given backClaimingEndClaimingEnd.__reduce_cython__ClaimingEnd.__setstate_cython__ClosedErrorMessageTooLongQueueReaderQueueReader.__reduce_cython__QueueReader.__setstate_cython__QueueReader.get_asyncQueueReader.get_intoQueueReader.get_into_asyncQueueReader.takeQueueReader.take_asyncRedeliveredTakenTaken.__bytes__Taken.__enter__Taken.__exit__Taken.__reduce__Taken.doneTaken.getTaken.give_back__Pyx_PyDict_NextRef__annotate____bytes____enter____exit____func____getstate____main____module____name____pyx_capi____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasynchronousasyncio.coroutinesbuffercline_in_tracebackcodecounteddatadecodedoneerrorerrorsgetget_asyncget_intoget_into_asyncgive_backitemsivshmem.channel.queueskindmemoryviewpopselfsetdefaultsizespintaketake_asynctakentexttimeouttobytesuntil_somethingvaluesviewstruct __pyx_obj_7ivshmem_7channel_6queues_Taken *(PyTypeObject *, struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *)\000taken_of\200\001\330\004\n\210+\220Q\200A\330\010\013\2105\220\003\2201\330\014\020\220\005\220Q\330\r\021\220\031\230#\230Q\330\014\020\220\n\230!\200A\330\010\016\210i\220q\230\004\230A\230T\240\021\240%\240q\200A\330\010\017\210q\200A\330\010\017\210z\230\021\230%\230x\240q\200A\330\033)\250\021\360\"\000\t\014\2104\210v\220Q\320\026+\2509\260F\270!\2701\330""\014\023\2201\330\010\017\210x\220q\230\007\230v\240Q\240a\200A\330\0475\260Q\360\026\000\t\033\230!\2308\2401\240F\250!\330\010\t\330\014\017\210t\2206\230\021\320\032.\250i\260v\270Q\270a\330\020\027\220q\330\014\017\210u\220H\230H\240B\240j\260\004\260A\330\020\024\220E\230\021\230!\2301\330\020\026\220n\240A\330\024#\2401\240E\250\030\3201T\320TU\320UY\320YZ\340\014\020\220\007\220q\230\001\230\027\240\010\250\004\250A\330\014\023\2205\230\010\240\001\340\014\034\230A\230Q\230a\200A\340\010\013\2104\210t\2201\330\014\r\330\010\014\210N\230!\330\010\014\210H\220A\330\010\013\2104\210w\220g\230Q\330\014 \240\001\240\021\240$\240g\250Y\260a\260t\2701\330\014\020\220\007\220{\240&\250\001\200A\340\010\017\210u\220A\220Q\330\010\017\210x\220t\2307\240&\250\003\250:\260T\270\027\300\005\300W\310A\310Q\200A\360\022\000\t\014\2104\210t\2201\330\014\r\330\010\014\210N\230!\330\010\014\210F\220!\330\010\014\210H\220A\330\010\017\320\017!\240\021\240!\2404\240w\250i\260q\270\004\270A\330\010\014\210G\220;\230f\240A\330\010\013\2101\330\014\022\220+\230Q\330\020\030\230\001\230\024\230W\240A\330\020\023\2201\220D\230\006\230h\320&;\2701\270D\300\006\300h\310a\320\004 \240\001\340\010\017\210|\320\033+\2501\250F\260$\260f\270A\320\004!\240\021\340\010\017\210|\320\033+\2501\250F\260$\260g\270Q\320\004-\250Q\340\010\017\210|\320\033+\2501\250F\260$\260k\300\031\310!";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 111; i++) {
+    for (int i = 0; i < 110; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 31) PyUnicode_InternInPlace(&string);
@@ -13256,8 +13219,8 @@ static const char bytes[] = " bytes bytes, and the buffer has  cannot be copied 
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 111; i < 126; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-111].length;
+    for (int i = 110; i < 124; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-110].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -13267,15 +13230,15 @@ static const char bytes[] = " bytes bytes, and the buffer has  cannot be copied 
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 126; i++) {
+    for (Py_ssize_t i = 0; i < 124; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 111;
-      for (Py_ssize_t i=0; i<15; ++i) {
+      PyObject **table = stringtab + 110;
+      for (Py_ssize_t i=0; i<14; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -13340,79 +13303,74 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 5, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 117};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_taken, __pyx_mstate->__pyx_n_u_data};
-    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get, __pyx_mstate->__pyx_kp_b_iso88591_A_4vQ_6_1_AV5_Qaq_G1AW_Qa_xt6_Jd, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
-  }
-  {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 148};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 6, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 149};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_taken};
-    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_into, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_81F_t6_ivQa_q_uHHBj_A_E_1_n, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_into, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_81F_t6_ivQa_q_uHHBj_A_E_1_n, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 194};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 195};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_taken};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_vQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_take, __pyx_mstate->__pyx_kp_b_iso88591_A_4vQ_9F_1_1_xq_vQa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 216};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 217};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_fA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_fA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 220};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 221};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_into_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_1F_k, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get_into_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_1F_k, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 224};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 225};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
-    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_take_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_gQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_take_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_gQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_reduce_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 3};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_pyx_state};
-    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 258};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 259};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq_AT_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[9] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq_AT_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[9])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 301};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 302};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_bytes_2, __pyx_mstate->__pyx_kp_b_iso88591_A_z_xq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_bytes_2, __pyx_mstate->__pyx_kp_b_iso88591_A_z_xq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 304};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 305};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data};
-    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get, __pyx_mstate->__pyx_kp_b_iso88591_A_uAQ_xt7_T_WAQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_get, __pyx_mstate->__pyx_kp_b_iso88591_A_uAQ_xt7_T_WAQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 317};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 318};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_code};
-    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_N_F_HA_4wiq_A_G_fA_1_Q_WA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_N_F_HA_4wiq_A_G_fA_1_Q_WA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 340};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 341};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_give_back, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_N_HA_4wgQ_gYat1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_give_back, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_N_HA_4wgQ_gYat1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 350};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 351};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 353};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 354};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_kind, __pyx_mstate->__pyx_n_u_error};
-    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_5_1_Q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_queues_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_5_1_Q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;

@@ -114,6 +114,7 @@ cdef class QueueReader(ClaimingEnd):
         name: of the channel.
     """
 
+    @cython.binding(False)
     @cython.critical_section
     def get(self, timeout=None, *, spin=None):
         """Return a copy of the next message, which no other reader gets: at most once.

@@ -28,6 +28,7 @@ cdef class WriterEnd(ChannelEnd):
     cdef bint times
     cdef bint claims  # a queue's, or calls': a slot is chosen by its claim
     cdef readonly uint64_t missed
+    cdef int putting  # threads that have a cell, and may run without the GIL
     cdef int exports  # memoryviews and arrays of loans
 
     cdef int ready(self) noexcept
@@ -35,6 +36,8 @@ cdef class WriterEnd(ChannelEnd):
     cdef object too_long(self, uint64_t size)
     cdef int wait_again(self, object timeout) except -1
     cdef int loan_cell(self, uint32_t *cell) except -1
+    cdef int find_room(self, uint32_t *cell, object timeout, object spin) except -1
+    cdef int pause_for_cell(self) except -1
     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1
     cdef uint64_t send(self, uint32_t cell, uint32_t length, uint64_t user) except? 0
     cdef char *at(self, uint32_t cell) noexcept nogil

@@ -11,6 +11,7 @@ Invariants:
 """
 
 cimport cython
+from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy
@@ -24,6 +25,7 @@ from ..text import counted
 
 cdef extern from "<time.h>" nogil:
     enum: CLOCK_REALTIME
+    int nanosleep(const timespec *wanted, timespec *left)
 
 
 cdef uint64_t microseconds() noexcept nogil:
@@ -161,12 +163,39 @@ cdef class WriterEnd(ChannelEnd):
         )
 
     cdef int loan_cell(self, uint32_t *cell) except -1:
-        if ivshmem_loan(&self.writer, cell):
+        while ivshmem_loan(&self.writer, cell):
+            self.pause_for_cell()
+        return 0
+
+    cdef int find_room(self, uint32_t *cell, object timeout, object spin) except -1:
+        """Wait until a message can be published, and borrow a cell for it."""
+        cdef int code
+        while True:
+            code = self.ready()
+            if code == IVSHMEM_AGAIN:
+                code = self.wait(timeout, spin)
+                if code == IVSHMEM_AGAIN:
+                    raise self.blocked(timeout)
+            if code:
+                raise self.fail(code)
+            if ivshmem_loan(&self.writer, cell) == 0:
+                return 0
+            self.pause_for_cell()
+
+    cdef int pause_for_cell(self) except -1:
+        """Let another thread, which puts a large message, give its cell back."""
+        cdef timespec pause
+        if not self.putting:
             raise ChannelError(
                 f"channel {self.name!r}: {counted(self.writer.loaned, 'loan')} at once, which are"
                 " all that it was made for"
             )
-        return 0
+        pause.tv_sec = 0
+        pause.tv_nsec = 20_000  # of the 0.1 ms that a copy takes as a rule
+        with nogil:
+            nanosleep(&pause, NULL)
+        PyErr_CheckSignals()
+        return self.enter()
 
     cdef int copy_in(self, uint32_t cell, const char *data, uint64_t size) except -1:
         if size < LARGE:

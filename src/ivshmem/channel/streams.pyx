@@ -182,6 +182,8 @@ cdef class Half(ChannelEnd):
         return look(self.probed.stream, self.probed.direction)
 
     cdef int enter(self) except -1:
+        if self.stream is None:
+            raise TypeError("a Half is made by its Stream")
         return self.stream.enter()
 
     cdef ChannelEnd sleeper(self):

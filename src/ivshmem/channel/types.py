@@ -78,9 +78,8 @@ class ArrayType:
         """Return an array of this type over a buffer of a whole message."""
         import numpy  # an extra, which only arrays need
 
-        return numpy.frombuffer(buffer, self.numpy()).reshape(
-            self._shape_of(memoryview(buffer).nbytes)
-        )
+        shape = self._shape_of(memoryview(buffer).nbytes)  # first: it says what does not fit
+        return numpy.frombuffer(buffer, self.numpy()).reshape(shape)
 
     def decode(self, data: bytes) -> Any:
         """Return an array that can be written, with a message's bytes."""
