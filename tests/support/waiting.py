@@ -11,6 +11,7 @@ import platform
 import signal
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -206,6 +207,8 @@ def in_child(action: Callable[[], object]) -> None:
         try:
             action()
             code = 0
+        except BaseException:
+            os.write(2, traceback.format_exc().encode())  # sys.stderr is this test's, captured
         finally:
             os._exit(code)
     _, status = os.waitpid(pid, 0)
