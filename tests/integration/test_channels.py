@@ -95,6 +95,16 @@ def test_a_reader_that_discards_keeps_the_oldest(channels: Channels) -> None:
         assert [reader.get(0) for _ in range(5)] == [b"0", b"1", b"2", b"3", None]
 
 
+def test_a_reader_that_polls_frees_the_slots_of_writers_that_ended(channels: Channels) -> None:
+    messages = channels.create_messages("a", limit=8, slots=64, writers=2)
+    with messages.reader("block") as reader:
+        for i in range(6):
+            with messages.writer() as writer:
+                writer.put(b"%d" % i)
+            assert reader.get(0) == b"%d" % i
+            assert reader.get(0) is None
+
+
 def test_a_late_reader_gets_history(channels: Channels) -> None:
     messages = channels.create_messages("a", limit=8, slots=8)
     with messages.writer() as writer:

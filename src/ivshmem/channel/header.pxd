@@ -291,6 +291,7 @@ cdef extern from "ivshmem_channel.h" nogil:
     int ivshmem_check(const ivshmem_channel *channel, const ivshmem_message *message)
     void ivshmem_release(ivshmem_reader *reader, unsigned writer, uint64_t held)
     int ivshmem_reader_sleep(ivshmem_reader *reader)
+    void ivshmem_reader_settle(ivshmem_reader *reader)
     void ivshmem_reader_beat(ivshmem_reader *reader)
     void ivshmem_reader_close(ivshmem_reader *reader)
     int ivshmem_value_look(ivshmem_reader *reader, ivshmem_message *message)

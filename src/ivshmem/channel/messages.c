@@ -2651,7 +2651,7 @@ struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader {
 };
 
 
-/* "ivshmem/channel/messages.pyx":609
+/* "ivshmem/channel/messages.pyx":611
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
@@ -3048,7 +3048,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader {
 static struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *__pyx_vtabptr_7ivshmem_7channel_8messages_Reader;
 
 
-/* "ivshmem/channel/messages.pyx":634
+/* "ivshmem/channel/messages.pyx":636
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -3063,7 +3063,7 @@ static struct __pyx_vtabstruct_7ivshmem_7channel_8messages_View *__pyx_vtabptr_7
 static int __pyx_f_7ivshmem_7channel_8messages_4View_abandon(struct __pyx_obj_7ivshmem_7channel_8messages_View *);
 
 
-/* "ivshmem/channel/messages.pyx":828
+/* "ivshmem/channel/messages.pyx":830
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -12350,7 +12350,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
  *         code = ivshmem_take(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             if timeout is not None and timeout == 0 and not self.watched:
- *                 return code
+ *                 ivshmem_reader_settle(&self.reader)
 */
   __pyx_t_2 = (__pyx_v_code == IVSHMEM_AGAIN);
 
@@ -12361,8 +12361,8 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
  *         code = ivshmem_take(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:
  *             if timeout is not None and timeout == 0 and not self.watched:             # <<<<<<<<<<<<<<
- *                 return code
- *             code = self.wait(timeout, spin)
+ *                 ivshmem_reader_settle(&self.reader)
+ *                 self.membership.flush()
 */
     __pyx_t_3 = (__pyx_v_timeout != Py_None);
     if (__pyx_t_3) {
@@ -12394,6 +12394,25 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
       /* "ivshmem/channel/messages.pyx":408
  *         if code == IVSHMEM_AGAIN:
  *             if timeout is not None and timeout == 0 and not self.watched:
+ *                 ivshmem_reader_settle(&self.reader)             # <<<<<<<<<<<<<<
+ *                 self.membership.flush()
+ *                 return code
+*/
+      ivshmem_reader_settle((&__pyx_v_self->__pyx_base.reader));
+
+      /* "ivshmem/channel/messages.pyx":409
+ *             if timeout is not None and timeout == 0 and not self.watched:
+ *                 ivshmem_reader_settle(&self.reader)
+ *                 self.membership.flush()             # <<<<<<<<<<<<<<
+ *                 return code
+ *             code = self.wait(timeout, spin)
+*/
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 409, __pyx_L1_error)
+
+
+      /* "ivshmem/channel/messages.pyx":410
+ *                 ivshmem_reader_settle(&self.reader)
+ *                 self.membership.flush()
  *                 return code             # <<<<<<<<<<<<<<
  *             code = self.wait(timeout, spin)
  *             if code == IVSHMEM_AGAIN:
@@ -12408,22 +12427,22 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
  *         code = ivshmem_take(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:
  *             if timeout is not None and timeout == 0 and not self.watched:             # <<<<<<<<<<<<<<
- *                 return code
- *             code = self.wait(timeout, spin)
+ *                 ivshmem_reader_settle(&self.reader)
+ *                 self.membership.flush()
 */
     }
 
-    /* "ivshmem/channel/messages.pyx":409
- *             if timeout is not None and timeout == 0 and not self.watched:
+    /* "ivshmem/channel/messages.pyx":411
+ *                 self.membership.flush()
  *                 return code
  *             code = self.wait(timeout, spin)             # <<<<<<<<<<<<<<
  *             if code == IVSHMEM_AGAIN:
  *                 return code
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 409, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_1 == ((int)-2))) __PYX_ERR(0, 411, __pyx_L1_error)
     __pyx_v_code = __pyx_t_1;
 
-    /* "ivshmem/channel/messages.pyx":410
+    /* "ivshmem/channel/messages.pyx":412
  *                 return code
  *             code = self.wait(timeout, spin)
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -12435,7 +12454,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/messages.pyx":411
+      /* "ivshmem/channel/messages.pyx":413
  *             code = self.wait(timeout, spin)
  *             if code == IVSHMEM_AGAIN:
  *                 return code             # <<<<<<<<<<<<<<
@@ -12448,7 +12467,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/messages.pyx":410
+      /* "ivshmem/channel/messages.pyx":412
  *                 return code
  *             code = self.wait(timeout, spin)
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -12457,7 +12476,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
 */
     }
 
-    /* "ivshmem/channel/messages.pyx":412
+    /* "ivshmem/channel/messages.pyx":414
  *             if code == IVSHMEM_AGAIN:
  *                 return code
  *             if self.take_pending():  # another thread left it             # <<<<<<<<<<<<<<
@@ -12469,7 +12488,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
     if (__pyx_t_2) {
 
 
-      /* "ivshmem/channel/messages.pyx":413
+      /* "ivshmem/channel/messages.pyx":415
  *                 return code
  *             if self.take_pending():  # another thread left it
  *                 return 0             # <<<<<<<<<<<<<<
@@ -12482,7 +12501,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/messages.pyx":412
+      /* "ivshmem/channel/messages.pyx":414
  *             if code == IVSHMEM_AGAIN:
  *                 return code
  *             if self.take_pending():  # another thread left it             # <<<<<<<<<<<<<<
@@ -12496,11 +12515,11 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
  *         code = ivshmem_take(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *             if timeout is not None and timeout == 0 and not self.watched:
- *                 return code
+ *                 ivshmem_reader_settle(&self.reader)
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":414
+  /* "ivshmem/channel/messages.pyx":416
  *             if self.take_pending():  # another thread left it
  *                 return 0
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -12512,7 +12531,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/messages.pyx":415
+    /* "ivshmem/channel/messages.pyx":417
  *                 return 0
  *         if self.membership.rings.count:
  *             message = self.message  # another thread may take one during the flush             # <<<<<<<<<<<<<<
@@ -12523,27 +12542,27 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
 
     __pyx_v_message = __pyx_t_4;
 
-    /* "ivshmem/channel/messages.pyx":416
+    /* "ivshmem/channel/messages.pyx":418
  *         if self.membership.rings.count:
  *             message = self.message  # another thread may take one during the flush
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *             self.enter()
  *             self.message = message
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 416, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->flush(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 418, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/messages.pyx":417
+    /* "ivshmem/channel/messages.pyx":419
  *             message = self.message  # another thread may take one during the flush
  *             self.membership.flush()
  *             self.enter()             # <<<<<<<<<<<<<<
  *             self.message = message
  *         if code:
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 417, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 419, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/messages.pyx":418
+    /* "ivshmem/channel/messages.pyx":420
  *             self.membership.flush()
  *             self.enter()
  *             self.message = message             # <<<<<<<<<<<<<<
@@ -12552,7 +12571,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
 */
     __pyx_v_self->message = __pyx_v_message;
 
-    /* "ivshmem/channel/messages.pyx":414
+    /* "ivshmem/channel/messages.pyx":416
  *             if self.take_pending():  # another thread left it
  *                 return 0
  *         if self.membership.rings.count:             # <<<<<<<<<<<<<<
@@ -12561,7 +12580,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":419
+  /* "ivshmem/channel/messages.pyx":421
  *             self.enter()
  *             self.message = message
  *         if code:             # <<<<<<<<<<<<<<
@@ -12573,20 +12592,20 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/messages.pyx":420
+    /* "ivshmem/channel/messages.pyx":422
  *             self.message = message
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *             self.keep()
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 420, __pyx_L1_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 422, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_Raise(__pyx_t_5, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __PYX_ERR(0, 420, __pyx_L1_error)
+    __PYX_ERR(0, 422, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":419
+    /* "ivshmem/channel/messages.pyx":421
  *             self.enter()
  *             self.message = message
  *         if code:             # <<<<<<<<<<<<<<
@@ -12595,7 +12614,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":421
+  /* "ivshmem/channel/messages.pyx":423
  *         if code:
  *             raise self.fail(code)
  *         if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
@@ -12621,17 +12640,17 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/messages.pyx":422
+    /* "ivshmem/channel/messages.pyx":424
  *             raise self.fail(code)
  *         if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *             self.keep()             # <<<<<<<<<<<<<<
  *             raise MessagesLost(
  *                 f"channel {self.name!r}: this process was stopped, and writers continued without"
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 422, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 424, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/messages.pyx":423
+    /* "ivshmem/channel/messages.pyx":425
  *         if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *             self.keep()
  *             raise MessagesLost(             # <<<<<<<<<<<<<<
@@ -12639,43 +12658,43 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
  *                 f" it: {counted(self.message.lost, 'message')} of a writer were lost",
 */
     __pyx_t_6 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_MessagesLost); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 423, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_MessagesLost); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 425, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
 
-    /* "ivshmem/channel/messages.pyx":424
+    /* "ivshmem/channel/messages.pyx":426
  *             self.keep()
  *             raise MessagesLost(
  *                 f"channel {self.name!r}: this process was stopped, and writers continued without"             # <<<<<<<<<<<<<<
  *                 f" it: {counted(self.message.lost, 'message')} of a writer were lost",
  *                 self.message.lost,
 */
-    __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 424, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 426, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
 
-    /* "ivshmem/channel/messages.pyx":425
+    /* "ivshmem/channel/messages.pyx":427
  *             raise MessagesLost(
  *                 f"channel {self.name!r}: this process was stopped, and writers continued without"
  *                 f" it: {counted(self.message.lost, 'message')} of a writer were lost",             # <<<<<<<<<<<<<<
  *                 self.message.lost,
  *             )
 */
-    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 425, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_9, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 427, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
-    __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.lost); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 425, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.lost); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 427, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_11 = PyTuple_New(2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 425, __pyx_L1_error)
+    __pyx_t_11 = PyTuple_New(2); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 427, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_GIVEREF(__pyx_t_10);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 0, __pyx_t_10) != (0)) __PYX_ERR(0, 425, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 0, __pyx_t_10) != (0)) __PYX_ERR(0, 427, __pyx_L1_error);
     __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_message);
     __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_message);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 1, __pyx_mstate_global->__pyx_n_u_message) != (0)) __PYX_ERR(0, 425, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_11, 1, __pyx_mstate_global->__pyx_n_u_message) != (0)) __PYX_ERR(0, 427, __pyx_L1_error);
     __pyx_t_10 = 0;
-    __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_9, __pyx_t_11, NULL); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 425, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyObject_Call(__pyx_t_9, __pyx_t_11, NULL); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 427, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
-    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 425, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_t_10, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 427, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __pyx_t_12[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -12684,7 +12703,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
     __pyx_t_12[3] = __pyx_t_11;
     __pyx_t_12[4] = __pyx_mstate_global->__pyx_kp_u_of_a_writer_were_lost;
 
-    /* "ivshmem/channel/messages.pyx":424
+    /* "ivshmem/channel/messages.pyx":426
  *             self.keep()
  *             raise MessagesLost(
  *                 f"channel {self.name!r}: this process was stopped, and writers continued without"             # <<<<<<<<<<<<<<
@@ -12700,19 +12719,19 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
     __pyx_t_1 |= __Pyx_PyUnicode_KIND_04(__pyx_t_12[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_12[3]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_12, 5, __pyx_t_13, __pyx_t_1);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 424, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 426, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
 
-    /* "ivshmem/channel/messages.pyx":426
+    /* "ivshmem/channel/messages.pyx":428
  *                 f"channel {self.name!r}: this process was stopped, and writers continued without"
  *                 f" it: {counted(self.message.lost, 'message')} of a writer were lost",
  *                 self.message.lost,             # <<<<<<<<<<<<<<
  *             )
  *         return 0
 */
-    __pyx_t_11 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.lost); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 426, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.lost); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 428, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __pyx_t_14 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -12733,14 +12752,14 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 423, __pyx_L1_error)
+      if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 425, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
     }
     __Pyx_Raise(__pyx_t_5, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __PYX_ERR(0, 423, __pyx_L1_error)
+    __PYX_ERR(0, 425, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":421
+    /* "ivshmem/channel/messages.pyx":423
  *         if code:
  *             raise self.fail(code)
  *         if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
@@ -12749,7 +12768,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":428
+  /* "ivshmem/channel/messages.pyx":430
  *                 self.message.lost,
  *             )
  *         return 0             # <<<<<<<<<<<<<<
@@ -12789,7 +12808,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":430
+/* "ivshmem/channel/messages.pyx":432
  *         return 0
  * 
  *     cdef bint take_pending(self) noexcept:             # <<<<<<<<<<<<<<
@@ -12805,7 +12824,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take_pending(struct __pyx
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/messages.pyx":431
+  /* "ivshmem/channel/messages.pyx":433
  * 
  *     cdef bint take_pending(self) noexcept:
  *         if not self.pending:             # <<<<<<<<<<<<<<
@@ -12817,7 +12836,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take_pending(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":432
+    /* "ivshmem/channel/messages.pyx":434
  *     cdef bint take_pending(self) noexcept:
  *         if not self.pending:
  *             return False             # <<<<<<<<<<<<<<
@@ -12830,7 +12849,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take_pending(struct __pyx
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/messages.pyx":431
+    /* "ivshmem/channel/messages.pyx":433
  * 
  *     cdef bint take_pending(self) noexcept:
  *         if not self.pending:             # <<<<<<<<<<<<<<
@@ -12839,7 +12858,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take_pending(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":433
+  /* "ivshmem/channel/messages.pyx":435
  *         if not self.pending:
  *             return False
  *         self.pending = False             # <<<<<<<<<<<<<<
@@ -12848,17 +12867,17 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take_pending(struct __pyx
 */
   __pyx_v_self->pending = 0;
 
-  /* "ivshmem/channel/messages.pyx":434
+  /* "ivshmem/channel/messages.pyx":436
  *             return False
  *         self.pending = False
  *         self.forget(self.message.writer, self.message.position)             # <<<<<<<<<<<<<<
  *         return True
  * 
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.forget(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message.writer, __pyx_v_self->message.position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 434, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.forget(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message.writer, __pyx_v_self->message.position); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 436, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/messages.pyx":435
+  /* "ivshmem/channel/messages.pyx":437
  *         self.pending = False
  *         self.forget(self.message.writer, self.message.position)
  *         return True             # <<<<<<<<<<<<<<
@@ -12871,7 +12890,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take_pending(struct __pyx
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":430
+  /* "ivshmem/channel/messages.pyx":432
  *         return 0
  * 
  *     cdef bint take_pending(self) noexcept:             # <<<<<<<<<<<<<<
@@ -12888,7 +12907,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take_pending(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":437
+/* "ivshmem/channel/messages.pyx":439
  *         return True
  * 
  *     cdef int keep(self) except -1:             # <<<<<<<<<<<<<<
@@ -12903,7 +12922,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_keep(struct __pyx_obj_7iv
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/messages.pyx":439
+  /* "ivshmem/channel/messages.pyx":441
  *     cdef int keep(self) except -1:
  *         """Leave the message that was taken for the next call."""
  *         self.pending = True             # <<<<<<<<<<<<<<
@@ -12912,20 +12931,20 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_keep(struct __pyx_obj_7iv
 */
   __pyx_v_self->pending = 1;
 
-  /* "ivshmem/channel/messages.pyx":440
+  /* "ivshmem/channel/messages.pyx":442
  *         """Leave the message that was taken for the next call."""
  *         self.pending = True
  *         return self.hold(&self.message)             # <<<<<<<<<<<<<<
  * 
  *     cdef object copy_out(self):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.hold(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_self->message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 440, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.hold(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_self->message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 442, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_1;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":437
+  /* "ivshmem/channel/messages.pyx":439
  *         return True
  * 
  *     cdef int keep(self) except -1:             # <<<<<<<<<<<<<<
@@ -12942,7 +12961,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_keep(struct __pyx_obj_7iv
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":442
+/* "ivshmem/channel/messages.pyx":444
  *         return self.hold(&self.message)
  * 
  *     cdef object copy_out(self):             # <<<<<<<<<<<<<<
@@ -12965,7 +12984,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_6Reader_copy_out(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("copy_out", 0);
 
-  /* "ivshmem/channel/messages.pyx":444
+  /* "ivshmem/channel/messages.pyx":446
  *     cdef object copy_out(self):
  *         """Copy the message that was taken; None: it was overwritten."""
  *         cdef ivshmem_message message = self.message             # <<<<<<<<<<<<<<
@@ -12976,29 +12995,29 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_6Reader_copy_out(struct __p
 
   __pyx_v_message = __pyx_t_1;
 
-  /* "ivshmem/channel/messages.pyx":445
+  /* "ivshmem/channel/messages.pyx":447
  *         """Copy the message that was taken; None: it was overwritten."""
  *         cdef ivshmem_message message = self.message
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, message.length)             # <<<<<<<<<<<<<<
  *         cdef int code = self.copy_to(&message, PyBytes_AS_STRING(data))
  *         return data if code == 0 else None
 */
-  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_message.length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 445, __pyx_L1_error)
+  __pyx_t_2 = PyBytes_FromStringAndSize(NULL, __pyx_v_message.length); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 447, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_data = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/messages.pyx":446
+  /* "ivshmem/channel/messages.pyx":448
  *         cdef ivshmem_message message = self.message
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, message.length)
  *         cdef int code = self.copy_to(&message, PyBytes_AS_STRING(data))             # <<<<<<<<<<<<<<
  *         return data if code == 0 else None
  * 
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 446, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), PyBytes_AS_STRING(__pyx_v_data)); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 448, __pyx_L1_error)
   __pyx_v_code = __pyx_t_3;
 
-  /* "ivshmem/channel/messages.pyx":447
+  /* "ivshmem/channel/messages.pyx":449
  *         cdef bytes data = PyBytes_FromStringAndSize(NULL, message.length)
  *         cdef int code = self.copy_to(&message, PyBytes_AS_STRING(data))
  *         return data if code == 0 else None             # <<<<<<<<<<<<<<
@@ -13026,7 +13045,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_6Reader_copy_out(struct __p
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":442
+  /* "ivshmem/channel/messages.pyx":444
  *         return self.hold(&self.message)
  * 
  *     cdef object copy_out(self):             # <<<<<<<<<<<<<<
@@ -13048,7 +13067,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_6Reader_copy_out(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":449
+/* "ivshmem/channel/messages.pyx":451
  *         return data if code == 0 else None
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -13096,20 +13115,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 449, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 451, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 449, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 451, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get", 0) < (0)) __PYX_ERR(0, 449, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get", 0) < (0)) __PYX_ERR(0, 451, __pyx_L3_error)
 
-      /* "ivshmem/channel/messages.pyx":451
+      /* "ivshmem/channel/messages.pyx":453
  *     @cython.binding(False)
  *     @cython.critical_section
  *     def get(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -13122,7 +13141,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 449, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 451, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -13135,7 +13154,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 449, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 451, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13148,7 +13167,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_6Reader_get(((struct __pyx_obj_7ivshmem_7channel_8messages_Reader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/messages.pyx":449
+  /* "ivshmem/channel/messages.pyx":451
  *         return data if code == 0 else None
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -13191,7 +13210,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_get(struct __pyx_o
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/messages.pyx":472
+        /* "ivshmem/channel/messages.pyx":474
  *         """
  *         cdef object data
  *         for _ in range(TRIES):             # <<<<<<<<<<<<<<
@@ -13205,21 +13224,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_get(struct __pyx_o
         for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
           __pyx_v__ = __pyx_t_4;
 
-          /* "ivshmem/channel/messages.pyx":473
+          /* "ivshmem/channel/messages.pyx":475
  *         cdef object data
  *         for _ in range(TRIES):
  *             if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *                 return None
  *             data = self.copy_out()
 */
-          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 473, __pyx_L4_error)
+          __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_5 == ((int)-2))) __PYX_ERR(0, 475, __pyx_L4_error)
           __pyx_t_6 = (__pyx_t_5 != 0);
 
 
           if (__pyx_t_6) {
 
 
-            /* "ivshmem/channel/messages.pyx":474
+            /* "ivshmem/channel/messages.pyx":476
  *         for _ in range(TRIES):
  *             if self.take(timeout, spin):
  *                 return None             # <<<<<<<<<<<<<<
@@ -13237,7 +13256,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_get(struct __pyx_o
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L3_return;
 
-            /* "ivshmem/channel/messages.pyx":473
+            /* "ivshmem/channel/messages.pyx":475
  *         cdef object data
  *         for _ in range(TRIES):
  *             if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -13246,19 +13265,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_get(struct __pyx_o
 */
           }
 
-          /* "ivshmem/channel/messages.pyx":475
+          /* "ivshmem/channel/messages.pyx":477
  *             if self.take(timeout, spin):
  *                 return None
  *             data = self.copy_out()             # <<<<<<<<<<<<<<
  *             if data is not None:
  *                 return data if self.type is None else self.type.decode(data)
 */
-          __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->copy_out(__pyx_v_self); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 475, __pyx_L4_error)
+          __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->copy_out(__pyx_v_self); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 477, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
           __Pyx_XDECREF_SET(__pyx_v_data, __pyx_t_7);
           __pyx_t_7 = 0;
 
-          /* "ivshmem/channel/messages.pyx":476
+          /* "ivshmem/channel/messages.pyx":478
  *                 return None
  *             data = self.copy_out()
  *             if data is not None:             # <<<<<<<<<<<<<<
@@ -13269,7 +13288,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_get(struct __pyx_o
           if (__pyx_t_6) {
 
 
-            /* "ivshmem/channel/messages.pyx":477
+            /* "ivshmem/channel/messages.pyx":479
  *             data = self.copy_out()
  *             if data is not None:
  *                 return data if self.type is None else self.type.decode(data)             # <<<<<<<<<<<<<<
@@ -13288,7 +13307,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_get(struct __pyx_o
                 PyObject *__pyx_callargs[2] = {__pyx_t_9, __pyx_v_data};
                 __pyx_t_8 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
                 __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
-                if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 477, __pyx_L4_error)
+                if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 479, __pyx_L4_error)
                 __Pyx_GOTREF(__pyx_t_8);
               }
               __pyx_t_7 = __pyx_t_8;
@@ -13307,7 +13326,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_get(struct __pyx_o
             __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
             goto __pyx_L3_return;
 
-            /* "ivshmem/channel/messages.pyx":476
+            /* "ivshmem/channel/messages.pyx":478
  *                 return None
  *             data = self.copy_out()
  *             if data is not None:             # <<<<<<<<<<<<<<
@@ -13318,21 +13337,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_get(struct __pyx_o
         }
 
 
-        /* "ivshmem/channel/messages.pyx":478
+        /* "ivshmem/channel/messages.pyx":480
  *             if data is not None:
  *                 return data if self.type is None else self.type.decode(data)
  *         raise self.starved()             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 478, __pyx_L4_error)
+        __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 480, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_7);
         __Pyx_Raise(__pyx_t_7, 0, 0, 0);
         __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-        __PYX_ERR(0, 478, __pyx_L4_error)
+        __PYX_ERR(0, 480, __pyx_L4_error)
       }
 
-      /* "ivshmem/channel/messages.pyx":449
+      /* "ivshmem/channel/messages.pyx":451
  *         return data if code == 0 else None
  * 
  *     @cython.binding(False)             # <<<<<<<<<<<<<<
@@ -13374,7 +13393,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_get(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":480
+/* "ivshmem/channel/messages.pyx":482
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13424,24 +13443,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 480, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 482, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 480, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 482, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 480, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 482, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 480, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into", 0) < (0)) __PYX_ERR(0, 482, __pyx_L3_error)
 
-      /* "ivshmem/channel/messages.pyx":481
+      /* "ivshmem/channel/messages.pyx":483
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -13451,17 +13470,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 480, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, i); __PYX_ERR(0, 482, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 480, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 482, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 480, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 482, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -13474,7 +13493,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 480, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 482, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13487,7 +13506,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(((struct __pyx_obj_7ivshmem_7channel_8messages_Reader *)__pyx_v_self), __pyx_v_buffer, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/messages.pyx":480
+  /* "ivshmem/channel/messages.pyx":482
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13544,17 +13563,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/messages.pyx":493
+        /* "ivshmem/channel/messages.pyx":495
  *         cdef Py_buffer view
  *         cdef ivshmem_message message
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
  *         try:
  *             for _ in range(TRIES):
 */
-        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 493, __pyx_L4_error)
+        __pyx_t_2 = PyObject_GetBuffer(__pyx_v_buffer, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 495, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/messages.pyx":494
+        /* "ivshmem/channel/messages.pyx":496
  *         cdef ivshmem_message message
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -13563,7 +13582,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/messages.pyx":495
+          /* "ivshmem/channel/messages.pyx":497
  *         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
  *         try:
  *             for _ in range(TRIES):             # <<<<<<<<<<<<<<
@@ -13577,21 +13596,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
           for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
             __pyx_v__ = __pyx_t_5;
 
-            /* "ivshmem/channel/messages.pyx":496
+            /* "ivshmem/channel/messages.pyx":498
  *         try:
  *             for _ in range(TRIES):
  *                 if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *                     return None
  *                 message = self.message
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 496, __pyx_L7_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 498, __pyx_L7_error)
             __pyx_t_6 = (__pyx_t_2 != 0);
 
 
             if (__pyx_t_6) {
 
 
-              /* "ivshmem/channel/messages.pyx":497
+              /* "ivshmem/channel/messages.pyx":499
  *             for _ in range(TRIES):
  *                 if self.take(timeout, spin):
  *                     return None             # <<<<<<<<<<<<<<
@@ -13609,7 +13628,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
               __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
               goto __pyx_L6_return;
 
-              /* "ivshmem/channel/messages.pyx":496
+              /* "ivshmem/channel/messages.pyx":498
  *         try:
  *             for _ in range(TRIES):
  *                 if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -13618,7 +13637,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
 */
             }
 
-            /* "ivshmem/channel/messages.pyx":498
+            /* "ivshmem/channel/messages.pyx":500
  *                 if self.take(timeout, spin):
  *                     return None
  *                 message = self.message             # <<<<<<<<<<<<<<
@@ -13629,7 +13648,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
 
             __pyx_v_message = __pyx_t_7;
 
-            /* "ivshmem/channel/messages.pyx":499
+            /* "ivshmem/channel/messages.pyx":501
  *                     return None
  *                 message = self.message
  *                 if message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -13641,7 +13660,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
             if (unlikely(__pyx_t_6)) {
 
 
-              /* "ivshmem/channel/messages.pyx":500
+              /* "ivshmem/channel/messages.pyx":502
  *                 message = self.message
  *                 if message.length > <uint64_t>view.len:
  *                     self.message.lost = 0             # <<<<<<<<<<<<<<
@@ -13650,17 +13669,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
 */
               __pyx_v_self->message.lost = 0;
 
-              /* "ivshmem/channel/messages.pyx":501
+              /* "ivshmem/channel/messages.pyx":503
  *                 if message.length > <uint64_t>view.len:
  *                     self.message.lost = 0
  *                     self.keep()             # <<<<<<<<<<<<<<
  *                     raise MessageTooLong(
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"
 */
-              __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 501, __pyx_L7_error)
+              __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 503, __pyx_L7_error)
 
 
-              /* "ivshmem/channel/messages.pyx":502
+              /* "ivshmem/channel/messages.pyx":504
  *                     self.message.lost = 0
  *                     self.keep()
  *                     raise MessageTooLong(             # <<<<<<<<<<<<<<
@@ -13668,19 +13687,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
  *                     )
 */
               __pyx_t_9 = NULL;
-              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 502, __pyx_L7_error)
+              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 504, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_10);
 
-              /* "ivshmem/channel/messages.pyx":503
+              /* "ivshmem/channel/messages.pyx":505
  *                     self.keep()
  *                     raise MessageTooLong(
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"             # <<<<<<<<<<<<<<
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:
 */
-              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 503, __pyx_L7_error)
+              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 505, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_11);
-              __pyx_t_12 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 503, __pyx_L7_error)
+              __pyx_t_12 = __Pyx_PyUnicode_From_Py_ssize_t(__pyx_v_view.len, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 505, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_12);
               __pyx_t_13[0] = __pyx_mstate_global->__pyx_kp_u_a_message_of;
               __pyx_t_13[1] = __pyx_t_11;
@@ -13692,7 +13711,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
               #endif
               __pyx_t_2 = 0;
               __pyx_t_15 = __Pyx_PyUnicode_Join(__pyx_t_13, 4, __pyx_t_14, __pyx_t_2);
-              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 503, __pyx_L7_error)
+              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 505, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_15);
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
               __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -13714,14 +13733,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
                 __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
                 __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
                 __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-                if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 502, __pyx_L7_error)
+                if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 504, __pyx_L7_error)
                 __Pyx_GOTREF(__pyx_t_8);
               }
               __Pyx_Raise(__pyx_t_8, 0, 0, 0);
               __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-              __PYX_ERR(0, 502, __pyx_L7_error)
+              __PYX_ERR(0, 504, __pyx_L7_error)
 
-              /* "ivshmem/channel/messages.pyx":499
+              /* "ivshmem/channel/messages.pyx":501
  *                     return None
  *                 message = self.message
  *                 if message.length > <uint64_t>view.len:             # <<<<<<<<<<<<<<
@@ -13730,28 +13749,28 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
 */
             }
 
-            /* "ivshmem/channel/messages.pyx":505
+            /* "ivshmem/channel/messages.pyx":507
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:             # <<<<<<<<<<<<<<
  *                     return message.length
  *             raise self.starved()
 */
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 505, __pyx_L7_error)
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), ((char *)__pyx_v_view.buf)); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 507, __pyx_L7_error)
             __pyx_t_6 = (__pyx_t_2 == 0);
 
 
             if (__pyx_t_6) {
 
 
-              /* "ivshmem/channel/messages.pyx":506
+              /* "ivshmem/channel/messages.pyx":508
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:
  *                     return message.length             # <<<<<<<<<<<<<<
  *             raise self.starved()
  *         finally:
 */
-              __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_message.length); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 506, __pyx_L7_error)
+              __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_message.length); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 508, __pyx_L7_error)
               __Pyx_GOTREF(__pyx_t_8);
               {
                 PyObject *__pyx_temp;
@@ -13765,7 +13784,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
               __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
               goto __pyx_L6_return;
 
-              /* "ivshmem/channel/messages.pyx":505
+              /* "ivshmem/channel/messages.pyx":507
  *                         f"a message of {message.length} bytes, and the buffer has {view.len}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf) == 0:             # <<<<<<<<<<<<<<
@@ -13776,21 +13795,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
           }
 
 
-          /* "ivshmem/channel/messages.pyx":507
+          /* "ivshmem/channel/messages.pyx":509
  *                 if self.copy_to(&message, <char *>view.buf) == 0:
  *                     return message.length
  *             raise self.starved()             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 507, __pyx_L7_error)
+          __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 509, __pyx_L7_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_Raise(__pyx_t_8, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-          __PYX_ERR(0, 507, __pyx_L7_error)
+          __PYX_ERR(0, 509, __pyx_L7_error)
         }
 
-        /* "ivshmem/channel/messages.pyx":509
+        /* "ivshmem/channel/messages.pyx":511
  *             raise self.starved()
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -13844,7 +13863,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
         }
       }
 
-      /* "ivshmem/channel/messages.pyx":480
+      /* "ivshmem/channel/messages.pyx":482
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13890,7 +13909,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_2get_into(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":511
+/* "ivshmem/channel/messages.pyx":513
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -13940,24 +13959,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 511, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 513, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 511, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 513, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 511, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 513, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows", 0) < (0)) __PYX_ERR(0, 511, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows", 0) < (0)) __PYX_ERR(0, 513, __pyx_L3_error)
 
-      /* "ivshmem/channel/messages.pyx":512
+      /* "ivshmem/channel/messages.pyx":514
  * 
  *     @cython.critical_section
  *     def get_rows(self, rows, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -13967,17 +13986,17 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       if (!values[2]) values[2] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, i); __PYX_ERR(0, 511, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, i); __PYX_ERR(0, 513, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 511, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 513, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 511, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 513, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -13990,7 +14009,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 511, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_rows", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 513, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14003,7 +14022,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(((struct __pyx_obj_7ivshmem_7channel_8messages_Reader *)__pyx_v_self), __pyx_v_rows, __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/messages.pyx":511
+  /* "ivshmem/channel/messages.pyx":513
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -14064,7 +14083,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/messages.pyx":530
+        /* "ivshmem/channel/messages.pyx":532
  *         cdef uint64_t size, i, count
  *         cdef int code
  *         cdef int tries = 0             # <<<<<<<<<<<<<<
@@ -14073,33 +14092,33 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
         __pyx_v_tries = 0;
 
-        /* "ivshmem/channel/messages.pyx":532
+        /* "ivshmem/channel/messages.pyx":534
  *         cdef int tries = 0
  *         cdef ivshmem_message message
  *         cdef object whole = memoryview(rows)             # <<<<<<<<<<<<<<
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
 */
-        __pyx_t_2 = PyMemoryView_FromObject(__pyx_v_rows); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 532, __pyx_L4_error)
+        __pyx_t_2 = PyMemoryView_FromObject(__pyx_v_rows); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 534, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         __pyx_v_whole = __pyx_t_2;
         __pyx_t_2 = 0;
 
-        /* "ivshmem/channel/messages.pyx":533
+        /* "ivshmem/channel/messages.pyx":535
  *         cdef ivshmem_message message
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:             # <<<<<<<<<<<<<<
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         count = whole.shape[0]
 */
-        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_ndim); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 533, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_ndim); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 535, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_3 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_2, __pyx_mstate_global->__pyx_int_2, Py_LT); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 533, __pyx_L4_error)
+        __pyx_t_3 = __Pyx_PyObject_CompareBoolLt_object_int(__pyx_t_2, __pyx_mstate_global->__pyx_int_2, Py_LT); if (unlikely((__pyx_t_3 < 0))) __PYX_ERR(0, 535, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/messages.pyx":534
+          /* "ivshmem/channel/messages.pyx":536
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")             # <<<<<<<<<<<<<<
@@ -14112,14 +14131,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
             PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_kp_u_rows_a_buffer_of_two_dimensions};
             __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 534, __pyx_L4_error)
+            if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 536, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_2);
           }
           __Pyx_Raise(__pyx_t_2, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-          __PYX_ERR(0, 534, __pyx_L4_error)
+          __PYX_ERR(0, 536, __pyx_L4_error)
 
-          /* "ivshmem/channel/messages.pyx":533
+          /* "ivshmem/channel/messages.pyx":535
  *         cdef ivshmem_message message
  *         cdef object whole = memoryview(rows)
  *         if whole.ndim < 2:             # <<<<<<<<<<<<<<
@@ -14128,33 +14147,33 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
         }
 
-        /* "ivshmem/channel/messages.pyx":535
+        /* "ivshmem/channel/messages.pyx":537
  *         if whole.ndim < 2:
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         count = whole.shape[0]             # <<<<<<<<<<<<<<
  *         PyObject_GetBuffer(rows, &view, PyBUF_WRITABLE)
  *         try:
 */
-        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_shape); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 535, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_v_whole, __pyx_mstate_global->__pyx_n_u_shape); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 537, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
-        __pyx_t_4 = __Pyx_GetItemInt(__pyx_t_2, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 535, __pyx_L4_error)
+        __pyx_t_4 = __Pyx_GetItemInt(__pyx_t_2, 0, long, 1, __Pyx_PyLong_From_long, 0, 1, 1, __Pyx_ReferenceSharing_OwnStrongReference); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 537, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-        __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 535, __pyx_L4_error)
+        __pyx_t_6 = __Pyx_PyLong_As_uint64_t(__pyx_t_4); if (unlikely((__pyx_t_6 == ((uint64_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 537, __pyx_L4_error)
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
         __pyx_v_count = __pyx_t_6;
 
-        /* "ivshmem/channel/messages.pyx":536
+        /* "ivshmem/channel/messages.pyx":538
  *             raise ValueError("rows: a buffer of two dimensions is needed, one row for each message")
  *         count = whole.shape[0]
  *         PyObject_GetBuffer(rows, &view, PyBUF_WRITABLE)             # <<<<<<<<<<<<<<
  *         try:
  *             size = view.len // count if count else 0
 */
-        __pyx_t_7 = PyObject_GetBuffer(__pyx_v_rows, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 536, __pyx_L4_error)
+        __pyx_t_7 = PyObject_GetBuffer(__pyx_v_rows, (&__pyx_v_view), PyBUF_WRITABLE); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 538, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/messages.pyx":537
+        /* "ivshmem/channel/messages.pyx":539
  *         count = whole.shape[0]
  *         PyObject_GetBuffer(rows, &view, PyBUF_WRITABLE)
  *         try:             # <<<<<<<<<<<<<<
@@ -14163,7 +14182,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
         /*try:*/ {
 
-          /* "ivshmem/channel/messages.pyx":538
+          /* "ivshmem/channel/messages.pyx":540
  *         PyObject_GetBuffer(rows, &view, PyBUF_WRITABLE)
  *         try:
  *             size = view.len // count if count else 0             # <<<<<<<<<<<<<<
@@ -14175,7 +14194,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
           if (__pyx_t_3) {
             if (unlikely(__pyx_v_count == 0)) {
               PyErr_SetString(PyExc_ZeroDivisionError, "integer division or modulo by zero");
-              __PYX_ERR(0, 538, __pyx_L8_error)
+              __PYX_ERR(0, 540, __pyx_L8_error)
             }
 
             __pyx_t_6 = (__pyx_v_view.len / __pyx_v_count);
@@ -14186,7 +14205,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 
           __pyx_v_size = __pyx_t_6;
 
-          /* "ivshmem/channel/messages.pyx":539
+          /* "ivshmem/channel/messages.pyx":541
  *         try:
  *             size = view.len // count if count else 0
  *             i = 0             # <<<<<<<<<<<<<<
@@ -14195,7 +14214,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
           __pyx_v_i = 0;
 
-          /* "ivshmem/channel/messages.pyx":540
+          /* "ivshmem/channel/messages.pyx":542
  *             size = view.len // count if count else 0
  *             i = 0
  *             while i < count:             # <<<<<<<<<<<<<<
@@ -14208,7 +14227,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 
             if (!__pyx_t_3) break;
 
-            /* "ivshmem/channel/messages.pyx":541
+            /* "ivshmem/channel/messages.pyx":543
  *             i = 0
  *             while i < count:
  *                 if i == 0:             # <<<<<<<<<<<<<<
@@ -14220,21 +14239,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/messages.pyx":542
+              /* "ivshmem/channel/messages.pyx":544
  *             while i < count:
  *                 if i == 0:
  *                     if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *                         return 0
  *                 else:
 */
-              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_7 == ((int)-2))) __PYX_ERR(0, 542, __pyx_L8_error)
+              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_7 == ((int)-2))) __PYX_ERR(0, 544, __pyx_L8_error)
               __pyx_t_3 = (__pyx_t_7 != 0);
 
 
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/messages.pyx":543
+                /* "ivshmem/channel/messages.pyx":545
  *                 if i == 0:
  *                     if self.take(timeout, spin):
  *                         return 0             # <<<<<<<<<<<<<<
@@ -14253,7 +14272,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
                 __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
                 goto __pyx_L7_return;
 
-                /* "ivshmem/channel/messages.pyx":542
+                /* "ivshmem/channel/messages.pyx":544
  *             while i < count:
  *                 if i == 0:
  *                     if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -14262,7 +14281,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
               }
 
-              /* "ivshmem/channel/messages.pyx":541
+              /* "ivshmem/channel/messages.pyx":543
  *             i = 0
  *             while i < count:
  *                 if i == 0:             # <<<<<<<<<<<<<<
@@ -14272,7 +14291,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
               goto __pyx_L12;
             }
 
-            /* "ivshmem/channel/messages.pyx":545
+            /* "ivshmem/channel/messages.pyx":547
  *                         return 0
  *                 else:
  *                     code = ivshmem_take(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -14282,7 +14301,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
             /*else*/ {
               __pyx_v_code = ivshmem_take((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message));
 
-              /* "ivshmem/channel/messages.pyx":546
+              /* "ivshmem/channel/messages.pyx":548
  *                 else:
  *                     code = ivshmem_take(&self.reader, &self.message)
  *                     if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -14294,7 +14313,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/messages.pyx":547
+                /* "ivshmem/channel/messages.pyx":549
  *                     code = ivshmem_take(&self.reader, &self.message)
  *                     if code == IVSHMEM_AGAIN:
  *                         break             # <<<<<<<<<<<<<<
@@ -14303,7 +14322,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
                 goto __pyx_L11_break;
 
-                /* "ivshmem/channel/messages.pyx":546
+                /* "ivshmem/channel/messages.pyx":548
  *                 else:
  *                     code = ivshmem_take(&self.reader, &self.message)
  *                     if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -14312,7 +14331,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
               }
 
-              /* "ivshmem/channel/messages.pyx":548
+              /* "ivshmem/channel/messages.pyx":550
  *                     if code == IVSHMEM_AGAIN:
  *                         break
  *                     if code:             # <<<<<<<<<<<<<<
@@ -14324,20 +14343,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
               if (unlikely(__pyx_t_3)) {
 
 
-                /* "ivshmem/channel/messages.pyx":549
+                /* "ivshmem/channel/messages.pyx":551
  *                         break
  *                     if code:
  *                         raise self.fail(code)             # <<<<<<<<<<<<<<
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *                         self.keep()
 */
-                __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 549, __pyx_L8_error)
+                __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 551, __pyx_L8_error)
                 __Pyx_GOTREF(__pyx_t_4);
                 __Pyx_Raise(__pyx_t_4, 0, 0, 0);
                 __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-                __PYX_ERR(0, 549, __pyx_L8_error)
+                __PYX_ERR(0, 551, __pyx_L8_error)
 
-                /* "ivshmem/channel/messages.pyx":548
+                /* "ivshmem/channel/messages.pyx":550
  *                     if code == IVSHMEM_AGAIN:
  *                         break
  *                     if code:             # <<<<<<<<<<<<<<
@@ -14346,7 +14365,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
               }
 
-              /* "ivshmem/channel/messages.pyx":550
+              /* "ivshmem/channel/messages.pyx":552
  *                     if code:
  *                         raise self.fail(code)
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
@@ -14372,17 +14391,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/messages.pyx":551
+                /* "ivshmem/channel/messages.pyx":553
  *                         raise self.fail(code)
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *                         self.keep()             # <<<<<<<<<<<<<<
  *                         break
  *                 message = self.message
 */
-                __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 551, __pyx_L8_error)
+                __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 553, __pyx_L8_error)
 
 
-                /* "ivshmem/channel/messages.pyx":552
+                /* "ivshmem/channel/messages.pyx":554
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:
  *                         self.keep()
  *                         break             # <<<<<<<<<<<<<<
@@ -14391,7 +14410,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
                 goto __pyx_L11_break;
 
-                /* "ivshmem/channel/messages.pyx":550
+                /* "ivshmem/channel/messages.pyx":552
  *                     if code:
  *                         raise self.fail(code)
  *                     if self.message.lost and self.reader.overflow == IVSHMEM_BLOCK:             # <<<<<<<<<<<<<<
@@ -14402,7 +14421,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
             }
             __pyx_L12:;
 
-            /* "ivshmem/channel/messages.pyx":553
+            /* "ivshmem/channel/messages.pyx":555
  *                         self.keep()
  *                         break
  *                 message = self.message             # <<<<<<<<<<<<<<
@@ -14413,7 +14432,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 
             __pyx_v_message = __pyx_t_9;
 
-            /* "ivshmem/channel/messages.pyx":554
+            /* "ivshmem/channel/messages.pyx":556
  *                         break
  *                 message = self.message
  *                 if message.length > size:             # <<<<<<<<<<<<<<
@@ -14425,7 +14444,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/messages.pyx":555
+              /* "ivshmem/channel/messages.pyx":557
  *                 message = self.message
  *                 if message.length > size:
  *                     self.message.lost = 0             # <<<<<<<<<<<<<<
@@ -14434,17 +14453,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
               __pyx_v_self->message.lost = 0;
 
-              /* "ivshmem/channel/messages.pyx":556
+              /* "ivshmem/channel/messages.pyx":558
  *                 if message.length > size:
  *                     self.message.lost = 0
  *                     self.keep()             # <<<<<<<<<<<<<<
  *                     if i:
  *                         break
 */
-              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 556, __pyx_L8_error)
+              __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->keep(__pyx_v_self); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 558, __pyx_L8_error)
 
 
-              /* "ivshmem/channel/messages.pyx":557
+              /* "ivshmem/channel/messages.pyx":559
  *                     self.message.lost = 0
  *                     self.keep()
  *                     if i:             # <<<<<<<<<<<<<<
@@ -14456,7 +14475,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/messages.pyx":558
+                /* "ivshmem/channel/messages.pyx":560
  *                     self.keep()
  *                     if i:
  *                         break             # <<<<<<<<<<<<<<
@@ -14465,7 +14484,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
                 goto __pyx_L11_break;
 
-                /* "ivshmem/channel/messages.pyx":557
+                /* "ivshmem/channel/messages.pyx":559
  *                     self.message.lost = 0
  *                     self.keep()
  *                     if i:             # <<<<<<<<<<<<<<
@@ -14474,7 +14493,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
               }
 
-              /* "ivshmem/channel/messages.pyx":559
+              /* "ivshmem/channel/messages.pyx":561
  *                     if i:
  *                         break
  *                     raise MessageTooLong(             # <<<<<<<<<<<<<<
@@ -14482,19 +14501,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
  *                     )
 */
               __pyx_t_2 = NULL;
-              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 559, __pyx_L8_error)
+              __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_MessageTooLong); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 561, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_10);
 
-              /* "ivshmem/channel/messages.pyx":560
+              /* "ivshmem/channel/messages.pyx":562
  *                         break
  *                     raise MessageTooLong(
  *                         f"a message of {message.length} bytes, and a row has {size}"             # <<<<<<<<<<<<<<
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:
 */
-              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 560, __pyx_L8_error)
+              __pyx_t_11 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 562, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_11);
-              __pyx_t_12 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 560, __pyx_L8_error)
+              __pyx_t_12 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_size, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 562, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_12);
               __pyx_t_13[0] = __pyx_mstate_global->__pyx_kp_u_a_message_of;
               __pyx_t_13[1] = __pyx_t_11;
@@ -14506,7 +14525,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
               #endif
               __pyx_t_7 = 0;
               __pyx_t_15 = __Pyx_PyUnicode_Join(__pyx_t_13, 4, __pyx_t_14, __pyx_t_7);
-              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 560, __pyx_L8_error)
+              if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 562, __pyx_L8_error)
               __Pyx_GOTREF(__pyx_t_15);
               __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
               __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
@@ -14528,14 +14547,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
                 __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
                 __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
                 __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-                if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 559, __pyx_L8_error)
+                if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 561, __pyx_L8_error)
                 __Pyx_GOTREF(__pyx_t_4);
               }
               __Pyx_Raise(__pyx_t_4, 0, 0, 0);
               __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-              __PYX_ERR(0, 559, __pyx_L8_error)
+              __PYX_ERR(0, 561, __pyx_L8_error)
 
-              /* "ivshmem/channel/messages.pyx":554
+              /* "ivshmem/channel/messages.pyx":556
  *                         break
  *                 message = self.message
  *                 if message.length > size:             # <<<<<<<<<<<<<<
@@ -14544,21 +14563,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
             }
 
-            /* "ivshmem/channel/messages.pyx":562
+            /* "ivshmem/channel/messages.pyx":564
  *                         f"a message of {message.length} bytes, and a row has {size}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:             # <<<<<<<<<<<<<<
  *                     i += 1
  *                     tries = 0
 */
-            __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), (((char *)__pyx_v_view.buf) + (__pyx_v_i * __pyx_v_size))); if (unlikely(__pyx_t_7 == ((int)-2))) __PYX_ERR(0, 562, __pyx_L8_error)
+            __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.copy_to(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), (&__pyx_v_message), (((char *)__pyx_v_view.buf) + (__pyx_v_i * __pyx_v_size))); if (unlikely(__pyx_t_7 == ((int)-2))) __PYX_ERR(0, 564, __pyx_L8_error)
             __pyx_t_3 = (__pyx_t_7 == 0);
 
 
             if (__pyx_t_3) {
 
 
-              /* "ivshmem/channel/messages.pyx":563
+              /* "ivshmem/channel/messages.pyx":565
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:
  *                     i += 1             # <<<<<<<<<<<<<<
@@ -14567,7 +14586,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
               __pyx_v_i = (__pyx_v_i + 1);
 
-              /* "ivshmem/channel/messages.pyx":564
+              /* "ivshmem/channel/messages.pyx":566
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:
  *                     i += 1
  *                     tries = 0             # <<<<<<<<<<<<<<
@@ -14576,7 +14595,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
               __pyx_v_tries = 0;
 
-              /* "ivshmem/channel/messages.pyx":562
+              /* "ivshmem/channel/messages.pyx":564
  *                         f"a message of {message.length} bytes, and a row has {size}"
  *                     )
  *                 if self.copy_to(&message, <char *>view.buf + i * size) == 0:             # <<<<<<<<<<<<<<
@@ -14586,7 +14605,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
               goto __pyx_L21;
             }
 
-            /* "ivshmem/channel/messages.pyx":566
+            /* "ivshmem/channel/messages.pyx":568
  *                     tries = 0
  *                 else:
  *                     tries += 1             # <<<<<<<<<<<<<<
@@ -14596,7 +14615,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
             /*else*/ {
               __pyx_v_tries = (__pyx_v_tries + 1);
 
-              /* "ivshmem/channel/messages.pyx":567
+              /* "ivshmem/channel/messages.pyx":569
  *                 else:
  *                     tries += 1
  *                     if tries == TRIES:             # <<<<<<<<<<<<<<
@@ -14608,7 +14627,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
               if (__pyx_t_3) {
 
 
-                /* "ivshmem/channel/messages.pyx":568
+                /* "ivshmem/channel/messages.pyx":570
  *                     tries += 1
  *                     if tries == TRIES:
  *                         if i:             # <<<<<<<<<<<<<<
@@ -14620,7 +14639,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
                 if (__pyx_t_3) {
 
 
-                  /* "ivshmem/channel/messages.pyx":569
+                  /* "ivshmem/channel/messages.pyx":571
  *                     if tries == TRIES:
  *                         if i:
  *                             break             # <<<<<<<<<<<<<<
@@ -14629,7 +14648,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
                   goto __pyx_L11_break;
 
-                  /* "ivshmem/channel/messages.pyx":568
+                  /* "ivshmem/channel/messages.pyx":570
  *                     tries += 1
  *                     if tries == TRIES:
  *                         if i:             # <<<<<<<<<<<<<<
@@ -14638,20 +14657,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
 */
                 }
 
-                /* "ivshmem/channel/messages.pyx":570
+                /* "ivshmem/channel/messages.pyx":572
  *                         if i:
  *                             break
  *                         raise self.starved()             # <<<<<<<<<<<<<<
  *             return i
  *         finally:
 */
-                __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 570, __pyx_L8_error)
+                __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 572, __pyx_L8_error)
                 __Pyx_GOTREF(__pyx_t_4);
                 __Pyx_Raise(__pyx_t_4, 0, 0, 0);
                 __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-                __PYX_ERR(0, 570, __pyx_L8_error)
+                __PYX_ERR(0, 572, __pyx_L8_error)
 
-                /* "ivshmem/channel/messages.pyx":567
+                /* "ivshmem/channel/messages.pyx":569
  *                 else:
  *                     tries += 1
  *                     if tries == TRIES:             # <<<<<<<<<<<<<<
@@ -14664,14 +14683,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
           }
           __pyx_L11_break:;
 
-          /* "ivshmem/channel/messages.pyx":571
+          /* "ivshmem/channel/messages.pyx":573
  *                             break
  *                         raise self.starved()
  *             return i             # <<<<<<<<<<<<<<
  *         finally:
  *             PyBuffer_Release(&view)
 */
-          __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 571, __pyx_L8_error)
+          __pyx_t_4 = __Pyx_PyLong_From_uint64_t(__pyx_v_i); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 573, __pyx_L8_error)
           __Pyx_GOTREF(__pyx_t_4);
           {
             PyObject *__pyx_temp;
@@ -14686,7 +14705,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
           goto __pyx_L7_return;
         }
 
-        /* "ivshmem/channel/messages.pyx":573
+        /* "ivshmem/channel/messages.pyx":575
  *             return i
  *         finally:
  *             PyBuffer_Release(&view)             # <<<<<<<<<<<<<<
@@ -14740,7 +14759,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
         }
       }
 
-      /* "ivshmem/channel/messages.pyx":511
+      /* "ivshmem/channel/messages.pyx":513
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -14791,7 +14810,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_4get_rows(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":575
+/* "ivshmem/channel/messages.pyx":577
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -14840,20 +14859,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 575, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 577, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 575, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 577, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view", 0) < (0)) __PYX_ERR(0, 575, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view", 0) < (0)) __PYX_ERR(0, 577, __pyx_L3_error)
 
-      /* "ivshmem/channel/messages.pyx":576
+      /* "ivshmem/channel/messages.pyx":578
  * 
  *     @cython.critical_section
  *     def view(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -14866,7 +14885,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 575, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 577, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -14879,7 +14898,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("view", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 575, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("view", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 577, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -14892,7 +14911,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(((struct __pyx_obj_7ivshmem_7channel_8messages_Reader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/messages.pyx":575
+  /* "ivshmem/channel/messages.pyx":577
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -14936,7 +14955,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/messages.pyx":592
+        /* "ivshmem/channel/messages.pyx":594
  *             MessagesLost, ChannelCorrupt, ClosedError: as of `get`.
  *         """
  *         if self.views >= self.channel.record.geometry.views:             # <<<<<<<<<<<<<<
@@ -14948,7 +14967,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
         if (unlikely(__pyx_t_2)) {
 
 
-          /* "ivshmem/channel/messages.pyx":593
+          /* "ivshmem/channel/messages.pyx":595
  *         """
  *         if self.views >= self.channel.record.geometry.views:
  *             raise ChannelError(             # <<<<<<<<<<<<<<
@@ -14956,35 +14975,35 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
  *                 " that it was made for: release one"
 */
           __pyx_t_4 = NULL;
-          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 593, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 595, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_5);
 
-          /* "ivshmem/channel/messages.pyx":594
+          /* "ivshmem/channel/messages.pyx":596
  *         if self.views >= self.channel.record.geometry.views:
  *             raise ChannelError(
  *                 f"channel {self.name!r}: {counted(self.views, 'view')} at once, which are all"             # <<<<<<<<<<<<<<
  *                 " that it was made for: release one"
  *             )
 */
-          __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 594, __pyx_L4_error)
+          __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->__pyx_base.__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 596, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_6);
-          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 594, __pyx_L4_error)
+          __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 596, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_7);
-          __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.views); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 594, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->__pyx_base.views); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 596, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
-          __pyx_t_9 = PyTuple_New(2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 594, __pyx_L4_error)
+          __pyx_t_9 = PyTuple_New(2); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 596, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_GIVEREF(__pyx_t_8);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 0, __pyx_t_8) != (0)) __PYX_ERR(0, 594, __pyx_L4_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 0, __pyx_t_8) != (0)) __PYX_ERR(0, 596, __pyx_L4_error);
           __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_view);
           __Pyx_GIVEREF(__pyx_mstate_global->__pyx_n_u_view);
-          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 1, __pyx_mstate_global->__pyx_n_u_view) != (0)) __PYX_ERR(0, 594, __pyx_L4_error);
+          if (__Pyx_PyTuple_SET_ITEM(__pyx_t_9, 1, __pyx_mstate_global->__pyx_n_u_view) != (0)) __PYX_ERR(0, 596, __pyx_L4_error);
           __pyx_t_8 = 0;
-          __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_9, NULL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 594, __pyx_L4_error)
+          __pyx_t_8 = __Pyx_PyObject_Call(__pyx_t_7, __pyx_t_9, NULL); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 596, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-          __pyx_t_9 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 594, __pyx_L4_error)
+          __pyx_t_9 = __Pyx_PyObject_FormatSimple(__pyx_t_8, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 596, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_9);
           __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
           __pyx_t_10[0] = __pyx_mstate_global->__pyx_kp_u_channel;
@@ -15001,7 +15020,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
           __pyx_t_12 |= __Pyx_PyUnicode_KIND_04(__pyx_t_10[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_10[3]);
           #endif
           __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_10, 5, __pyx_t_11, __pyx_t_12);
-          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 594, __pyx_L4_error)
+          if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 596, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_8);
           __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
           __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
@@ -15023,14 +15042,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
             __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
             __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
             __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 593, __pyx_L4_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 595, __pyx_L4_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_Raise(__pyx_t_3, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-          __PYX_ERR(0, 593, __pyx_L4_error)
+          __PYX_ERR(0, 595, __pyx_L4_error)
 
-          /* "ivshmem/channel/messages.pyx":592
+          /* "ivshmem/channel/messages.pyx":594
  *             MessagesLost, ChannelCorrupt, ClosedError: as of `get`.
  *         """
  *         if self.views >= self.channel.record.geometry.views:             # <<<<<<<<<<<<<<
@@ -15039,21 +15058,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
 */
         }
 
-        /* "ivshmem/channel/messages.pyx":597
+        /* "ivshmem/channel/messages.pyx":599
  *                 " that it was made for: release one"
  *             )
  *         if self.take(timeout, spin):             # <<<<<<<<<<<<<<
  *             return None
  *         return view_of(self, self.message)
 */
-        __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_12 == ((int)-2))) __PYX_ERR(0, 597, __pyx_L4_error)
+        __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_Reader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->take(__pyx_v_self, __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_12 == ((int)-2))) __PYX_ERR(0, 599, __pyx_L4_error)
         __pyx_t_2 = (__pyx_t_12 != 0);
 
 
         if (__pyx_t_2) {
 
 
-          /* "ivshmem/channel/messages.pyx":598
+          /* "ivshmem/channel/messages.pyx":600
  *             )
  *         if self.take(timeout, spin):
  *             return None             # <<<<<<<<<<<<<<
@@ -15071,7 +15090,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/messages.pyx":597
+          /* "ivshmem/channel/messages.pyx":599
  *                 " that it was made for: release one"
  *             )
  *         if self.take(timeout, spin):             # <<<<<<<<<<<<<<
@@ -15080,14 +15099,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
 */
         }
 
-        /* "ivshmem/channel/messages.pyx":599
+        /* "ivshmem/channel/messages.pyx":601
  *         if self.take(timeout, spin):
  *             return None
  *         return view_of(self, self.message)             # <<<<<<<<<<<<<<
  * 
  *     def get_async(self, timeout=None):
 */
-        __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_8messages_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 599, __pyx_L4_error)
+        __pyx_t_3 = ((PyObject *)__pyx_f_7ivshmem_7channel_8messages_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 601, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         {
           PyObject *__pyx_temp;
@@ -15102,7 +15121,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/messages.pyx":575
+      /* "ivshmem/channel/messages.pyx":577
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -15146,7 +15165,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_6view(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":601
+/* "ivshmem/channel/messages.pyx":603
  *         return view_of(self, self.message)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -15194,24 +15213,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 601, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 603, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 601, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 603, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 601, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_async", 0) < (0)) __PYX_ERR(0, 603, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 601, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 603, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -15222,7 +15241,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 601, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 603, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15256,7 +15275,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_8get_async(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_async", 0);
 
-  /* "ivshmem/channel/messages.pyx":603
+  /* "ivshmem/channel/messages.pyx":605
  *     def get_async(self, timeout=None):
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.get, timeout)             # <<<<<<<<<<<<<<
@@ -15264,12 +15283,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_8get_async(struct 
  *     def get_into_async(self, buffer, timeout=None):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 603, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 605, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 603, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 605, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 603, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 605, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -15289,7 +15308,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_8get_async(struct 
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 603, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 605, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -15303,7 +15322,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_8get_async(struct 
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":601
+  /* "ivshmem/channel/messages.pyx":603
  *         return view_of(self, self.message)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -15325,7 +15344,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_8get_async(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":605
+/* "ivshmem/channel/messages.pyx":607
  *         return asynchronous.until_something(self, self.get, timeout)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
@@ -15374,35 +15393,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_buffer,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 605, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 607, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 605, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 607, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 605, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 607, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 605, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_into_async", 0) < (0)) __PYX_ERR(0, 607, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 605, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, i); __PYX_ERR(0, 607, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 605, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 607, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 605, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 607, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -15413,7 +15432,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 605, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_into_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 607, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15447,7 +15466,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_10get_into_async(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("get_into_async", 0);
 
-  /* "ivshmem/channel/messages.pyx":607
+  /* "ivshmem/channel/messages.pyx":609
  *     def get_into_async(self, buffer, timeout=None):
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)             # <<<<<<<<<<<<<<
@@ -15455,12 +15474,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_10get_into_async(s
  *     async def get_rows_async(self, rows, timeout=None):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 607, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 609, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 607, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 609, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 607, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_get_into); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 609, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -15480,7 +15499,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_10get_into_async(s
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 607, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 609, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -15494,7 +15513,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_10get_into_async(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":605
+  /* "ivshmem/channel/messages.pyx":607
  *         return asynchronous.until_something(self, self.get, timeout)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
@@ -15517,7 +15536,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_10get_into_async(s
 }
 static PyObject *__pyx_gb_7ivshmem_7channel_8messages_6Reader_14generator(__pyx_CoroutineObject *__pyx_generator, CYTHON_UNUSED PyThreadState *__pyx_tstate, PyObject *__pyx_sent_value); /* proto */
 
-/* "ivshmem/channel/messages.pyx":609
+/* "ivshmem/channel/messages.pyx":611
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
@@ -15566,35 +15585,35 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 609, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 611, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 609, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 611, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 609, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 611, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows_async", 0) < (0)) __PYX_ERR(0, 609, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "get_rows_async", 0) < (0)) __PYX_ERR(0, 611, __pyx_L3_error)
       if (!values[1]) values[1] = __Pyx_NewRef(((PyObject *)Py_None));
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, i); __PYX_ERR(0, 609, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, i); __PYX_ERR(0, 611, __pyx_L3_error) }
       }
     } else {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 609, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 611, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 609, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 611, __pyx_L3_error)
         break;
         default: goto __pyx_L5_argtuple_error;
       }
@@ -15605,7 +15624,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 609, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("get_rows_async", 0, 1, 2, __pyx_nargs); __PYX_ERR(0, 611, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15638,7 +15657,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_12get_rows_async(s
   if (unlikely(!__pyx_cur_scope)) {
     __pyx_cur_scope = ((struct __pyx_obj_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async *)Py_None);
     __Pyx_INCREF(Py_None);
-    __PYX_ERR(0, 609, __pyx_L1_error)
+    __PYX_ERR(0, 611, __pyx_L1_error)
   } else {
     __Pyx_GOTREF((PyObject *)__pyx_cur_scope);
   }
@@ -15652,7 +15671,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_12get_rows_async(s
   __Pyx_INCREF(__pyx_cur_scope->__pyx_v_timeout);
   __Pyx_GIVEREF(__pyx_cur_scope->__pyx_v_timeout);
   {
-    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_8messages_6Reader_14generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages); if (unlikely(!gen)) __PYX_ERR(0, 609, __pyx_L1_error)
+    __pyx_CoroutineObject *gen = __Pyx_Coroutine_New((__pyx_coroutine_body_t) __pyx_gb_7ivshmem_7channel_8messages_6Reader_14generator, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0]), (PyObject *) __pyx_cur_scope, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages); if (unlikely(!gen)) __PYX_ERR(0, 611, __pyx_L1_error)
     __Pyx_DECREF(__pyx_cur_scope);
     __Pyx_RefNannyFinishContext();
     return (PyObject *) gen;
@@ -15694,10 +15713,10 @@ static PyObject *__pyx_gb_7ivshmem_7channel_8messages_6Reader_14generator(__pyx_
   __pyx_L3_first_run:;
   if (unlikely(__pyx_sent_value != Py_None)) {
     if (unlikely(__pyx_sent_value)) PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
-    __PYX_ERR(0, 609, __pyx_L1_error)
+    __PYX_ERR(0, 611, __pyx_L1_error)
   }
 
-  /* "ivshmem/channel/messages.pyx":611
+  /* "ivshmem/channel/messages.pyx":613
  *     async def get_rows_async(self, rows, timeout=None):
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
  *         found = await asynchronous.until_something(self, self._rows_or_none, timeout, rows)             # <<<<<<<<<<<<<<
@@ -15705,12 +15724,12 @@ static PyObject *__pyx_gb_7ivshmem_7channel_8messages_6Reader_14generator(__pyx_
  * 
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 611, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 613, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 611, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 613, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_rows_or_none); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 611, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_cur_scope->__pyx_v_self), __pyx_mstate_global->__pyx_n_u_rows_or_none); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 613, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -15730,7 +15749,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_8messages_6Reader_14generator(__pyx_
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 611, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 613, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __pyx_t_6 = __Pyx_Coroutine_Yield_From(__pyx_generator, __pyx_t_1, &__pyx_r);
@@ -15744,34 +15763,34 @@ static PyObject *__pyx_gb_7ivshmem_7channel_8messages_6Reader_14generator(__pyx_
     __pyx_generator->resume_label = 1;
     return __pyx_r;
     __pyx_L4_resume_from_await:;
-    if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 611, __pyx_L1_error)
+    if (unlikely(!__pyx_sent_value)) __PYX_ERR(0, 613, __pyx_L1_error)
     __pyx_t_1 = __pyx_sent_value; __Pyx_INCREF(__pyx_t_1);
   } else if (likely(__pyx_t_6 == PYGEN_RETURN)) {
     __Pyx_GOTREF(__pyx_r);
     __pyx_t_1 = __pyx_r; __pyx_r = NULL;
   } else {
     __Pyx_XGOTREF(__pyx_r);
-    __PYX_ERR(0, 611, __pyx_L1_error)
+    __PYX_ERR(0, 613, __pyx_L1_error)
   }
   __Pyx_GIVEREF(__pyx_t_1);
   __pyx_cur_scope->__pyx_v_found = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/messages.pyx":612
+  /* "ivshmem/channel/messages.pyx":614
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
  *         found = await asynchronous.until_something(self, self._rows_or_none, timeout, rows)
  *         return found or 0             # <<<<<<<<<<<<<<
  * 
  *     def _rows_or_none(self, rows, timeout):
 */
-  __pyx_t_7 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_found); if (unlikely((__pyx_t_7 < 0))) __PYX_ERR(0, 612, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyObject_IsTrue(__pyx_cur_scope->__pyx_v_found); if (unlikely((__pyx_t_7 < 0))) __PYX_ERR(0, 614, __pyx_L1_error)
   if (!__pyx_t_7) {
   } else {
     __Pyx_INCREF(__pyx_cur_scope->__pyx_v_found);
     __pyx_t_1 = __pyx_cur_scope->__pyx_v_found;
     goto __pyx_L5_bool_binop_done;
   }
-  __pyx_t_4 = __Pyx_PyLong_From_long(0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 612, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyLong_From_long(0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 614, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_1 = __pyx_t_4;
   __pyx_t_4 = 0;
@@ -15788,7 +15807,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_8messages_6Reader_14generator(__pyx_
   goto __pyx_L0;
   CYTHON_MAYBE_UNUSED_VAR(__pyx_cur_scope);
 
-  /* "ivshmem/channel/messages.pyx":609
+  /* "ivshmem/channel/messages.pyx":611
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
@@ -15817,7 +15836,7 @@ static PyObject *__pyx_gb_7ivshmem_7channel_8messages_6Reader_14generator(__pyx_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":614
+/* "ivshmem/channel/messages.pyx":616
  *         return found or 0
  * 
  *     def _rows_or_none(self, rows, timeout):             # <<<<<<<<<<<<<<
@@ -15866,39 +15885,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_rows,&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 614, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 616, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 614, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 616, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 614, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 616, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_rows_or_none", 0) < (0)) __PYX_ERR(0, 614, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "_rows_or_none", 0) < (0)) __PYX_ERR(0, 616, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, i); __PYX_ERR(0, 614, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, i); __PYX_ERR(0, 616, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 614, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 616, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 614, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 616, __pyx_L3_error)
     }
     __pyx_v_rows = values[0];
     __pyx_v_timeout = values[1];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 614, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("_rows_or_none", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 616, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -15932,7 +15951,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_15_rows_or_none(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_rows_or_none", 0);
 
-  /* "ivshmem/channel/messages.pyx":615
+  /* "ivshmem/channel/messages.pyx":617
  * 
  *     def _rows_or_none(self, rows, timeout):
  *         return self.get_rows(rows, timeout) or None             # <<<<<<<<<<<<<<
@@ -15946,10 +15965,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_15_rows_or_none(st
     PyObject *__pyx_callargs[3] = {__pyx_t_3, __pyx_v_rows, __pyx_v_timeout};
     __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get_rows, __pyx_callargs+__pyx_t_4, (3-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 615, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 617, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
   }
-  __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 615, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_IsTrue(__pyx_t_2); if (unlikely((__pyx_t_5 < 0))) __PYX_ERR(0, 617, __pyx_L1_error)
   if (!__pyx_t_5) {
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   } else {
@@ -15972,7 +15991,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_15_rows_or_none(st
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":614
+  /* "ivshmem/channel/messages.pyx":616
  *         return found or 0
  * 
  *     def _rows_or_none(self, rows, timeout):             # <<<<<<<<<<<<<<
@@ -15993,7 +16012,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_15_rows_or_none(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":617
+/* "ivshmem/channel/messages.pyx":619
  *         return self.get_rows(rows, timeout) or None
  * 
  *     def view_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -16041,24 +16060,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 617, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 619, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 617, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 619, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view_async", 0) < (0)) __PYX_ERR(0, 617, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "view_async", 0) < (0)) __PYX_ERR(0, 619, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 617, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 619, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -16069,7 +16088,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("view_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 617, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("view_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 619, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -16103,7 +16122,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_17view_async(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("view_async", 0);
 
-  /* "ivshmem/channel/messages.pyx":619
+  /* "ivshmem/channel/messages.pyx":621
  *     def view_async(self, timeout=None):
  *         """The twin of `view` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.view, timeout)             # <<<<<<<<<<<<<<
@@ -16111,12 +16130,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_17view_async(struc
  *     def __iter__(self):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 619, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 621, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 619, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 621, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_view); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 619, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_view); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 621, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -16136,7 +16155,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_17view_async(struc
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 619, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 621, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -16150,7 +16169,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_17view_async(struc
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":617
+  /* "ivshmem/channel/messages.pyx":619
  *         return self.get_rows(rows, timeout) or None
  * 
  *     def view_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -16172,7 +16191,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_17view_async(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":621
+/* "ivshmem/channel/messages.pyx":623
  *         return asynchronous.until_something(self, self.view, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -16200,7 +16219,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_19__iter__(struct 
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/messages.pyx":622
+  /* "ivshmem/channel/messages.pyx":624
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -16218,7 +16237,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_19__iter__(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":621
+  /* "ivshmem/channel/messages.pyx":623
  *         return asynchronous.until_something(self, self.view, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -16233,7 +16252,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_19__iter__(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":624
+/* "ivshmem/channel/messages.pyx":626
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -16267,7 +16286,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_21__next__(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/messages.pyx":625
+  /* "ivshmem/channel/messages.pyx":627
  * 
  *     def __next__(self):
  *         return self.get()             # <<<<<<<<<<<<<<
@@ -16281,7 +16300,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_21__next__(struct 
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 625, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 627, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -16295,7 +16314,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_21__next__(struct 
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":624
+  /* "ivshmem/channel/messages.pyx":626
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -16315,7 +16334,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_21__next__(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":627
+/* "ivshmem/channel/messages.pyx":629
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -16343,7 +16362,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_23__aiter__(struct
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/messages.pyx":628
+  /* "ivshmem/channel/messages.pyx":630
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -16361,7 +16380,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_23__aiter__(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":627
+  /* "ivshmem/channel/messages.pyx":629
  *         return self.get()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -16376,7 +16395,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_23__aiter__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":630
+/* "ivshmem/channel/messages.pyx":632
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -16410,7 +16429,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_25__anext__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/messages.pyx":631
+  /* "ivshmem/channel/messages.pyx":633
  * 
  *     def __anext__(self):
  *         return self.get_async()             # <<<<<<<<<<<<<<
@@ -16424,7 +16443,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_25__anext__(struct
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_get_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 631, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 633, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -16438,7 +16457,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_25__anext__(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":630
+  /* "ivshmem/channel/messages.pyx":632
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -16664,7 +16683,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_6Reader_29__setstate_cytho
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":653
+/* "ivshmem/channel/messages.pyx":655
  *     """
  * 
  *     def __init__(self, *_, **__):             # <<<<<<<<<<<<<<
@@ -16715,7 +16734,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View___init__(CYTHON_UNUSED str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__init__", 0);
 
-  /* "ivshmem/channel/messages.pyx":654
+  /* "ivshmem/channel/messages.pyx":656
  * 
  *     def __init__(self, *_, **__):
  *         raise TypeError("a View is made by Reader.view")             # <<<<<<<<<<<<<<
@@ -16728,14 +16747,14 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View___init__(CYTHON_UNUSED str
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_View_is_made_by_Reader_view};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 654, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 656, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 654, __pyx_L1_error)
+  __PYX_ERR(0, 656, __pyx_L1_error)
 
-  /* "ivshmem/channel/messages.pyx":653
+  /* "ivshmem/channel/messages.pyx":655
  *     """
  * 
  *     def __init__(self, *_, **__):             # <<<<<<<<<<<<<<
@@ -16754,7 +16773,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View___init__(CYTHON_UNUSED str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":656
+/* "ivshmem/channel/messages.pyx":658
  *         raise TypeError("a View is made by Reader.view")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -16816,7 +16835,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_2__reduce__(CYTHON_U
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/channel/messages.pyx":657
+  /* "ivshmem/channel/messages.pyx":659
  * 
  *     def __reduce__(self):
  *         raise TypeError("a View cannot be copied or pickled: `bytes(view)` is a copy")             # <<<<<<<<<<<<<<
@@ -16829,14 +16848,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_2__reduce__(CYTHON_U
     PyObject *__pyx_callargs[2] = {__pyx_t_2, __pyx_mstate_global->__pyx_kp_u_a_View_cannot_be_copied_or_pickl};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_3, (2-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 657, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 659, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 657, __pyx_L1_error)
+  __PYX_ERR(0, 659, __pyx_L1_error)
 
-  /* "ivshmem/channel/messages.pyx":656
+  /* "ivshmem/channel/messages.pyx":658
  *         raise TypeError("a View is made by Reader.view")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -16855,7 +16874,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_2__reduce__(CYTHON_U
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":659
+/* "ivshmem/channel/messages.pyx":661
  *         raise TypeError("a View cannot be copied or pickled: `bytes(view)` is a copy")
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -16887,14 +16906,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4size___get__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/messages.pyx":661
+  /* "ivshmem/channel/messages.pyx":663
  *     @property
  *     def size(self):
  *         return self.message.length             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->message.length); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 661, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->message.length); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 663, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -16907,7 +16926,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4size___get__(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":659
+  /* "ivshmem/channel/messages.pyx":661
  *         raise TypeError("a View cannot be copied or pickled: `bytes(view)` is a copy")
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -16926,7 +16945,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4size___get__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":663
+/* "ivshmem/channel/messages.pyx":665
  *         return self.message.length
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -16958,14 +16977,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_6writer___get__(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/messages.pyx":665
+  /* "ivshmem/channel/messages.pyx":667
  *     @property
  *     def writer(self):
  *         return self.message.writer             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_self->message.writer); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 665, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_unsigned_int(__pyx_v_self->message.writer); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 667, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -16978,7 +16997,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_6writer___get__(stru
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":663
+  /* "ivshmem/channel/messages.pyx":665
  *         return self.message.length
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -16997,7 +17016,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_6writer___get__(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":667
+/* "ivshmem/channel/messages.pyx":669
  *         return self.message.writer
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -17029,14 +17048,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_8position___get__(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/messages.pyx":669
+  /* "ivshmem/channel/messages.pyx":671
  *     @property
  *     def position(self):
  *         return self.message.position             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.position); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 669, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.position); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 671, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -17049,7 +17068,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_8position___get__(st
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":667
+  /* "ivshmem/channel/messages.pyx":669
  *         return self.message.writer
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -17068,7 +17087,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_8position___get__(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":671
+/* "ivshmem/channel/messages.pyx":673
  *         return self.message.position
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -17100,14 +17119,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4lost___get__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/messages.pyx":673
+  /* "ivshmem/channel/messages.pyx":675
  *     @property
  *     def lost(self):
  *         return self.message.lost             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.lost); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 673, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.lost); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 675, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -17120,7 +17139,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4lost___get__(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":671
+  /* "ivshmem/channel/messages.pyx":673
  *         return self.message.position
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -17139,7 +17158,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4lost___get__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":675
+/* "ivshmem/channel/messages.pyx":677
  *         return self.message.lost
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -17176,7 +17195,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/messages.pyx":678
+  /* "ivshmem/channel/messages.pyx":680
  *     def time(self):
  *         cdef uint64_t late, today
  *         if self.reader is None:             # <<<<<<<<<<<<<<
@@ -17187,7 +17206,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/messages.pyx":679
+    /* "ivshmem/channel/messages.pyx":681
  *         cdef uint64_t late, today
  *         if self.reader is None:
  *             raise TypeError("a View is made by Reader.view")             # <<<<<<<<<<<<<<
@@ -17200,14 +17219,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
       PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_a_View_is_made_by_Reader_view};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 679, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 681, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 679, __pyx_L1_error)
+    __PYX_ERR(0, 681, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":678
+    /* "ivshmem/channel/messages.pyx":680
  *     def time(self):
  *         cdef uint64_t late, today
  *         if self.reader is None:             # <<<<<<<<<<<<<<
@@ -17216,7 +17235,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":680
+  /* "ivshmem/channel/messages.pyx":682
  *         if self.reader is None:
  *             raise TypeError("a View is made by Reader.view")
  *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:             # <<<<<<<<<<<<<<
@@ -17228,7 +17247,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":681
+    /* "ivshmem/channel/messages.pyx":683
  *             raise TypeError("a View is made by Reader.view")
  *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:
  *             return None             # <<<<<<<<<<<<<<
@@ -17245,7 +17264,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/messages.pyx":680
+    /* "ivshmem/channel/messages.pyx":682
  *         if self.reader is None:
  *             raise TypeError("a View is made by Reader.view")
  *         if not self.reader.channel.record.geometry.options & IVSHMEM_TIMES:             # <<<<<<<<<<<<<<
@@ -17254,7 +17273,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":683
+  /* "ivshmem/channel/messages.pyx":685
  *             return None
  *         # The message has 44 bits of it, half a year: the rest is that of now.
  *         today = microseconds()             # <<<<<<<<<<<<<<
@@ -17263,7 +17282,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
 */
   __pyx_v_today = __pyx_f_7ivshmem_7channel_5roles_microseconds();
 
-  /* "ivshmem/channel/messages.pyx":684
+  /* "ivshmem/channel/messages.pyx":686
  *         # The message has 44 bits of it, half a year: the rest is that of now.
  *         today = microseconds()
  *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)             # <<<<<<<<<<<<<<
@@ -17272,7 +17291,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
 */
   __pyx_v_late = ((__pyx_v_today - __pyx_v_self->message.time) & ((((uint64_t)1) << 44) - 1));
 
-  /* "ivshmem/channel/messages.pyx":685
+  /* "ivshmem/channel/messages.pyx":687
  *         today = microseconds()
  *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)
  *         if late >= <uint64_t>1 << 43:             # <<<<<<<<<<<<<<
@@ -17284,14 +17303,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":686
+    /* "ivshmem/channel/messages.pyx":688
  *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)
  *         if late >= <uint64_t>1 << 43:
  *             return (today + ((<uint64_t>1 << 44) - late)) / 1e6             # <<<<<<<<<<<<<<
  *         return (today - late) / 1e6
  * 
 */
-    __pyx_t_2 = PyFloat_FromDouble((((double)(__pyx_v_today + ((((uint64_t)1) << 44) - __pyx_v_late))) / 1e6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 686, __pyx_L1_error)
+    __pyx_t_2 = PyFloat_FromDouble((((double)(__pyx_v_today + ((((uint64_t)1) << 44) - __pyx_v_late))) / 1e6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 688, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     {
       PyObject *__pyx_temp;
@@ -17304,7 +17323,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
     __pyx_t_2 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/messages.pyx":685
+    /* "ivshmem/channel/messages.pyx":687
  *         today = microseconds()
  *         late = (today - self.message.time) & ((<uint64_t>1 << 44) - 1)
  *         if late >= <uint64_t>1 << 43:             # <<<<<<<<<<<<<<
@@ -17313,14 +17332,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":687
+  /* "ivshmem/channel/messages.pyx":689
  *         if late >= <uint64_t>1 << 43:
  *             return (today + ((<uint64_t>1 << 44) - late)) / 1e6
  *         return (today - late) / 1e6             # <<<<<<<<<<<<<<
  * 
  *     @property
 */
-  __pyx_t_2 = PyFloat_FromDouble((((double)(__pyx_v_today - __pyx_v_late)) / 1e6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 687, __pyx_L1_error)
+  __pyx_t_2 = PyFloat_FromDouble((((double)(__pyx_v_today - __pyx_v_late)) / 1e6)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 689, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   {
     PyObject *__pyx_temp;
@@ -17333,7 +17352,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
   __pyx_t_2 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":675
+  /* "ivshmem/channel/messages.pyx":677
  *         return self.message.lost
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -17355,7 +17374,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_4time___get__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":689
+/* "ivshmem/channel/messages.pyx":691
  *         return (today - late) / 1e6
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -17387,14 +17406,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_6offset___get__(stru
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/messages.pyx":692
+  /* "ivshmem/channel/messages.pyx":694
  *     def offset(self):
  *         """Where it lies in the region, in bytes."""
  *         return self.message.offset             # <<<<<<<<<<<<<<
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):
 */
-  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.offset); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 692, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_uint64_t(__pyx_v_self->message.offset); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 694, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -17407,7 +17426,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_6offset___get__(stru
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":689
+  /* "ivshmem/channel/messages.pyx":691
  *         return (today - late) / 1e6
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -17426,7 +17445,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_6offset___get__(stru
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":694
+/* "ivshmem/channel/messages.pyx":696
  *         return self.message.offset
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -17475,7 +17494,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_4__getbuffer__(struct __py
   __pyx_v_view->obj = Py_None; __Pyx_INCREF(Py_None);
   __Pyx_GIVEREF(__pyx_v_view->obj);
 
-  /* "ivshmem/channel/messages.pyx":696
+  /* "ivshmem/channel/messages.pyx":698
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         cdef char *start
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -17487,7 +17506,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_4__getbuffer__(struct __py
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/messages.pyx":697
+    /* "ivshmem/channel/messages.pyx":699
  *         cdef char *start
  *         if not self.live:
  *             raise ClosedError("the view was released")             # <<<<<<<<<<<<<<
@@ -17495,7 +17514,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_4__getbuffer__(struct __py
  *             raise self.reader.membership.unusable()  # its writer does not wait for it any more
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 697, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 699, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -17514,14 +17533,14 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_4__getbuffer__(struct __py
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 697, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 699, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 697, __pyx_L1_error)
+    __PYX_ERR(0, 699, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":696
+    /* "ivshmem/channel/messages.pyx":698
  *     def __getbuffer__(self, Py_buffer *view, int flags):
  *         cdef char *start
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -17530,7 +17549,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_4__getbuffer__(struct __py
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":698
+  /* "ivshmem/channel/messages.pyx":700
  *         if not self.live:
  *             raise ClosedError("the view was released")
  *         if not self.reader.usable():             # <<<<<<<<<<<<<<
@@ -17542,20 +17561,20 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_4__getbuffer__(struct __py
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/messages.pyx":699
+    /* "ivshmem/channel/messages.pyx":701
  *             raise ClosedError("the view was released")
  *         if not self.reader.usable():
  *             raise self.reader.membership.unusable()  # its writer does not wait for it any more             # <<<<<<<<<<<<<<
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
 */
-    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->reader->__pyx_base.membership->__pyx_vtab)->unusable(__pyx_v_self->reader->__pyx_base.membership); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 699, __pyx_L1_error)
+    __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->reader->__pyx_base.membership->__pyx_vtab)->unusable(__pyx_v_self->reader->__pyx_base.membership); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 701, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 699, __pyx_L1_error)
+    __PYX_ERR(0, 701, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":698
+    /* "ivshmem/channel/messages.pyx":700
  *         if not self.live:
  *             raise ClosedError("the view was released")
  *         if not self.reader.usable():             # <<<<<<<<<<<<<<
@@ -17564,17 +17583,17 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_4__getbuffer__(struct __py
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":700
+  /* "ivshmem/channel/messages.pyx":702
  *         if not self.reader.usable():
  *             raise self.reader.membership.unusable()  # its writer does not wait for it any more
  *         self.reader.membership.mapping.pin()             # <<<<<<<<<<<<<<
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:
 */
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->reader->__pyx_base.membership->mapping); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 700, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.membership->mapping->__pyx_vtab)->pin(__pyx_v_self->reader->__pyx_base.membership->mapping); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 702, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/messages.pyx":701
+  /* "ivshmem/channel/messages.pyx":703
  *             raise self.reader.membership.unusable()  # its writer does not wait for it any more
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset             # <<<<<<<<<<<<<<
@@ -17583,7 +17602,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_4__getbuffer__(struct __py
 */
   __pyx_v_start = (((char *)__pyx_v_self->reader->__pyx_base.channel.area.memory.start) + __pyx_v_self->message.offset);
 
-  /* "ivshmem/channel/messages.pyx":702
+  /* "ivshmem/channel/messages.pyx":704
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:             # <<<<<<<<<<<<<<
@@ -17599,17 +17618,17 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_4__getbuffer__(struct __py
     __Pyx_XGOTREF(__pyx_t_9);
     /*try:*/ {
 
-      /* "ivshmem/channel/messages.pyx":703
+      /* "ivshmem/channel/messages.pyx":705
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:
  *             PyBuffer_FillInfo(view, self, start, self.message.length, True, flags)             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.reader.membership.mapping.unpin()
 */
-      __pyx_t_6 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_start, __pyx_v_self->message.length, 1, __pyx_v_flags); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 703, __pyx_L5_error)
+      __pyx_t_6 = PyBuffer_FillInfo(__pyx_v_view, ((PyObject *)__pyx_v_self), __pyx_v_start, __pyx_v_self->message.length, 1, __pyx_v_flags); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 705, __pyx_L5_error)
 
 
-      /* "ivshmem/channel/messages.pyx":702
+      /* "ivshmem/channel/messages.pyx":704
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:             # <<<<<<<<<<<<<<
@@ -17626,7 +17645,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_4__getbuffer__(struct __py
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-    /* "ivshmem/channel/messages.pyx":704
+    /* "ivshmem/channel/messages.pyx":706
  *         try:
  *             PyBuffer_FillInfo(view, self, start, self.message.length, True, flags)
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -17636,12 +17655,12 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_4__getbuffer__(struct __py
     __pyx_t_6 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_6) {
       __Pyx_AddTraceback("ivshmem.channel.messages.View.__getbuffer__", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_2, &__pyx_t_4, &__pyx_t_3) < 0) __PYX_ERR(0, 704, __pyx_L7_except_error)
+      if (__Pyx_GetException(&__pyx_t_2, &__pyx_t_4, &__pyx_t_3) < 0) __PYX_ERR(0, 706, __pyx_L7_except_error)
       __Pyx_XGOTREF(__pyx_t_2);
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_3);
 
-      /* "ivshmem/channel/messages.pyx":705
+      /* "ivshmem/channel/messages.pyx":707
  *             PyBuffer_FillInfo(view, self, start, self.message.length, True, flags)
  *         except BaseException:
  *             self.reader.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -17650,7 +17669,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_4__getbuffer__(struct __py
 */
       ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->reader->__pyx_base.membership->mapping);
 
-      /* "ivshmem/channel/messages.pyx":706
+      /* "ivshmem/channel/messages.pyx":708
  *         except BaseException:
  *             self.reader.membership.mapping.unpin()
  *             raise             # <<<<<<<<<<<<<<
@@ -17662,11 +17681,11 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_4__getbuffer__(struct __py
       __Pyx_XGIVEREF(__pyx_t_3);
       __Pyx_ErrRestoreWithState(__pyx_t_2, __pyx_t_4, __pyx_t_3);
       __pyx_t_2 = 0;  __pyx_t_4 = 0;  __pyx_t_3 = 0; 
-      __PYX_ERR(0, 706, __pyx_L7_except_error)
+      __PYX_ERR(0, 708, __pyx_L7_except_error)
     }
     goto __pyx_L7_except_error;
 
-    /* "ivshmem/channel/messages.pyx":702
+    /* "ivshmem/channel/messages.pyx":704
  *         self.reader.membership.mapping.pin()
  *         start = <char *>self.reader.channel.area.memory.start + self.message.offset
  *         try:             # <<<<<<<<<<<<<<
@@ -17682,7 +17701,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_4__getbuffer__(struct __py
     __pyx_L10_try_end:;
   }
 
-  /* "ivshmem/channel/messages.pyx":707
+  /* "ivshmem/channel/messages.pyx":709
  *             self.reader.membership.mapping.unpin()
  *             raise
  *         self.exports += 1             # <<<<<<<<<<<<<<
@@ -17691,7 +17710,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_4__getbuffer__(struct __py
 */
   __pyx_v_self->exports = (__pyx_v_self->exports + 1);
 
-  /* "ivshmem/channel/messages.pyx":694
+  /* "ivshmem/channel/messages.pyx":696
  *         return self.message.offset
  * 
  *     def __getbuffer__(self, Py_buffer *view, int flags):             # <<<<<<<<<<<<<<
@@ -17725,7 +17744,7 @@ static int __pyx_pf_7ivshmem_7channel_8messages_4View_4__getbuffer__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":709
+/* "ivshmem/channel/messages.pyx":711
  *         self.exports += 1
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -17749,7 +17768,7 @@ CYTHON_UNUSED static void __pyx_pw_7ivshmem_7channel_8messages_4View_7__releaseb
 
 static void __pyx_pf_7ivshmem_7channel_8messages_4View_6__releasebuffer__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self, CYTHON_UNUSED Py_buffer *__pyx_v_view) {
 
-  /* "ivshmem/channel/messages.pyx":710
+  /* "ivshmem/channel/messages.pyx":712
  * 
  *     def __releasebuffer__(self, Py_buffer *view):
  *         self.exports -= 1             # <<<<<<<<<<<<<<
@@ -17758,7 +17777,7 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4View_6__releasebuffer__(struct
 */
   __pyx_v_self->exports = (__pyx_v_self->exports - 1);
 
-  /* "ivshmem/channel/messages.pyx":711
+  /* "ivshmem/channel/messages.pyx":713
  *     def __releasebuffer__(self, Py_buffer *view):
  *         self.exports -= 1
  *         self.reader.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -17767,7 +17786,7 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4View_6__releasebuffer__(struct
 */
   ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->reader->__pyx_base.membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->reader->__pyx_base.membership->mapping);
 
-  /* "ivshmem/channel/messages.pyx":709
+  /* "ivshmem/channel/messages.pyx":711
  *         self.exports += 1
  * 
  *     def __releasebuffer__(self, Py_buffer *view):             # <<<<<<<<<<<<<<
@@ -17779,7 +17798,7 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4View_6__releasebuffer__(struct
 
 }
 
-/* "ivshmem/channel/messages.pyx":713
+/* "ivshmem/channel/messages.pyx":715
  *         self.reader.membership.mapping.unpin()
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -17805,7 +17824,7 @@ static Py_ssize_t __pyx_pw_7ivshmem_7channel_8messages_4View_9__len__(PyObject *
 static Py_ssize_t __pyx_pf_7ivshmem_7channel_8messages_4View_8__len__(struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_v_self) {
   Py_ssize_t __pyx_r;
 
-  /* "ivshmem/channel/messages.pyx":714
+  /* "ivshmem/channel/messages.pyx":716
  * 
  *     def __len__(self):
  *         return self.message.length             # <<<<<<<<<<<<<<
@@ -17818,7 +17837,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_8messages_4View_8__len__(struct __p
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":713
+  /* "ivshmem/channel/messages.pyx":715
  *         self.reader.membership.mapping.unpin()
  * 
  *     def __len__(self):             # <<<<<<<<<<<<<<
@@ -17832,7 +17851,7 @@ static Py_ssize_t __pyx_pf_7ivshmem_7channel_8messages_4View_8__len__(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":716
+/* "ivshmem/channel/messages.pyx":718
  *         return self.message.length
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
@@ -17896,14 +17915,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_10__bytes__(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__bytes__", 0);
 
-  /* "ivshmem/channel/messages.pyx":718
+  /* "ivshmem/channel/messages.pyx":720
  *     def __bytes__(self):
  *         """Return a copy; raise Overtaken if the message was overwritten before the copy ended."""
  *         data = memoryview(self).tobytes()             # <<<<<<<<<<<<<<
  *         self.check()
  *         return data
 */
-  __pyx_t_3 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 718, __pyx_L1_error)
+  __pyx_t_3 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 720, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_2 = __pyx_t_3;
   __Pyx_INCREF(__pyx_t_2);
@@ -17913,14 +17932,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_10__bytes__(struct _
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_tobytes, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 718, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 720, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
-  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 718, __pyx_L1_error)
+  if (!(likely(PyBytes_CheckExact(__pyx_t_1))||((__pyx_t_1) == Py_None) || __Pyx_RaiseUnexpectedTypeError("bytes", __pyx_t_1))) __PYX_ERR(0, 720, __pyx_L1_error)
   __pyx_v_data = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/messages.pyx":719
+  /* "ivshmem/channel/messages.pyx":721
  *         """Return a copy; raise Overtaken if the message was overwritten before the copy ended."""
  *         data = memoryview(self).tobytes()
  *         self.check()             # <<<<<<<<<<<<<<
@@ -17934,12 +17953,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_10__bytes__(struct _
     PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_check, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 719, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 721, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/messages.pyx":720
+  /* "ivshmem/channel/messages.pyx":722
  *         data = memoryview(self).tobytes()
  *         self.check()
  *         return data             # <<<<<<<<<<<<<<
@@ -17957,7 +17976,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_10__bytes__(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":716
+  /* "ivshmem/channel/messages.pyx":718
  *         return self.message.length
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
@@ -17979,7 +17998,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_10__bytes__(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":722
+/* "ivshmem/channel/messages.pyx":724
  *         return data
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -18017,20 +18036,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_5array___get__(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/messages.pyx":725
+  /* "ivshmem/channel/messages.pyx":727
  *     def array(self):
  *         """A numpy array over the message, of the channel's type (without one: of bytes)."""
  *         import numpy  # an extra, which only this needs             # <<<<<<<<<<<<<<
  * 
  *         if not self.live:
 */
-  __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_numpy, 0, 0, NULL, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 725, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_Import(__pyx_mstate_global->__pyx_n_u_numpy, 0, 0, NULL, 0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 727, __pyx_L1_error)
   __pyx_t_1 = __pyx_t_2;
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_numpy = __pyx_t_1;
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/messages.pyx":727
+  /* "ivshmem/channel/messages.pyx":729
  *         import numpy  # an extra, which only this needs
  * 
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -18042,7 +18061,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_5array___get__(struc
   if (unlikely(__pyx_t_3)) {
 
 
-    /* "ivshmem/channel/messages.pyx":728
+    /* "ivshmem/channel/messages.pyx":730
  * 
  *         if not self.live:
  *             raise ClosedError("the view was released")             # <<<<<<<<<<<<<<
@@ -18050,7 +18069,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_5array___get__(struc
  *             return self.reader.type.array(memoryview(self))
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 728, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 730, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -18069,14 +18088,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_5array___get__(struc
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 728, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 730, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 728, __pyx_L1_error)
+    __PYX_ERR(0, 730, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":727
+    /* "ivshmem/channel/messages.pyx":729
  *         import numpy  # an extra, which only this needs
  * 
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -18085,7 +18104,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_5array___get__(struc
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":729
+  /* "ivshmem/channel/messages.pyx":731
  *         if not self.live:
  *             raise ClosedError("the view was released")
  *         if self.reader.type is not None:             # <<<<<<<<<<<<<<
@@ -18096,7 +18115,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_5array___get__(struc
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/messages.pyx":730
+    /* "ivshmem/channel/messages.pyx":732
  *             raise ClosedError("the view was released")
  *         if self.reader.type is not None:
  *             return self.reader.type.array(memoryview(self))             # <<<<<<<<<<<<<<
@@ -18105,7 +18124,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_5array___get__(struc
 */
     __pyx_t_5 = __pyx_v_self->reader->type;
     __Pyx_INCREF(__pyx_t_5);
-    __pyx_t_4 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 730, __pyx_L1_error)
+    __pyx_t_4 = PyMemoryView_FromObject(((PyObject *)__pyx_v_self)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 732, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_6 = 0;
     {
@@ -18113,7 +18132,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_5array___get__(struc
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_array, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 730, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 732, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -18127,7 +18146,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_5array___get__(struc
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/messages.pyx":729
+    /* "ivshmem/channel/messages.pyx":731
  *         if not self.live:
  *             raise ClosedError("the view was released")
  *         if self.reader.type is not None:             # <<<<<<<<<<<<<<
@@ -18136,7 +18155,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_5array___get__(struc
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":731
+  /* "ivshmem/channel/messages.pyx":733
  *         if self.reader.type is not None:
  *             return self.reader.type.array(memoryview(self))
  *         return numpy.frombuffer(self, "uint8")             # <<<<<<<<<<<<<<
@@ -18150,7 +18169,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_5array___get__(struc
     PyObject *__pyx_callargs[3] = {__pyx_t_4, ((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_uint8};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_frombuffer, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 731, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 733, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -18164,7 +18183,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_5array___get__(struc
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":722
+  /* "ivshmem/channel/messages.pyx":724
  *         return data
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -18186,7 +18205,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_5array___get__(struc
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":733
+/* "ivshmem/channel/messages.pyx":735
  *         return numpy.frombuffer(self, "uint8")
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -18228,7 +18247,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/messages.pyx":736
+  /* "ivshmem/channel/messages.pyx":738
  *     def __array_interface__(self):
  *         """What numpy.asarray and others take: address, shape and type; read-only."""
  *         if not self.live or self.reader.membership.mapping.closed:             # <<<<<<<<<<<<<<
@@ -18245,9 +18264,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->reader->__pyx_base.membership->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 736, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->reader->__pyx_base.membership->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 738, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 736, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 738, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
   __pyx_t_1 = __pyx_t_2;
@@ -18256,7 +18275,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/messages.pyx":737
+    /* "ivshmem/channel/messages.pyx":739
  *         """What numpy.asarray and others take: address, shape and type; read-only."""
  *         if not self.live or self.reader.membership.mapping.closed:
  *             raise ClosedError("the view was released, or the region closed")             # <<<<<<<<<<<<<<
@@ -18264,7 +18283,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
  *         if self.reader.type is not None:
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 737, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 739, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -18283,14 +18302,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_5, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 737, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 739, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 737, __pyx_L1_error)
+    __PYX_ERR(0, 739, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":736
+    /* "ivshmem/channel/messages.pyx":738
  *     def __array_interface__(self):
  *         """What numpy.asarray and others take: address, shape and type; read-only."""
  *         if not self.live or self.reader.membership.mapping.closed:             # <<<<<<<<<<<<<<
@@ -18299,7 +18318,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":738
+  /* "ivshmem/channel/messages.pyx":740
  *         if not self.live or self.reader.membership.mapping.closed:
  *             raise ClosedError("the view was released, or the region closed")
  *         kind, shape = ("|u1", (self.message.length,))             # <<<<<<<<<<<<<<
@@ -18308,19 +18327,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
 */
   __pyx_t_3 = __pyx_mstate_global->__pyx_kp_u_u1;
   __Pyx_INCREF(__pyx_t_3);
-  __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 738, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 740, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 738, __pyx_L1_error)
+  __pyx_t_4 = PyTuple_New(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 740, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_GIVEREF(__pyx_t_5);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_t_5) != (0)) __PYX_ERR(0, 738, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_4, 0, __pyx_t_5) != (0)) __PYX_ERR(0, 740, __pyx_L1_error);
   __pyx_t_5 = 0;
   __pyx_v_kind = __pyx_t_3;
   __pyx_t_3 = 0;
   __pyx_v_shape = __pyx_t_4;
   __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":739
+  /* "ivshmem/channel/messages.pyx":741
  *             raise ClosedError("the view was released, or the region closed")
  *         kind, shape = ("|u1", (self.message.length,))
  *         if self.reader.type is not None:             # <<<<<<<<<<<<<<
@@ -18331,7 +18350,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":740
+    /* "ivshmem/channel/messages.pyx":742
  *         kind, shape = ("|u1", (self.message.length,))
  *         if self.reader.type is not None:
  *             kind, shape = self.reader.type.interface(self.message.length)             # <<<<<<<<<<<<<<
@@ -18340,7 +18359,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
 */
     __pyx_t_3 = __pyx_v_self->reader->type;
     __Pyx_INCREF(__pyx_t_3);
-    __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 740, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyLong_From_uint32_t(__pyx_v_self->message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 742, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_6 = 0;
     {
@@ -18348,7 +18367,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
       __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_interface, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 740, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 742, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     if ((likely(PyTuple_CheckExact(__pyx_t_4))) || (PyList_CheckExact(__pyx_t_4))) {
@@ -18357,7 +18376,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
       if (unlikely(size != 2)) {
         if (size > 2) __Pyx_RaiseTooManyValuesError(2);
         else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
-        __PYX_ERR(0, 740, __pyx_L1_error)
+        __PYX_ERR(0, 742, __pyx_L1_error)
       }
       #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
       if (likely(PyTuple_CheckExact(sequence))) {
@@ -18367,22 +18386,22 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
         __Pyx_INCREF(__pyx_t_3);
       } else {
         __pyx_t_5 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 740, __pyx_L1_error)
+        if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 742, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_5);
         __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
-        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 740, __pyx_L1_error)
+        if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 742, __pyx_L1_error)
         __Pyx_XGOTREF(__pyx_t_3);
       }
       #else
-      __pyx_t_5 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 740, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_PySequence_ITEM(sequence, 0); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 742, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
-      __pyx_t_3 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 740, __pyx_L1_error)
+      __pyx_t_3 = __Pyx_PySequence_ITEM(sequence, 1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 742, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       #endif
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     } else {
       Py_ssize_t index = -1;
-      __pyx_t_7 = PyObject_GetIter(__pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 740, __pyx_L1_error)
+      __pyx_t_7 = PyObject_GetIter(__pyx_t_4); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 742, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
       __pyx_t_8 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_7);
@@ -18390,7 +18409,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
       __Pyx_GOTREF(__pyx_t_5);
       index = 1; __pyx_t_3 = __pyx_t_8(__pyx_t_7); if (unlikely(!__pyx_t_3)) goto __pyx_L7_unpacking_failed;
       __Pyx_GOTREF(__pyx_t_3);
-      if (__Pyx_IternextUnpackEndCheck(__pyx_t_8(__pyx_t_7), 2) < (0)) __PYX_ERR(0, 740, __pyx_L1_error)
+      if (__Pyx_IternextUnpackEndCheck(__pyx_t_8(__pyx_t_7), 2) < (0)) __PYX_ERR(0, 742, __pyx_L1_error)
       __pyx_t_8 = NULL;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       goto __pyx_L8_unpacking_done;
@@ -18398,7 +18417,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __pyx_t_8 = NULL;
       if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
-      __PYX_ERR(0, 740, __pyx_L1_error)
+      __PYX_ERR(0, 742, __pyx_L1_error)
       __pyx_L8_unpacking_done:;
     }
     __Pyx_DECREF_SET(__pyx_v_kind, __pyx_t_5);
@@ -18406,7 +18425,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
     __Pyx_DECREF_SET(__pyx_v_shape, __pyx_t_3);
     __pyx_t_3 = 0;
 
-    /* "ivshmem/channel/messages.pyx":739
+    /* "ivshmem/channel/messages.pyx":741
  *             raise ClosedError("the view was released, or the region closed")
  *         kind, shape = ("|u1", (self.message.length,))
  *         if self.reader.type is not None:             # <<<<<<<<<<<<<<
@@ -18415,7 +18434,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":741
+  /* "ivshmem/channel/messages.pyx":743
  *         if self.reader.type is not None:
  *             kind, shape = self.reader.type.interface(self.message.length)
  *         address = <size_t>self.reader.channel.area.memory.start + self.message.offset             # <<<<<<<<<<<<<<
@@ -18424,29 +18443,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
 */
   __pyx_v_address = (((size_t)__pyx_v_self->reader->__pyx_base.channel.area.memory.start) + __pyx_v_self->message.offset);
 
-  /* "ivshmem/channel/messages.pyx":742
+  /* "ivshmem/channel/messages.pyx":744
  *             kind, shape = self.reader.type.interface(self.message.length)
  *         address = <size_t>self.reader.channel.area.memory.start + self.message.offset
  *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}             # <<<<<<<<<<<<<<
  * 
  *     def __dlpack__(self, **options):
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 742, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(4); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 744, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_version, __pyx_mstate_global->__pyx_int_3) < (0)) __PYX_ERR(0, 742, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_typestr, __pyx_v_kind) < (0)) __PYX_ERR(0, 742, __pyx_L1_error)
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_shape, __pyx_v_shape) < (0)) __PYX_ERR(0, 742, __pyx_L1_error)
-  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_address); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 742, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_version, __pyx_mstate_global->__pyx_int_3) < (0)) __PYX_ERR(0, 744, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_typestr, __pyx_v_kind) < (0)) __PYX_ERR(0, 744, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_shape, __pyx_v_shape) < (0)) __PYX_ERR(0, 744, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyLong_From_uint64_t(__pyx_v_address); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 744, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_5 = PyTuple_New(2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 742, __pyx_L1_error)
+  __pyx_t_5 = PyTuple_New(2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 744, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_GIVEREF(__pyx_t_3);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 742, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 0, __pyx_t_3) != (0)) __PYX_ERR(0, 744, __pyx_L1_error);
   __Pyx_INCREF(Py_True);
   __Pyx_GIVEREF(Py_True);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 1, Py_True) != (0)) __PYX_ERR(0, 742, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 1, Py_True) != (0)) __PYX_ERR(0, 744, __pyx_L1_error);
   __pyx_t_3 = 0;
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_data, __pyx_t_5) < (0)) __PYX_ERR(0, 742, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_data, __pyx_t_5) < (0)) __PYX_ERR(0, 744, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   {
     PyObject *__pyx_temp;
@@ -18459,7 +18478,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
   __pyx_t_4 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":733
+  /* "ivshmem/channel/messages.pyx":735
  *         return numpy.frombuffer(self, "uint8")
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -18484,7 +18503,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_19__array_interface_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":744
+/* "ivshmem/channel/messages.pyx":746
  *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}
  * 
  *     def __dlpack__(self, **options):             # <<<<<<<<<<<<<<
@@ -18557,21 +18576,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_12__dlpack__(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dlpack__", 0);
 
-  /* "ivshmem/channel/messages.pyx":746
+  /* "ivshmem/channel/messages.pyx":748
  *     def __dlpack__(self, **options):
  *         """Export the message, for numpy.from_dlpack or torch.from_dlpack; needs numpy."""
  *         return self.array.__dlpack__(**options)             # <<<<<<<<<<<<<<
  * 
  *     def __dlpack_device__(self):
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_array); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 746, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_array); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 748, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_dlpack); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 746, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_GetAttrStr(__pyx_t_1, __pyx_mstate_global->__pyx_n_u_dlpack); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 748, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = PyDict_Copy(__pyx_v_options); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 746, __pyx_L1_error)
+  __pyx_t_1 = PyDict_Copy(__pyx_v_options); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 748, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_Call(__pyx_t_2, __pyx_mstate_global->__pyx_empty_tuple, __pyx_t_1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 746, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_Call(__pyx_t_2, __pyx_mstate_global->__pyx_empty_tuple, __pyx_t_1); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 748, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -18586,7 +18605,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_12__dlpack__(struct 
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":744
+  /* "ivshmem/channel/messages.pyx":746
  *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}
  * 
  *     def __dlpack__(self, **options):             # <<<<<<<<<<<<<<
@@ -18607,7 +18626,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_12__dlpack__(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":748
+/* "ivshmem/channel/messages.pyx":750
  *         return self.array.__dlpack__(**options)
  * 
  *     def __dlpack_device__(self):             # <<<<<<<<<<<<<<
@@ -18663,7 +18682,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_14__dlpack_device__(
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__dlpack_device__", 0);
 
-  /* "ivshmem/channel/messages.pyx":750
+  /* "ivshmem/channel/messages.pyx":752
  *     def __dlpack_device__(self):
  *         """Return DLPack's number of the processor's memory."""
  *         return (1, 0)             # <<<<<<<<<<<<<<
@@ -18681,7 +18700,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_14__dlpack_device__(
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":748
+  /* "ivshmem/channel/messages.pyx":750
  *         return self.array.__dlpack__(**options)
  * 
  *     def __dlpack_device__(self):             # <<<<<<<<<<<<<<
@@ -18696,7 +18715,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_14__dlpack_device__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":752
+/* "ivshmem/channel/messages.pyx":754
  *         return (1, 0)
  * 
  *     def check(self):             # <<<<<<<<<<<<<<
@@ -18767,7 +18786,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16check(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("check", 0);
 
-  /* "ivshmem/channel/messages.pyx":754
+  /* "ivshmem/channel/messages.pyx":756
  *     def check(self):
  *         """Raise Overtaken if the message was overwritten since it was taken."""
  *         if not self.overtaken and self.live and self.reader.usable():             # <<<<<<<<<<<<<<
@@ -18799,7 +18818,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16check(struct __pyx
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":755
+    /* "ivshmem/channel/messages.pyx":757
  *         """Raise Overtaken if the message was overwritten since it was taken."""
  *         if not self.overtaken and self.live and self.reader.usable():
  *             self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0             # <<<<<<<<<<<<<<
@@ -18808,7 +18827,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16check(struct __pyx
 */
     __pyx_v_self->overtaken = (ivshmem_check((&__pyx_v_self->reader->__pyx_base.channel), (&__pyx_v_self->message)) != 0);
 
-    /* "ivshmem/channel/messages.pyx":754
+    /* "ivshmem/channel/messages.pyx":756
  *     def check(self):
  *         """Raise Overtaken if the message was overwritten since it was taken."""
  *         if not self.overtaken and self.live and self.reader.usable():             # <<<<<<<<<<<<<<
@@ -18817,7 +18836,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16check(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":756
+  /* "ivshmem/channel/messages.pyx":758
  *         if not self.overtaken and self.live and self.reader.usable():
  *             self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
  *         if self.overtaken:             # <<<<<<<<<<<<<<
@@ -18826,7 +18845,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16check(struct __pyx
 */
   if (unlikely(__pyx_v_self->overtaken)) {
 
-    /* "ivshmem/channel/messages.pyx":757
+    /* "ivshmem/channel/messages.pyx":759
  *             self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
  *         if self.overtaken:
  *             raise Overtaken(             # <<<<<<<<<<<<<<
@@ -18834,27 +18853,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16check(struct __pyx
  *                 f" {self.message.position} while it was looked at; what was seen may be torn"
 */
     __pyx_t_4 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 757, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_Overtaken); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 759, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
 
-    /* "ivshmem/channel/messages.pyx":758
+    /* "ivshmem/channel/messages.pyx":760
  *         if self.overtaken:
  *             raise Overtaken(
  *                 f"channel {self.reader.name!r}: the writer overwrote message"             # <<<<<<<<<<<<<<
  *                 f" {self.message.position} while it was looked at; what was seen may be torn"
  *             )
 */
-    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->reader->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 758, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->reader->__pyx_base.name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 760, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
 
-    /* "ivshmem/channel/messages.pyx":759
+    /* "ivshmem/channel/messages.pyx":761
  *             raise Overtaken(
  *                 f"channel {self.reader.name!r}: the writer overwrote message"
  *                 f" {self.message.position} while it was looked at; what was seen may be torn"             # <<<<<<<<<<<<<<
  *             )
  * 
 */
-    __pyx_t_7 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 759, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_From_uint64_t(__pyx_v_self->message.position, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 761, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_8[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_8[1] = __pyx_t_6;
@@ -18862,7 +18881,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16check(struct __pyx
     __pyx_t_8[3] = __pyx_t_7;
     __pyx_t_8[4] = __pyx_mstate_global->__pyx_kp_u_while_it_was_looked_at_what_was;
 
-    /* "ivshmem/channel/messages.pyx":758
+    /* "ivshmem/channel/messages.pyx":760
  *         if self.overtaken:
  *             raise Overtaken(
  *                 f"channel {self.reader.name!r}: the writer overwrote message"             # <<<<<<<<<<<<<<
@@ -18878,7 +18897,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16check(struct __pyx
     __pyx_t_10 |= __Pyx_PyUnicode_KIND_04(__pyx_t_8[1]);
     #endif
     __pyx_t_11 = __Pyx_PyUnicode_Join(__pyx_t_8, 5, __pyx_t_9, __pyx_t_10);
-    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 758, __pyx_L1_error)
+    if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 760, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -18900,14 +18919,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16check(struct __pyx
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 757, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 759, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 757, __pyx_L1_error)
+    __PYX_ERR(0, 759, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":756
+    /* "ivshmem/channel/messages.pyx":758
  *         if not self.overtaken and self.live and self.reader.usable():
  *             self.overtaken = ivshmem_check(&self.reader.channel, &self.message) != 0
  *         if self.overtaken:             # <<<<<<<<<<<<<<
@@ -18916,7 +18935,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16check(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":752
+  /* "ivshmem/channel/messages.pyx":754
  *         return (1, 0)
  * 
  *     def check(self):             # <<<<<<<<<<<<<<
@@ -18942,7 +18961,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_16check(struct __pyx
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":762
+/* "ivshmem/channel/messages.pyx":764
  *             )
  * 
  *     def release(self):             # <<<<<<<<<<<<<<
@@ -19019,7 +19038,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_18release(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/channel/messages.pyx":769
+  /* "ivshmem/channel/messages.pyx":771
  *             Overtaken: the message was overwritten since it was taken. The View is released.
  *         """
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -19031,7 +19050,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_18release(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":770
+    /* "ivshmem/channel/messages.pyx":772
  *         """
  *         if not self.live:
  *             return             # <<<<<<<<<<<<<<
@@ -19048,7 +19067,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_18release(struct __p
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/messages.pyx":769
+    /* "ivshmem/channel/messages.pyx":771
  *             Overtaken: the message was overwritten since it was taken. The View is released.
  *         """
  *         if not self.live:             # <<<<<<<<<<<<<<
@@ -19057,7 +19076,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_18release(struct __p
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":771
+  /* "ivshmem/channel/messages.pyx":773
  *         if not self.live:
  *             return
  *         if self.exports:             # <<<<<<<<<<<<<<
@@ -19069,7 +19088,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_18release(struct __p
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/messages.pyx":772
+    /* "ivshmem/channel/messages.pyx":774
  *             return
  *         if self.exports:
  *             raise BufferError(             # <<<<<<<<<<<<<<
@@ -19078,7 +19097,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_18release(struct __p
 */
     __pyx_t_3 = NULL;
 
-    /* "ivshmem/channel/messages.pyx":773
+    /* "ivshmem/channel/messages.pyx":775
  *         if self.exports:
  *             raise BufferError(
  *                 f"{counted(self.exports, 'memoryview')} or arrays of the message are in use:"             # <<<<<<<<<<<<<<
@@ -19086,9 +19105,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_18release(struct __p
  *             )
 */
     __pyx_t_5 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 773, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_6, __pyx_mstate_global->__pyx_n_u_counted); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 775, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
-    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 773, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyLong_From_int(__pyx_v_self->exports); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 775, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_8 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -19108,13 +19127,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_18release(struct __p
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 773, __pyx_L1_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 775, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 773, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_4, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 775, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_or_arrays_of_the_message_are_in); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 773, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_6, __pyx_mstate_global->__pyx_kp_u_or_arrays_of_the_message_are_in); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 775, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __pyx_t_8 = 1;
@@ -19123,14 +19142,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_18release(struct __p
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_BufferError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 772, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 774, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 772, __pyx_L1_error)
+    __PYX_ERR(0, 774, __pyx_L1_error)
 
-    /* "ivshmem/channel/messages.pyx":771
+    /* "ivshmem/channel/messages.pyx":773
  *         if not self.live:
  *             return
  *         if self.exports:             # <<<<<<<<<<<<<<
@@ -19139,7 +19158,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_18release(struct __p
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":776
+  /* "ivshmem/channel/messages.pyx":778
  *                 " release them first (del)"
  *             )
  *         try:             # <<<<<<<<<<<<<<
@@ -19148,7 +19167,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_18release(struct __p
 */
   /*try:*/ {
 
-    /* "ivshmem/channel/messages.pyx":777
+    /* "ivshmem/channel/messages.pyx":779
  *             )
  *         try:
  *             self.check()             # <<<<<<<<<<<<<<
@@ -19162,13 +19181,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_18release(struct __p
       PyObject *__pyx_callargs[2] = {__pyx_t_4, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_check, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 777, __pyx_L6_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 779, __pyx_L6_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
   }
 
-  /* "ivshmem/channel/messages.pyx":779
+  /* "ivshmem/channel/messages.pyx":781
  *             self.check()
  *         finally:
  *             self.abandon()             # <<<<<<<<<<<<<<
@@ -19177,7 +19196,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_18release(struct __p
 */
   /*finally:*/ {
     /*normal exit:*/{
-      __pyx_t_9 = __pyx_f_7ivshmem_7channel_8messages_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 779, __pyx_L1_error)
+      __pyx_t_9 = __pyx_f_7ivshmem_7channel_8messages_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 781, __pyx_L1_error)
 
       goto __pyx_L7;
     }
@@ -19202,7 +19221,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_18release(struct __p
       __Pyx_XGOTREF(__pyx_t_17);
       __pyx_t_9 = __pyx_lineno; __pyx_t_10 = __pyx_clineno; __pyx_t_11 = __pyx_filename;
       {
-        __pyx_t_18 = __pyx_f_7ivshmem_7channel_8messages_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_18 == ((int)-1))) __PYX_ERR(0, 779, __pyx_L9_error)
+        __pyx_t_18 = __pyx_f_7ivshmem_7channel_8messages_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_18 == ((int)-1))) __PYX_ERR(0, 781, __pyx_L9_error)
 
       }
       __Pyx_XGIVEREF(__pyx_t_15);
@@ -19230,7 +19249,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_18release(struct __p
     __pyx_L7:;
   }
 
-  /* "ivshmem/channel/messages.pyx":762
+  /* "ivshmem/channel/messages.pyx":764
  *             )
  * 
  *     def release(self):             # <<<<<<<<<<<<<<
@@ -19256,7 +19275,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_18release(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":781
+/* "ivshmem/channel/messages.pyx":783
  *             self.abandon()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -19312,7 +19331,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_20__enter__(struct _
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/messages.pyx":782
+  /* "ivshmem/channel/messages.pyx":784
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -19330,7 +19349,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_20__enter__(struct _
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":781
+  /* "ivshmem/channel/messages.pyx":783
  *             self.abandon()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -19345,7 +19364,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_20__enter__(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":784
+/* "ivshmem/channel/messages.pyx":786
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -19400,33 +19419,33 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_kind,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 784, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 786, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         default:
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 784, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 786, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
       const Py_ssize_t used_pos_args = (kwd_pos_args < 1) ? kwd_pos_args : 1;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 784, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, used_pos_args, __pyx_kwds_len, "__exit__", 0) < (0)) __PYX_ERR(0, 786, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 784, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, i); __PYX_ERR(0, 786, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs < 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 784, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 786, __pyx_L3_error)
     }
     __pyx_v_kind = values[0];
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 784, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__exit__", 0, 1, 1, __pyx_nargs); __PYX_ERR(0, 786, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -19462,7 +19481,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_22__exit__(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/messages.pyx":785
+  /* "ivshmem/channel/messages.pyx":787
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -19473,7 +19492,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_22__exit__(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":786
+    /* "ivshmem/channel/messages.pyx":788
  *     def __exit__(self, kind, *error):
  *         if kind is None:
  *             self.release()             # <<<<<<<<<<<<<<
@@ -19487,12 +19506,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_22__exit__(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_release, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 786, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 788, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/messages.pyx":785
+    /* "ivshmem/channel/messages.pyx":787
  * 
  *     def __exit__(self, kind, *error):
  *         if kind is None:             # <<<<<<<<<<<<<<
@@ -19502,7 +19521,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_22__exit__(struct __
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/messages.pyx":787
+  /* "ivshmem/channel/messages.pyx":789
  *         if kind is None:
  *             self.release()
  *         elif not self.exports:             # <<<<<<<<<<<<<<
@@ -19514,17 +19533,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_22__exit__(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":788
+    /* "ivshmem/channel/messages.pyx":790
  *             self.release()
  *         elif not self.exports:
  *             self.abandon()             # <<<<<<<<<<<<<<
  * 
  *     cdef int abandon(self) except -1:
 */
-    __pyx_t_5 = __pyx_f_7ivshmem_7channel_8messages_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 788, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_7channel_8messages_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 790, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/messages.pyx":787
+    /* "ivshmem/channel/messages.pyx":789
  *         if kind is None:
  *             self.release()
  *         elif not self.exports:             # <<<<<<<<<<<<<<
@@ -19534,7 +19553,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_22__exit__(struct __
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/messages.pyx":784
+  /* "ivshmem/channel/messages.pyx":786
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
@@ -19556,7 +19575,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_22__exit__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":790
+/* "ivshmem/channel/messages.pyx":792
  *             self.abandon()
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -19571,7 +19590,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4View_abandon(struct __pyx_obj_7i
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/messages.pyx":791
+  /* "ivshmem/channel/messages.pyx":793
  * 
  *     cdef int abandon(self) except -1:
  *         if self.live:             # <<<<<<<<<<<<<<
@@ -19580,7 +19599,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4View_abandon(struct __pyx_obj_7i
 */
   if (__pyx_v_self->live) {
 
-    /* "ivshmem/channel/messages.pyx":792
+    /* "ivshmem/channel/messages.pyx":794
  *     cdef int abandon(self) except -1:
  *         if self.live:
  *             self.live = False             # <<<<<<<<<<<<<<
@@ -19589,7 +19608,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4View_abandon(struct __pyx_obj_7i
 */
     __pyx_v_self->live = 0;
 
-    /* "ivshmem/channel/messages.pyx":793
+    /* "ivshmem/channel/messages.pyx":795
  *         if self.live:
  *             self.live = False
  *             self.reader.views -= 1             # <<<<<<<<<<<<<<
@@ -19598,17 +19617,17 @@ static int __pyx_f_7ivshmem_7channel_8messages_4View_abandon(struct __pyx_obj_7i
 */
     __pyx_v_self->reader->views = (__pyx_v_self->reader->views - 1);
 
-    /* "ivshmem/channel/messages.pyx":794
+    /* "ivshmem/channel/messages.pyx":796
  *             self.live = False
  *             self.reader.views -= 1
  *             self.reader.let_go(self.message.writer, self.message.position)             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->reader->__pyx_base.__pyx_vtab)->let_go(__pyx_v_self->reader, __pyx_v_self->message.writer, __pyx_v_self->message.position); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 794, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self->reader->__pyx_base.__pyx_vtab)->let_go(__pyx_v_self->reader, __pyx_v_self->message.writer, __pyx_v_self->message.position); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 796, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/messages.pyx":791
+    /* "ivshmem/channel/messages.pyx":793
  * 
  *     cdef int abandon(self) except -1:
  *         if self.live:             # <<<<<<<<<<<<<<
@@ -19617,7 +19636,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4View_abandon(struct __pyx_obj_7i
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":795
+  /* "ivshmem/channel/messages.pyx":797
  *             self.reader.views -= 1
  *             self.reader.let_go(self.message.writer, self.message.position)
  *         return 0             # <<<<<<<<<<<<<<
@@ -19630,7 +19649,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4View_abandon(struct __pyx_obj_7i
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":790
+  /* "ivshmem/channel/messages.pyx":792
  *             self.abandon()
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -19647,7 +19666,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_4View_abandon(struct __pyx_obj_7i
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":797
+/* "ivshmem/channel/messages.pyx":799
  *         return 0
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -19674,17 +19693,17 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4View_24__del__(struct __pyx_ob
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/messages.pyx":798
+  /* "ivshmem/channel/messages.pyx":800
  * 
  *     def __del__(self):
  *         self.abandon()             # <<<<<<<<<<<<<<
  * 
  *     def __repr__(self):
 */
-  __pyx_t_1 = __pyx_f_7ivshmem_7channel_8messages_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 798, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_7ivshmem_7channel_8messages_4View_abandon(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 800, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/messages.pyx":797
+  /* "ivshmem/channel/messages.pyx":799
  *         return 0
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -19700,7 +19719,7 @@ static void __pyx_pf_7ivshmem_7channel_8messages_4View_24__del__(struct __pyx_ob
 
 }
 
-/* "ivshmem/channel/messages.pyx":800
+/* "ivshmem/channel/messages.pyx":802
  *         self.abandon()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -19738,7 +19757,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_26__repr__(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/messages.pyx":801
+  /* "ivshmem/channel/messages.pyx":803
  * 
  *     def __repr__(self):
  *         state = "" if self.live else ", released"             # <<<<<<<<<<<<<<
@@ -19755,16 +19774,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_26__repr__(struct __
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/messages.pyx":802
+  /* "ivshmem/channel/messages.pyx":804
  *     def __repr__(self):
  *         state = "" if self.live else ", released"
  *         return f"<ivshmem.channel.View of {self.message.length} bytes{state}>"             # <<<<<<<<<<<<<<
  * 
  * 
 */
-  __pyx_t_1 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 802, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->message.length, 0, ' ', 'd'); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 804, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 802, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 804, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_t_3[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel_View_of;
   __pyx_t_3[1] = __pyx_t_1;
@@ -19780,7 +19799,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_26__repr__(struct __
   __pyx_t_5 |= __Pyx_PyUnicode_KIND_04(__pyx_t_3[3]);
   #endif
   __pyx_t_6 = __Pyx_PyUnicode_Join(__pyx_t_3, 5, __pyx_t_4, __pyx_t_5);
-  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 802, __pyx_L1_error)
+  if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 804, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
@@ -19795,7 +19814,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_26__repr__(struct __
   __pyx_t_6 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":800
+  /* "ivshmem/channel/messages.pyx":802
  *         self.abandon()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -19817,7 +19836,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_4View_26__repr__(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":805
+/* "ivshmem/channel/messages.pyx":807
  * 
  * 
  * cdef View view_of(ReaderEnd reader, ivshmem_message message):             # <<<<<<<<<<<<<<
@@ -19841,17 +19860,17 @@ static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7chan
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("view_of", 0);
 
-  /* "ivshmem/channel/messages.pyx":808
+  /* "ivshmem/channel/messages.pyx":810
  *     # By value: to make an object can run other code, which takes the reader's next message.
  *     cdef View view
  *     reader.hold(&message)             # <<<<<<<<<<<<<<
  *     try:
  *         view = View.__new__(View)
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_vtab)->hold(__pyx_v_reader, (&__pyx_v_message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 808, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_vtab)->hold(__pyx_v_reader, (&__pyx_v_message)); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 810, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/messages.pyx":809
+  /* "ivshmem/channel/messages.pyx":811
  *     cdef View view
  *     reader.hold(&message)
  *     try:             # <<<<<<<<<<<<<<
@@ -19867,19 +19886,19 @@ static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7chan
     __Pyx_XGOTREF(__pyx_t_4);
     /*try:*/ {
 
-      /* "ivshmem/channel/messages.pyx":810
+      /* "ivshmem/channel/messages.pyx":812
  *     reader.hold(&message)
  *     try:
  *         view = View.__new__(View)             # <<<<<<<<<<<<<<
  *     except BaseException:
  *         reader.let_go(message.writer, message.position)
 */
-      __pyx_t_5 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_8messages_View(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 810, __pyx_L3_error)
+      __pyx_t_5 = ((PyObject *)__pyx_tp_new_7ivshmem_7channel_8messages_View(((PyTypeObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View), __pyx_mstate_global->__pyx_empty_tuple, NULL)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 812, __pyx_L3_error)
       __Pyx_GOTREF(__pyx_t_5);
       __pyx_v_view = ((struct __pyx_obj_7ivshmem_7channel_8messages_View *)__pyx_t_5);
       __pyx_t_5 = 0;
 
-      /* "ivshmem/channel/messages.pyx":809
+      /* "ivshmem/channel/messages.pyx":811
  *     cdef View view
  *     reader.hold(&message)
  *     try:             # <<<<<<<<<<<<<<
@@ -19894,7 +19913,7 @@ static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7chan
     __pyx_L3_error:;
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/messages.pyx":811
+    /* "ivshmem/channel/messages.pyx":813
  *     try:
  *         view = View.__new__(View)
  *     except BaseException:             # <<<<<<<<<<<<<<
@@ -19904,22 +19923,22 @@ static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7chan
     __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_1) {
       __Pyx_AddTraceback("ivshmem.channel.messages.view_of", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 811, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 813, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_7);
 
-      /* "ivshmem/channel/messages.pyx":812
+      /* "ivshmem/channel/messages.pyx":814
  *         view = View.__new__(View)
  *     except BaseException:
  *         reader.let_go(message.writer, message.position)             # <<<<<<<<<<<<<<
  *         raise
  *     reader.views += 1
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_vtab)->let_go(__pyx_v_reader, __pyx_v_message.writer, __pyx_v_message.position); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 812, __pyx_L5_except_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_reader->__pyx_base.__pyx_vtab)->let_go(__pyx_v_reader, __pyx_v_message.writer, __pyx_v_message.position); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 814, __pyx_L5_except_error)
 
 
-      /* "ivshmem/channel/messages.pyx":813
+      /* "ivshmem/channel/messages.pyx":815
  *     except BaseException:
  *         reader.let_go(message.writer, message.position)
  *         raise             # <<<<<<<<<<<<<<
@@ -19931,11 +19950,11 @@ static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7chan
       __Pyx_XGIVEREF(__pyx_t_7);
       __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_6, __pyx_t_7);
       __pyx_t_5 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
-      __PYX_ERR(0, 813, __pyx_L5_except_error)
+      __PYX_ERR(0, 815, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/messages.pyx":809
+    /* "ivshmem/channel/messages.pyx":811
  *     cdef View view
  *     reader.hold(&message)
  *     try:             # <<<<<<<<<<<<<<
@@ -19951,7 +19970,7 @@ static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7chan
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/messages.pyx":814
+  /* "ivshmem/channel/messages.pyx":816
  *         reader.let_go(message.writer, message.position)
  *         raise
  *     reader.views += 1             # <<<<<<<<<<<<<<
@@ -19960,7 +19979,7 @@ static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7chan
 */
   __pyx_v_reader->views = (__pyx_v_reader->views + 1);
 
-  /* "ivshmem/channel/messages.pyx":815
+  /* "ivshmem/channel/messages.pyx":817
  *         raise
  *     reader.views += 1
  *     view.message = message             # <<<<<<<<<<<<<<
@@ -19969,7 +19988,7 @@ static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7chan
 */
   __pyx_v_view->message = __pyx_v_message;
 
-  /* "ivshmem/channel/messages.pyx":816
+  /* "ivshmem/channel/messages.pyx":818
  *     reader.views += 1
  *     view.message = message
  *     view.reader = reader             # <<<<<<<<<<<<<<
@@ -19981,7 +20000,7 @@ static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7chan
   __Pyx_GOTREF((PyObject *)__pyx_v_view->reader);
   __Pyx_DECREF_SET(__pyx_v_view->reader, __pyx_v_reader);
 
-  /* "ivshmem/channel/messages.pyx":817
+  /* "ivshmem/channel/messages.pyx":819
  *     view.message = message
  *     view.reader = reader
  *     view.live = True             # <<<<<<<<<<<<<<
@@ -19990,7 +20009,7 @@ static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7chan
 */
   __pyx_v_view->live = 1;
 
-  /* "ivshmem/channel/messages.pyx":818
+  /* "ivshmem/channel/messages.pyx":820
  *     view.reader = reader
  *     view.live = True
  *     return view             # <<<<<<<<<<<<<<
@@ -20008,7 +20027,7 @@ static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7chan
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":805
+  /* "ivshmem/channel/messages.pyx":807
  * 
  * 
  * cdef View view_of(ReaderEnd reader, ivshmem_message message):             # <<<<<<<<<<<<<<
@@ -20030,7 +20049,7 @@ static struct __pyx_obj_7ivshmem_7channel_8messages_View *__pyx_f_7ivshmem_7chan
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":823
+/* "ivshmem/channel/messages.pyx":825
  * # -- values ---------------------------------------------------------------------------------------
  * 
  * cdef int64_t probe_value(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20042,7 +20061,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_value(void *__pyx_v_wha
   struct ivshmem_reader *__pyx_v_reader;
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/messages.pyx":824
+  /* "ivshmem/channel/messages.pyx":826
  * 
  * cdef int64_t probe_value(void *what) noexcept nogil:
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what             # <<<<<<<<<<<<<<
@@ -20051,7 +20070,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_value(void *__pyx_v_wha
 */
   __pyx_v_reader = ((struct ivshmem_reader *)__pyx_v_what);
 
-  /* "ivshmem/channel/messages.pyx":825
+  /* "ivshmem/channel/messages.pyx":827
  * cdef int64_t probe_value(void *what) noexcept nogil:
  *     cdef ivshmem_reader *reader = <ivshmem_reader *>what
  *     return ivshmem_value(ivshmem_head(reader.channel, 0)) != reader.sources[0].next             # <<<<<<<<<<<<<<
@@ -20064,7 +20083,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_value(void *__pyx_v_wha
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":823
+  /* "ivshmem/channel/messages.pyx":825
  * # -- values ---------------------------------------------------------------------------------------
  * 
  * cdef int64_t probe_value(void *what) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20078,7 +20097,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_probe_value(void *__pyx_v_wha
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":836
+/* "ivshmem/channel/messages.pyx":838
  *     """
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -20090,7 +20109,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_attempt(struct __py
   int __pyx_r;
   int __pyx_t_1;
 
-  /* "ivshmem/channel/messages.pyx":838
+  /* "ivshmem/channel/messages.pyx":840
  *     cdef int attempt(self) except -2:
  *         """Look for a content that this reader has not seen."""
  *         if not probe_value(&self.reader):             # <<<<<<<<<<<<<<
@@ -20102,7 +20121,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_attempt(struct __py
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":839
+    /* "ivshmem/channel/messages.pyx":841
  *         """Look for a content that this reader has not seen."""
  *         if not probe_value(&self.reader):
  *             return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -20115,7 +20134,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_attempt(struct __py
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/messages.pyx":838
+    /* "ivshmem/channel/messages.pyx":840
  *     cdef int attempt(self) except -2:
  *         """Look for a content that this reader has not seen."""
  *         if not probe_value(&self.reader):             # <<<<<<<<<<<<<<
@@ -20124,7 +20143,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_attempt(struct __py
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":840
+  /* "ivshmem/channel/messages.pyx":842
  *         if not probe_value(&self.reader):
  *             return IVSHMEM_AGAIN
  *         return ivshmem_value_look(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -20137,7 +20156,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_attempt(struct __py
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":836
+  /* "ivshmem/channel/messages.pyx":838
  *     """
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -20151,7 +20170,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_attempt(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":842
+/* "ivshmem/channel/messages.pyx":844
  *         return ivshmem_value_look(&self.reader, &self.message)
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -20164,7 +20183,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_begin_sleep(struct 
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/messages.pyx":843
+  /* "ivshmem/channel/messages.pyx":845
  * 
  *     cdef int begin_sleep(self) except -2:
  *         if self.reader.slot == IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -20176,7 +20195,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_begin_sleep(struct 
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":844
+    /* "ivshmem/channel/messages.pyx":846
  *     cdef int begin_sleep(self) except -2:
  *         if self.reader.slot == IVSHMEM_NO_SLOT:
  *             return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -20189,7 +20208,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_begin_sleep(struct 
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/messages.pyx":843
+    /* "ivshmem/channel/messages.pyx":845
  * 
  *     cdef int begin_sleep(self) except -2:
  *         if self.reader.slot == IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -20198,7 +20217,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_begin_sleep(struct 
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":845
+  /* "ivshmem/channel/messages.pyx":847
  *         if self.reader.slot == IVSHMEM_NO_SLOT:
  *             return IVSHMEM_AGAIN
  *         ivshmem_sleep_begin(&self.channel, &self.reader.sleep)             # <<<<<<<<<<<<<<
@@ -20207,7 +20226,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_begin_sleep(struct 
 */
   ivshmem_sleep_begin((&__pyx_v_self->__pyx_base.__pyx_base.channel), (&__pyx_v_self->__pyx_base.reader.sleep));
 
-  /* "ivshmem/channel/messages.pyx":846
+  /* "ivshmem/channel/messages.pyx":848
  *             return IVSHMEM_AGAIN
  *         ivshmem_sleep_begin(&self.channel, &self.reader.sleep)
  *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -20229,7 +20248,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_begin_sleep(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":842
+  /* "ivshmem/channel/messages.pyx":844
  *         return ivshmem_value_look(&self.reader, &self.message)
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -20243,7 +20262,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_begin_sleep(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":848
+/* "ivshmem/channel/messages.pyx":850
  *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -20254,7 +20273,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_begin_sleep(struct 
 static void __pyx_f_7ivshmem_7channel_8messages_11ValueReader_end_sleep(struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader *__pyx_v_self) {
   int __pyx_t_1;
 
-  /* "ivshmem/channel/messages.pyx":849
+  /* "ivshmem/channel/messages.pyx":851
  * 
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -20266,7 +20285,7 @@ static void __pyx_f_7ivshmem_7channel_8messages_11ValueReader_end_sleep(struct _
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":850
+    /* "ivshmem/channel/messages.pyx":852
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)             # <<<<<<<<<<<<<<
@@ -20275,7 +20294,7 @@ static void __pyx_f_7ivshmem_7channel_8messages_11ValueReader_end_sleep(struct _
 */
     ivshmem_sleep_end((&__pyx_v_self->__pyx_base.__pyx_base.channel), (&__pyx_v_self->__pyx_base.reader.sleep));
 
-    /* "ivshmem/channel/messages.pyx":849
+    /* "ivshmem/channel/messages.pyx":851
  * 
  *     cdef void end_sleep(self) noexcept:
  *         if self.reader.slot != IVSHMEM_NO_SLOT:             # <<<<<<<<<<<<<<
@@ -20284,7 +20303,7 @@ static void __pyx_f_7ivshmem_7channel_8messages_11ValueReader_end_sleep(struct _
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":848
+  /* "ivshmem/channel/messages.pyx":850
  *         return 0 if probe_value(&self.reader) else IVSHMEM_AGAIN
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -20296,7 +20315,7 @@ static void __pyx_f_7ivshmem_7channel_8messages_11ValueReader_end_sleep(struct _
 
 }
 
-/* "ivshmem/channel/messages.pyx":852
+/* "ivshmem/channel/messages.pyx":854
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -20307,7 +20326,7 @@ static void __pyx_f_7ivshmem_7channel_8messages_11ValueReader_end_sleep(struct _
 static int64_t __pyx_f_7ivshmem_7channel_8messages_11ValueReader_probe(struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/messages.pyx":853
+  /* "ivshmem/channel/messages.pyx":855
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader             # <<<<<<<<<<<<<<
@@ -20316,7 +20335,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_11ValueReader_probe(struct __
 */
   (__pyx_v_what[0]) = (&__pyx_v_self->__pyx_base.reader);
 
-  /* "ivshmem/channel/messages.pyx":854
+  /* "ivshmem/channel/messages.pyx":856
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         what[0] = &self.reader
  *         probe[0] = probe_value             # <<<<<<<<<<<<<<
@@ -20325,7 +20344,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_11ValueReader_probe(struct __
 */
   (__pyx_v_probe[0]) = __pyx_f_7ivshmem_7channel_8messages_probe_value;
 
-  /* "ivshmem/channel/messages.pyx":855
+  /* "ivshmem/channel/messages.pyx":857
  *         what[0] = &self.reader
  *         probe[0] = probe_value
  *         return 1             # <<<<<<<<<<<<<<
@@ -20338,7 +20357,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_11ValueReader_probe(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":852
+  /* "ivshmem/channel/messages.pyx":854
  *             ivshmem_sleep_end(&self.channel, &self.reader.sleep)
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -20352,7 +20371,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_11ValueReader_probe(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":857
+/* "ivshmem/channel/messages.pyx":859
  *         return 1
  * 
  *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
@@ -20369,7 +20388,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_mend(struct __pyx_o
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/messages.pyx":858
+  /* "ivshmem/channel/messages.pyx":860
  * 
  *     cdef int mend(self) except -1:
  *         if self.awaited and probe_value(&self.reader):             # <<<<<<<<<<<<<<
@@ -20395,17 +20414,17 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_mend(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/messages.pyx":859
+    /* "ivshmem/channel/messages.pyx":861
  *     cdef int mend(self) except -1:
  *         if self.awaited and probe_value(&self.reader):
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 859, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_base.__pyx_base.membership->__pyx_vtab)->kick_all(__pyx_v_self->__pyx_base.__pyx_base.membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 861, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/messages.pyx":858
+    /* "ivshmem/channel/messages.pyx":860
  * 
  *     cdef int mend(self) except -1:
  *         if self.awaited and probe_value(&self.reader):             # <<<<<<<<<<<<<<
@@ -20414,7 +20433,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_mend(struct __pyx_o
 */
   }
 
-  /* "ivshmem/channel/messages.pyx":860
+  /* "ivshmem/channel/messages.pyx":862
  *         if self.awaited and probe_value(&self.reader):
  *             self.membership.kick_all()
  *         return 0             # <<<<<<<<<<<<<<
@@ -20427,7 +20446,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_mend(struct __pyx_o
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":857
+  /* "ivshmem/channel/messages.pyx":859
  *         return 1
  * 
  *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
@@ -20444,7 +20463,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_mend(struct __pyx_o
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":862
+/* "ivshmem/channel/messages.pyx":864
  *         return 0
  * 
  *     cdef object latest(self, int code):             # <<<<<<<<<<<<<<
@@ -20471,7 +20490,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
   __Pyx_RefNannySetupContext("latest", 0);
 
 
-  /* "ivshmem/channel/messages.pyx":865
+  /* "ivshmem/channel/messages.pyx":867
  *         """Copy the content that was looked at, or a later one."""
  *         cdef bytes data
  *         for _ in range(TRIES):             # <<<<<<<<<<<<<<
@@ -20485,7 +20504,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v__ = __pyx_t_3;
 
-    /* "ivshmem/channel/messages.pyx":866
+    /* "ivshmem/channel/messages.pyx":868
  *         cdef bytes data
  *         for _ in range(TRIES):
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -20497,7 +20516,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/messages.pyx":867
+      /* "ivshmem/channel/messages.pyx":869
  *         for _ in range(TRIES):
  *             if code == IVSHMEM_AGAIN:
  *                 return None             # <<<<<<<<<<<<<<
@@ -20514,7 +20533,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/messages.pyx":866
+      /* "ivshmem/channel/messages.pyx":868
  *         cdef bytes data
  *         for _ in range(TRIES):
  *             if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -20523,7 +20542,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
 */
     }
 
-    /* "ivshmem/channel/messages.pyx":868
+    /* "ivshmem/channel/messages.pyx":870
  *             if code == IVSHMEM_AGAIN:
  *                 return None
  *             if code:             # <<<<<<<<<<<<<<
@@ -20535,20 +20554,20 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
     if (unlikely(__pyx_t_4)) {
 
 
-      /* "ivshmem/channel/messages.pyx":869
+      /* "ivshmem/channel/messages.pyx":871
  *                 return None
  *             if code:
  *                 raise self.fail(code)             # <<<<<<<<<<<<<<
  *             data = PyBytes_FromStringAndSize(NULL, self.message.length)
  *             ivshmem_copy_payload(
 */
-      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 869, __pyx_L1_error)
+      __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 871, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_5);
       __Pyx_Raise(__pyx_t_5, 0, 0, 0);
       __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-      __PYX_ERR(0, 869, __pyx_L1_error)
+      __PYX_ERR(0, 871, __pyx_L1_error)
 
-      /* "ivshmem/channel/messages.pyx":868
+      /* "ivshmem/channel/messages.pyx":870
  *             if code == IVSHMEM_AGAIN:
  *                 return None
  *             if code:             # <<<<<<<<<<<<<<
@@ -20557,19 +20576,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
 */
     }
 
-    /* "ivshmem/channel/messages.pyx":870
+    /* "ivshmem/channel/messages.pyx":872
  *             if code:
  *                 raise self.fail(code)
  *             data = PyBytes_FromStringAndSize(NULL, self.message.length)             # <<<<<<<<<<<<<<
  *             ivshmem_copy_payload(
  *                 PyBytes_AS_STRING(data),
 */
-    __pyx_t_5 = PyBytes_FromStringAndSize(NULL, __pyx_v_self->message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 870, __pyx_L1_error)
+    __pyx_t_5 = PyBytes_FromStringAndSize(NULL, __pyx_v_self->message.length); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 872, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __Pyx_XDECREF_SET(__pyx_v_data, ((PyObject*)__pyx_t_5));
     __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/messages.pyx":871
+    /* "ivshmem/channel/messages.pyx":873
  *                 raise self.fail(code)
  *             data = PyBytes_FromStringAndSize(NULL, self.message.length)
  *             ivshmem_copy_payload(             # <<<<<<<<<<<<<<
@@ -20578,7 +20597,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
 */
     ivshmem_copy_payload(PyBytes_AS_STRING(__pyx_v_data), (__pyx_v_self->__pyx_base.__pyx_base.channel.area.memory.start + __pyx_v_self->message.offset), __pyx_v_self->message.length);
 
-    /* "ivshmem/channel/messages.pyx":876
+    /* "ivshmem/channel/messages.pyx":878
  *                 self.message.length,
  *             )
  *             if ivshmem_check(&self.channel, &self.message) == 0:             # <<<<<<<<<<<<<<
@@ -20590,7 +20609,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/messages.pyx":877
+      /* "ivshmem/channel/messages.pyx":879
  *             )
  *             if ivshmem_check(&self.channel, &self.message) == 0:
  *                 return data if self.type is None else self.type.decode(data)             # <<<<<<<<<<<<<<
@@ -20609,7 +20628,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
           PyObject *__pyx_callargs[2] = {__pyx_t_7, __pyx_v_data};
           __pyx_t_6 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_decode, __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 877, __pyx_L1_error)
+          if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 879, __pyx_L1_error)
           __Pyx_GOTREF(__pyx_t_6);
         }
         __pyx_t_5 = __pyx_t_6;
@@ -20627,7 +20646,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
       __pyx_t_5 = 0;
       goto __pyx_L0;
 
-      /* "ivshmem/channel/messages.pyx":876
+      /* "ivshmem/channel/messages.pyx":878
  *                 self.message.length,
  *             )
  *             if ivshmem_check(&self.channel, &self.message) == 0:             # <<<<<<<<<<<<<<
@@ -20636,7 +20655,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
 */
     }
 
-    /* "ivshmem/channel/messages.pyx":878
+    /* "ivshmem/channel/messages.pyx":880
  *             if ivshmem_check(&self.channel, &self.message) == 0:
  *                 return data if self.type is None else self.type.decode(data)
  *             code = ivshmem_value_look(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -20647,20 +20666,20 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
   }
 
 
-  /* "ivshmem/channel/messages.pyx":879
+  /* "ivshmem/channel/messages.pyx":881
  *                 return data if self.type is None else self.type.decode(data)
  *             code = ivshmem_value_look(&self.reader, &self.message)
  *         raise self.starved()             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 879, __pyx_L1_error)
+  __pyx_t_5 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.starved(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self)); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 881, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_Raise(__pyx_t_5, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  __PYX_ERR(0, 879, __pyx_L1_error)
+  __PYX_ERR(0, 881, __pyx_L1_error)
 
-  /* "ivshmem/channel/messages.pyx":862
+  /* "ivshmem/channel/messages.pyx":864
  *         return 0
  * 
  *     cdef object latest(self, int code):             # <<<<<<<<<<<<<<
@@ -20684,7 +20703,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":881
+/* "ivshmem/channel/messages.pyx":883
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -20753,24 +20772,24 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_get(struct _
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/messages.pyx":892
+        /* "ivshmem/channel/messages.pyx":894
  *             ChannelCorrupt, ClosedError: as of Reader.get.
  *         """
  *         self.enter()             # <<<<<<<<<<<<<<
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 892, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 894, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/messages.pyx":893
+        /* "ivshmem/channel/messages.pyx":895
  *         """
  *         self.enter()
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, ivshmem_value_look((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 893, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, ivshmem_value_look((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 895, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
         {
           PyObject *__pyx_temp;
@@ -20785,7 +20804,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_get(struct _
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/messages.pyx":881
+      /* "ivshmem/channel/messages.pyx":883
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -20823,7 +20842,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_get(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":895
+/* "ivshmem/channel/messages.pyx":897
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -20872,20 +20891,20 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,&__pyx_mstate_global->__pyx_n_u_spin,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 895, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 897, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 895, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 897, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed", 0) < (0)) __PYX_ERR(0, 895, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed", 0) < (0)) __PYX_ERR(0, 897, __pyx_L3_error)
 
-      /* "ivshmem/channel/messages.pyx":896
+      /* "ivshmem/channel/messages.pyx":898
  * 
  *     @cython.critical_section
  *     def wait_changed(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
@@ -20898,7 +20917,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 895, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 897, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -20911,7 +20930,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait_changed", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 895, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait_changed", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 897, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -20924,7 +20943,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __pyx_L4_argument_unpacking_done:;
   __pyx_r = __pyx_pf_7ivshmem_7channel_8messages_11ValueReader_2wait_changed(((struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin);
 
-  /* "ivshmem/channel/messages.pyx":895
+  /* "ivshmem/channel/messages.pyx":897
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -20958,25 +20977,25 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_2wait_change
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/messages.pyx":908
+        /* "ivshmem/channel/messages.pyx":910
  *             As of `get`.
  *         """
  *         self.enter()             # <<<<<<<<<<<<<<
  *         return self.latest(self.wait(timeout, spin))
  * 
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 908, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 910, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/messages.pyx":909
+        /* "ivshmem/channel/messages.pyx":911
  *         """
  *         self.enter()
  *         return self.latest(self.wait(timeout, spin))             # <<<<<<<<<<<<<<
  * 
  *     @cython.critical_section
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 909, __pyx_L4_error)
-        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 909, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.wait(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_timeout, __pyx_v_spin); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 911, __pyx_L4_error)
+        __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->latest(__pyx_v_self, __pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 911, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_3);
 
         {
@@ -20992,7 +21011,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_2wait_change
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/messages.pyx":895
+      /* "ivshmem/channel/messages.pyx":897
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -21030,7 +21049,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_2wait_change
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":911
+/* "ivshmem/channel/messages.pyx":913
  *         return self.latest(self.wait(timeout, spin))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -21101,17 +21120,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_4view(struct
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
 
-        /* "ivshmem/channel/messages.pyx":919
+        /* "ivshmem/channel/messages.pyx":921
  *         """
  *         cdef int code
  *         self.enter()             # <<<<<<<<<<<<<<
  *         code = ivshmem_value_look(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 919, __pyx_L4_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.enter(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 921, __pyx_L4_error)
 
 
-        /* "ivshmem/channel/messages.pyx":920
+        /* "ivshmem/channel/messages.pyx":922
  *         cdef int code
  *         self.enter()
  *         code = ivshmem_value_look(&self.reader, &self.message)             # <<<<<<<<<<<<<<
@@ -21120,7 +21139,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_4view(struct
 */
         __pyx_v_code = ivshmem_value_look((&__pyx_v_self->__pyx_base.reader), (&__pyx_v_self->message));
 
-        /* "ivshmem/channel/messages.pyx":921
+        /* "ivshmem/channel/messages.pyx":923
  *         self.enter()
  *         code = ivshmem_value_look(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -21132,7 +21151,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_4view(struct
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/messages.pyx":922
+          /* "ivshmem/channel/messages.pyx":924
  *         code = ivshmem_value_look(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:
  *             return None             # <<<<<<<<<<<<<<
@@ -21150,7 +21169,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_4view(struct
           __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
           goto __pyx_L3_return;
 
-          /* "ivshmem/channel/messages.pyx":921
+          /* "ivshmem/channel/messages.pyx":923
  *         self.enter()
  *         code = ivshmem_value_look(&self.reader, &self.message)
  *         if code == IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -21159,7 +21178,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_4view(struct
 */
         }
 
-        /* "ivshmem/channel/messages.pyx":923
+        /* "ivshmem/channel/messages.pyx":925
  *         if code == IVSHMEM_AGAIN:
  *             return None
  *         if code:             # <<<<<<<<<<<<<<
@@ -21171,20 +21190,20 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_4view(struct
         if (unlikely(__pyx_t_3)) {
 
 
-          /* "ivshmem/channel/messages.pyx":924
+          /* "ivshmem/channel/messages.pyx":926
  *             return None
  *         if code:
  *             raise self.fail(code)             # <<<<<<<<<<<<<<
  *         return view_of(self, self.message)
  * 
 */
-          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 924, __pyx_L4_error)
+          __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_8messages_ValueReader *)__pyx_v_self->__pyx_base.__pyx_base.__pyx_vtab)->__pyx_base.__pyx_base.fail(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_code); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 926, __pyx_L4_error)
           __Pyx_GOTREF(__pyx_t_4);
           __Pyx_Raise(__pyx_t_4, 0, 0, 0);
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          __PYX_ERR(0, 924, __pyx_L4_error)
+          __PYX_ERR(0, 926, __pyx_L4_error)
 
-          /* "ivshmem/channel/messages.pyx":923
+          /* "ivshmem/channel/messages.pyx":925
  *         if code == IVSHMEM_AGAIN:
  *             return None
  *         if code:             # <<<<<<<<<<<<<<
@@ -21193,14 +21212,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_4view(struct
 */
         }
 
-        /* "ivshmem/channel/messages.pyx":925
+        /* "ivshmem/channel/messages.pyx":927
  *         if code:
  *             raise self.fail(code)
  *         return view_of(self, self.message)             # <<<<<<<<<<<<<<
  * 
  *     def wait_changed_async(self, timeout=None):
 */
-        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_8messages_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 925, __pyx_L4_error)
+        __pyx_t_4 = ((PyObject *)__pyx_f_7ivshmem_7channel_8messages_view_of(((struct __pyx_obj_7ivshmem_7channel_5roles_ReaderEnd *)__pyx_v_self), __pyx_v_self->message)); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 927, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_4);
         {
           PyObject *__pyx_temp;
@@ -21215,7 +21234,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_4view(struct
         goto __pyx_L3_return;
       }
 
-      /* "ivshmem/channel/messages.pyx":911
+      /* "ivshmem/channel/messages.pyx":913
  *         return self.latest(self.wait(timeout, spin))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
@@ -21254,7 +21273,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_4view(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":927
+/* "ivshmem/channel/messages.pyx":929
  *         return view_of(self, self.message)
  * 
  *     def wait_changed_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -21302,24 +21321,24 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_timeout,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 927, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 929, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 927, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 929, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed_async", 0) < (0)) __PYX_ERR(0, 927, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "wait_changed_async", 0) < (0)) __PYX_ERR(0, 929, __pyx_L3_error)
       if (!values[0]) values[0] = __Pyx_NewRef(((PyObject *)Py_None));
     } else {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 927, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 929, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
@@ -21330,7 +21349,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("wait_changed_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 927, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("wait_changed_async", 0, 0, 1, __pyx_nargs); __PYX_ERR(0, 929, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -21364,7 +21383,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_6wait_change
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait_changed_async", 0);
 
-  /* "ivshmem/channel/messages.pyx":929
+  /* "ivshmem/channel/messages.pyx":931
  *     def wait_changed_async(self, timeout=None):
  *         """The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.wait_changed, timeout)             # <<<<<<<<<<<<<<
@@ -21372,12 +21391,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_6wait_change
  *     def __iter__(self):
 */
   __pyx_t_2 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 929, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_asynchronous); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 931, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 929, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_until_something); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 931, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_wait_changed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 929, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_wait_changed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 931, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_5 = 1;
   #if CYTHON_UNPACK_METHODS
@@ -21397,7 +21416,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_6wait_change
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 929, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 931, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -21411,7 +21430,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_6wait_change
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":927
+  /* "ivshmem/channel/messages.pyx":929
  *         return view_of(self, self.message)
  * 
  *     def wait_changed_async(self, timeout=None):             # <<<<<<<<<<<<<<
@@ -21433,7 +21452,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_6wait_change
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":931
+/* "ivshmem/channel/messages.pyx":933
  *         return asynchronous.until_something(self, self.wait_changed, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -21461,7 +21480,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_8__iter__(st
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__iter__", 0);
 
-  /* "ivshmem/channel/messages.pyx":932
+  /* "ivshmem/channel/messages.pyx":934
  * 
  *     def __iter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -21479,7 +21498,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_8__iter__(st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":931
+  /* "ivshmem/channel/messages.pyx":933
  *         return asynchronous.until_something(self, self.wait_changed, timeout)
  * 
  *     def __iter__(self):             # <<<<<<<<<<<<<<
@@ -21494,7 +21513,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_8__iter__(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":934
+/* "ivshmem/channel/messages.pyx":936
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -21528,7 +21547,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_10__next__(s
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__next__", 0);
 
-  /* "ivshmem/channel/messages.pyx":935
+  /* "ivshmem/channel/messages.pyx":937
  * 
  *     def __next__(self):
  *         return self.wait_changed()             # <<<<<<<<<<<<<<
@@ -21542,7 +21561,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_10__next__(s
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_wait_changed, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 935, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 937, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -21556,7 +21575,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_10__next__(s
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":934
+  /* "ivshmem/channel/messages.pyx":936
  *         return self
  * 
  *     def __next__(self):             # <<<<<<<<<<<<<<
@@ -21576,7 +21595,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_10__next__(s
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":937
+/* "ivshmem/channel/messages.pyx":939
  *         return self.wait_changed()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -21604,7 +21623,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_12__aiter__(
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__aiter__", 0);
 
-  /* "ivshmem/channel/messages.pyx":938
+  /* "ivshmem/channel/messages.pyx":940
  * 
  *     def __aiter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -21622,7 +21641,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_12__aiter__(
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":937
+  /* "ivshmem/channel/messages.pyx":939
  *         return self.wait_changed()
  * 
  *     def __aiter__(self):             # <<<<<<<<<<<<<<
@@ -21637,7 +21656,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_12__aiter__(
   return __pyx_r;
 }
 
-/* "ivshmem/channel/messages.pyx":940
+/* "ivshmem/channel/messages.pyx":942
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -21670,7 +21689,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_14__anext__(
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__anext__", 0);
 
-  /* "ivshmem/channel/messages.pyx":941
+  /* "ivshmem/channel/messages.pyx":943
  * 
  *     def __anext__(self):
  *         return self.wait_changed_async()             # <<<<<<<<<<<<<<
@@ -21682,7 +21701,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_14__anext__(
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_wait_changed_async, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 941, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 943, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -21696,7 +21715,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_8messages_11ValueReader_14__anext__(
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/messages.pyx":940
+  /* "ivshmem/channel/messages.pyx":942
  *         return self
  * 
  *     def __anext__(self):             # <<<<<<<<<<<<<<
@@ -23471,7 +23490,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_View(__py
   __pyx_vtabptr_7ivshmem_7channel_8messages_View = &__pyx_vtable_7ivshmem_7channel_8messages_View;
   __pyx_vtable_7ivshmem_7channel_8messages_View.abandon = (int (*)(struct __pyx_obj_7ivshmem_7channel_8messages_View *))__pyx_f_7ivshmem_7channel_8messages_4View_abandon;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_8messages_View_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View)) __PYX_ERR(0, 634, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_8messages_View_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View)) __PYX_ERR(0, 636, __pyx_L1_error)
   #if !CYTHON_COMPILING_IN_LIMITED_API
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View->tp_as_buffer = &__pyx_tp_as_buffer_View;
   #elif defined(Py_bf_getbuffer) && defined(Py_bf_releasebuffer)
@@ -23487,7 +23506,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_View(__py
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View) < (0)) __PYX_ERR(0, 634, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View) < (0)) __PYX_ERR(0, 636, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View);
@@ -23497,8 +23516,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_View(__py
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_vtabptr_7ivshmem_7channel_8messages_View) < (0)) __PYX_ERR(0, 634, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_View, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View) < (0)) __PYX_ERR(0, 634, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_vtabptr_7ivshmem_7channel_8messages_View) < (0)) __PYX_ERR(0, 636, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_View, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_View) < (0)) __PYX_ERR(0, 636, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -23524,11 +23543,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_ValueRead
   __pyx_vtable_7ivshmem_7channel_8messages_ValueReader.__pyx_base.__pyx_base.mend = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_8messages_11ValueReader_mend;
   __pyx_vtable_7ivshmem_7channel_8messages_ValueReader.latest = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader *, int))__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 828, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 830, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_8messages_ValueReader_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader)) __PYX_ERR(0, 828, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader)) __PYX_ERR(0, 830, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader = &__pyx_type_7ivshmem_7channel_8messages_ValueReader;
   #endif
@@ -23536,7 +23555,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_ValueRead
   __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader->tp_base = __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader) < (0)) __PYX_ERR(0, 828, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader) < (0)) __PYX_ERR(0, 830, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader);
@@ -23546,12 +23565,12 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_ValueRead
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_vtabptr_7ivshmem_7channel_8messages_ValueReader) < (0)) __PYX_ERR(0, 828, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ValueReader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader) < (0)) __PYX_ERR(0, 828, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_vtabptr_7ivshmem_7channel_8messages_ValueReader) < (0)) __PYX_ERR(0, 830, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ValueReader, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader) < (0)) __PYX_ERR(0, 830, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader, __pyx_base.__pyx_base.__weakref__);
   #endif
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader) < (0)) __PYX_ERR(0, 828, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader) < (0)) __PYX_ERR(0, 830, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -23569,14 +23588,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages___pyx_sco
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async", 0);
   /*--- Exttype __pyx_obj_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async ---*/
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async)) __PYX_ERR(0, 609, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async)) __PYX_ERR(0, 611, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async = &__pyx_type_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async) < (0)) __PYX_ERR(0, 609, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async) < (0)) __PYX_ERR(0, 611, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_8messages___pyx_scope_struct__get_rows_async);
@@ -24509,33 +24528,33 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Loan, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 330, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/messages.pyx":480
+  /* "ivshmem/channel/messages.pyx":482
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
  *         """Copy the next message into `buffer`; otherwise as `get`.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 480, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 482, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/messages.pyx":481
+  /* "ivshmem/channel/messages.pyx":483
  * 
  *     @cython.critical_section
  *     def get_into(self, buffer, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Copy the next message into `buffer`; otherwise as `get`.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 480, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 482, __pyx_L1_error)
 
-  /* "ivshmem/channel/messages.pyx":480
+  /* "ivshmem/channel/messages.pyx":482
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_into(self, buffer, timeout=None, *, spin=None):
  *         """Copy the next message into `buffer`; otherwise as `get`.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 480, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_3get_into, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 482, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -24543,36 +24562,36 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_4) < (0)) __PYX_ERR(0, 480, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_into, __pyx_t_4) < (0)) __PYX_ERR(0, 482, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":511
+  /* "ivshmem/channel/messages.pyx":513
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_rows(self, rows, timeout=None, *, spin=None):
  *         """Copy the messages that are there into the rows of an array, at most one into each.
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 511, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 513, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
 
-  /* "ivshmem/channel/messages.pyx":512
+  /* "ivshmem/channel/messages.pyx":514
  * 
  *     @cython.critical_section
  *     def get_rows(self, rows, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Copy the messages that are there into the rows of an array, at most one into each.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 511, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 513, __pyx_L1_error)
 
-  /* "ivshmem/channel/messages.pyx":511
+  /* "ivshmem/channel/messages.pyx":513
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get_rows(self, rows, timeout=None, *, spin=None):
  *         """Copy the messages that are there into the rows of an array, at most one into each.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_5get_rows, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_rows, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 511, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_5get_rows, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_rows, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 513, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -24580,36 +24599,36 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[4]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_rows, __pyx_t_2) < (0)) __PYX_ERR(0, 511, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_rows, __pyx_t_2) < (0)) __PYX_ERR(0, 513, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/messages.pyx":575
+  /* "ivshmem/channel/messages.pyx":577
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def view(self, timeout=None, *, spin=None):
  *         """Return the next message as a View: its memory itself, without a copy.
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 575, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 577, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
 
-  /* "ivshmem/channel/messages.pyx":576
+  /* "ivshmem/channel/messages.pyx":578
  * 
  *     @cython.critical_section
  *     def view(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Return the next message as a View: its memory itself, without a copy.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 575, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 577, __pyx_L1_error)
 
-  /* "ivshmem/channel/messages.pyx":575
+  /* "ivshmem/channel/messages.pyx":577
  *             PyBuffer_Release(&view)
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def view(self, timeout=None, *, spin=None):
  *         """Return the next message as a View: its memory itself, without a copy.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_7view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 575, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_7view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 577, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
@@ -24617,86 +24636,86 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_4, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_4) < (0)) __PYX_ERR(0, 575, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_4) < (0)) __PYX_ERR(0, 577, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":601
+  /* "ivshmem/channel/messages.pyx":603
  *         return view_of(self, self.message)
  * 
  *     def get_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.get, timeout)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_9get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 601, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_9get_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 603, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_4) < (0)) __PYX_ERR(0, 601, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_async, __pyx_t_4) < (0)) __PYX_ERR(0, 603, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":605
+  /* "ivshmem/channel/messages.pyx":607
  *         return asynchronous.until_something(self, self.get, timeout)
  * 
  *     def get_into_async(self, buffer, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_into` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_11get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 605, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_11get_into_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_get_into_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 607, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_4) < (0)) __PYX_ERR(0, 605, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_into_async, __pyx_t_4) < (0)) __PYX_ERR(0, 607, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":609
+  /* "ivshmem/channel/messages.pyx":611
  *         return asynchronous.until_something(self, self.get_into, timeout, buffer)
  * 
  *     async def get_rows_async(self, rows, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `get_rows` for asyncio. To cancel it takes nothing."""
  *         found = await asynchronous.until_something(self, self._rows_or_none, timeout, rows)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_13get_rows_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 609, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_13get_rows_async, __Pyx_CYFUNCTION_CCLASS | __Pyx_CYFUNCTION_COROUTINE, __pyx_mstate_global->__pyx_n_u_Reader_get_rows_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 611, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_t_4) < (0)) __PYX_ERR(0, 609, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_get_rows_async, __pyx_t_4) < (0)) __PYX_ERR(0, 611, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":614
+  /* "ivshmem/channel/messages.pyx":616
  *         return found or 0
  * 
  *     def _rows_or_none(self, rows, timeout):             # <<<<<<<<<<<<<<
  *         return self.get_rows(rows, timeout) or None
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_16_rows_or_none, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader__rows_or_none, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 614, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_16_rows_or_none, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader__rows_or_none, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[20])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 616, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_rows_or_none, __pyx_t_4) < (0)) __PYX_ERR(0, 614, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_rows_or_none, __pyx_t_4) < (0)) __PYX_ERR(0, 616, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":617
+  /* "ivshmem/channel/messages.pyx":619
  *         return self.get_rows(rows, timeout) or None
  * 
  *     def view_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `view` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.view, timeout)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_18view_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 617, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_6Reader_18view_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Reader_view_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[21])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 619, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_4, __pyx_mstate_global->__pyx_tuple[4]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_view_async, __pyx_t_4) < (0)) __PYX_ERR(0, 617, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_Reader, __pyx_mstate_global->__pyx_n_u_view_async, __pyx_t_4) < (0)) __PYX_ERR(0, 619, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
   /* "(tree fragment)":1
@@ -24726,168 +24745,168 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_4) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":656
+  /* "ivshmem/channel/messages.pyx":658
  *         raise TypeError("a View is made by Reader.view")
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError("a View cannot be copied or pickled: `bytes(view)` is a copy")
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 656, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[24])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 658, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_4) < (0)) __PYX_ERR(0, 656, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_4) < (0)) __PYX_ERR(0, 658, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":716
+  /* "ivshmem/channel/messages.pyx":718
  *         return self.message.length
  * 
  *     def __bytes__(self):             # <<<<<<<<<<<<<<
  *         """Return a copy; raise Overtaken if the message was overwritten before the copy ended."""
  *         data = memoryview(self).tobytes()
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_11__bytes__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___bytes, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 716, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_11__bytes__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___bytes, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[25])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 718, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_bytes_2, __pyx_t_4) < (0)) __PYX_ERR(0, 716, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_bytes_2, __pyx_t_4) < (0)) __PYX_ERR(0, 718, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":744
+  /* "ivshmem/channel/messages.pyx":746
  *         return {"version": 3, "typestr": kind, "shape": shape, "data": (address, True)}
  * 
  *     def __dlpack__(self, **options):             # <<<<<<<<<<<<<<
  *         """Export the message, for numpy.from_dlpack or torch.from_dlpack; needs numpy."""
  *         return self.array.__dlpack__(**options)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_13__dlpack__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___dlpack, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 744, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_13__dlpack__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___dlpack, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[26])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 746, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_dlpack, __pyx_t_4) < (0)) __PYX_ERR(0, 744, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_dlpack, __pyx_t_4) < (0)) __PYX_ERR(0, 746, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":748
+  /* "ivshmem/channel/messages.pyx":750
  *         return self.array.__dlpack__(**options)
  * 
  *     def __dlpack_device__(self):             # <<<<<<<<<<<<<<
  *         """Return DLPack's number of the processor's memory."""
  *         return (1, 0)
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_15__dlpack_device__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___dlpack_device, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 748, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_15__dlpack_device__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___dlpack_device, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[27])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 750, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_dlpack_device, __pyx_t_4) < (0)) __PYX_ERR(0, 748, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_dlpack_device, __pyx_t_4) < (0)) __PYX_ERR(0, 750, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":752
+  /* "ivshmem/channel/messages.pyx":754
  *         return (1, 0)
  * 
  *     def check(self):             # <<<<<<<<<<<<<<
  *         """Raise Overtaken if the message was overwritten since it was taken."""
  *         if not self.overtaken and self.live and self.reader.usable():
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_17check, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View_check, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[28])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 752, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_17check, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View_check, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[28])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 754, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_check, __pyx_t_4) < (0)) __PYX_ERR(0, 752, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_check, __pyx_t_4) < (0)) __PYX_ERR(0, 754, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":762
+  /* "ivshmem/channel/messages.pyx":764
  *             )
  * 
  *     def release(self):             # <<<<<<<<<<<<<<
  *         """Give the memory back to the writer; may be called twice.
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_19release, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View_release, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[29])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 762, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_19release, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View_release, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[29])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 764, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_release, __pyx_t_4) < (0)) __PYX_ERR(0, 762, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_release, __pyx_t_4) < (0)) __PYX_ERR(0, 764, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":781
+  /* "ivshmem/channel/messages.pyx":783
  *             self.abandon()
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_21__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 781, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_21__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[30])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 783, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_4) < (0)) __PYX_ERR(0, 781, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_4) < (0)) __PYX_ERR(0, 783, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":784
+  /* "ivshmem/channel/messages.pyx":786
  *         return self
  * 
  *     def __exit__(self, kind, *error):             # <<<<<<<<<<<<<<
  *         if kind is None:
  *             self.release()
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_23__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 784, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_4View_23__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_View___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[31])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 786, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_4) < (0)) __PYX_ERR(0, 784, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_View, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_4) < (0)) __PYX_ERR(0, 786, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":881
+  /* "ivshmem/channel/messages.pyx":883
  *         raise self.starved()
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def get(self):
  *         """Return a copy of the latest content, which is never torn. Never waits.
 */
-  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_11ValueReader_1get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 881, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_11ValueReader_1get, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_get, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[32])); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 883, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_4);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_4) < (0)) __PYX_ERR(0, 881, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_mstate_global->__pyx_n_u_get, __pyx_t_4) < (0)) __PYX_ERR(0, 883, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/messages.pyx":895
+  /* "ivshmem/channel/messages.pyx":897
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def wait_changed(self, timeout=None, *, spin=None):
  *         """Wait until the value was set since this reader last looked; return its content.
 */
-  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 895, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 897, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
 
-  /* "ivshmem/channel/messages.pyx":896
+  /* "ivshmem/channel/messages.pyx":898
  * 
  *     @cython.critical_section
  *     def wait_changed(self, timeout=None, *, spin=None):             # <<<<<<<<<<<<<<
  *         """Wait until the value was set since this reader last looked; return its content.
  * 
 */
-  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 895, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_spin, Py_None) < (0)) __PYX_ERR(0, 897, __pyx_L1_error)
 
-  /* "ivshmem/channel/messages.pyx":895
+  /* "ivshmem/channel/messages.pyx":897
  *         return self.latest(ivshmem_value_look(&self.reader, &self.message))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def wait_changed(self, timeout=None, *, spin=None):
  *         """Wait until the value was set since this reader last looked; return its content.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_11ValueReader_3wait_changed, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[33])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 895, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_11ValueReader_3wait_changed, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[33])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 897, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -24895,38 +24914,38 @@ __Pyx_RefNannySetupContext("PyInit_messages", 0);
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[4]);
   __Pyx_CyFunction_SetDefaultsKwDict(__pyx_t_2, __pyx_t_4);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed, __pyx_t_2) < (0)) __PYX_ERR(0, 895, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed, __pyx_t_2) < (0)) __PYX_ERR(0, 897, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/messages.pyx":911
+  /* "ivshmem/channel/messages.pyx":913
  *         return self.latest(self.wait(timeout, spin))
  * 
  *     @cython.critical_section             # <<<<<<<<<<<<<<
  *     def view(self):
  *         """Return the latest content as a View; None: it was never set.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_11ValueReader_5view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[34])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 911, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_11ValueReader_5view, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_view, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[34])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 913, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_2) < (0)) __PYX_ERR(0, 911, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_mstate_global->__pyx_n_u_view, __pyx_t_2) < (0)) __PYX_ERR(0, 913, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/messages.pyx":927
+  /* "ivshmem/channel/messages.pyx":929
  *         return view_of(self, self.message)
  * 
  *     def wait_changed_async(self, timeout=None):             # <<<<<<<<<<<<<<
  *         """The twin of `wait_changed` for asyncio: a coroutine. To cancel it takes nothing."""
  *         return asynchronous.until_something(self, self.wait_changed, timeout)
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_11ValueReader_7wait_changed_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[35])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 927, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_8messages_11ValueReader_7wait_changed_async, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ValueReader_wait_changed_async, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_messages, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[35])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 929, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetDefaultsTuple(__pyx_t_2, __pyx_mstate_global->__pyx_tuple[4]);
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed_async, __pyx_t_2) < (0)) __PYX_ERR(0, 927, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_8messages_ValueReader, __pyx_mstate_global->__pyx_n_u_wait_changed_async, __pyx_t_2) < (0)) __PYX_ERR(0, 929, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -25072,7 +25091,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
 
-  /* "ivshmem/channel/messages.pyx":750
+  /* "ivshmem/channel/messages.pyx":752
  *     def __dlpack_device__(self):
  *         """Return DLPack's number of the processor's memory."""
  *         return (1, 0)             # <<<<<<<<<<<<<<
@@ -25081,7 +25100,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[2] = {__pyx_mstate_global->__pyx_int_1, __pyx_mstate_global->__pyx_int_0};
-    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 750, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[3] = __Pyx_PyTuple_FromArray(__pyx_temp, 2); if (unlikely(!__pyx_mstate_global->__pyx_tuple[3])) __PYX_ERR(0, 752, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[3]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[3]);
@@ -25284,7 +25303,7 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 609};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_COROUTINE), 611};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_found};
     __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_get_rows_async, __pyx_mstate->__pyx_kp_b_iso88591_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
@@ -25359,37 +25378,37 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_5_1_Q_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 480};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 7, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 482};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_message, __pyx_mstate->__pyx_n_u__6};
     __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_get_into, __pyx_mstate->__pyx_kp_b_iso88591_A_5Q_81F_U_1_4uAYa_1_a_7_Jd_Q_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 511};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 1, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 513};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_n_u_size, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_tries, __pyx_mstate->__pyx_n_u_message, __pyx_mstate->__pyx_n_u_whole};
     __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_get_rows, __pyx_mstate->__pyx_kp_b_iso88591_A_31_Jaq_5_b_AQ_V1A_6_4uCy_1_Ba, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 575};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 577};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin};
     __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_kp_b_iso88591_A_4wc_XWIQ_a_4z_ha_4uAYa_1_wavT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 601};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 603};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_get_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_fA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 605};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 607};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_buffer, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_get_into_async, __pyx_mstate->__pyx_kp_b_iso88591_Q_1F_k, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 614};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 616};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_rows, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[20] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_rows_or_none, __pyx_mstate->__pyx_kp_b_iso88591_A_t9AV9Cq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[20])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 617};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 619};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[21] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_view_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_gQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[21])) goto bad;
   }
@@ -25404,62 +25423,62 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[23] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[23])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 656};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 658};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[24] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[24])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 716};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 718};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_data};
     __pyx_mstate_global->__pyx_codeobj_tab[25] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_bytes_2, __pyx_mstate->__pyx_kp_b_iso88591_A_z_xq_F_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[25])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARKEYWORDS), 744};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARKEYWORDS), 746};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_options};
     __pyx_mstate_global->__pyx_codeobj_tab[26] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_dlpack, __pyx_mstate->__pyx_kp_b_iso88591_A_t6_Cq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[26])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 748};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 750};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[27] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_dlpack_device, __pyx_mstate->__pyx_kp_b_iso88591_A_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[27])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 752};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 754};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[28] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_check, __pyx_mstate->__pyx_kp_b_iso88591_A_4t_d_fD_G7_1D_z_jPSST_4q_1_4wa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[28])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 762};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 764};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[29] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_release, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_4q_Q_7_4z_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[29])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 781};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 783};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[30] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[30])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 784};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 786};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_kind, __pyx_mstate->__pyx_n_u_error};
     __pyx_mstate_global->__pyx_codeobj_tab[31] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_5_1_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[31])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 881};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 883};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[32] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_get, __pyx_mstate->__pyx_kp_b_iso88591_A_F_t7_Qat9AT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[32])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 895};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 1, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 897};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout, __pyx_mstate->__pyx_n_u_spin};
     __pyx_mstate_global->__pyx_codeobj_tab[33] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_wait_changed, __pyx_mstate->__pyx_kp_b_iso88591_A_1_F_t7_4uAYa, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[33])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 911};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 913};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_code};
     __pyx_mstate_global->__pyx_codeobj_tab[34] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_view, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4y_Q_5_1_1_1_e1A_wavT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[34])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 927};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 929};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_timeout};
     __pyx_mstate_global->__pyx_codeobj_tab[35] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_messages_pyx, __pyx_mstate->__pyx_n_u_wait_changed_async, __pyx_mstate->__pyx_kp_b_iso88591_1F_oQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[35])) goto bad;
   }

@@ -405,6 +405,8 @@ cdef class Reader(ReaderEnd):
         code = ivshmem_take(&self.reader, &self.message)
         if code == IVSHMEM_AGAIN:
             if timeout is not None and timeout == 0 and not self.watched:
+                ivshmem_reader_settle(&self.reader)
+                self.membership.flush()
                 return code
             code = self.wait(timeout, spin)
             if code == IVSHMEM_AGAIN:

@@ -251,18 +251,26 @@ static inline int ivshmem_read(struct ivshmem_reader *reader, struct ivshmem_mes
     return IVSHMEM_AGAIN;
 }
 
-/* Before a reader that found nothing sleeps; 0: there is something now, so that it need not. */
-static inline int ivshmem_reader_sleep(struct ivshmem_reader *reader)
+/* After a reader found nothing: store how far it is, and free the slots of writers that ended and
+ * have nothing more for it. A reader that never sleeps, because it polls, calls this itself. */
+static inline void ivshmem_reader_settle(struct ivshmem_reader *reader)
 {
     struct ivshmem_channel *channel = reader->channel;
-    unsigned writers = channel->record.geometry.writers;
-    for (unsigned i = 0; i < writers; i++) {
+    for (unsigned i = 0; i < channel->record.geometry.writers; i++) {
         ivshmem_reader_tail(reader, i);
         if (reader->slot != IVSHMEM_NO_SLOT &&
             reader->sources[i].held ==
                 ivshmem_value(ivshmem_get(channel, ivshmem_source_head_at(reader, i))))
             ivshmem_writer_reap(reader->member, channel, i); /* perhaps the last that read it */
     }
+}
+
+/* Before a reader that found nothing sleeps; 0: there is something now, so that it need not. */
+static inline int ivshmem_reader_sleep(struct ivshmem_reader *reader)
+{
+    struct ivshmem_channel *channel = reader->channel;
+    unsigned writers = channel->record.geometry.writers;
+    ivshmem_reader_settle(reader);
     if (reader->slot == IVSHMEM_NO_SLOT)
         return IVSHMEM_AGAIN;
     ivshmem_sleep_begin(channel, &reader->sleep);
