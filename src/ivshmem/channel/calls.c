@@ -2993,10 +2993,11 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd {
   int (*attempt)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*begin_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   void (*end_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*one_awake)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *(*sleeper)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int64_t (*probe)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *);
   int (*wait)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, PyObject *, PyObject *);
-  int (*mend)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*restore)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*give_up)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*arm)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, int);
@@ -4488,7 +4489,7 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivsh
 static int __pyx_f_7ivshmem_7channel_5calls_11PendingCall_begin_sleep(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto*/
 static void __pyx_f_7ivshmem_7channel_5calls_11PendingCall_end_sleep(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self); /* proto*/
 static int64_t __pyx_f_7ivshmem_7channel_5calls_11PendingCall_probe(struct __pyx_obj_7ivshmem_7channel_5calls_PendingCall *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe); /* proto*/
-static int __pyx_f_7ivshmem_7channel_5calls_6Caller_mend(struct __pyx_obj_7ivshmem_7channel_5calls_Caller *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_5calls_6Caller_restore(struct __pyx_obj_7ivshmem_7channel_5calls_Caller *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5calls_6Caller_ready(struct __pyx_obj_7ivshmem_7channel_5calls_Caller *__pyx_v_self); /* proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_5calls_4Call_send(struct __pyx_obj_7ivshmem_7channel_5calls_Call *__pyx_v_self, PyObject *__pyx_v_data, unsigned int __pyx_v_status); /* proto*/
 
@@ -8039,7 +8040,7 @@ static int __pyx_pf_7ivshmem_7channel_5calls_6Caller___init__(struct __pyx_obj_7
  *     def __init__(self, *args):
  *         self.given_up = []             # <<<<<<<<<<<<<<
  * 
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
 */
   __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 172, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -8072,12 +8073,12 @@ static int __pyx_pf_7ivshmem_7channel_5calls_6Caller___init__(struct __pyx_obj_7
 /* "ivshmem/channel/calls.pyx":174
  *         self.given_up = []
  * 
- *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
+ *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited:  # for a reply, or for room
 */
 
-static int __pyx_f_7ivshmem_7channel_5calls_6Caller_mend(struct __pyx_obj_7ivshmem_7channel_5calls_Caller *__pyx_v_self) {
+static int __pyx_f_7ivshmem_7channel_5calls_6Caller_restore(struct __pyx_obj_7ivshmem_7channel_5calls_Caller *__pyx_v_self) {
   int __pyx_r;
   int __pyx_t_1;
   int __pyx_t_2;
@@ -8087,7 +8088,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_mend(struct __pyx_obj_7ivshm
 
   /* "ivshmem/channel/calls.pyx":175
  * 
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
  *         ivshmem_writer_beat(&self.writer)             # <<<<<<<<<<<<<<
  *         if self.awaited:  # for a reply, or for room
  *             self.membership.kick_all()
@@ -8095,7 +8096,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_mend(struct __pyx_obj_7ivshm
   ivshmem_writer_beat((&__pyx_v_self->__pyx_base.writer));
 
   /* "ivshmem/channel/calls.pyx":176
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited:  # for a reply, or for room             # <<<<<<<<<<<<<<
  *             self.membership.kick_all()
@@ -8117,7 +8118,7 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_mend(struct __pyx_obj_7ivshm
 
 
     /* "ivshmem/channel/calls.pyx":176
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited:  # for a reply, or for room             # <<<<<<<<<<<<<<
  *             self.membership.kick_all()
@@ -8141,14 +8142,14 @@ static int __pyx_f_7ivshmem_7channel_5calls_6Caller_mend(struct __pyx_obj_7ivshm
   /* "ivshmem/channel/calls.pyx":174
  *         self.given_up = []
  * 
- *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
+ *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited:  # for a reply, or for room
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.calls.Caller.mend", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.channel.calls.Caller.restore", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
@@ -15389,7 +15390,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5calls_Caller(__pyx
   /*--- Exttype __pyx_obj_7ivshmem_7channel_5calls_Caller ---*/
   __pyx_vtabptr_7ivshmem_7channel_5calls_Caller = &__pyx_vtable_7ivshmem_7channel_5calls_Caller;
   __pyx_vtable_7ivshmem_7channel_5calls_Caller.__pyx_base = *__pyx_vtabptr_7ivshmem_7channel_5roles_WriterEnd;
-  __pyx_vtable_7ivshmem_7channel_5calls_Caller.__pyx_base.__pyx_base.mend = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_6Caller_mend;
+  __pyx_vtable_7ivshmem_7channel_5calls_Caller.__pyx_base.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5calls_6Caller_restore;
   __pyx_vtable_7ivshmem_7channel_5calls_Caller.__pyx_base.ready = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *))__pyx_f_7ivshmem_7channel_5calls_6Caller_ready;
   #if CYTHON_USE_TYPE_SPECS
   __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_WriterEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 165, __pyx_L1_error)

@@ -171,7 +171,7 @@ cdef class Caller(WriterEnd):
     def __init__(self, *args):
         self.given_up = []
 
-    cdef int mend(self) except -1:
+    cdef int restore(self) except -1:
         ivshmem_writer_beat(&self.writer)
         if self.awaited:  # for a reply, or for room
             self.membership.kick_all()

@@ -2805,7 +2805,7 @@ struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells {
 static struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *__pyx_vtabptr_7ivshmem_5_core_Doorbells;
 
 
-/* "ivshmem/channel/membership.pyx":609
+/* "ivshmem/channel/membership.pyx":607
  * # -- sleeping -------------------------------------------------------------------------------------
  * 
  * cdef class Wakeup:             # <<<<<<<<<<<<<<
@@ -2820,7 +2820,7 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup {
 static struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *__pyx_vtabptr_7ivshmem_7channel_10membership_Wakeup;
 
 
-/* "ivshmem/channel/membership.pyx":682
+/* "ivshmem/channel/membership.pyx":680
  * 
  * 
  * @cython.no_gc_clear             # <<<<<<<<<<<<<<
@@ -2837,10 +2837,11 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd {
   int (*attempt)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*begin_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   void (*end_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*one_awake)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *(*sleeper)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int64_t (*probe)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *);
   int (*wait)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, PyObject *, PyObject *);
-  int (*mend)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*restore)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*give_up)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*arm)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, int);
@@ -4110,9 +4111,10 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter(struct __py
 static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_attempt(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_sleep(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
 static void __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_end_sleep(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_one_awake(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
 static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_sleeper(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
 static int64_t __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_probe(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self, CYTHON_UNUSED void **__pyx_v_what, CYTHON_UNUSED __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe); /* proto*/
-static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_mend(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_restore(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_give_up(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto*/
 static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_arm(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto*/
@@ -4205,16 +4207,15 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_6Wakeup_8__setstate_cyt
 static int __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd___cinit__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_args, CYTHON_UNUSED PyObject *__pyx_v_kwargs); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_2__reduce__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6closed___get__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_4wake_others(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6fileno(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_8_membership(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_10_begin_waiting(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12_end_waiting(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
-static void __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_16__del__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_18__enter__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_20__exit__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_error); /* proto */
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_22__repr__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_4fileno(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6_membership(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_8_begin_waiting(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_10_end_waiting(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12close(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
+static void __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14__del__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_16__enter__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_18__exit__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_error); /* proto */
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_20__repr__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_8channels___get__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_4name___get__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self); /* proto */
 static PyObject *__pyx_tp_new__initialisation_7ivshmem_7channel_10membership_Wakeup(PyObject *o, 
@@ -4313,8 +4314,8 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_tuple[3];
-    PyObject *__pyx_codeobj_tab[20];
-    PyObject *__pyx_string_tab[196];
+    PyObject *__pyx_codeobj_tab[19];
+    PyObject *__pyx_string_tab[193];
     PyObject *__pyx_number_tab[3];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
@@ -4420,141 +4421,138 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_ChannelEnd__membership __pyx_string_tab[58]
 #define __pyx_n_u_ChannelEnd_close __pyx_string_tab[59]
 #define __pyx_n_u_ChannelEnd_fileno __pyx_string_tab[60]
-#define __pyx_n_u_ChannelEnd_wake_others __pyx_string_tab[61]
-#define __pyx_n_u_ChannelError __pyx_string_tab[62]
-#define __pyx_n_u_ClosedError __pyx_string_tab[63]
-#define __pyx_n_u_IvshmemError __pyx_string_tab[64]
-#define __pyx_n_u_Membership __pyx_string_tab[65]
-#define __pyx_n_u_Membership___reduce_cython __pyx_string_tab[66]
-#define __pyx_n_u_Membership___setstate_cython __pyx_string_tab[67]
-#define __pyx_n_u_Membership_close __pyx_string_tab[68]
-#define __pyx_n_u_Membership_free_place __pyx_string_tab[69]
-#define __pyx_n_u_Membership_places __pyx_string_tab[70]
-#define __pyx_n_u_Membership_run __pyx_string_tab[71]
-#define __pyx_n_u_NoChannels __pyx_string_tab[72]
-#define __pyx_n_u_NoInterrupts __pyx_string_tab[73]
-#define __pyx_n_u_RegionError __pyx_string_tab[74]
-#define __pyx_n_u_Wakeup __pyx_string_tab[75]
-#define __pyx_n_u_Wakeup___reduce_cython __pyx_string_tab[76]
-#define __pyx_n_u_Wakeup___setstate_cython __pyx_string_tab[77]
-#define __pyx_n_u_Wakeup_clear_rings __pyx_string_tab[78]
-#define __pyx_n_u_Wakeup_fileno __pyx_string_tab[79]
-#define __pyx_n_u_WeakKeyDictionary __pyx_string_tab[80]
-#define __pyx_n_u_WeakSet __pyx_string_tab[81]
-#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[82]
-#define __pyx_n_u_annotate __pyx_string_tab[83]
-#define __pyx_n_u_enter __pyx_string_tab[84]
-#define __pyx_n_u_exit __pyx_string_tab[85]
-#define __pyx_n_u_func __pyx_string_tab[86]
-#define __pyx_n_u_getstate __pyx_string_tab[87]
-#define __pyx_n_u_main __pyx_string_tab[88]
-#define __pyx_n_u_module __pyx_string_tab[89]
-#define __pyx_n_u_name_2 __pyx_string_tab[90]
-#define __pyx_n_u_pyx_state __pyx_string_tab[91]
-#define __pyx_n_u_pyx_vtable __pyx_string_tab[92]
-#define __pyx_n_u_qualname __pyx_string_tab[93]
-#define __pyx_n_u_reduce __pyx_string_tab[94]
-#define __pyx_n_u_reduce_cython __pyx_string_tab[95]
-#define __pyx_n_u_reduce_ex __pyx_string_tab[96]
-#define __pyx_n_u_set_name __pyx_string_tab[97]
-#define __pyx_n_u_setstate __pyx_string_tab[98]
-#define __pyx_n_u_setstate_cython __pyx_string_tab[99]
-#define __pyx_n_u_test __pyx_string_tab[100]
-#define __pyx_n_u_after_fork __pyx_string_tab[101]
-#define __pyx_n_u_begin_waiting __pyx_string_tab[102]
-#define __pyx_n_u_doorbell_nowait __pyx_string_tab[103]
-#define __pyx_n_u_end_waiting __pyx_string_tab[104]
-#define __pyx_n_u_is_coroutine __pyx_string_tab[105]
-#define __pyx_n_u_membership_2 __pyx_string_tab[106]
-#define __pyx_n_u_add __pyx_string_tab[107]
-#define __pyx_n_u_after_in_child __pyx_string_tab[108]
-#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[109]
-#define __pyx_n_u_at_2 __pyx_string_tab[110]
-#define __pyx_n_u_beat __pyx_string_tab[111]
-#define __pyx_n_u_clear_rings __pyx_string_tab[112]
-#define __pyx_n_u_cline_in_traceback __pyx_string_tab[113]
-#define __pyx_n_u_close __pyx_string_tab[114]
-#define __pyx_n_u_closed __pyx_string_tab[115]
-#define __pyx_n_u_code __pyx_string_tab[116]
-#define __pyx_n_u_contextlib __pyx_string_tab[117]
-#define __pyx_n_u_count __pyx_string_tab[118]
-#define __pyx_n_u_current_id __pyx_string_tab[119]
-#define __pyx_n_u_decode __pyx_string_tab[120]
-#define __pyx_n_u_discard __pyx_string_tab[121]
-#define __pyx_n_u_encode __pyx_string_tab[122]
-#define __pyx_n_u_end __pyx_string_tab[123]
-#define __pyx_n_u_endpoint __pyx_string_tab[124]
-#define __pyx_n_u_error_2 __pyx_string_tab[125]
-#define __pyx_n_u_errors __pyx_string_tab[126]
-#define __pyx_n_u_eventfds __pyx_string_tab[127]
-#define __pyx_n_u_fileno __pyx_string_tab[128]
-#define __pyx_n_u_found __pyx_string_tab[129]
-#define __pyx_n_u_free_place __pyx_string_tab[130]
-#define __pyx_n_u_get __pyx_string_tab[131]
-#define __pyx_n_u_getpid __pyx_string_tab[132]
-#define __pyx_n_u_i __pyx_string_tab[133]
-#define __pyx_n_u_identity __pyx_string_tab[134]
-#define __pyx_n_u_index __pyx_string_tab[135]
-#define __pyx_n_u_items __pyx_string_tab[136]
-#define __pyx_n_u_ivshmem_channel_membership __pyx_string_tab[137]
-#define __pyx_n_u_lease __pyx_string_tab[138]
-#define __pyx_n_u_left __pyx_string_tab[139]
-#define __pyx_n_u_limit __pyx_string_tab[140]
-#define __pyx_n_u_local __pyx_string_tab[141]
-#define __pyx_n_u_machine __pyx_string_tab[142]
-#define __pyx_n_u_mapping __pyx_string_tab[143]
-#define __pyx_n_u_membership __pyx_string_tab[144]
-#define __pyx_n_u_memory __pyx_string_tab[145]
-#define __pyx_n_u_mute __pyx_string_tab[146]
-#define __pyx_n_u_name __pyx_string_tab[147]
-#define __pyx_n_u_next_beat __pyx_string_tab[148]
-#define __pyx_n_u_number __pyx_string_tab[149]
-#define __pyx_n_u_offset __pyx_string_tab[150]
-#define __pyx_n_u_one __pyx_string_tab[151]
-#define __pyx_n_u_os __pyx_string_tab[152]
-#define __pyx_n_u_peer __pyx_string_tab[153]
-#define __pyx_n_u_place_2 __pyx_string_tab[154]
-#define __pyx_n_u_places __pyx_string_tab[155]
-#define __pyx_n_u_pop __pyx_string_tab[156]
-#define __pyx_n_u_randbits __pyx_string_tab[157]
-#define __pyx_n_u_region __pyx_string_tab[158]
-#define __pyx_n_u_register_at_fork __pyx_string_tab[159]
-#define __pyx_n_u_replace __pyx_string_tab[160]
-#define __pyx_n_u_run __pyx_string_tab[161]
-#define __pyx_n_u_secrets __pyx_string_tab[162]
-#define __pyx_n_u_self __pyx_string_tab[163]
-#define __pyx_n_u_setdefault __pyx_string_tab[164]
-#define __pyx_n_u_signal __pyx_string_tab[165]
-#define __pyx_n_u_silent __pyx_string_tab[166]
-#define __pyx_n_u_sleeper __pyx_string_tab[167]
-#define __pyx_n_u_suppress __pyx_string_tab[168]
-#define __pyx_n_u_text __pyx_string_tab[169]
-#define __pyx_n_u_threading __pyx_string_tab[170]
-#define __pyx_n_u_values __pyx_string_tab[171]
-#define __pyx_n_u_vector __pyx_string_tab[172]
-#define __pyx_n_u_wake_others __pyx_string_tab[173]
-#define __pyx_n_u_wakeup __pyx_string_tab[174]
-#define __pyx_n_u_weakref __pyx_string_tab[175]
-#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[176]
-#define __pyx_kp_b_int64_t_PyObject_deadline_of __pyx_string_tab[177]
-#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[178]
-#define __pyx_kp_b_iso88591__6 __pyx_string_tab[179]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[180]
-#define __pyx_kp_b_iso88591_A __pyx_string_tab[181]
-#define __pyx_kp_b_iso88591_A_F_2 __pyx_string_tab[182]
-#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[183]
-#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[184]
-#define __pyx_kp_b_iso88591_A_t1 __pyx_string_tab[185]
-#define __pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_4_D_D_6_4_c_9A_Ku __pyx_string_tab[186]
-#define __pyx_kp_b_iso88591_A_F __pyx_string_tab[187]
-#define __pyx_kp_b_iso88591_A_t6 __pyx_string_tab[188]
-#define __pyx_kp_b_iso88591_A_ha_1_K_A_7_whc_1_z __pyx_string_tab[189]
-#define __pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q __pyx_string_tab[190]
-#define __pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T __pyx_string_tab[191]
-#define __pyx_kp_b_iso88591_A_ha_F_t_q_1_K_A_KvQ_KvQ_uCq __pyx_string_tab[192]
-#define __pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3 __pyx_string_tab[193]
-#define __pyx_kp_b_iso88591_A_4_3k_T_XT_T_QR_t1D_V1_a_A_HA_6 __pyx_string_tab[194]
-#define __pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_6_t4s_Q_Ky_t7 __pyx_string_tab[195]
+#define __pyx_n_u_ChannelError __pyx_string_tab[61]
+#define __pyx_n_u_ClosedError __pyx_string_tab[62]
+#define __pyx_n_u_IvshmemError __pyx_string_tab[63]
+#define __pyx_n_u_Membership __pyx_string_tab[64]
+#define __pyx_n_u_Membership___reduce_cython __pyx_string_tab[65]
+#define __pyx_n_u_Membership___setstate_cython __pyx_string_tab[66]
+#define __pyx_n_u_Membership_close __pyx_string_tab[67]
+#define __pyx_n_u_Membership_free_place __pyx_string_tab[68]
+#define __pyx_n_u_Membership_places __pyx_string_tab[69]
+#define __pyx_n_u_Membership_run __pyx_string_tab[70]
+#define __pyx_n_u_NoChannels __pyx_string_tab[71]
+#define __pyx_n_u_NoInterrupts __pyx_string_tab[72]
+#define __pyx_n_u_RegionError __pyx_string_tab[73]
+#define __pyx_n_u_Wakeup __pyx_string_tab[74]
+#define __pyx_n_u_Wakeup___reduce_cython __pyx_string_tab[75]
+#define __pyx_n_u_Wakeup___setstate_cython __pyx_string_tab[76]
+#define __pyx_n_u_Wakeup_clear_rings __pyx_string_tab[77]
+#define __pyx_n_u_Wakeup_fileno __pyx_string_tab[78]
+#define __pyx_n_u_WeakKeyDictionary __pyx_string_tab[79]
+#define __pyx_n_u_WeakSet __pyx_string_tab[80]
+#define __pyx_n_u_Pyx_PyDict_NextRef __pyx_string_tab[81]
+#define __pyx_n_u_annotate __pyx_string_tab[82]
+#define __pyx_n_u_enter __pyx_string_tab[83]
+#define __pyx_n_u_exit __pyx_string_tab[84]
+#define __pyx_n_u_func __pyx_string_tab[85]
+#define __pyx_n_u_getstate __pyx_string_tab[86]
+#define __pyx_n_u_main __pyx_string_tab[87]
+#define __pyx_n_u_module __pyx_string_tab[88]
+#define __pyx_n_u_name_2 __pyx_string_tab[89]
+#define __pyx_n_u_pyx_state __pyx_string_tab[90]
+#define __pyx_n_u_pyx_vtable __pyx_string_tab[91]
+#define __pyx_n_u_qualname __pyx_string_tab[92]
+#define __pyx_n_u_reduce __pyx_string_tab[93]
+#define __pyx_n_u_reduce_cython __pyx_string_tab[94]
+#define __pyx_n_u_reduce_ex __pyx_string_tab[95]
+#define __pyx_n_u_set_name __pyx_string_tab[96]
+#define __pyx_n_u_setstate __pyx_string_tab[97]
+#define __pyx_n_u_setstate_cython __pyx_string_tab[98]
+#define __pyx_n_u_test __pyx_string_tab[99]
+#define __pyx_n_u_after_fork __pyx_string_tab[100]
+#define __pyx_n_u_begin_waiting __pyx_string_tab[101]
+#define __pyx_n_u_doorbell_nowait __pyx_string_tab[102]
+#define __pyx_n_u_end_waiting __pyx_string_tab[103]
+#define __pyx_n_u_is_coroutine __pyx_string_tab[104]
+#define __pyx_n_u_membership_2 __pyx_string_tab[105]
+#define __pyx_n_u_add __pyx_string_tab[106]
+#define __pyx_n_u_after_in_child __pyx_string_tab[107]
+#define __pyx_n_u_asyncio_coroutines __pyx_string_tab[108]
+#define __pyx_n_u_at_2 __pyx_string_tab[109]
+#define __pyx_n_u_beat __pyx_string_tab[110]
+#define __pyx_n_u_clear_rings __pyx_string_tab[111]
+#define __pyx_n_u_cline_in_traceback __pyx_string_tab[112]
+#define __pyx_n_u_close __pyx_string_tab[113]
+#define __pyx_n_u_closed __pyx_string_tab[114]
+#define __pyx_n_u_code __pyx_string_tab[115]
+#define __pyx_n_u_contextlib __pyx_string_tab[116]
+#define __pyx_n_u_count __pyx_string_tab[117]
+#define __pyx_n_u_current_id __pyx_string_tab[118]
+#define __pyx_n_u_decode __pyx_string_tab[119]
+#define __pyx_n_u_discard __pyx_string_tab[120]
+#define __pyx_n_u_encode __pyx_string_tab[121]
+#define __pyx_n_u_end __pyx_string_tab[122]
+#define __pyx_n_u_endpoint __pyx_string_tab[123]
+#define __pyx_n_u_error_2 __pyx_string_tab[124]
+#define __pyx_n_u_errors __pyx_string_tab[125]
+#define __pyx_n_u_eventfds __pyx_string_tab[126]
+#define __pyx_n_u_fileno __pyx_string_tab[127]
+#define __pyx_n_u_found __pyx_string_tab[128]
+#define __pyx_n_u_free_place __pyx_string_tab[129]
+#define __pyx_n_u_get __pyx_string_tab[130]
+#define __pyx_n_u_getpid __pyx_string_tab[131]
+#define __pyx_n_u_i __pyx_string_tab[132]
+#define __pyx_n_u_identity __pyx_string_tab[133]
+#define __pyx_n_u_index __pyx_string_tab[134]
+#define __pyx_n_u_items __pyx_string_tab[135]
+#define __pyx_n_u_ivshmem_channel_membership __pyx_string_tab[136]
+#define __pyx_n_u_lease __pyx_string_tab[137]
+#define __pyx_n_u_left __pyx_string_tab[138]
+#define __pyx_n_u_limit __pyx_string_tab[139]
+#define __pyx_n_u_local __pyx_string_tab[140]
+#define __pyx_n_u_machine __pyx_string_tab[141]
+#define __pyx_n_u_mapping __pyx_string_tab[142]
+#define __pyx_n_u_membership __pyx_string_tab[143]
+#define __pyx_n_u_memory __pyx_string_tab[144]
+#define __pyx_n_u_mute __pyx_string_tab[145]
+#define __pyx_n_u_name __pyx_string_tab[146]
+#define __pyx_n_u_next_beat __pyx_string_tab[147]
+#define __pyx_n_u_number __pyx_string_tab[148]
+#define __pyx_n_u_offset __pyx_string_tab[149]
+#define __pyx_n_u_one __pyx_string_tab[150]
+#define __pyx_n_u_os __pyx_string_tab[151]
+#define __pyx_n_u_peer __pyx_string_tab[152]
+#define __pyx_n_u_place_2 __pyx_string_tab[153]
+#define __pyx_n_u_places __pyx_string_tab[154]
+#define __pyx_n_u_pop __pyx_string_tab[155]
+#define __pyx_n_u_randbits __pyx_string_tab[156]
+#define __pyx_n_u_region __pyx_string_tab[157]
+#define __pyx_n_u_register_at_fork __pyx_string_tab[158]
+#define __pyx_n_u_replace __pyx_string_tab[159]
+#define __pyx_n_u_run __pyx_string_tab[160]
+#define __pyx_n_u_secrets __pyx_string_tab[161]
+#define __pyx_n_u_self __pyx_string_tab[162]
+#define __pyx_n_u_setdefault __pyx_string_tab[163]
+#define __pyx_n_u_signal __pyx_string_tab[164]
+#define __pyx_n_u_silent __pyx_string_tab[165]
+#define __pyx_n_u_sleeper __pyx_string_tab[166]
+#define __pyx_n_u_suppress __pyx_string_tab[167]
+#define __pyx_n_u_text __pyx_string_tab[168]
+#define __pyx_n_u_threading __pyx_string_tab[169]
+#define __pyx_n_u_values __pyx_string_tab[170]
+#define __pyx_n_u_vector __pyx_string_tab[171]
+#define __pyx_n_u_wakeup __pyx_string_tab[172]
+#define __pyx_n_u_weakref __pyx_string_tab[173]
+#define __pyx_kp_b_int_void_int64_t_ring_bell __pyx_string_tab[174]
+#define __pyx_kp_b_int64_t_PyObject_deadline_of __pyx_string_tab[175]
+#define __pyx_kp_b_int64_t_PyObject_spin_of __pyx_string_tab[176]
+#define __pyx_kp_b_iso88591__6 __pyx_string_tab[177]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[178]
+#define __pyx_kp_b_iso88591_A_F_2 __pyx_string_tab[179]
+#define __pyx_kp_b_iso88591_A_iq_Qe1 __pyx_string_tab[180]
+#define __pyx_kp_b_iso88591_A_q __pyx_string_tab[181]
+#define __pyx_kp_b_iso88591_A_t1 __pyx_string_tab[182]
+#define __pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_4_D_D_6_4_c_9A_Ku __pyx_string_tab[183]
+#define __pyx_kp_b_iso88591_A_F __pyx_string_tab[184]
+#define __pyx_kp_b_iso88591_A_t6 __pyx_string_tab[185]
+#define __pyx_kp_b_iso88591_A_ha_1_K_A_z __pyx_string_tab[186]
+#define __pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q __pyx_string_tab[187]
+#define __pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T __pyx_string_tab[188]
+#define __pyx_kp_b_iso88591_A_ha_F_t_q_1_K_A_KvQ_KvQ_uCq __pyx_string_tab[189]
+#define __pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3 __pyx_string_tab[190]
+#define __pyx_kp_b_iso88591_A_4_3k_T_XT_T_QR_t1D_V1_a_A_HA_6 __pyx_string_tab[191]
+#define __pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_6_t4s_Q_Ky_t7 __pyx_string_tab[192]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_1 __pyx_number_tab[1]
 #define __pyx_int_64 __pyx_number_tab[2]
@@ -4597,8 +4595,8 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<20; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<196; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<19; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<193; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { Py_CLEAR(clear_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
@@ -4647,8 +4645,8 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_tuple[i]); }
-  for (int i=0; i<20; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<196; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<19; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
+  for (int i=0; i<193; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
   for (int i=0; i<3; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_number_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
@@ -9679,7 +9677,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
  *             if not (<ChannelEnd>end).usable():
  *                 continue  # another thread has closed it since the list was made             # <<<<<<<<<<<<<<
  *             with contextlib.suppress(IvshmemError, OSError):
- *                 (<ChannelEnd>end).mend()
+ *                 (<ChannelEnd>end).restore()
 */
       goto __pyx_L16_continue;
 
@@ -9696,8 +9694,8 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
  *             if not (<ChannelEnd>end).usable():
  *                 continue  # another thread has closed it since the list was made
  *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
- *                 (<ChannelEnd>end).mend()
- *                 if code > 0:
+ *                 (<ChannelEnd>end).restore()
+ *         return self.flush()
 */
     /*with:*/ {
       __pyx_t_3 = NULL;
@@ -9769,59 +9767,19 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
             /* "ivshmem/channel/membership.pyx":444
  *                 continue  # another thread has closed it since the list was made
  *             with contextlib.suppress(IvshmemError, OSError):
- *                 (<ChannelEnd>end).mend()             # <<<<<<<<<<<<<<
- *                 if code > 0:
- *                     (<ChannelEnd>end).wake_others()
-*/
-            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_end)->__pyx_vtab)->mend(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_end)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 444, __pyx_L25_error)
-
-
-            /* "ivshmem/channel/membership.pyx":445
- *             with contextlib.suppress(IvshmemError, OSError):
- *                 (<ChannelEnd>end).mend()
- *                 if code > 0:             # <<<<<<<<<<<<<<
- *                     (<ChannelEnd>end).wake_others()
- *         return self.flush()
-*/
-            __pyx_t_1 = (__pyx_v_code > 0);
-
-            if (__pyx_t_1) {
-
-
-              /* "ivshmem/channel/membership.pyx":446
- *                 (<ChannelEnd>end).mend()
- *                 if code > 0:
- *                     (<ChannelEnd>end).wake_others()             # <<<<<<<<<<<<<<
+ *                 (<ChannelEnd>end).restore()             # <<<<<<<<<<<<<<
  *         return self.flush()
  * 
 */
-              __pyx_t_12 = __pyx_v_end;
-              __Pyx_INCREF(__pyx_t_12);
-              __pyx_t_13 = 0;
-              {
-                PyObject *__pyx_callargs[2] = {__pyx_t_12, NULL};
-                __pyx_t_9 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_wake_others, __pyx_callargs+__pyx_t_13, (1-__pyx_t_13) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
-                __Pyx_XDECREF(__pyx_t_12); __pyx_t_12 = 0;
-                if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 446, __pyx_L25_error)
-                __Pyx_GOTREF(__pyx_t_9);
-              }
-              __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
+            __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_end)->__pyx_vtab)->restore(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_end)); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 444, __pyx_L25_error)
 
-              /* "ivshmem/channel/membership.pyx":445
- *             with contextlib.suppress(IvshmemError, OSError):
- *                 (<ChannelEnd>end).mend()
- *                 if code > 0:             # <<<<<<<<<<<<<<
- *                     (<ChannelEnd>end).wake_others()
- *         return self.flush()
-*/
-            }
 
             /* "ivshmem/channel/membership.pyx":443
  *             if not (<ChannelEnd>end).usable():
  *                 continue  # another thread has closed it since the list was made
  *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
- *                 (<ChannelEnd>end).mend()
- *                 if code > 0:
+ *                 (<ChannelEnd>end).restore()
+ *         return self.flush()
 */
           }
           __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -9896,11 +9854,11 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
         }
         __pyx_L24:;
       }
-      goto __pyx_L37;
+      goto __pyx_L36;
       __pyx_L19_error:;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
       goto __pyx_L1_error;
-      __pyx_L37:;
+      __pyx_L36:;
     }
 
     /* "ivshmem/channel/membership.pyx":440
@@ -9914,14 +9872,14 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   }
   __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
 
-  /* "ivshmem/channel/membership.pyx":447
- *                 if code > 0:
- *                     (<ChannelEnd>end).wake_others()
+  /* "ivshmem/channel/membership.pyx":445
+ *             with contextlib.suppress(IvshmemError, OSError):
+ *                 (<ChannelEnd>end).restore()
  *         return self.flush()             # <<<<<<<<<<<<<<
  * 
  *     def places(self):
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->flush(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 447, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->flush(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 445, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_2;
   }
@@ -9951,7 +9909,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_after_beat(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":449
+/* "ivshmem/channel/membership.pyx":447
  *         return self.flush()
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
@@ -10037,7 +9995,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("places", 0);
 
-  /* "ivshmem/channel/membership.pyx":451
+  /* "ivshmem/channel/membership.pyx":449
  *     def places(self):
  *         """Return a list of (index, epoch, state, id, vector, process, name) of all places."""
  *         cdef ivshmem_memory *memory = &self.member.area.memory             # <<<<<<<<<<<<<<
@@ -10046,29 +10004,29 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
   __pyx_v_memory = (&__pyx_v_self->member.area.memory);
 
-  /* "ivshmem/channel/membership.pyx":456
+  /* "ivshmem/channel/membership.pyx":454
  *         cdef unsigned i
  *         cdef char text[33]
  *         self.check()             # <<<<<<<<<<<<<<
  *         found = []
  *         for i in range(self.member.area.places):
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 456, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 454, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":457
+  /* "ivshmem/channel/membership.pyx":455
  *         cdef char text[33]
  *         self.check()
  *         found = []             # <<<<<<<<<<<<<<
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)
 */
-  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 457, __pyx_L1_error)
+  __pyx_t_2 = PyList_New(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 455, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __pyx_v_found = ((PyObject*)__pyx_t_2);
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":458
+  /* "ivshmem/channel/membership.pyx":456
  *         self.check()
  *         found = []
  *         for i in range(self.member.area.places):             # <<<<<<<<<<<<<<
@@ -10082,7 +10040,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   for (__pyx_t_5 = 0; __pyx_t_5 < __pyx_t_4; __pyx_t_5+=1) {
     __pyx_v_i = __pyx_t_5;
 
-    /* "ivshmem/channel/membership.pyx":459
+    /* "ivshmem/channel/membership.pyx":457
  *         found = []
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)             # <<<<<<<<<<<<<<
@@ -10091,7 +10049,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_at = ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_i);
 
-    /* "ivshmem/channel/membership.pyx":460
+    /* "ivshmem/channel/membership.pyx":458
  *         for i in range(self.member.area.places):
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)             # <<<<<<<<<<<<<<
@@ -10100,7 +10058,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_number = ivshmem_load(__pyx_v_memory, __pyx_v_at);
 
-    /* "ivshmem/channel/membership.pyx":461
+    /* "ivshmem/channel/membership.pyx":459
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:             # <<<<<<<<<<<<<<
@@ -10126,7 +10084,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     if (__pyx_t_6) {
 
 
-      /* "ivshmem/channel/membership.pyx":462
+      /* "ivshmem/channel/membership.pyx":460
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue             # <<<<<<<<<<<<<<
@@ -10135,7 +10093,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
       goto __pyx_L3_continue;
 
-      /* "ivshmem/channel/membership.pyx":461
+      /* "ivshmem/channel/membership.pyx":459
  *             at = ivshmem_place_at(&self.member.area, i)
  *             number = ivshmem_load(memory, at)
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:             # <<<<<<<<<<<<<<
@@ -10144,7 +10102,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":463
+    /* "ivshmem/channel/membership.pyx":461
  *             if ivshmem_value(number) == 0 or ivshmem_flags(number) != IVSHMEM_LIVE:
  *                 continue
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)             # <<<<<<<<<<<<<<
@@ -10153,7 +10111,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_peer = ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PEER));
 
-    /* "ivshmem/channel/membership.pyx":464
+    /* "ivshmem/channel/membership.pyx":462
  *                 continue
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             place.index = i             # <<<<<<<<<<<<<<
@@ -10162,7 +10120,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_place.index = __pyx_v_i;
 
-    /* "ivshmem/channel/membership.pyx":465
+    /* "ivshmem/channel/membership.pyx":463
  *             peer = ivshmem_load(memory, at + IVSHMEM_PLACE_PEER)
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)             # <<<<<<<<<<<<<<
@@ -10171,7 +10129,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     __pyx_v_place.epoch = ivshmem_epoch(__pyx_v_number);
 
-    /* "ivshmem/channel/membership.pyx":466
+    /* "ivshmem/channel/membership.pyx":464
  *             place.index = i
  *             place.epoch = ivshmem_epoch(number)
  *             memset(text, 0, sizeof(text))             # <<<<<<<<<<<<<<
@@ -10180,7 +10138,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     (void)(memset(__pyx_v_text, 0, (sizeof(__pyx_v_text))));
 
-    /* "ivshmem/channel/membership.pyx":467
+    /* "ivshmem/channel/membership.pyx":465
  *             place.epoch = ivshmem_epoch(number)
  *             memset(text, 0, sizeof(text))
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)             # <<<<<<<<<<<<<<
@@ -10189,46 +10147,46 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
 */
     ivshmem_load_bytes(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_NAME), __pyx_v_text, 32);
 
-    /* "ivshmem/channel/membership.pyx":468
+    /* "ivshmem/channel/membership.pyx":466
  *             memset(text, 0, sizeof(text))
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0             # <<<<<<<<<<<<<<
  *             found.append((
  *                 i,
 */
-    __pyx_t_2 = __Pyx_PyBool_FromLong(((ivshmem_value(__pyx_v_peer) & IVSHMEM_PEER_MUTE) != 0)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 468, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyBool_FromLong(((ivshmem_value(__pyx_v_peer) & IVSHMEM_PEER_MUTE) != 0)); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 466, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_XDECREF_SET(__pyx_v_mute, __pyx_t_2);
     __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/membership.pyx":470
+    /* "ivshmem/channel/membership.pyx":468
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((
  *                 i,             # <<<<<<<<<<<<<<
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
 */
-    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 470, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_unsigned_int(__pyx_v_i); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 468, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
 
-    /* "ivshmem/channel/membership.pyx":471
+    /* "ivshmem/channel/membership.pyx":469
  *             found.append((
  *                 i,
  *                 place.epoch,             # <<<<<<<<<<<<<<
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,
 */
-    __pyx_t_8 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 471, __pyx_L1_error)
+    __pyx_t_8 = __Pyx_PyLong_From_unsigned_int(__pyx_v_place.epoch); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 469, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_8);
 
-    /* "ivshmem/channel/membership.pyx":472
+    /* "ivshmem/channel/membership.pyx":470
  *                 i,
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",             # <<<<<<<<<<<<<<
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
 */
-    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->is_silent(__pyx_v_self, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 472, __pyx_L1_error)
+    __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->is_silent(__pyx_v_self, __pyx_v_place); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 470, __pyx_L1_error)
     if (__pyx_t_6) {
       __Pyx_INCREF(__pyx_mstate_global->__pyx_n_u_silent);
       __pyx_t_9 = __pyx_mstate_global->__pyx_n_u_silent;
@@ -10238,53 +10196,53 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     }
 
 
-    /* "ivshmem/channel/membership.pyx":473
+    /* "ivshmem/channel/membership.pyx":471
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,             # <<<<<<<<<<<<<<
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
 */
-    __pyx_t_10 = __Pyx_PyLong_From_uint64_t((ivshmem_value(__pyx_v_peer) & 0xffff)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 473, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyLong_From_uint64_t((ivshmem_value(__pyx_v_peer) & 0xffff)); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 471, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
 
-    /* "ivshmem/channel/membership.pyx":474
+    /* "ivshmem/channel/membership.pyx":472
  *                 "silent" if self.is_silent(place) else "at work",
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,             # <<<<<<<<<<<<<<
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
  *                 text.decode(errors="replace"),
 */
-    __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_v_mute); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 474, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_IsTrue(__pyx_v_mute); if (unlikely((__pyx_t_6 < 0))) __PYX_ERR(0, 472, __pyx_L1_error)
     if (__pyx_t_6) {
       __Pyx_INCREF(Py_None);
       __pyx_t_11 = Py_None;
     } else {
-      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(((ivshmem_value(__pyx_v_peer) >> 16) & 0xffff)); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 474, __pyx_L1_error)
+      __pyx_t_12 = __Pyx_PyLong_From_uint64_t(((ivshmem_value(__pyx_v_peer) >> 16) & 0xffff)); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 472, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_12);
       __pyx_t_11 = __pyx_t_12;
       __pyx_t_12 = 0;
     }
 
 
-    /* "ivshmem/channel/membership.pyx":475
+    /* "ivshmem/channel/membership.pyx":473
  *                 ivshmem_value(peer) & 0xffff,
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),             # <<<<<<<<<<<<<<
  *                 text.decode(errors="replace"),
  *             ))
 */
-    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(ivshmem_value(ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PROCESS)))); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 475, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(ivshmem_value(ivshmem_load(__pyx_v_memory, (__pyx_v_at + IVSHMEM_PLACE_PROCESS)))); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 473, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
 
-    /* "ivshmem/channel/membership.pyx":476
+    /* "ivshmem/channel/membership.pyx":474
  *                 None if mute else ivshmem_value(peer) >> 16 & 0xffff,
  *                 ivshmem_value(ivshmem_load(memory, at + IVSHMEM_PLACE_PROCESS)),
  *                 text.decode(errors="replace"),             # <<<<<<<<<<<<<<
  *             ))
  *         return found
 */
-    __pyx_t_15 = __Pyx_PyBytes_FromString(__pyx_v_text); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 476, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyBytes_FromString(__pyx_v_text); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 474, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __pyx_t_14 = __pyx_t_15;
     __Pyx_INCREF(__pyx_t_14);
@@ -10295,13 +10253,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
       PyObject *__pyx_callargs[2] = {__pyx_t_14, __pyx_mstate_global->__pyx_n_u_replace};
       #if CYTHON_VECTORCALL
       __pyx_t_17 = __pyx_mstate_global->__pyx_tuple[0];
-      if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 476, __pyx_L1_error)
+      if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 474, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_17);
       #else
       {
         PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_errors};
         __pyx_t_17 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-        if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 476, __pyx_L1_error)
+        if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 474, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_17);
       }
       #endif
@@ -10311,34 +10269,34 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
       #endif
       __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 476, __pyx_L1_error)
+      if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 474, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_13);
     }
-    if (!(likely(PyUnicode_CheckExact(__pyx_t_13))||((__pyx_t_13) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_13))) __PYX_ERR(0, 476, __pyx_L1_error)
+    if (!(likely(PyUnicode_CheckExact(__pyx_t_13))||((__pyx_t_13) == Py_None) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_13))) __PYX_ERR(0, 474, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":470
+    /* "ivshmem/channel/membership.pyx":468
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((
  *                 i,             # <<<<<<<<<<<<<<
  *                 place.epoch,
  *                 "silent" if self.is_silent(place) else "at work",
 */
-    __pyx_t_15 = PyTuple_New(7); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 470, __pyx_L1_error)
+    __pyx_t_15 = PyTuple_New(7); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 468, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_GIVEREF(__pyx_t_2);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 470, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 468, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_8);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_8) != (0)) __PYX_ERR(0, 470, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 1, __pyx_t_8) != (0)) __PYX_ERR(0, 468, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_9);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 2, __pyx_t_9) != (0)) __PYX_ERR(0, 470, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 2, __pyx_t_9) != (0)) __PYX_ERR(0, 468, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_10);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 3, __pyx_t_10) != (0)) __PYX_ERR(0, 470, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 3, __pyx_t_10) != (0)) __PYX_ERR(0, 468, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_11);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 4, __pyx_t_11) != (0)) __PYX_ERR(0, 470, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 4, __pyx_t_11) != (0)) __PYX_ERR(0, 468, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_12);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 5, __pyx_t_12) != (0)) __PYX_ERR(0, 470, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 5, __pyx_t_12) != (0)) __PYX_ERR(0, 468, __pyx_L1_error);
     __Pyx_GIVEREF(__pyx_t_13);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 6, __pyx_t_13) != (0)) __PYX_ERR(0, 470, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_15, 6, __pyx_t_13) != (0)) __PYX_ERR(0, 468, __pyx_L1_error);
     __pyx_t_2 = 0;
     __pyx_t_8 = 0;
     __pyx_t_9 = 0;
@@ -10347,21 +10305,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
     __pyx_t_12 = 0;
     __pyx_t_13 = 0;
 
-    /* "ivshmem/channel/membership.pyx":469
+    /* "ivshmem/channel/membership.pyx":467
  *             ivshmem_load_bytes(memory, at + IVSHMEM_PLACE_NAME, text, 32)
  *             mute = ivshmem_value(peer) & IVSHMEM_PEER_MUTE != 0
  *             found.append((             # <<<<<<<<<<<<<<
  *                 i,
  *                 place.epoch,
 */
-    __pyx_t_18 = __Pyx_PyList_Append(__pyx_v_found, __pyx_t_15); if (unlikely(__pyx_t_18 == ((int)-1))) __PYX_ERR(0, 469, __pyx_L1_error)
+    __pyx_t_18 = __Pyx_PyList_Append(__pyx_v_found, __pyx_t_15); if (unlikely(__pyx_t_18 == ((int)-1))) __PYX_ERR(0, 467, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
 
     __pyx_L3_continue:;
   }
 
 
-  /* "ivshmem/channel/membership.pyx":478
+  /* "ivshmem/channel/membership.pyx":476
  *                 text.decode(errors="replace"),
  *             ))
  *         return found             # <<<<<<<<<<<<<<
@@ -10379,7 +10337,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":449
+  /* "ivshmem/channel/membership.pyx":447
  *         return self.flush()
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
@@ -10416,7 +10374,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_4places(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":480
+/* "ivshmem/channel/membership.pyx":478
  *         return found
  * 
  *     cdef bint is_silent(self, ivshmem_place place):             # <<<<<<<<<<<<<<
@@ -10429,7 +10387,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":481
+  /* "ivshmem/channel/membership.pyx":479
  * 
  *     cdef bint is_silent(self, ivshmem_place place):
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)             # <<<<<<<<<<<<<<
@@ -10457,7 +10415,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":480
+  /* "ivshmem/channel/membership.pyx":478
  *         return found
  * 
  *     cdef bint is_silent(self, ivshmem_place place):             # <<<<<<<<<<<<<<
@@ -10471,7 +10429,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_is_silent(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":483
+/* "ivshmem/channel/membership.pyx":481
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
@@ -10519,32 +10477,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_index,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 483, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 481, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 483, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 481, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "free_place", 0) < (0)) __PYX_ERR(0, 483, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "free_place", 0) < (0)) __PYX_ERR(0, 481, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, i); __PYX_ERR(0, 483, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, i); __PYX_ERR(0, 481, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 483, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 481, __pyx_L3_error)
     }
-    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[0]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 483, __pyx_L3_error)
+    __pyx_v_index = __Pyx_PyLong_As_unsigned_int(values[0]); if (unlikely((__pyx_v_index == (unsigned int)-1) && PyErr_Occurred())) __PYX_ERR(0, 481, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 483, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("free_place", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 481, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -10585,17 +10543,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("free_place", 0);
 
-  /* "ivshmem/channel/membership.pyx":486
+  /* "ivshmem/channel/membership.pyx":484
  *         """Free a place at a user's word; whether it had an owner."""
  *         cdef uint64_t number
  *         self.check()             # <<<<<<<<<<<<<<
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 486, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->check(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 484, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":487
+  /* "ivshmem/channel/membership.pyx":485
  *         cdef uint64_t number
  *         self.check()
  *         if index >= self.member.area.places:             # <<<<<<<<<<<<<<
@@ -10607,7 +10565,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   if (unlikely(__pyx_t_2)) {
 
 
-    /* "ivshmem/channel/membership.pyx":488
+    /* "ivshmem/channel/membership.pyx":486
  *         self.check()
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")             # <<<<<<<<<<<<<<
@@ -10615,9 +10573,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
  *             raise RegionError("the region is mapped for reading only: no place can be freed")
 */
     __pyx_t_4 = NULL;
-    __pyx_t_5 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 488, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_index, 0, ' ', 'd'); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 486, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 488, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 486, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_place;
     __pyx_t_7[1] = __pyx_t_5;
@@ -10629,7 +10587,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
     #endif
     __pyx_t_1 = 0;
     __pyx_t_9 = __Pyx_PyUnicode_Join(__pyx_t_7, 4, __pyx_t_8, __pyx_t_1);
-    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 488, __pyx_L1_error)
+    if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 486, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_9);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
@@ -10639,14 +10597,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_ValueError)), __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 488, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 486, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 488, __pyx_L1_error)
+    __PYX_ERR(0, 486, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":487
+    /* "ivshmem/channel/membership.pyx":485
  *         cdef uint64_t number
  *         self.check()
  *         if index >= self.member.area.places:             # <<<<<<<<<<<<<<
@@ -10655,7 +10613,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":489
+  /* "ivshmem/channel/membership.pyx":487
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -10664,7 +10622,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   if (unlikely(__pyx_v_self->mapping->fixed)) {
 
-    /* "ivshmem/channel/membership.pyx":490
+    /* "ivshmem/channel/membership.pyx":488
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:
  *             raise RegionError("the region is mapped for reading only: no place can be freed")             # <<<<<<<<<<<<<<
@@ -10672,7 +10630,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
 */
     __pyx_t_9 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 490, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 488, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_10 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -10691,14 +10649,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
       __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_10, (2-__pyx_t_10) | (__pyx_t_10*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 490, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 488, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
     }
     __Pyx_Raise(__pyx_t_3, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    __PYX_ERR(0, 490, __pyx_L1_error)
+    __PYX_ERR(0, 488, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":489
+    /* "ivshmem/channel/membership.pyx":487
  *         if index >= self.member.area.places:
  *             raise ValueError(f"place {index}: the area has {self.member.area.places}")
  *         if self.mapping.fixed:             # <<<<<<<<<<<<<<
@@ -10707,7 +10665,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":491
+  /* "ivshmem/channel/membership.pyx":489
  *         if self.mapping.fixed:
  *             raise RegionError("the region is mapped for reading only: no place can be freed")
  *         number = ivshmem_load(             # <<<<<<<<<<<<<<
@@ -10716,7 +10674,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
 */
   __pyx_v_number = ivshmem_load((&__pyx_v_self->member.area.memory), ivshmem_place_at((&__pyx_v_self->member.area), __pyx_v_index));
 
-  /* "ivshmem/channel/membership.pyx":494
+  /* "ivshmem/channel/membership.pyx":492
  *             &self.member.area.memory, ivshmem_place_at(&self.member.area, index)
  *         )
  *         return ivshmem_value(number) != 0 and bool(             # <<<<<<<<<<<<<<
@@ -10728,7 +10686,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   if (__pyx_t_2) {
 
   } else {
-    __pyx_t_4 = __Pyx_PyBool_FromLong(__pyx_t_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 494, __pyx_L1_error)
+    __pyx_t_4 = __Pyx_PyBool_FromLong(__pyx_t_2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 492, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_3 = __pyx_t_4;
     __pyx_t_4 = 0;
@@ -10736,14 +10694,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
     goto __pyx_L5_bool_binop_done;
   }
 
-  /* "ivshmem/channel/membership.pyx":495
+  /* "ivshmem/channel/membership.pyx":493
  *         )
  *         return ivshmem_value(number) != 0 and bool(
  *             ivshmem_place_free(&self.member.area, index, number)             # <<<<<<<<<<<<<<
  *         )
  * 
 */
-  __pyx_t_4 = __Pyx_PyBool_FromLong((!(!(ivshmem_place_free((&__pyx_v_self->member.area), __pyx_v_index, __pyx_v_number) != 0)))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 494, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyBool_FromLong((!(!(ivshmem_place_free((&__pyx_v_self->member.area), __pyx_v_index, __pyx_v_number) != 0)))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 492, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_INCREF(__pyx_t_4);
   __pyx_t_3 = __pyx_t_4;
@@ -10760,7 +10718,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":483
+  /* "ivshmem/channel/membership.pyx":481
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
@@ -10784,7 +10742,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_6free_plac
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":500
+/* "ivshmem/channel/membership.pyx":498
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -10859,7 +10817,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/membership.pyx":506
+  /* "ivshmem/channel/membership.pyx":504
  *             BufferError: a View of a message is alive. All else is closed.
  *         """
  *         error = None             # <<<<<<<<<<<<<<
@@ -10869,7 +10827,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   __Pyx_INCREF(Py_None);
   __pyx_v_error = ((PyObject*)Py_None);
 
-  /* "ivshmem/channel/membership.pyx":507
+  /* "ivshmem/channel/membership.pyx":505
  *         """
  *         error = None
  *         if self.generation == generation and not self.closed and not self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -10886,9 +10844,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 507, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 505, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 507, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 505, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_4 = (!__pyx_t_2);
 
@@ -10901,9 +10859,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 
     goto __pyx_L4_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 507, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 505, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 507, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_4 < 0))) __PYX_ERR(0, 505, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_2 = (!__pyx_t_4);
 
@@ -10915,14 +10873,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":508
+    /* "ivshmem/channel/membership.pyx":506
  *         error = None
  *         if self.generation == generation and not self.closed and not self.mapping.closed:
  *             for end in list(self.ends):             # <<<<<<<<<<<<<<
  *                 try:
  *                     (<ChannelEnd>end).close()
 */
-    __pyx_t_3 = PySequence_List(__pyx_v_self->ends); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 508, __pyx_L1_error)
+    __pyx_t_3 = PySequence_List(__pyx_v_self->ends); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 506, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_5 = __pyx_t_3; __Pyx_INCREF(__pyx_t_5);
     __pyx_t_6 = 0;
@@ -10931,18 +10889,18 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
       {
         Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_5);
         #if !CYTHON_ASSUME_SAFE_SIZE
-        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 508, __pyx_L1_error)
+        if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 506, __pyx_L1_error)
         #endif
         if (__pyx_t_6 >= __pyx_temp) break;
       }
       __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_5, __pyx_t_6, __Pyx_ReferenceSharing_OwnStrongReference);
       ++__pyx_t_6;
-      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 508, __pyx_L1_error)
+      if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 506, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_3);
       __Pyx_XDECREF_SET(__pyx_v_end, __pyx_t_3);
       __pyx_t_3 = 0;
 
-      /* "ivshmem/channel/membership.pyx":509
+      /* "ivshmem/channel/membership.pyx":507
  *         if self.generation == generation and not self.closed and not self.mapping.closed:
  *             for end in list(self.ends):
  *                 try:             # <<<<<<<<<<<<<<
@@ -10958,7 +10916,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __Pyx_XGOTREF(__pyx_t_9);
         /*try:*/ {
 
-          /* "ivshmem/channel/membership.pyx":510
+          /* "ivshmem/channel/membership.pyx":508
  *             for end in list(self.ends):
  *                 try:
  *                     (<ChannelEnd>end).close()             # <<<<<<<<<<<<<<
@@ -10972,12 +10930,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
             PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
             __pyx_t_3 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_11, (1-__pyx_t_11) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
             __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 510, __pyx_L9_error)
+            if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 508, __pyx_L9_error)
             __Pyx_GOTREF(__pyx_t_3);
           }
           __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-          /* "ivshmem/channel/membership.pyx":509
+          /* "ivshmem/channel/membership.pyx":507
  *         if self.generation == generation and not self.closed and not self.mapping.closed:
  *             for end in list(self.ends):
  *                 try:             # <<<<<<<<<<<<<<
@@ -10993,7 +10951,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
         __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-        /* "ivshmem/channel/membership.pyx":511
+        /* "ivshmem/channel/membership.pyx":509
  *                 try:
  *                     (<ChannelEnd>end).close()
  *                 except BufferError as one:             # <<<<<<<<<<<<<<
@@ -11003,7 +10961,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __pyx_t_12 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BufferError))));
         if (__pyx_t_12) {
           __Pyx_AddTraceback("ivshmem.channel.membership.Membership.close", __pyx_clineno, __pyx_lineno, __pyx_filename);
-          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_10, &__pyx_t_13) < 0) __PYX_ERR(0, 511, __pyx_L11_except_error)
+          if (__Pyx_GetException(&__pyx_t_3, &__pyx_t_10, &__pyx_t_13) < 0) __PYX_ERR(0, 509, __pyx_L11_except_error)
           __Pyx_XGOTREF(__pyx_t_3);
           __Pyx_XGOTREF(__pyx_t_10);
           __Pyx_XGOTREF(__pyx_t_13);
@@ -11011,7 +10969,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
           __pyx_v_one = __pyx_t_10;
           /*try:*/ {
 
-            /* "ivshmem/channel/membership.pyx":512
+            /* "ivshmem/channel/membership.pyx":510
  *                     (<ChannelEnd>end).close()
  *                 except BufferError as one:
  *                     error = one             # <<<<<<<<<<<<<<
@@ -11022,7 +10980,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
             __Pyx_DECREF_SET(__pyx_v_error, __pyx_v_one);
           }
 
-          /* "ivshmem/channel/membership.pyx":511
+          /* "ivshmem/channel/membership.pyx":509
  *                 try:
  *                     (<ChannelEnd>end).close()
  *                 except BufferError as one:             # <<<<<<<<<<<<<<
@@ -11043,7 +11001,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         }
         goto __pyx_L11_except_error;
 
-        /* "ivshmem/channel/membership.pyx":509
+        /* "ivshmem/channel/membership.pyx":507
  *         if self.generation == generation and not self.closed and not self.mapping.closed:
  *             for end in list(self.ends):
  *                 try:             # <<<<<<<<<<<<<<
@@ -11064,7 +11022,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
         __pyx_L16_try_end:;
       }
 
-      /* "ivshmem/channel/membership.pyx":508
+      /* "ivshmem/channel/membership.pyx":506
  *         error = None
  *         if self.generation == generation and not self.closed and not self.mapping.closed:
  *             for end in list(self.ends):             # <<<<<<<<<<<<<<
@@ -11074,7 +11032,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
     }
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/membership.pyx":507
+    /* "ivshmem/channel/membership.pyx":505
  *         """
  *         error = None
  *         if self.generation == generation and not self.closed and not self.mapping.closed:             # <<<<<<<<<<<<<<
@@ -11083,17 +11041,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":513
+  /* "ivshmem/channel/membership.pyx":511
  *                 except BufferError as one:
  *                     error = one
  *         self.abandon()             # <<<<<<<<<<<<<<
  *         if error is not None:
  *             raise error
 */
-  __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->abandon(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 513, __pyx_L1_error)
+  __pyx_t_12 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->abandon(__pyx_v_self); if (unlikely(__pyx_t_12 == ((int)-1))) __PYX_ERR(0, 511, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":514
+  /* "ivshmem/channel/membership.pyx":512
  *                     error = one
  *         self.abandon()
  *         if error is not None:             # <<<<<<<<<<<<<<
@@ -11104,7 +11062,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/membership.pyx":515
+    /* "ivshmem/channel/membership.pyx":513
  *         self.abandon()
  *         if error is not None:
  *             raise error             # <<<<<<<<<<<<<<
@@ -11112,9 +11070,9 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
  *     cdef int abandon(self) except -1:
 */
     __Pyx_Raise(__pyx_v_error, 0, 0, 0);
-    __PYX_ERR(0, 515, __pyx_L1_error)
+    __PYX_ERR(0, 513, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":514
+    /* "ivshmem/channel/membership.pyx":512
  *                     error = one
  *         self.abandon()
  *         if error is not None:             # <<<<<<<<<<<<<<
@@ -11123,7 +11081,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":500
+  /* "ivshmem/channel/membership.pyx":498
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
@@ -11150,7 +11108,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_8close(str
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":517
+/* "ivshmem/channel/membership.pyx":515
  *             raise error
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -11173,7 +11131,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("abandon", 0);
 
-  /* "ivshmem/channel/membership.pyx":519
+  /* "ivshmem/channel/membership.pyx":517
  *     cdef int abandon(self) except -1:
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending             # <<<<<<<<<<<<<<
@@ -11185,7 +11143,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   __pyx_v_ending = ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":520
+  /* "ivshmem/channel/membership.pyx":518
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -11197,7 +11155,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":521
+    /* "ivshmem/channel/membership.pyx":519
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0             # <<<<<<<<<<<<<<
@@ -11210,7 +11168,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":520
+    /* "ivshmem/channel/membership.pyx":518
  *         """Admit no more calls; the last user of the memory lets it go."""
  *         cdef FdArray ending = self.ending
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:             # <<<<<<<<<<<<<<
@@ -11219,7 +11177,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":522
+  /* "ivshmem/channel/membership.pyx":520
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0
  *         if self.generation == generation:             # <<<<<<<<<<<<<<
@@ -11231,17 +11189,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":523
+    /* "ivshmem/channel/membership.pyx":521
  *             return 0
  *         if self.generation == generation:
  *             self.kick_all()             # <<<<<<<<<<<<<<
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or self.generation != generation:
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->kick_all(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 523, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->kick_all(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 521, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":524
+    /* "ivshmem/channel/membership.pyx":522
  *         if self.generation == generation:
  *             self.kick_all()
  *             ending.signal(0)             # <<<<<<<<<<<<<<
@@ -11255,12 +11213,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_4, __pyx_mstate_global->__pyx_int_0};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_signal, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 524, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 522, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":522
+    /* "ivshmem/channel/membership.pyx":520
  *         if ivshmem_state(&self.state) & IVSHMEM_CLOSING:
  *             return 0
  *         if self.generation == generation:             # <<<<<<<<<<<<<<
@@ -11269,7 +11227,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":525
+  /* "ivshmem/channel/membership.pyx":523
  *             self.kick_all()
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or self.generation != generation:             # <<<<<<<<<<<<<<
@@ -11295,17 +11253,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":526
+    /* "ivshmem/channel/membership.pyx":524
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or self.generation != generation:
  *             self.release()  # a forked child has only one thread             # <<<<<<<<<<<<<<
  *         return 0
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 526, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->release(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 524, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":525
+    /* "ivshmem/channel/membership.pyx":523
  *             self.kick_all()
  *             ending.signal(0)
  *         if ivshmem_shut(&self.state) or self.generation != generation:             # <<<<<<<<<<<<<<
@@ -11314,7 +11272,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":527
+  /* "ivshmem/channel/membership.pyx":525
  *         if ivshmem_shut(&self.state) or self.generation != generation:
  *             self.release()  # a forked child has only one thread
  *         return 0             # <<<<<<<<<<<<<<
@@ -11327,7 +11285,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":517
+  /* "ivshmem/channel/membership.pyx":515
  *             raise error
  * 
  *     cdef int abandon(self) except -1:             # <<<<<<<<<<<<<<
@@ -11348,7 +11306,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_abandon(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":529
+/* "ivshmem/channel/membership.pyx":527
  *         return 0
  * 
  *     cdef int release(self) except -1:             # <<<<<<<<<<<<<<
@@ -11368,7 +11326,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("release", 0);
 
-  /* "ivshmem/channel/membership.pyx":532
+  /* "ivshmem/channel/membership.pyx":530
  *         """Leave the area and let the memory go."""
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None             # <<<<<<<<<<<<<<
@@ -11380,7 +11338,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF((PyObject *)__pyx_v_self->kick);
   __Pyx_DECREF_SET(__pyx_v_self->kick, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)Py_None));
 
-  /* "ivshmem/channel/membership.pyx":533
+  /* "ivshmem/channel/membership.pyx":531
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None
  *         if self.ending is not None:             # <<<<<<<<<<<<<<
@@ -11391,7 +11349,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":534
+    /* "ivshmem/channel/membership.pyx":532
  *         self.kick = None
  *         if self.ending is not None:
  *             self.ending.close()             # <<<<<<<<<<<<<<
@@ -11405,12 +11363,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
       PyObject *__pyx_callargs[2] = {__pyx_t_3, NULL};
       __pyx_t_2 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_4, (1-__pyx_t_4) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 534, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 532, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/membership.pyx":533
+    /* "ivshmem/channel/membership.pyx":531
  *         # What still sleeps has the eventfd, too: to close it would take the wake-up back.
  *         self.kick = None
  *         if self.ending is not None:             # <<<<<<<<<<<<<<
@@ -11419,7 +11377,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":535
+  /* "ivshmem/channel/membership.pyx":533
  *         if self.ending is not None:
  *             self.ending.close()
  *         self.threads = None             # <<<<<<<<<<<<<<
@@ -11431,7 +11389,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF(__pyx_v_self->threads);
   __Pyx_DECREF_SET(__pyx_v_self->threads, Py_None);
 
-  /* "ivshmem/channel/membership.pyx":536
+  /* "ivshmem/channel/membership.pyx":534
  *             self.ending.close()
  *         self.threads = None
  *         self.loops = None             # <<<<<<<<<<<<<<
@@ -11443,21 +11401,21 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   __Pyx_GOTREF(__pyx_v_self->loops);
   __Pyx_DECREF_SET(__pyx_v_self->loops, Py_None);
 
-  /* "ivshmem/channel/membership.pyx":537
+  /* "ivshmem/channel/membership.pyx":535
  *         self.threads = None
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive             # <<<<<<<<<<<<<<
  *         if self.pinned:
  *             self.leave()
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 537, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(0); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 535, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   __Pyx_GIVEREF(__pyx_t_2);
   __Pyx_GOTREF(__pyx_v_self->bells);
   __Pyx_DECREF_SET(__pyx_v_self->bells, ((PyObject*)__pyx_t_2));
   __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":538
+  /* "ivshmem/channel/membership.pyx":536
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -11466,7 +11424,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   if (__pyx_v_self->pinned) {
 
-    /* "ivshmem/channel/membership.pyx":539
+    /* "ivshmem/channel/membership.pyx":537
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -11475,7 +11433,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
     ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
 
-    /* "ivshmem/channel/membership.pyx":540
+    /* "ivshmem/channel/membership.pyx":538
  *         if self.pinned:
  *             self.leave()
  *             self.pinned = False             # <<<<<<<<<<<<<<
@@ -11484,7 +11442,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
     __pyx_v_self->pinned = 0;
 
-    /* "ivshmem/channel/membership.pyx":541
+    /* "ivshmem/channel/membership.pyx":539
  *             self.leave()
  *             self.pinned = False
  *             let_go(self.mapping)             # <<<<<<<<<<<<<<
@@ -11496,7 +11454,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
     (void)(__pyx_f_7ivshmem_7channel_10membership_let_go(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_2)));
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-    /* "ivshmem/channel/membership.pyx":538
+    /* "ivshmem/channel/membership.pyx":536
  *         self.loops = None
  *         self.bells = {}  # each has a descriptor, which the endpoint's close must not outlive
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -11505,7 +11463,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":542
+  /* "ivshmem/channel/membership.pyx":540
  *             self.pinned = False
  *             let_go(self.mapping)
  *         return 0             # <<<<<<<<<<<<<<
@@ -11518,7 +11476,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":529
+  /* "ivshmem/channel/membership.pyx":527
  *         return 0
  * 
  *     cdef int release(self) except -1:             # <<<<<<<<<<<<<<
@@ -11538,7 +11496,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10Membership_release(struct __
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":544
+/* "ivshmem/channel/membership.pyx":542
  *         return 0
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -11550,7 +11508,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":545
+  /* "ivshmem/channel/membership.pyx":543
  * 
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.generation == generation:             # <<<<<<<<<<<<<<
@@ -11572,7 +11530,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":546
+    /* "ivshmem/channel/membership.pyx":544
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.generation == generation:
  *             ivshmem_leave_area(&self.member)             # <<<<<<<<<<<<<<
@@ -11581,7 +11539,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
     ivshmem_leave_area((&__pyx_v_self->member));
 
-    /* "ivshmem/channel/membership.pyx":545
+    /* "ivshmem/channel/membership.pyx":543
  * 
  *     cdef void leave(self) noexcept:
  *         if self.joined and self.generation == generation:             # <<<<<<<<<<<<<<
@@ -11590,7 +11548,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":547
+  /* "ivshmem/channel/membership.pyx":545
  *         if self.joined and self.generation == generation:
  *             ivshmem_leave_area(&self.member)
  *         self.joined = False             # <<<<<<<<<<<<<<
@@ -11599,7 +11557,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 */
   __pyx_v_self->joined = 0;
 
-  /* "ivshmem/channel/membership.pyx":544
+  /* "ivshmem/channel/membership.pyx":542
  *         return 0
  * 
  *     cdef void leave(self) noexcept:             # <<<<<<<<<<<<<<
@@ -11611,7 +11569,7 @@ static void __pyx_f_7ivshmem_7channel_10membership_10Membership_leave(struct __p
 
 }
 
-/* "ivshmem/channel/membership.pyx":549
+/* "ivshmem/channel/membership.pyx":547
  *         self.joined = False
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -11637,7 +11595,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
   PyObject *__pyx_t_1 = NULL;
   __Pyx_RefNannySetupContext("__dealloc__", 0);
 
-  /* "ivshmem/channel/membership.pyx":550
+  /* "ivshmem/channel/membership.pyx":548
  * 
  *     def __dealloc__(self):
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -11646,7 +11604,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
   if (__pyx_v_self->pinned) {
 
-    /* "ivshmem/channel/membership.pyx":551
+    /* "ivshmem/channel/membership.pyx":549
  *     def __dealloc__(self):
  *         if self.pinned:
  *             self.leave()             # <<<<<<<<<<<<<<
@@ -11655,7 +11613,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
     ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->__pyx_vtab)->leave(__pyx_v_self);
 
-    /* "ivshmem/channel/membership.pyx":552
+    /* "ivshmem/channel/membership.pyx":550
  *         if self.pinned:
  *             self.leave()
  *             let_go(self.mapping)             # <<<<<<<<<<<<<<
@@ -11667,7 +11625,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
     (void)(__pyx_f_7ivshmem_7channel_10membership_let_go(((struct __pyx_obj_7ivshmem_6native_7mapping_Mapping *)__pyx_t_1)));
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":550
+    /* "ivshmem/channel/membership.pyx":548
  * 
  *     def __dealloc__(self):
  *         if self.pinned:             # <<<<<<<<<<<<<<
@@ -11676,7 +11634,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":553
+  /* "ivshmem/channel/membership.pyx":551
  *             self.leave()
  *             let_go(self.mapping)
  *         free(self.pulses)             # <<<<<<<<<<<<<<
@@ -11685,7 +11643,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
 */
   free(__pyx_v_self->pulses);
 
-  /* "ivshmem/channel/membership.pyx":549
+  /* "ivshmem/channel/membership.pyx":547
  *         self.joined = False
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
@@ -11698,7 +11656,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10Membership_10__dealloc__(s
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/channel/membership.pyx":555
+/* "ivshmem/channel/membership.pyx":553
  *         free(self.pulses)
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):             # <<<<<<<<<<<<<<
@@ -11734,7 +11692,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fail", 0);
 
-  /* "ivshmem/channel/membership.pyx":557
+  /* "ivshmem/channel/membership.pyx":555
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""             # <<<<<<<<<<<<<<
@@ -11745,12 +11703,12 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   else
   {
     Py_ssize_t __pyx_temp = __Pyx_PyUnicode_IS_TRUE(__pyx_v_name);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 557, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 555, __pyx_L1_error)
     __pyx_t_2 = (__pyx_temp != 0);
   }
 
   if (__pyx_t_2) {
-    __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 557, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 555, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_channel;
     __pyx_t_4[1] = __pyx_t_3;
@@ -11764,7 +11722,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_4[1]);
     #endif
     __pyx_t_7 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 557, __pyx_L1_error)
+    if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 555, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_1 = __pyx_t_7;
@@ -11777,7 +11735,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_v_of = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":558
+  /* "ivshmem/channel/membership.pyx":556
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""
  *         if code == IVSHMEM_CORRUPT and channel != NULL:             # <<<<<<<<<<<<<<
@@ -11803,7 +11761,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":559
+    /* "ivshmem/channel/membership.pyx":557
  *         of = f"channel {name!r}: " if name else ""
  *         if code == IVSHMEM_CORRUPT and channel != NULL:
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"             # <<<<<<<<<<<<<<
@@ -11815,11 +11773,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     if (__pyx_t_2) {
 
       __pyx_t_9 = __pyx_v_channel->fault.word;
-      __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_9); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 559, __pyx_L1_error)
-      __pyx_t_7 = __Pyx_decode_c_string(__pyx_t_9, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 559, __pyx_L1_error)
+      __pyx_t_5 = __Pyx_ssize_strlen(__pyx_t_9); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 557, __pyx_L1_error)
+      __pyx_t_7 = __Pyx_decode_c_string(__pyx_t_9, 0, __pyx_t_5, NULL, NULL, NULL); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 557, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_7);
 
-      if (!(likely(PyUnicode_CheckExact(__pyx_t_7)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_7))) __PYX_ERR(0, 559, __pyx_L1_error)
+      if (!(likely(PyUnicode_CheckExact(__pyx_t_7)) || __Pyx_RaiseUnexpectedTypeError("str", __pyx_t_7))) __PYX_ERR(0, 557, __pyx_L1_error)
       __Pyx_INCREF(__pyx_t_7);
       __pyx_t_1 = __pyx_t_7;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
@@ -11831,7 +11789,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_v_word = __pyx_t_1;
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":560
+    /* "ivshmem/channel/membership.pyx":558
  *         if code == IVSHMEM_CORRUPT and channel != NULL:
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             return ChannelCorrupt(             # <<<<<<<<<<<<<<
@@ -11839,38 +11797,38 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 f" {channel.fault.slot}, is impossible ({channel.fault.seen:#x}): some process that"
 */
     __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelCorrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 560, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelCorrupt); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 558, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
 
-    /* "ivshmem/channel/membership.pyx":561
+    /* "ivshmem/channel/membership.pyx":559
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, which belongs to slot"             # <<<<<<<<<<<<<<
  *                 f" {channel.fault.slot}, is impossible ({channel.fault.seen:#x}): some process that"
  *                 " can write to the memory has spoiled it"
 */
-    __pyx_t_10 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 561, __pyx_L1_error)
+    __pyx_t_10 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 559, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
-    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_v_word, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 561, __pyx_L1_error)
+    __pyx_t_11 = __Pyx_PyObject_FormatSimple(__pyx_v_word, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_11)) __PYX_ERR(0, 559, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_11);
-    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.offset); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 561, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.offset); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 559, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_13 = __Pyx_PyObject_Format(__pyx_t_12, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 561, __pyx_L1_error)
+    __pyx_t_13 = __Pyx_PyObject_Format(__pyx_t_12, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_13)) __PYX_ERR(0, 559, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_13);
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
 
-    /* "ivshmem/channel/membership.pyx":562
+    /* "ivshmem/channel/membership.pyx":560
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, which belongs to slot"
  *                 f" {channel.fault.slot}, is impossible ({channel.fault.seen:#x}): some process that"             # <<<<<<<<<<<<<<
  *                 " can write to the memory has spoiled it"
  *             )
 */
-    __pyx_t_12 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_channel->fault.slot, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 562, __pyx_L1_error)
+    __pyx_t_12 = __Pyx_PyUnicode_From_unsigned_int(__pyx_v_channel->fault.slot, 0, ' ', 'd'); if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 560, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_12);
-    __pyx_t_14 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.seen); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 562, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyLong_From_uint64_t(__pyx_v_channel->fault.seen); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 560, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
-    __pyx_t_15 = __Pyx_PyObject_Format(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 562, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyObject_Format(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_x); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 560, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
     __pyx_t_16[0] = __pyx_t_10;
@@ -11884,7 +11842,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_16[8] = __pyx_t_15;
     __pyx_t_16[9] = __pyx_mstate_global->__pyx_kp_u_some_process_that_can_write_to;
 
-    /* "ivshmem/channel/membership.pyx":561
+    /* "ivshmem/channel/membership.pyx":559
  *             word = channel.fault.word.decode() if channel.fault.word != NULL else "a word"
  *             return ChannelCorrupt(
  *                 f"{of}the {word} at {channel.fault.offset:#x}, which belongs to slot"             # <<<<<<<<<<<<<<
@@ -11903,7 +11861,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_16[0]) | __Pyx_PyUnicode_KIND_04(__pyx_t_16[2]) | __Pyx_PyUnicode_KIND_04(__pyx_t_16[4]) | __Pyx_PyUnicode_KIND_04(__pyx_t_16[8]);
     #endif
     __pyx_t_14 = __Pyx_PyUnicode_Join(__pyx_t_16, 10, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 561, __pyx_L1_error)
+    if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 559, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
     __Pyx_DECREF(__pyx_t_11); __pyx_t_11 = 0;
@@ -11928,7 +11886,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 560, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 558, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -11942,7 +11900,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":558
+    /* "ivshmem/channel/membership.pyx":556
  *         """Return the exception for a result of the header."""
  *         of = f"channel {name!r}: " if name else ""
  *         if code == IVSHMEM_CORRUPT and channel != NULL:             # <<<<<<<<<<<<<<
@@ -11951,7 +11909,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":565
+  /* "ivshmem/channel/membership.pyx":563
  *                 " can write to the memory has spoiled it"
  *             )
  *         if code == IVSHMEM_NO_AREA:             # <<<<<<<<<<<<<<
@@ -11963,7 +11921,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":566
+    /* "ivshmem/channel/membership.pyx":564
  *             )
  *         if code == IVSHMEM_NO_AREA:
  *             return NoChannels(             # <<<<<<<<<<<<<<
@@ -11971,7 +11929,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 " or by Directory.create(channels=SIZE)"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 566, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 564, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __pyx_t_17 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -11990,7 +11948,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_14, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 566, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 564, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -12004,7 +11962,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":565
+    /* "ivshmem/channel/membership.pyx":563
  *                 " can write to the memory has spoiled it"
  *             )
  *         if code == IVSHMEM_NO_AREA:             # <<<<<<<<<<<<<<
@@ -12013,7 +11971,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":570
+  /* "ivshmem/channel/membership.pyx":568
  *                 " or by Directory.create(channels=SIZE)"
  *             )
  *         if code == IVSHMEM_VERSION:             # <<<<<<<<<<<<<<
@@ -12025,7 +11983,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":571
+    /* "ivshmem/channel/membership.pyx":569
  *             )
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")             # <<<<<<<<<<<<<<
@@ -12033,7 +11991,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             return ChannelError(
 */
     __pyx_t_14 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 571, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_NoChannels); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 569, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_17 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -12052,7 +12010,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_3, __pyx_callargs+__pyx_t_17, (2-__pyx_t_17) | (__pyx_t_17*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 571, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 569, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -12066,7 +12024,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":570
+    /* "ivshmem/channel/membership.pyx":568
  *                 " or by Directory.create(channels=SIZE)"
  *             )
  *         if code == IVSHMEM_VERSION:             # <<<<<<<<<<<<<<
@@ -12075,7 +12033,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":572
+  /* "ivshmem/channel/membership.pyx":570
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -12087,7 +12045,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":573
+    /* "ivshmem/channel/membership.pyx":571
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:
  *             return ChannelError(             # <<<<<<<<<<<<<<
@@ -12095,17 +12053,17 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 " info` lists them"
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 573, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 571, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
 
-    /* "ivshmem/channel/membership.pyx":574
+    /* "ivshmem/channel/membership.pyx":572
  *         if code == IVSHMEM_TAKEN:
  *             return ChannelError(
  *                 f"all {self.member.area.places} places of the area are taken; `ivshmem channel"             # <<<<<<<<<<<<<<
  *                 " info` lists them"
  *             )
 */
-    __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 574, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_From_uint32_t(__pyx_v_self->member.area.places, 0, ' ', 'd'); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 572, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __pyx_t_4[0] = __pyx_mstate_global->__pyx_kp_u_all;
     __pyx_t_4[1] = __pyx_t_7;
@@ -12116,7 +12074,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     #endif
     __pyx_t_6 = 0;
     __pyx_t_15 = __Pyx_PyUnicode_Join(__pyx_t_4, 3, __pyx_t_5, __pyx_t_6);
-    if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 574, __pyx_L1_error)
+    if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 572, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
     __pyx_t_17 = 1;
@@ -12137,7 +12095,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 573, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 571, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -12151,7 +12109,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":572
+    /* "ivshmem/channel/membership.pyx":570
  *         if code == IVSHMEM_VERSION:
  *             return NoChannels("the region's channels are of a version that is not known here")
  *         if code == IVSHMEM_TAKEN:             # <<<<<<<<<<<<<<
@@ -12160,7 +12118,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":577
+  /* "ivshmem/channel/membership.pyx":575
  *                 " info` lists them"
  *             )
  *         if code == IVSHMEM_READ_ONLY:             # <<<<<<<<<<<<<<
@@ -12172,7 +12130,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":578
+    /* "ivshmem/channel/membership.pyx":576
  *             )
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")             # <<<<<<<<<<<<<<
@@ -12180,11 +12138,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             return ClosedError(
 */
     __pyx_t_14 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 578, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_15, __pyx_mstate_global->__pyx_n_u_RegionError); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 576, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
-    __pyx_t_3 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 578, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 576, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
-    __pyx_t_7 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_region_is_mapped_for_reading_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 578, __pyx_L1_error)
+    __pyx_t_7 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_region_is_mapped_for_reading_2); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 576, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __pyx_t_17 = 1;
@@ -12205,7 +12163,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 578, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 576, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -12219,7 +12177,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":577
+    /* "ivshmem/channel/membership.pyx":575
  *                 " info` lists them"
  *             )
  *         if code == IVSHMEM_READ_ONLY:             # <<<<<<<<<<<<<<
@@ -12228,7 +12186,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":579
+  /* "ivshmem/channel/membership.pyx":577
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -12240,7 +12198,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":580
+    /* "ivshmem/channel/membership.pyx":578
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:
  *             return ClosedError(             # <<<<<<<<<<<<<<
@@ -12248,19 +12206,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *             )
 */
     __pyx_t_15 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 580, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_7, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 578, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_7);
 
-    /* "ivshmem/channel/membership.pyx":581
+    /* "ivshmem/channel/membership.pyx":579
  *         if code == IVSHMEM_CLOSED:
  *             return ClosedError(
  *                 f"{of}another process removed the channel, or the place of this process"             # <<<<<<<<<<<<<<
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:
 */
-    __pyx_t_14 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 581, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 579, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
-    __pyx_t_3 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_another_process_removed_the_chan); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 581, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_14, __pyx_mstate_global->__pyx_kp_u_another_process_removed_the_chan); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 579, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
     __pyx_t_17 = 1;
@@ -12281,7 +12239,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_15); __pyx_t_15 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 580, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 578, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -12295,7 +12253,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":579
+    /* "ivshmem/channel/membership.pyx":577
  *         if code == IVSHMEM_READ_ONLY:
  *             return RegionError(f"{of}the region is mapped for reading only")
  *         if code == IVSHMEM_CLOSED:             # <<<<<<<<<<<<<<
@@ -12304,7 +12262,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":583
+  /* "ivshmem/channel/membership.pyx":581
  *                 f"{of}another process removed the channel, or the place of this process"
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:             # <<<<<<<<<<<<<<
@@ -12316,7 +12274,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   if (__pyx_t_2) {
 
 
-    /* "ivshmem/channel/membership.pyx":584
+    /* "ivshmem/channel/membership.pyx":582
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:
  *             return ChannelError(             # <<<<<<<<<<<<<<
@@ -12324,19 +12282,19 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  *                 " the device in another way (resource2_wc)"
 */
     __pyx_t_7 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 584, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_3, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 582, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
 
-    /* "ivshmem/channel/membership.pyx":585
+    /* "ivshmem/channel/membership.pyx":583
  *         if code == IVSHMEM_NO_ATOMICS:
  *             return ChannelError(
  *                 f"{of}this mapping of the memory has no compare-exchange, which a queue needs: open"             # <<<<<<<<<<<<<<
  *                 " the device in another way (resource2_wc)"
  *             )
 */
-    __pyx_t_15 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 585, __pyx_L1_error)
+    __pyx_t_15 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 583, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_15);
-    __pyx_t_14 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_15, __pyx_mstate_global->__pyx_kp_u_this_mapping_of_the_memory_has_n); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 585, __pyx_L1_error)
+    __pyx_t_14 = __Pyx_PyUnicode_Concat__Pyx_ReferenceSharing_OwnStrongReferenceInPlace(__pyx_t_15, __pyx_mstate_global->__pyx_kp_u_this_mapping_of_the_memory_has_n); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 583, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_14);
     __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
     __pyx_t_17 = 1;
@@ -12357,7 +12315,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
       __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
       __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
       __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 584, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 582, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     {
@@ -12371,7 +12329,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __pyx_t_1 = 0;
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":583
+    /* "ivshmem/channel/membership.pyx":581
  *                 f"{of}another process removed the channel, or the place of this process"
  *             )
  *         if code == IVSHMEM_NO_ATOMICS:             # <<<<<<<<<<<<<<
@@ -12380,7 +12338,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":588
+  /* "ivshmem/channel/membership.pyx":586
  *                 " the device in another way (resource2_wc)"
  *             )
  *         return ChannelError(f"{of}error {-code} of ivshmem_channel.h")             # <<<<<<<<<<<<<<
@@ -12388,11 +12346,11 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
  * 
 */
   __pyx_t_3 = NULL;
-  __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 588, __pyx_L1_error)
+  __Pyx_GetModuleGlobalName(__pyx_t_14, __pyx_mstate_global->__pyx_n_u_ChannelError); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 586, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_14);
-  __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 588, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyUnicode_Unicode(__pyx_v_of); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 586, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
-  __pyx_t_15 = __Pyx_PyUnicode_From_int((-__pyx_v_code), 0, ' ', 'd'); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 588, __pyx_L1_error)
+  __pyx_t_15 = __Pyx_PyUnicode_From_int((-__pyx_v_code), 0, ' ', 'd'); if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 586, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_15);
   __pyx_t_18[0] = __pyx_t_7;
   __pyx_t_18[1] = __pyx_mstate_global->__pyx_kp_u_error;
@@ -12407,7 +12365,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_t_6 |= __Pyx_PyUnicode_KIND_04(__pyx_t_18[0]);
   #endif
   __pyx_t_12 = __Pyx_PyUnicode_Join(__pyx_t_18, 4, __pyx_t_5, __pyx_t_6);
-  if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 588, __pyx_L1_error)
+  if (unlikely(!__pyx_t_12)) __PYX_ERR(0, 586, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_12);
   __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
   __Pyx_DECREF(__pyx_t_15); __pyx_t_15 = 0;
@@ -12429,7 +12387,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_12); __pyx_t_12 = 0;
     __Pyx_DECREF(__pyx_t_14); __pyx_t_14 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 588, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 586, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   {
@@ -12443,7 +12401,7 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10Membership_fail(struct
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":555
+  /* "ivshmem/channel/membership.pyx":553
  *         free(self.pulses)
  * 
  *     cdef object fail(self, int code, ivshmem_channel *channel, str name):             # <<<<<<<<<<<<<<
@@ -12894,7 +12852,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10Membership_14__setsta
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":598
+/* "ivshmem/channel/membership.pyx":596
  * 
  * 
  * cdef int let_go(Mapping mapping) noexcept:             # <<<<<<<<<<<<<<
@@ -12908,7 +12866,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_let_go(struct __pyx_obj_7ivshm
   int __pyx_t_1;
   char *__pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":600
+  /* "ivshmem/channel/membership.pyx":598
  * cdef int let_go(Mapping mapping) noexcept:
  *     cdef char *start
  *     if ivshmem_leave(&mapping.accesses):             # <<<<<<<<<<<<<<
@@ -12920,7 +12878,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_let_go(struct __pyx_obj_7ivshm
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":601
+    /* "ivshmem/channel/membership.pyx":599
  *     cdef char *start
  *     if ivshmem_leave(&mapping.accesses):
  *         start = mapping.start             # <<<<<<<<<<<<<<
@@ -12931,7 +12889,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_let_go(struct __pyx_obj_7ivshm
 
     __pyx_v_start = __pyx_t_2;
 
-    /* "ivshmem/channel/membership.pyx":602
+    /* "ivshmem/channel/membership.pyx":600
  *     if ivshmem_leave(&mapping.accesses):
  *         start = mapping.start
  *         mapping.start = NULL             # <<<<<<<<<<<<<<
@@ -12940,7 +12898,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_let_go(struct __pyx_obj_7ivshm
 */
     __pyx_v_mapping->start = NULL;
 
-    /* "ivshmem/channel/membership.pyx":603
+    /* "ivshmem/channel/membership.pyx":601
  *         start = mapping.start
  *         mapping.start = NULL
  *         munmap(start, mapping.length)             # <<<<<<<<<<<<<<
@@ -12949,7 +12907,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_let_go(struct __pyx_obj_7ivshm
 */
     (void)(munmap(__pyx_v_start, __pyx_v_mapping->length));
 
-    /* "ivshmem/channel/membership.pyx":600
+    /* "ivshmem/channel/membership.pyx":598
  * cdef int let_go(Mapping mapping) noexcept:
  *     cdef char *start
  *     if ivshmem_leave(&mapping.accesses):             # <<<<<<<<<<<<<<
@@ -12958,7 +12916,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_let_go(struct __pyx_obj_7ivshm
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":604
+  /* "ivshmem/channel/membership.pyx":602
  *         mapping.start = NULL
  *         munmap(start, mapping.length)
  *     return 0             # <<<<<<<<<<<<<<
@@ -12971,7 +12929,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_let_go(struct __pyx_obj_7ivshm
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":598
+  /* "ivshmem/channel/membership.pyx":596
  * 
  * 
  * cdef int let_go(Mapping mapping) noexcept:             # <<<<<<<<<<<<<<
@@ -12986,7 +12944,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_let_go(struct __pyx_obj_7ivshm
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":619
+/* "ivshmem/channel/membership.pyx":617
  *     """
  * 
  *     def __cinit__(self, Membership membership not None):             # <<<<<<<<<<<<<<
@@ -13032,32 +12990,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_membership,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL_TPNEW(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 619, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 617, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 619, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 617, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 619, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__cinit__", 0) < (0)) __PYX_ERR(0, 617, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, i); __PYX_ERR(0, 619, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, i); __PYX_ERR(0, 617, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL_TPNEW(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 619, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 617, __pyx_L3_error)
     }
     __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 619, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__cinit__", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 617, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -13068,7 +13026,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 619, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_membership), __pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, 0, "membership", 0))) __PYX_ERR(0, 617, __pyx_L1_error)
   __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(((struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)__pyx_v_self), __pyx_v_membership);
 
   /* function exit code */
@@ -13105,7 +13063,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/membership.pyx":620
+  /* "ivshmem/channel/membership.pyx":618
  * 
  *     def __cinit__(self, Membership membership not None):
  *         cdef Doorbells doorbells = membership.doorbells             # <<<<<<<<<<<<<<
@@ -13117,7 +13075,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
   __pyx_v_doorbells = ((struct __pyx_obj_7ivshmem_5_core_Doorbells *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":621
+  /* "ivshmem/channel/membership.pyx":619
  *     def __cinit__(self, Membership membership not None):
  *         cdef Doorbells doorbells = membership.doorbells
  *         self.membership = membership             # <<<<<<<<<<<<<<
@@ -13129,7 +13087,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
   __Pyx_GOTREF((PyObject *)__pyx_v_self->membership);
   __Pyx_DECREF_SET(__pyx_v_self->membership, __pyx_v_membership);
 
-  /* "ivshmem/channel/membership.pyx":622
+  /* "ivshmem/channel/membership.pyx":620
  *         cdef Doorbells doorbells = membership.doorbells
  *         self.membership = membership
  *         self.epoll = Epoll()             # <<<<<<<<<<<<<<
@@ -13142,7 +13100,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_11descriptors_Epoll, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (__pyx_t_3*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 622, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 620, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -13150,7 +13108,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
   __Pyx_DECREF_SET(__pyx_v_self->epoll, ((struct __pyx_obj_7ivshmem_6native_11descriptors_Epoll *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":623
+  /* "ivshmem/channel/membership.pyx":621
  *         self.membership = membership
  *         self.epoll = Epoll()
  *         self.pause = FIRST_PAUSE             # <<<<<<<<<<<<<<
@@ -13159,7 +13117,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
 */
   __pyx_v_self->pause = __pyx_v_7ivshmem_7channel_10membership_FIRST_PAUSE;
 
-  /* "ivshmem/channel/membership.pyx":624
+  /* "ivshmem/channel/membership.pyx":622
  *         self.epoll = Epoll()
  *         self.pause = FIRST_PAUSE
  *         self.kick = membership.kick             # <<<<<<<<<<<<<<
@@ -13173,7 +13131,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
   __Pyx_DECREF_SET(__pyx_v_self->kick, ((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1));
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":625
+  /* "ivshmem/channel/membership.pyx":623
  *         self.pause = FIRST_PAUSE
  *         self.kick = membership.kick
  *         if self.kick is None:             # <<<<<<<<<<<<<<
@@ -13184,20 +13142,20 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
   if (unlikely(__pyx_t_4)) {
 
 
-    /* "ivshmem/channel/membership.pyx":626
+    /* "ivshmem/channel/membership.pyx":624
  *         self.kick = membership.kick
  *         if self.kick is None:
  *             raise membership.unusable()             # <<<<<<<<<<<<<<
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
  *         if membership.vector >= 0 and doorbells is not None:
 */
-    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->unusable(__pyx_v_membership); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 626, __pyx_L1_error)
+    __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->unusable(__pyx_v_membership); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 624, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 626, __pyx_L1_error)
+    __PYX_ERR(0, 624, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":625
+    /* "ivshmem/channel/membership.pyx":623
  *         self.pause = FIRST_PAUSE
  *         self.kick = membership.kick
  *         if self.kick is None:             # <<<<<<<<<<<<<<
@@ -13206,7 +13164,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":627
+  /* "ivshmem/channel/membership.pyx":625
  *         if self.kick is None:
  *             raise membership.unusable()
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)             # <<<<<<<<<<<<<<
@@ -13217,10 +13175,10 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
   __Pyx_INCREF(__pyx_t_2);
   __pyx_t_5 = ((PyObject *)__pyx_v_self->kick);
   __Pyx_INCREF(__pyx_t_5);
-  __pyx_t_6 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_5), 0)[0])); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 627, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_5), 0)[0])); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 625, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  __pyx_t_5 = __Pyx_PyLong_From_unsigned_int((EPOLLIN | ((unsigned int)EPOLLET))); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 627, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyLong_From_unsigned_int((EPOLLIN | ((unsigned int)EPOLLET))); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 625, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_3 = 0;
   {
@@ -13229,12 +13187,12 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 627, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 625, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":628
+  /* "ivshmem/channel/membership.pyx":626
  *             raise membership.unusable()
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
  *         if membership.vector >= 0 and doorbells is not None:             # <<<<<<<<<<<<<<
@@ -13259,7 +13217,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
   if (__pyx_t_4) {
 
 
-    /* "ivshmem/channel/membership.pyx":629
+    /* "ivshmem/channel/membership.pyx":627
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
  *         if membership.vector >= 0 and doorbells is not None:
  *             if not membership.told:             # <<<<<<<<<<<<<<
@@ -13271,7 +13229,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
     if (__pyx_t_4) {
 
 
-      /* "ivshmem/channel/membership.pyx":630
+      /* "ivshmem/channel/membership.pyx":628
  *         if membership.vector >= 0 and doorbells is not None:
  *             if not membership.told:
  *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])             # <<<<<<<<<<<<<<
@@ -13280,11 +13238,11 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
 */
       __pyx_t_1 = ((PyObject *)__pyx_v_self->kick);
       __Pyx_INCREF(__pyx_t_1);
-      __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_doorbells->__pyx_vtab)->tell_after_waits(__pyx_v_doorbells, (__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1), 0)[0])); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 630, __pyx_L1_error)
+      __pyx_t_8 = ((struct __pyx_vtabstruct_7ivshmem_5_core_Doorbells *)__pyx_v_doorbells->__pyx_vtab)->tell_after_waits(__pyx_v_doorbells, (__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_1), 0)[0])); if (unlikely(__pyx_t_8 == ((int)-1))) __PYX_ERR(0, 628, __pyx_L1_error)
       __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
 
-      /* "ivshmem/channel/membership.pyx":631
+      /* "ivshmem/channel/membership.pyx":629
  *             if not membership.told:
  *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])
  *                 membership.told = True             # <<<<<<<<<<<<<<
@@ -13293,7 +13251,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
 */
       __pyx_v_membership->told = 1;
 
-      /* "ivshmem/channel/membership.pyx":629
+      /* "ivshmem/channel/membership.pyx":627
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
  *         if membership.vector >= 0 and doorbells is not None:
  *             if not membership.told:             # <<<<<<<<<<<<<<
@@ -13302,7 +13260,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":632
+    /* "ivshmem/channel/membership.pyx":630
  *                 doorbells.tell_after_waits(place_of(self.kick, 0)[0])
  *                 membership.told = True
  *             self.epoll.add(             # <<<<<<<<<<<<<<
@@ -13312,7 +13270,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
     __pyx_t_5 = ((PyObject *)__pyx_v_self->epoll);
     __Pyx_INCREF(__pyx_t_5);
 
-    /* "ivshmem/channel/membership.pyx":633
+    /* "ivshmem/channel/membership.pyx":631
  *                 membership.told = True
  *             self.epoll.add(
  *                 place_of(doorbells.own, membership.vector)[0],             # <<<<<<<<<<<<<<
@@ -13321,18 +13279,18 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
 */
     __pyx_t_6 = ((PyObject *)__pyx_v_doorbells->own);
     __Pyx_INCREF(__pyx_t_6);
-    __pyx_t_2 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_6), __pyx_v_membership->vector)[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 633, __pyx_L1_error)
+    __pyx_t_2 = __Pyx_PyLong_From_int((__pyx_f_7ivshmem_6native_11descriptors_place_of(((struct __pyx_obj_7ivshmem_6native_11descriptors_FdArray *)__pyx_t_6), __pyx_v_membership->vector)[0])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 631, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_2);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-    /* "ivshmem/channel/membership.pyx":635
+    /* "ivshmem/channel/membership.pyx":633
  *                 place_of(doorbells.own, membership.vector)[0],
  *                 1,
  *                 _EPOLLIN | <unsigned int>EPOLLET,             # <<<<<<<<<<<<<<
  *             )
  * 
 */
-    __pyx_t_6 = __Pyx_PyLong_From_unsigned_int((EPOLLIN | ((unsigned int)EPOLLET))); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 635, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyLong_From_unsigned_int((EPOLLIN | ((unsigned int)EPOLLET))); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 633, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __pyx_t_3 = 0;
     {
@@ -13341,12 +13299,12 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
       __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
       __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 632, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 630, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":628
+    /* "ivshmem/channel/membership.pyx":626
  *             raise membership.unusable()
  *         self.epoll.add(place_of(self.kick, 0)[0], 0, _EPOLLIN | <unsigned int>EPOLLET)
  *         if membership.vector >= 0 and doorbells is not None:             # <<<<<<<<<<<<<<
@@ -13355,7 +13313,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":619
+  /* "ivshmem/channel/membership.pyx":617
  *     """
  * 
  *     def __cinit__(self, Membership membership not None):             # <<<<<<<<<<<<<<
@@ -13380,7 +13338,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_6Wakeup___cinit__(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":638
+/* "ivshmem/channel/membership.pyx":636
  *             )
  * 
  *     cdef int wait(self, int64_t deadline) except -1:             # <<<<<<<<<<<<<<
@@ -13414,7 +13372,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/channel/membership.pyx":640
+  /* "ivshmem/channel/membership.pyx":638
  *     cdef int wait(self, int64_t deadline) except -1:
  *         """Sleep until a ring or a kick came, at the latest until the next beat."""
  *         cdef Membership membership = self.membership             # <<<<<<<<<<<<<<
@@ -13426,7 +13384,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
   __pyx_v_membership = ((struct __pyx_obj_7ivshmem_7channel_10membership_Membership *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":647
+  /* "ivshmem/channel/membership.pyx":645
  *         cdef int milliseconds
  *         cdef int n
  *         if membership.polls:             # <<<<<<<<<<<<<<
@@ -13435,7 +13393,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
 */
   if (__pyx_v_membership->polls) {
 
-    /* "ivshmem/channel/membership.pyx":648
+    /* "ivshmem/channel/membership.pyx":646
  *         cdef int n
  *         if membership.polls:
  *             limit = min(deadline, now() + self.pause)             # <<<<<<<<<<<<<<
@@ -13459,7 +13417,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
     __pyx_v_limit = __pyx_t_4;
 
 
-    /* "ivshmem/channel/membership.pyx":649
+    /* "ivshmem/channel/membership.pyx":647
  *         if membership.polls:
  *             limit = min(deadline, now() + self.pause)
  *             self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)             # <<<<<<<<<<<<<<
@@ -13483,7 +13441,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
     __pyx_v_self->pause = __pyx_t_3;
 
 
-    /* "ivshmem/channel/membership.pyx":650
+    /* "ivshmem/channel/membership.pyx":648
  *             limit = min(deadline, now() + self.pause)
  *             self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)
  *             one.fd = self.epoll.epfd             # <<<<<<<<<<<<<<
@@ -13494,7 +13452,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
 
     __pyx_v_one.fd = __pyx_t_6;
 
-    /* "ivshmem/channel/membership.pyx":651
+    /* "ivshmem/channel/membership.pyx":649
  *             self.pause = min(self.pause + self.pause // 2, LAST_PAUSE)
  *             one.fd = self.epoll.epfd
  *             one.events = _POLLIN             # <<<<<<<<<<<<<<
@@ -13503,7 +13461,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
 */
     __pyx_v_one.events = POLLIN;
 
-    /* "ivshmem/channel/membership.pyx":652
+    /* "ivshmem/channel/membership.pyx":650
  *             one.fd = self.epoll.epfd
  *             one.events = _POLLIN
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -13516,7 +13474,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/channel/membership.pyx":653
+          /* "ivshmem/channel/membership.pyx":651
  *             one.events = _POLLIN
  *             with nogil:
  *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)             # <<<<<<<<<<<<<<
@@ -13525,7 +13483,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
 */
           __pyx_v_n = ppoll((&__pyx_v_one), 1, __pyx_f_7ivshmem_6native_11descriptors_time_left(__pyx_v_limit, (&__pyx_v_left)), NULL);
 
-          /* "ivshmem/channel/membership.pyx":654
+          /* "ivshmem/channel/membership.pyx":652
  *             with nogil:
  *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)
  *                 if n > 0:             # <<<<<<<<<<<<<<
@@ -13537,7 +13495,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
           if (__pyx_t_5) {
 
 
-            /* "ivshmem/channel/membership.pyx":655
+            /* "ivshmem/channel/membership.pyx":653
  *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)
  *                 if n > 0:
  *                     epoll_wait(one.fd, events, 2, 0)             # <<<<<<<<<<<<<<
@@ -13546,7 +13504,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
 */
             (void)(epoll_wait(__pyx_v_one.fd, __pyx_v_events, 2, 0));
 
-            /* "ivshmem/channel/membership.pyx":654
+            /* "ivshmem/channel/membership.pyx":652
  *             with nogil:
  *                 n = ppoll(&one, 1, time_left(limit, &left), NULL)
  *                 if n > 0:             # <<<<<<<<<<<<<<
@@ -13556,7 +13514,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
           }
         }
 
-        /* "ivshmem/channel/membership.pyx":652
+        /* "ivshmem/channel/membership.pyx":650
  *             one.fd = self.epoll.epfd
  *             one.events = _POLLIN
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -13573,7 +13531,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
         }
     }
 
-    /* "ivshmem/channel/membership.pyx":647
+    /* "ivshmem/channel/membership.pyx":645
  *         cdef int milliseconds
  *         cdef int n
  *         if membership.polls:             # <<<<<<<<<<<<<<
@@ -13583,7 +13541,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
     goto __pyx_L3;
   }
 
-  /* "ivshmem/channel/membership.pyx":657
+  /* "ivshmem/channel/membership.pyx":655
  *                     epoll_wait(one.fd, events, 2, 0)
  *         else:
  *             limit = min(deadline, now() + membership.beat) - now()             # <<<<<<<<<<<<<<
@@ -13608,7 +13566,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
     __pyx_v_limit = (__pyx_t_2 - __pyx_f_7ivshmem_6native_11descriptors_now());
 
 
-    /* "ivshmem/channel/membership.pyx":658
+    /* "ivshmem/channel/membership.pyx":656
  *         else:
  *             limit = min(deadline, now() + membership.beat) - now()
  *             milliseconds = <int>max((limit + 999999) // 1000000, 0)             # <<<<<<<<<<<<<<
@@ -13632,7 +13590,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
     __pyx_v_milliseconds = ((int)__pyx_t_3);
 
 
-    /* "ivshmem/channel/membership.pyx":659
+    /* "ivshmem/channel/membership.pyx":657
  *             limit = min(deadline, now() + membership.beat) - now()
  *             milliseconds = <int>max((limit + 999999) // 1000000, 0)
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -13645,7 +13603,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
         __Pyx_FastGIL_Remember();
         /*try:*/ {
 
-          /* "ivshmem/channel/membership.pyx":660
+          /* "ivshmem/channel/membership.pyx":658
  *             milliseconds = <int>max((limit + 999999) // 1000000, 0)
  *             with nogil:
  *                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)             # <<<<<<<<<<<<<<
@@ -13655,7 +13613,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
           __pyx_v_n = epoll_wait(__pyx_v_self->epoll->epfd, __pyx_v_events, 2, __pyx_v_milliseconds);
         }
 
-        /* "ivshmem/channel/membership.pyx":659
+        /* "ivshmem/channel/membership.pyx":657
  *             limit = min(deadline, now() + membership.beat) - now()
  *             milliseconds = <int>max((limit + 999999) // 1000000, 0)
  *             with nogil:             # <<<<<<<<<<<<<<
@@ -13674,27 +13632,27 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
   }
   __pyx_L3:;
 
-  /* "ivshmem/channel/membership.pyx":661
+  /* "ivshmem/channel/membership.pyx":659
  *             with nogil:
  *                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)
  *         PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *         membership.check()
  *         if membership.doorbells is not None and membership.doorbells.closed:
 */
-  __pyx_t_6 = PyErr_CheckSignals(); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 661, __pyx_L1_error)
+  __pyx_t_6 = PyErr_CheckSignals(); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 659, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":662
+  /* "ivshmem/channel/membership.pyx":660
  *                 n = epoll_wait(self.epoll.epfd, events, 2, milliseconds)
  *         PyErr_CheckSignals()
  *         membership.check()             # <<<<<<<<<<<<<<
  *         if membership.doorbells is not None and membership.doorbells.closed:
  *             raise ClosedError("the endpoint is closed")
 */
-  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 662, __pyx_L1_error)
+  __pyx_t_6 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_membership->__pyx_vtab)->check(__pyx_v_membership); if (unlikely(__pyx_t_6 == ((int)-1))) __PYX_ERR(0, 660, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":663
+  /* "ivshmem/channel/membership.pyx":661
  *         PyErr_CheckSignals()
  *         membership.check()
  *         if membership.doorbells is not None and membership.doorbells.closed:             # <<<<<<<<<<<<<<
@@ -13710,9 +13668,9 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
 
     goto __pyx_L12_bool_binop_done;
   }
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_membership->doorbells), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 663, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_membership->doorbells), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 661, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_8 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 663, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyObject_IsTrue(__pyx_t_1); if (unlikely((__pyx_t_8 < 0))) __PYX_ERR(0, 661, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
   __pyx_t_5 = __pyx_t_8;
@@ -13721,7 +13679,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
   if (unlikely(__pyx_t_5)) {
 
 
-    /* "ivshmem/channel/membership.pyx":664
+    /* "ivshmem/channel/membership.pyx":662
  *         membership.check()
  *         if membership.doorbells is not None and membership.doorbells.closed:
  *             raise ClosedError("the endpoint is closed")             # <<<<<<<<<<<<<<
@@ -13729,7 +13687,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
  * 
 */
     __pyx_t_9 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 664, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_10, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 662, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __pyx_t_11 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -13748,14 +13706,14 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
       __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_10, __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_9); __pyx_t_9 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 664, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 662, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_Raise(__pyx_t_1, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-    __PYX_ERR(0, 664, __pyx_L1_error)
+    __PYX_ERR(0, 662, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":663
+    /* "ivshmem/channel/membership.pyx":661
  *         PyErr_CheckSignals()
  *         membership.check()
  *         if membership.doorbells is not None and membership.doorbells.closed:             # <<<<<<<<<<<<<<
@@ -13764,7 +13722,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":665
+  /* "ivshmem/channel/membership.pyx":663
  *         if membership.doorbells is not None and membership.doorbells.closed:
  *             raise ClosedError("the endpoint is closed")
  *         return 0             # <<<<<<<<<<<<<<
@@ -13777,7 +13735,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":638
+  /* "ivshmem/channel/membership.pyx":636
  *             )
  * 
  *     cdef int wait(self, int64_t deadline) except -1:             # <<<<<<<<<<<<<<
@@ -13805,7 +13763,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":667
+/* "ivshmem/channel/membership.pyx":665
  *         return 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -13865,14 +13823,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_6Wakeup_2fileno(struct 
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("fileno", 0);
 
-  /* "ivshmem/channel/membership.pyx":669
+  /* "ivshmem/channel/membership.pyx":667
  *     def fileno(self):
  *         """Return the epoll object's descriptor, which stays this object's."""
  *         return self.epoll.epfd             # <<<<<<<<<<<<<<
  * 
  *     def clear_rings(self):
 */
-  __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_self->epoll->epfd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 669, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyLong_From_int(__pyx_v_self->epoll->epfd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 667, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -13885,7 +13843,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_6Wakeup_2fileno(struct 
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":667
+  /* "ivshmem/channel/membership.pyx":665
  *         return 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
@@ -13904,7 +13862,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_6Wakeup_2fileno(struct 
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":671
+/* "ivshmem/channel/membership.pyx":669
  *         return self.epoll.epfd
  * 
  *     def clear_rings(self):             # <<<<<<<<<<<<<<
@@ -13964,17 +13922,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_6Wakeup_4clear_rings(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("clear_rings", 0);
 
-  /* "ivshmem/channel/membership.pyx":673
+  /* "ivshmem/channel/membership.pyx":671
  *     def clear_rings(self):
  *         """Do what `clear` does."""
  *         self.clear()             # <<<<<<<<<<<<<<
  * 
  *     cdef int clear(self) except -1:
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *)__pyx_v_self->__pyx_vtab)->clear(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 673, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *)__pyx_v_self->__pyx_vtab)->clear(__pyx_v_self); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 671, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":671
+  /* "ivshmem/channel/membership.pyx":669
  *         return self.epoll.epfd
  * 
  *     def clear_rings(self):             # <<<<<<<<<<<<<<
@@ -13994,7 +13952,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_6Wakeup_4clear_rings(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":675
+/* "ivshmem/channel/membership.pyx":673
  *         self.clear()
  * 
  *     cdef int clear(self) except -1:             # <<<<<<<<<<<<<<
@@ -14006,7 +13964,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_clear(struct __pyx_obj
   struct epoll_event __pyx_v_events[2];
   int __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":678
+  /* "ivshmem/channel/membership.pyx":676
  *         """Forget the rings until now, so that the descriptor is not readable."""
  *         cdef epoll_event events[2]
  *         epoll_wait(self.epoll.epfd, events, 2, 0)             # <<<<<<<<<<<<<<
@@ -14015,7 +13973,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_clear(struct __pyx_obj
 */
   (void)(epoll_wait(__pyx_v_self->epoll->epfd, __pyx_v_events, 2, 0));
 
-  /* "ivshmem/channel/membership.pyx":679
+  /* "ivshmem/channel/membership.pyx":677
  *         cdef epoll_event events[2]
  *         epoll_wait(self.epoll.epfd, events, 2, 0)
  *         return 0             # <<<<<<<<<<<<<<
@@ -14028,7 +13986,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_6Wakeup_clear(struct __pyx_obj
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":675
+  /* "ivshmem/channel/membership.pyx":673
  *         self.clear()
  * 
  *     cdef int clear(self) except -1:             # <<<<<<<<<<<<<<
@@ -14249,7 +14207,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_6Wakeup_8__setstate_cyt
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":690
+/* "ivshmem/channel/membership.pyx":688
  *     """
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -14294,7 +14252,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd___cinit__(struct
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "ivshmem/channel/membership.pyx":691
+  /* "ivshmem/channel/membership.pyx":689
  * 
  *     def __cinit__(self, *args, **kwargs):
  *         self.name = ""             # <<<<<<<<<<<<<<
@@ -14306,7 +14264,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd___cinit__(struct
   __Pyx_GOTREF(__pyx_v_self->name);
   __Pyx_DECREF_SET(__pyx_v_self->name, __pyx_mstate_global->__pyx_kp_u__2);
 
-  /* "ivshmem/channel/membership.pyx":690
+  /* "ivshmem/channel/membership.pyx":688
  *     """
  * 
  *     def __cinit__(self, *args, **kwargs):             # <<<<<<<<<<<<<<
@@ -14321,7 +14279,7 @@ static int __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd___cinit__(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":693
+/* "ivshmem/channel/membership.pyx":691
  *         self.name = ""
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -14388,7 +14346,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_2__reduce_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__reduce__", 0);
 
-  /* "ivshmem/channel/membership.pyx":694
+  /* "ivshmem/channel/membership.pyx":692
  * 
  *     def __reduce__(self):
  *         raise TypeError(             # <<<<<<<<<<<<<<
@@ -14397,16 +14355,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_2__reduce_
 */
   __pyx_t_2 = NULL;
 
-  /* "ivshmem/channel/membership.pyx":695
+  /* "ivshmem/channel/membership.pyx":693
  *     def __reduce__(self):
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: open another one where it is"             # <<<<<<<<<<<<<<
  *             " needed"
  *         )
 */
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 695, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 693, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 695, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_FormatSimple(__pyx_t_3, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 693, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_a;
@@ -14421,7 +14379,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_2__reduce_
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]);
   #endif
   __pyx_t_3 = __Pyx_PyUnicode_Join(__pyx_t_5, 3, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 695, __pyx_L1_error)
+  if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 693, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_8 = 1;
@@ -14430,14 +14388,14 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_2__reduce_
     __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_TypeError)), __pyx_callargs+__pyx_t_8, (2-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 694, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 692, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_Raise(__pyx_t_1, 0, 0, 0);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __PYX_ERR(0, 694, __pyx_L1_error)
+  __PYX_ERR(0, 692, __pyx_L1_error)
 
-  /* "ivshmem/channel/membership.pyx":693
+  /* "ivshmem/channel/membership.pyx":691
  *         self.name = ""
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
@@ -14458,7 +14416,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_2__reduce_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":699
+/* "ivshmem/channel/membership.pyx":697
  *         )
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -14492,7 +14450,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6closed___
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__get__", 0);
 
-  /* "ivshmem/channel/membership.pyx":702
+  /* "ivshmem/channel/membership.pyx":700
  *     def closed(self):
  *         """Whether close() was called, or the channels or the region were closed."""
  *         return not self.open or self.membership.closed or self.membership.mapping.closed             # <<<<<<<<<<<<<<
@@ -14504,16 +14462,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6closed___
   if (!__pyx_t_2) {
 
   } else {
-    __pyx_t_3 = __Pyx_PyBool_FromLong(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 702, __pyx_L1_error)
+    __pyx_t_3 = __Pyx_PyBool_FromLong(__pyx_t_2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 700, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __pyx_t_1 = __pyx_t_3;
     __pyx_t_3 = 0;
 
     goto __pyx_L3_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 702, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 700, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 702, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyObject_IsTrue(__pyx_t_3); if (unlikely((__pyx_t_2 < 0))) __PYX_ERR(0, 700, __pyx_L1_error)
   if (!__pyx_t_2) {
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   } else {
@@ -14522,7 +14480,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6closed___
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     goto __pyx_L3_bool_binop_done;
   }
-  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 702, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_GetAttrStr(((PyObject *)__pyx_v_self->membership->mapping), __pyx_mstate_global->__pyx_n_u_closed); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 700, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_INCREF(__pyx_t_3);
   __pyx_t_1 = __pyx_t_3;
@@ -14539,7 +14497,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6closed___
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":699
+  /* "ivshmem/channel/membership.pyx":697
  *         )
  * 
  *     @property             # <<<<<<<<<<<<<<
@@ -14559,7 +14517,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6closed___
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":704
+/* "ivshmem/channel/membership.pyx":702
  *         return not self.open or self.membership.closed or self.membership.mapping.closed
  * 
  *     cdef bint usable(self) noexcept:             # <<<<<<<<<<<<<<
@@ -14572,7 +14530,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_usable(struct __p
   int __pyx_t_1;
   int __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":706
+  /* "ivshmem/channel/membership.pyx":704
  *     cdef bint usable(self) noexcept:
  *         """Whether this end may still be used: what ends a call asks this before it stores."""
  *         return self.open and self.membership.usable()             # <<<<<<<<<<<<<<
@@ -14596,7 +14554,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_usable(struct __p
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":704
+  /* "ivshmem/channel/membership.pyx":702
  *         return not self.open or self.membership.closed or self.membership.mapping.closed
  * 
  *     cdef bint usable(self) noexcept:             # <<<<<<<<<<<<<<
@@ -14610,7 +14568,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_usable(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":708
+/* "ivshmem/channel/membership.pyx":706
  *         return self.open and self.membership.usable()
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -14637,7 +14595,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enter", 0);
 
-  /* "ivshmem/channel/membership.pyx":709
+  /* "ivshmem/channel/membership.pyx":707
  * 
  *     cdef int enter(self) except -1:
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -14649,7 +14607,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter(struct __py
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "ivshmem/channel/membership.pyx":710
+    /* "ivshmem/channel/membership.pyx":708
  *     cdef int enter(self) except -1:
  *         if not self.open:
  *             raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")             # <<<<<<<<<<<<<<
@@ -14657,14 +14615,14 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter(struct __py
  * 
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 710, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 708, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
-    __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name_2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 710, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name_2); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 708, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
-    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_5, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 710, __pyx_L1_error)
+    __pyx_t_6 = __Pyx_PyObject_FormatSimple(__pyx_t_5, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 708, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 710, __pyx_L1_error)
+    __pyx_t_5 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 708, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_7[0] = __pyx_mstate_global->__pyx_kp_u_this;
     __pyx_t_7[1] = __pyx_t_6;
@@ -14680,7 +14638,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter(struct __py
     __pyx_t_9 |= __Pyx_PyUnicode_KIND_04(__pyx_t_7[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_7[3]);
     #endif
     __pyx_t_10 = __Pyx_PyUnicode_Join(__pyx_t_7, 5, __pyx_t_8, __pyx_t_9);
-    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 710, __pyx_L1_error)
+    if (unlikely(!__pyx_t_10)) __PYX_ERR(0, 708, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_10);
     __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
@@ -14702,14 +14660,14 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter(struct __py
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_10); __pyx_t_10 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 710, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 708, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 710, __pyx_L1_error)
+    __PYX_ERR(0, 708, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":709
+    /* "ivshmem/channel/membership.pyx":707
  * 
  *     cdef int enter(self) except -1:
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -14718,20 +14676,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter(struct __py
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":711
+  /* "ivshmem/channel/membership.pyx":709
  *         if not self.open:
  *             raise ClosedError(f"this {type(self).__name__} of {self.name!r} is closed")
  *         return self.membership.check()             # <<<<<<<<<<<<<<
  * 
  *     # What each kind of end does in its own way.
 */
-  __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->check(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 711, __pyx_L1_error)
+  __pyx_t_9 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->check(__pyx_v_self->membership); if (unlikely(__pyx_t_9 == ((int)-1))) __PYX_ERR(0, 709, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_9;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":708
+  /* "ivshmem/channel/membership.pyx":706
  *         return self.open and self.membership.usable()
  * 
  *     cdef int enter(self) except -1:             # <<<<<<<<<<<<<<
@@ -14755,7 +14713,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter(struct __py
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":715
+/* "ivshmem/channel/membership.pyx":713
  *     # What each kind of end does in its own way.
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -14766,7 +14724,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enter(struct __py
 static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_attempt(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":717
+  /* "ivshmem/channel/membership.pyx":715
  *     cdef int attempt(self) except -2:
  *         """Look whether what is waited for is there; 0, IVSHMEM_AGAIN or an error."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -14779,7 +14737,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_attempt(CYTHON_UN
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":715
+  /* "ivshmem/channel/membership.pyx":713
  *     # What each kind of end does in its own way.
  * 
  *     cdef int attempt(self) except -2:             # <<<<<<<<<<<<<<
@@ -14793,7 +14751,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_attempt(CYTHON_UN
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":719
+/* "ivshmem/channel/membership.pyx":717
  *         return 0
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -14804,7 +14762,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_attempt(CYTHON_UN
 static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_sleep(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":721
+  /* "ivshmem/channel/membership.pyx":719
  *     cdef int begin_sleep(self) except -2:
  *         """Say in memory that this end sleeps; 0: there is something, so do not."""
  *         return IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
@@ -14817,7 +14775,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_sleep(CYTHO
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":719
+  /* "ivshmem/channel/membership.pyx":717
  *         return 0
  * 
  *     cdef int begin_sleep(self) except -2:             # <<<<<<<<<<<<<<
@@ -14831,7 +14789,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_sleep(CYTHO
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":723
+/* "ivshmem/channel/membership.pyx":721
  *         return IVSHMEM_AGAIN
  * 
  *     cdef void end_sleep(self) noexcept:             # <<<<<<<<<<<<<<
@@ -14845,8 +14803,140 @@ static void __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_end_sleep(CYTHON
 
 }
 
-/* "ivshmem/channel/membership.pyx":726
+/* "ivshmem/channel/membership.pyx":724
  *         pass
+ * 
+ *     cdef int one_awake(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Note that one of those that slept at this end sleeps no more."""
+ *         self.asleep -= 1
+*/
+
+static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_one_awake(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
+  int __pyx_r;
+  int __pyx_t_1;
+  int __pyx_t_2;
+  int __pyx_t_3;
+  int __pyx_lineno = 0;
+  const char *__pyx_filename = NULL;
+  int __pyx_clineno = 0;
+
+  /* "ivshmem/channel/membership.pyx":726
+ *     cdef int one_awake(self) except -1:
+ *         """Note that one of those that slept at this end sleeps no more."""
+ *         self.asleep -= 1             # <<<<<<<<<<<<<<
+ *         if self.usable():
+ *             # Another thread or task sleeps, or a program watches: it is still to be rung.
+*/
+  __pyx_v_self->asleep = (__pyx_v_self->asleep - 1);
+
+  /* "ivshmem/channel/membership.pyx":727
+ *         """Note that one of those that slept at this end sleeps no more."""
+ *         self.asleep -= 1
+ *         if self.usable():             # <<<<<<<<<<<<<<
+ *             # Another thread or task sleeps, or a program watches: it is still to be rung.
+ *             if self.asleep or self.watched:
+*/
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->usable(__pyx_v_self);
+
+  if (__pyx_t_1) {
+
+
+    /* "ivshmem/channel/membership.pyx":729
+ *         if self.usable():
+ *             # Another thread or task sleeps, or a program watches: it is still to be rung.
+ *             if self.asleep or self.watched:             # <<<<<<<<<<<<<<
+ *                 self.begin_sleep()
+ *             else:
+*/
+    __pyx_t_2 = (__pyx_v_self->asleep != 0);
+
+    if (!__pyx_t_2) {
+
+    } else {
+
+      __pyx_t_1 = __pyx_t_2;
+
+      goto __pyx_L5_bool_binop_done;
+    }
+
+    __pyx_t_1 = __pyx_v_self->watched;
+    __pyx_L5_bool_binop_done:;
+    if (__pyx_t_1) {
+
+
+      /* "ivshmem/channel/membership.pyx":730
+ *             # Another thread or task sleeps, or a program watches: it is still to be rung.
+ *             if self.asleep or self.watched:
+ *                 self.begin_sleep()             # <<<<<<<<<<<<<<
+ *             else:
+ *                 self.end_sleep()
+*/
+      __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-2))) __PYX_ERR(0, 730, __pyx_L1_error)
+
+
+      /* "ivshmem/channel/membership.pyx":729
+ *         if self.usable():
+ *             # Another thread or task sleeps, or a program watches: it is still to be rung.
+ *             if self.asleep or self.watched:             # <<<<<<<<<<<<<<
+ *                 self.begin_sleep()
+ *             else:
+*/
+      goto __pyx_L4;
+    }
+
+    /* "ivshmem/channel/membership.pyx":732
+ *                 self.begin_sleep()
+ *             else:
+ *                 self.end_sleep()             # <<<<<<<<<<<<<<
+ *         return 0
+ * 
+*/
+    /*else*/ {
+      ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->end_sleep(__pyx_v_self);
+    }
+    __pyx_L4:;
+
+    /* "ivshmem/channel/membership.pyx":727
+ *         """Note that one of those that slept at this end sleeps no more."""
+ *         self.asleep -= 1
+ *         if self.usable():             # <<<<<<<<<<<<<<
+ *             # Another thread or task sleeps, or a program watches: it is still to be rung.
+ *             if self.asleep or self.watched:
+*/
+  }
+
+  /* "ivshmem/channel/membership.pyx":733
+ *             else:
+ *                 self.end_sleep()
+ *         return 0             # <<<<<<<<<<<<<<
+ * 
+ *     cdef ChannelEnd sleeper(self):
+*/
+  {
+
+    __pyx_r = 0;
+  }
+  goto __pyx_L0;
+
+  /* "ivshmem/channel/membership.pyx":724
+ *         pass
+ * 
+ *     cdef int one_awake(self) except -1:             # <<<<<<<<<<<<<<
+ *         """Note that one of those that slept at this end sleeps no more."""
+ *         self.asleep -= 1
+*/
+
+  /* function exit code */
+  __pyx_L1_error:;
+  __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd.one_awake", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __pyx_r = -1;
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "ivshmem/channel/membership.pyx":735
+ *         return 0
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
  *         """Return the end whose word in memory says that this one sleeps."""
@@ -14858,7 +14948,7 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivsh
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("sleeper", 0);
 
-  /* "ivshmem/channel/membership.pyx":728
+  /* "ivshmem/channel/membership.pyx":737
  *     cdef ChannelEnd sleeper(self):
  *         """Return the end whose word in memory says that this one sleeps."""
  *         return self             # <<<<<<<<<<<<<<
@@ -14876,8 +14966,8 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivsh
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":726
- *         pass
+  /* "ivshmem/channel/membership.pyx":735
+ *         return 0
  * 
  *     cdef ChannelEnd sleeper(self):             # <<<<<<<<<<<<<<
  *         """Return the end whose word in memory says that this one sleeps."""
@@ -14891,7 +14981,7 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivsh
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":730
+/* "ivshmem/channel/membership.pyx":739
  *         return self
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -14902,12 +14992,12 @@ static struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_f_7ivsh
 static int64_t __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_probe(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self, CYTHON_UNUSED void **__pyx_v_what, CYTHON_UNUSED __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe) {
   int64_t __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":732
+  /* "ivshmem/channel/membership.pyx":741
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:
  *         """Set a look that a spin repeats; 0: this end cannot spin."""
  *         return 0             # <<<<<<<<<<<<<<
  * 
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
 */
   {
 
@@ -14915,7 +15005,7 @@ static int64_t __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_probe(CYTHON_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":730
+  /* "ivshmem/channel/membership.pyx":739
  *         return self
  * 
  *     cdef int64_t probe(self, void **what, Probe *probe) except -1:             # <<<<<<<<<<<<<<
@@ -14929,23 +15019,23 @@ static int64_t __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_probe(CYTHON_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":734
+/* "ivshmem/channel/membership.pyx":743
  *         return 0
  * 
- *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
+ *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
  *         """Once a beat: store again what a late store spoiled; wake who watches the descriptor."""
  *         return 0
 */
 
-static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_mend(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
+static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_restore(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":736
- *     cdef int mend(self) except -1:
+  /* "ivshmem/channel/membership.pyx":745
+ *     cdef int restore(self) except -1:
  *         """Once a beat: store again what a late store spoiled; wake who watches the descriptor."""
  *         return 0             # <<<<<<<<<<<<<<
  * 
- *     def wake_others(self):
+ *     cdef int give_up(self) except -1:
 */
   {
 
@@ -14953,10 +15043,10 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_mend(CYTHON_UNUSE
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":734
+  /* "ivshmem/channel/membership.pyx":743
  *         return 0
  * 
- *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
+ *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
  *         """Once a beat: store again what a late store spoiled; wake who watches the descriptor."""
  *         return 0
 */
@@ -14967,71 +15057,8 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_mend(CYTHON_UNUSE
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":738
+/* "ivshmem/channel/membership.pyx":747
  *         return 0
- * 
- *     def wake_others(self):             # <<<<<<<<<<<<<<
- *         """Ring the other sleepers of the channel: a place was freed."""
- * 
-*/
-
-/* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_5wake_others(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_4wake_others, "Ring the other sleepers of the channel: a place was freed.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_5wake_others = {"wake_others", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_5wake_others, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_4wake_others};
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_5wake_others(PyObject *__pyx_v_self, 
-#if CYTHON_VECTORCALL
-PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
-#else
-PyObject *__pyx_args, PyObject *__pyx_kwds
-#endif
-) {
-  #if !CYTHON_VECTORCALL
-  CYTHON_UNUSED Py_ssize_t __pyx_nargs;
-  #endif
-  CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
-  PyObject *__pyx_r = 0;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("wake_others (wrapper)", 0);
-  #if !CYTHON_VECTORCALL
-  #if CYTHON_ASSUME_SAFE_SIZE
-  __pyx_nargs = PyTuple_GET_SIZE(__pyx_args);
-  #else
-  __pyx_nargs = PyTuple_Size(__pyx_args); if (unlikely(__pyx_nargs < 0)) return NULL;
-  #endif
-  #endif
-  __pyx_kwvalues = __Pyx_KwValues_FASTCALL(__pyx_args, __pyx_nargs);
-  if (unlikely(__pyx_nargs > 0)) { __Pyx_RaiseArgtupleInvalid("wake_others", 1, 0, 0, __pyx_nargs); return NULL; }
-  const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-  if (unlikely(__pyx_kwds_len < 0)) return NULL;
-  if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("wake_others", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_4wake_others(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
-
-  /* function exit code */
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_4wake_others(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
-  PyObject *__pyx_r = NULL;
-  __Pyx_RefNannyDeclarations
-  __Pyx_RefNannySetupContext("wake_others", 0);
-
-  /* function exit code */
-  __pyx_r = Py_None; __Pyx_INCREF(Py_None);
-  __Pyx_XGIVEREF(__pyx_r);
-  __Pyx_RefNannyFinishContext();
-  return __pyx_r;
-}
-
-/* "ivshmem/channel/membership.pyx":741
- *         """Ring the other sleepers of the channel: a place was freed."""
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
  *         """Free the slot."""
@@ -15041,7 +15068,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_4wake_othe
 static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_give_up(CYTHON_UNUSED struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
   int __pyx_r;
 
-  /* "ivshmem/channel/membership.pyx":743
+  /* "ivshmem/channel/membership.pyx":749
  *     cdef int give_up(self) except -1:
  *         """Free the slot."""
  *         return 0             # <<<<<<<<<<<<<<
@@ -15054,8 +15081,8 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_give_up(CYTHON_UN
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":741
- *         """Ring the other sleepers of the channel: a place was freed."""
+  /* "ivshmem/channel/membership.pyx":747
+ *         return 0
  * 
  *     cdef int give_up(self) except -1:             # <<<<<<<<<<<<<<
  *         """Free the slot."""
@@ -15068,7 +15095,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_give_up(CYTHON_UN
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":747
+/* "ivshmem/channel/membership.pyx":753
  *     # Waiting.
  * 
  *     cdef int wait(self, object timeout, object spin) except -2:             # <<<<<<<<<<<<<<
@@ -15111,7 +15138,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("wait", 0);
 
-  /* "ivshmem/channel/membership.pyx":751
+  /* "ivshmem/channel/membership.pyx":757
  *         cdef int64_t deadline
  *         cdef int64_t n
  *         cdef int futile = 0             # <<<<<<<<<<<<<<
@@ -15120,7 +15147,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
   __pyx_v_futile = 0;
 
-  /* "ivshmem/channel/membership.pyx":754
+  /* "ivshmem/channel/membership.pyx":760
  *         cdef int code
  *         cdef Turn turn
  *         cdef Wakeup wakeup = None             # <<<<<<<<<<<<<<
@@ -15130,19 +15157,19 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
   __Pyx_INCREF(Py_None);
   __pyx_v_wakeup = ((struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)Py_None);
 
-  /* "ivshmem/channel/membership.pyx":755
+  /* "ivshmem/channel/membership.pyx":761
  *         cdef Turn turn
  *         cdef Wakeup wakeup = None
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
  *         cdef Spinner spinner = None
  *         cdef void *what = NULL
 */
-  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 755, __pyx_L1_error)
+  __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 761, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_sleeper = ((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":756
+  /* "ivshmem/channel/membership.pyx":762
  *         cdef Wakeup wakeup = None
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         cdef Spinner spinner = None             # <<<<<<<<<<<<<<
@@ -15152,7 +15179,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
   __Pyx_INCREF(Py_None);
   __pyx_v_spinner = ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)Py_None);
 
-  /* "ivshmem/channel/membership.pyx":757
+  /* "ivshmem/channel/membership.pyx":763
  *         cdef ChannelEnd sleeper = self.sleeper()
  *         cdef Spinner spinner = None
  *         cdef void *what = NULL             # <<<<<<<<<<<<<<
@@ -15161,7 +15188,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
   __pyx_v_what = NULL;
 
-  /* "ivshmem/channel/membership.pyx":758
+  /* "ivshmem/channel/membership.pyx":764
  *         cdef Spinner spinner = None
  *         cdef void *what = NULL
  *         cdef Probe probe = NULL             # <<<<<<<<<<<<<<
@@ -15170,27 +15197,27 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
   __pyx_v_probe = NULL;
 
-  /* "ivshmem/channel/membership.pyx":759
+  /* "ivshmem/channel/membership.pyx":765
  *         cdef void *what = NULL
  *         cdef Probe probe = NULL
  *         self.enter()             # <<<<<<<<<<<<<<
  *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 759, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 765, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":760
+  /* "ivshmem/channel/membership.pyx":766
  *         cdef Probe probe = NULL
  *         self.enter()
  *         code = self.attempt()             # <<<<<<<<<<<<<<
  *         if code != IVSHMEM_AGAIN:
  *             return code
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 760, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->attempt(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 766, __pyx_L1_error)
   __pyx_v_code = __pyx_t_2;
 
-  /* "ivshmem/channel/membership.pyx":761
+  /* "ivshmem/channel/membership.pyx":767
  *         self.enter()
  *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -15202,7 +15229,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/membership.pyx":762
+    /* "ivshmem/channel/membership.pyx":768
  *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:
  *             return code             # <<<<<<<<<<<<<<
@@ -15215,7 +15242,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":761
+    /* "ivshmem/channel/membership.pyx":767
  *         self.enter()
  *         code = self.attempt()
  *         if code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
@@ -15224,7 +15251,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":763
+  /* "ivshmem/channel/membership.pyx":769
  *         if code != IVSHMEM_AGAIN:
  *             return code
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)             # <<<<<<<<<<<<<<
@@ -15236,13 +15263,13 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 
     __pyx_t_4 = INT64_MAX;
   } else {
-    __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_5 == ((int64_t)-1L))) __PYX_ERR(0, 763, __pyx_L1_error)
+    __pyx_t_5 = __pyx_f_7ivshmem_6native_11descriptors_deadline_of(__pyx_v_timeout); if (unlikely(__pyx_t_5 == ((int64_t)-1L))) __PYX_ERR(0, 769, __pyx_L1_error)
     __pyx_t_4 = __pyx_t_5;
   }
 
   __pyx_v_deadline = __pyx_t_4;
 
-  /* "ivshmem/channel/membership.pyx":764
+  /* "ivshmem/channel/membership.pyx":770
  *             return code
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:             # <<<<<<<<<<<<<<
@@ -15254,7 +15281,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/membership.pyx":765
+    /* "ivshmem/channel/membership.pyx":771
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:
  *             if self.watched:             # <<<<<<<<<<<<<<
@@ -15263,20 +15290,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
     if (__pyx_v_self->watched) {
 
-      /* "ivshmem/channel/membership.pyx":766
+      /* "ivshmem/channel/membership.pyx":772
  *         if deadline == 0:
  *             if self.watched:
  *                 return self.arm()             # <<<<<<<<<<<<<<
  *             return code
  *         turn.left = 0
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 766, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->arm(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 772, __pyx_L1_error)
       {
         __pyx_r = __pyx_t_2;
       }
       goto __pyx_L0;
 
-      /* "ivshmem/channel/membership.pyx":765
+      /* "ivshmem/channel/membership.pyx":771
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:
  *             if self.watched:             # <<<<<<<<<<<<<<
@@ -15285,7 +15312,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":767
+    /* "ivshmem/channel/membership.pyx":773
  *             if self.watched:
  *                 return self.arm()
  *             return code             # <<<<<<<<<<<<<<
@@ -15298,7 +15325,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":764
+    /* "ivshmem/channel/membership.pyx":770
  *             return code
  *         deadline = INT64_MAX if timeout is None else deadline_of(timeout)
  *         if deadline == 0:             # <<<<<<<<<<<<<<
@@ -15307,7 +15334,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":768
+  /* "ivshmem/channel/membership.pyx":774
  *                 return self.arm()
  *             return code
  *         turn.left = 0             # <<<<<<<<<<<<<<
@@ -15316,7 +15343,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
   __pyx_v_turn.left = 0;
 
-  /* "ivshmem/channel/membership.pyx":769
+  /* "ivshmem/channel/membership.pyx":775
  *             return code
  *         turn.left = 0
  *         if spin is not None and self.probe(&what, &probe):             # <<<<<<<<<<<<<<
@@ -15332,7 +15359,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 
     goto __pyx_L7_bool_binop_done;
   }
-  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->probe(__pyx_v_self, (&__pyx_v_what), (&__pyx_v_probe)); if (unlikely(__pyx_t_4 == ((int64_t)-1L))) __PYX_ERR(0, 769, __pyx_L1_error)
+  __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->probe(__pyx_v_self, (&__pyx_v_what), (&__pyx_v_probe)); if (unlikely(__pyx_t_4 == ((int64_t)-1L))) __PYX_ERR(0, 775, __pyx_L1_error)
   __pyx_t_6 = (__pyx_t_4 != 0);
 
 
@@ -15343,7 +15370,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
   if (__pyx_t_3) {
 
 
-    /* "ivshmem/channel/membership.pyx":770
+    /* "ivshmem/channel/membership.pyx":776
  *         turn.left = 0
  *         if spin is not None and self.probe(&what, &probe):
  *             if sleeper.spinner is None:             # <<<<<<<<<<<<<<
@@ -15354,7 +15381,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/membership.pyx":771
+      /* "ivshmem/channel/membership.pyx":777
  *         if spin is not None and self.probe(&what, &probe):
  *             if sleeper.spinner is None:
  *                 sleeper.spinner = Spinner()             # <<<<<<<<<<<<<<
@@ -15367,7 +15394,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
         PyObject *__pyx_callargs[2] = {__pyx_t_7, NULL};
         __pyx_t_1 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_7ivshmem_6native_4spin_Spinner, __pyx_callargs+__pyx_t_8, (1-__pyx_t_8) | (__pyx_t_8*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_7); __pyx_t_7 = 0;
-        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 771, __pyx_L1_error)
+        if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 777, __pyx_L1_error)
         __Pyx_GOTREF((PyObject *)__pyx_t_1);
       }
       __Pyx_GIVEREF((PyObject *)__pyx_t_1);
@@ -15375,7 +15402,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
       __Pyx_DECREF_SET(__pyx_v_sleeper->spinner, ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)__pyx_t_1));
       __pyx_t_1 = 0;
 
-      /* "ivshmem/channel/membership.pyx":770
+      /* "ivshmem/channel/membership.pyx":776
  *         turn.left = 0
  *         if spin is not None and self.probe(&what, &probe):
  *             if sleeper.spinner is None:             # <<<<<<<<<<<<<<
@@ -15384,7 +15411,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
     }
 
-    /* "ivshmem/channel/membership.pyx":772
+    /* "ivshmem/channel/membership.pyx":778
  *             if sleeper.spinner is None:
  *                 sleeper.spinner = Spinner()
  *             spinner = sleeper.spinner             # <<<<<<<<<<<<<<
@@ -15396,18 +15423,18 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
     __Pyx_DECREF_SET(__pyx_v_spinner, ((struct __pyx_obj_7ivshmem_6native_4spin_Spinner *)__pyx_t_1));
     __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":773
+    /* "ivshmem/channel/membership.pyx":779
  *                 sleeper.spinner = Spinner()
  *             spinner = sleeper.spinner
  *             spinner.begin(&turn, 0, spin_of(spin))             # <<<<<<<<<<<<<<
  *         while True:
  *             if turn.left:
 */
-    __pyx_t_4 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_4 == ((int64_t)-2L))) __PYX_ERR(0, 773, __pyx_L1_error)
+    __pyx_t_4 = __pyx_f_7ivshmem_6native_4spin_spin_of(__pyx_v_spin); if (unlikely(__pyx_t_4 == ((int64_t)-2L))) __PYX_ERR(0, 779, __pyx_L1_error)
     ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->begin(__pyx_v_spinner, (&__pyx_v_turn), 0, __pyx_t_4);
 
 
-    /* "ivshmem/channel/membership.pyx":769
+    /* "ivshmem/channel/membership.pyx":775
  *             return code
  *         turn.left = 0
  *         if spin is not None and self.probe(&what, &probe):             # <<<<<<<<<<<<<<
@@ -15416,7 +15443,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":774
+  /* "ivshmem/channel/membership.pyx":780
  *             spinner = sleeper.spinner
  *             spinner.begin(&turn, 0, spin_of(spin))
  *         while True:             # <<<<<<<<<<<<<<
@@ -15425,7 +15452,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
   while (1) {
 
-    /* "ivshmem/channel/membership.pyx":775
+    /* "ivshmem/channel/membership.pyx":781
  *             spinner.begin(&turn, 0, spin_of(spin))
  *         while True:
  *             if turn.left:             # <<<<<<<<<<<<<<
@@ -15437,7 +15464,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
     if (__pyx_t_3) {
 
 
-      /* "ivshmem/channel/membership.pyx":776
+      /* "ivshmem/channel/membership.pyx":782
  *         while True:
  *             if turn.left:
  *                 if turn.left <= 100_000 and ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -15463,7 +15490,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
       if (__pyx_t_3) {
 
 
-        /* "ivshmem/channel/membership.pyx":777
+        /* "ivshmem/channel/membership.pyx":783
  *             if turn.left:
  *                 if turn.left <= 100_000 and ivshmem_is_only_thread():
  *                     n = spinner.spin(             # <<<<<<<<<<<<<<
@@ -15472,7 +15499,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
         __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->spin(__pyx_v_spinner, 0, __pyx_v_deadline, __pyx_v_probe, __pyx_v_what, (&__pyx_v_turn), (&__pyx_v_self->membership->state));
 
-        /* "ivshmem/channel/membership.pyx":776
+        /* "ivshmem/channel/membership.pyx":782
  *         while True:
  *             if turn.left:
  *                 if turn.left <= 100_000 and ivshmem_is_only_thread():             # <<<<<<<<<<<<<<
@@ -15482,7 +15509,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
         goto __pyx_L13;
       }
 
-      /* "ivshmem/channel/membership.pyx":781
+      /* "ivshmem/channel/membership.pyx":787
  *                     )
  *                 else:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -15496,7 +15523,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
             __Pyx_FastGIL_Remember();
             /*try:*/ {
 
-              /* "ivshmem/channel/membership.pyx":782
+              /* "ivshmem/channel/membership.pyx":788
  *                 else:
  *                     with nogil:
  *                         n = spinner.spin(             # <<<<<<<<<<<<<<
@@ -15506,7 +15533,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
               __pyx_v_n = ((struct __pyx_vtabstruct_7ivshmem_6native_4spin_Spinner *)__pyx_v_spinner->__pyx_vtab)->spin(__pyx_v_spinner, 0, __pyx_v_deadline, __pyx_v_probe, __pyx_v_what, (&__pyx_v_turn), (&__pyx_v_self->membership->state));
             }
 
-            /* "ivshmem/channel/membership.pyx":781
+            /* "ivshmem/channel/membership.pyx":787
  *                     )
  *                 else:
  *                     with nogil:             # <<<<<<<<<<<<<<
@@ -15525,27 +15552,27 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
       }
       __pyx_L13:;
 
-      /* "ivshmem/channel/membership.pyx":785
+      /* "ivshmem/channel/membership.pyx":791
  *                             0, deadline, probe, what, &turn, &self.membership.state
  *                         )
  *                 PyErr_CheckSignals()             # <<<<<<<<<<<<<<
  *                 self.enter()
  *             else:
 */
-      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 785, __pyx_L1_error)
+      __pyx_t_2 = PyErr_CheckSignals(); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 791, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/membership.pyx":786
+      /* "ivshmem/channel/membership.pyx":792
  *                         )
  *                 PyErr_CheckSignals()
  *                 self.enter()             # <<<<<<<<<<<<<<
  *             else:
  *                 wakeup = self.membership.wakeup_of_thread()
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 786, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 792, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/membership.pyx":775
+      /* "ivshmem/channel/membership.pyx":781
  *             spinner.begin(&turn, 0, spin_of(spin))
  *         while True:
  *             if turn.left:             # <<<<<<<<<<<<<<
@@ -15555,7 +15582,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
       goto __pyx_L12;
     }
 
-    /* "ivshmem/channel/membership.pyx":788
+    /* "ivshmem/channel/membership.pyx":794
  *                 self.enter()
  *             else:
  *                 wakeup = self.membership.wakeup_of_thread()             # <<<<<<<<<<<<<<
@@ -15563,32 +15590,32 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
  *                 code = self.begin_sleep()
 */
     /*else*/ {
-      __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->wakeup_of_thread(__pyx_v_self->membership)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 788, __pyx_L1_error)
+      __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->wakeup_of_thread(__pyx_v_self->membership)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 794, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
       __Pyx_DECREF_SET(__pyx_v_wakeup, ((struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)__pyx_t_1));
       __pyx_t_1 = 0;
 
-      /* "ivshmem/channel/membership.pyx":789
+      /* "ivshmem/channel/membership.pyx":795
  *             else:
  *                 wakeup = self.membership.wakeup_of_thread()
  *                 self.enter()             # <<<<<<<<<<<<<<
  *                 code = self.begin_sleep()
  *                 sleeper.asleep += 1
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 789, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 795, __pyx_L1_error)
 
 
-      /* "ivshmem/channel/membership.pyx":790
+      /* "ivshmem/channel/membership.pyx":796
  *                 wakeup = self.membership.wakeup_of_thread()
  *                 self.enter()
  *                 code = self.begin_sleep()             # <<<<<<<<<<<<<<
  *                 sleeper.asleep += 1
  *                 try:
 */
-      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 790, __pyx_L1_error)
+      __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->begin_sleep(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 796, __pyx_L1_error)
       __pyx_v_code = __pyx_t_2;
 
-      /* "ivshmem/channel/membership.pyx":791
+      /* "ivshmem/channel/membership.pyx":797
  *                 self.enter()
  *                 code = self.begin_sleep()
  *                 sleeper.asleep += 1             # <<<<<<<<<<<<<<
@@ -15597,7 +15624,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
       __pyx_v_sleeper->asleep = (__pyx_v_sleeper->asleep + 1);
 
-      /* "ivshmem/channel/membership.pyx":792
+      /* "ivshmem/channel/membership.pyx":798
  *                 code = self.begin_sleep()
  *                 sleeper.asleep += 1
  *                 try:             # <<<<<<<<<<<<<<
@@ -15606,17 +15633,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 */
       /*try:*/ {
 
-        /* "ivshmem/channel/membership.pyx":793
+        /* "ivshmem/channel/membership.pyx":799
  *                 sleeper.asleep += 1
  *                 try:
  *                     self.membership.flush()             # <<<<<<<<<<<<<<
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
  *                         wakeup.wait(deadline)
 */
-        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 793, __pyx_L24_error)
+        __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 799, __pyx_L24_error)
 
 
-        /* "ivshmem/channel/membership.pyx":794
+        /* "ivshmem/channel/membership.pyx":800
  *                 try:
  *                     self.membership.flush()
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:             # <<<<<<<<<<<<<<
@@ -15652,27 +15679,27 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
         if (__pyx_t_3) {
 
 
-          /* "ivshmem/channel/membership.pyx":795
+          /* "ivshmem/channel/membership.pyx":801
  *                     self.membership.flush()
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
  *                         wakeup.wait(deadline)             # <<<<<<<<<<<<<<
  *                         self.enter()
  *                 finally:
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *)__pyx_v_wakeup->__pyx_vtab)->wait(__pyx_v_wakeup, __pyx_v_deadline); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 795, __pyx_L24_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Wakeup *)__pyx_v_wakeup->__pyx_vtab)->wait(__pyx_v_wakeup, __pyx_v_deadline); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 801, __pyx_L24_error)
 
 
-          /* "ivshmem/channel/membership.pyx":796
+          /* "ivshmem/channel/membership.pyx":802
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:
  *                         wakeup.wait(deadline)
  *                         self.enter()             # <<<<<<<<<<<<<<
  *                 finally:
- *                     sleeper.asleep -= 1
+ *                     sleeper.one_awake()
 */
-          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 796, __pyx_L24_error)
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->enter(__pyx_v_self); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 802, __pyx_L24_error)
 
 
-          /* "ivshmem/channel/membership.pyx":794
+          /* "ivshmem/channel/membership.pyx":800
  *                 try:
  *                     self.membership.flush()
  *                     if code == IVSHMEM_AGAIN or code == 0 and futile > FUTILE:             # <<<<<<<<<<<<<<
@@ -15682,92 +15709,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
         }
       }
 
-      /* "ivshmem/channel/membership.pyx":798
+      /* "ivshmem/channel/membership.pyx":804
  *                         self.enter()
  *                 finally:
- *                     sleeper.asleep -= 1             # <<<<<<<<<<<<<<
- *                     if sleeper.usable():
- *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
-*/
-      /*finally:*/ {
-        /*normal exit:*/{
-          __pyx_v_sleeper->asleep = (__pyx_v_sleeper->asleep - 1);
-
-          /* "ivshmem/channel/membership.pyx":799
- *                 finally:
- *                     sleeper.asleep -= 1
- *                     if sleeper.usable():             # <<<<<<<<<<<<<<
- *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
- *                         if sleeper.asleep or sleeper.watched:
-*/
-          __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->usable(__pyx_v_sleeper);
-
-          if (__pyx_t_3) {
-
-
-            /* "ivshmem/channel/membership.pyx":801
- *                     if sleeper.usable():
- *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
- *                         if sleeper.asleep or sleeper.watched:             # <<<<<<<<<<<<<<
- *                             sleeper.begin_sleep()
- *                         else:
-*/
-            __pyx_t_6 = (__pyx_v_sleeper->asleep != 0);
-
-            if (!__pyx_t_6) {
-
-            } else {
-
-              __pyx_t_3 = __pyx_t_6;
-
-              goto __pyx_L32_bool_binop_done;
-            }
-
-            __pyx_t_3 = __pyx_v_sleeper->watched;
-            __pyx_L32_bool_binop_done:;
-            if (__pyx_t_3) {
-
-
-              /* "ivshmem/channel/membership.pyx":802
- *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
- *                         if sleeper.asleep or sleeper.watched:
- *                             sleeper.begin_sleep()             # <<<<<<<<<<<<<<
- *                         else:
- *                             sleeper.end_sleep()
-*/
-              __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->begin_sleep(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-2))) __PYX_ERR(0, 802, __pyx_L1_error)
-
-
-              /* "ivshmem/channel/membership.pyx":801
- *                     if sleeper.usable():
- *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
- *                         if sleeper.asleep or sleeper.watched:             # <<<<<<<<<<<<<<
- *                             sleeper.begin_sleep()
- *                         else:
-*/
-              goto __pyx_L31;
-            }
-
-            /* "ivshmem/channel/membership.pyx":804
- *                             sleeper.begin_sleep()
- *                         else:
- *                             sleeper.end_sleep()             # <<<<<<<<<<<<<<
+ *                     sleeper.one_awake()             # <<<<<<<<<<<<<<
  *                 futile += code == 0
  *                 if code != 0 and code != IVSHMEM_AGAIN:
 */
-            /*else*/ {
-              ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->end_sleep(__pyx_v_sleeper);
-            }
-            __pyx_L31:;
+      /*finally:*/ {
+        /*normal exit:*/{
+          __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 804, __pyx_L1_error)
 
-            /* "ivshmem/channel/membership.pyx":799
- *                 finally:
- *                     sleeper.asleep -= 1
- *                     if sleeper.usable():             # <<<<<<<<<<<<<<
- *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
- *                         if sleeper.asleep or sleeper.watched:
-*/
-          }
           goto __pyx_L25;
         }
         __pyx_L24_error:;
@@ -15787,91 +15739,8 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
           __Pyx_XGOTREF(__pyx_t_16);
           __pyx_t_2 = __pyx_lineno; __pyx_t_9 = __pyx_clineno; __pyx_t_10 = __pyx_filename;
           {
+            __pyx_t_17 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_17 == ((int)-1))) __PYX_ERR(0, 804, __pyx_L33_error)
 
-            /* "ivshmem/channel/membership.pyx":798
- *                         self.enter()
- *                 finally:
- *                     sleeper.asleep -= 1             # <<<<<<<<<<<<<<
- *                     if sleeper.usable():
- *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
-*/
-            __pyx_v_sleeper->asleep = (__pyx_v_sleeper->asleep - 1);
-
-            /* "ivshmem/channel/membership.pyx":799
- *                 finally:
- *                     sleeper.asleep -= 1
- *                     if sleeper.usable():             # <<<<<<<<<<<<<<
- *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
- *                         if sleeper.asleep or sleeper.watched:
-*/
-            __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->usable(__pyx_v_sleeper);
-
-            if (__pyx_t_3) {
-
-
-              /* "ivshmem/channel/membership.pyx":801
- *                     if sleeper.usable():
- *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
- *                         if sleeper.asleep or sleeper.watched:             # <<<<<<<<<<<<<<
- *                             sleeper.begin_sleep()
- *                         else:
-*/
-              __pyx_t_6 = (__pyx_v_sleeper->asleep != 0);
-
-              if (!__pyx_t_6) {
-
-              } else {
-
-                __pyx_t_3 = __pyx_t_6;
-
-                goto __pyx_L40_bool_binop_done;
-              }
-
-              __pyx_t_3 = __pyx_v_sleeper->watched;
-              __pyx_L40_bool_binop_done:;
-              if (__pyx_t_3) {
-
-
-                /* "ivshmem/channel/membership.pyx":802
- *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
- *                         if sleeper.asleep or sleeper.watched:
- *                             sleeper.begin_sleep()             # <<<<<<<<<<<<<<
- *                         else:
- *                             sleeper.end_sleep()
-*/
-                __pyx_t_17 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->begin_sleep(__pyx_v_sleeper); if (unlikely(__pyx_t_17 == ((int)-2))) __PYX_ERR(0, 802, __pyx_L37_error)
-
-
-                /* "ivshmem/channel/membership.pyx":801
- *                     if sleeper.usable():
- *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
- *                         if sleeper.asleep or sleeper.watched:             # <<<<<<<<<<<<<<
- *                             sleeper.begin_sleep()
- *                         else:
-*/
-                goto __pyx_L39;
-              }
-
-              /* "ivshmem/channel/membership.pyx":804
- *                             sleeper.begin_sleep()
- *                         else:
- *                             sleeper.end_sleep()             # <<<<<<<<<<<<<<
- *                 futile += code == 0
- *                 if code != 0 and code != IVSHMEM_AGAIN:
-*/
-              /*else*/ {
-                ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->end_sleep(__pyx_v_sleeper);
-              }
-              __pyx_L39:;
-
-              /* "ivshmem/channel/membership.pyx":799
- *                 finally:
- *                     sleeper.asleep -= 1
- *                     if sleeper.usable():             # <<<<<<<<<<<<<<
- *                         # Another thread sleeps, or watches the descriptor: it is still to be rung.
- *                         if sleeper.asleep or sleeper.watched:
-*/
-            }
           }
           __Pyx_XGIVEREF(__pyx_t_14);
           __Pyx_XGIVEREF(__pyx_t_15);
@@ -15884,7 +15753,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
           __pyx_t_11 = 0; __pyx_t_12 = 0; __pyx_t_13 = 0; __pyx_t_14 = 0; __pyx_t_15 = 0; __pyx_t_16 = 0;
           __pyx_lineno = __pyx_t_2; __pyx_clineno = __pyx_t_9; __pyx_filename = __pyx_t_10;
           goto __pyx_L1_error;
-          __pyx_L37_error:;
+          __pyx_L33_error:;
           __Pyx_XGIVEREF(__pyx_t_14);
           __Pyx_XGIVEREF(__pyx_t_15);
           __Pyx_XGIVEREF(__pyx_t_16);
@@ -15899,8 +15768,8 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
       }
 
       /* "ivshmem/channel/membership.pyx":805
- *                         else:
- *                             sleeper.end_sleep()
+ *                 finally:
+ *                     sleeper.one_awake()
  *                 futile += code == 0             # <<<<<<<<<<<<<<
  *                 if code != 0 and code != IVSHMEM_AGAIN:
  *                     return code
@@ -15908,7 +15777,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
       __pyx_v_futile = (__pyx_v_futile + (__pyx_v_code == 0));
 
       /* "ivshmem/channel/membership.pyx":806
- *                             sleeper.end_sleep()
+ *                     sleeper.one_awake()
  *                 futile += code == 0
  *                 if code != 0 and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                     return code
@@ -15940,7 +15809,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
         goto __pyx_L0;
 
         /* "ivshmem/channel/membership.pyx":806
- *                             sleeper.end_sleep()
+ *                     sleeper.one_awake()
  *                 futile += code == 0
  *                 if code != 0 and code != IVSHMEM_AGAIN:             # <<<<<<<<<<<<<<
  *                     return code
@@ -16038,14 +15907,14 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
 
       __pyx_t_3 = __pyx_t_6;
 
-      goto __pyx_L46_bool_binop_done;
+      goto __pyx_L38_bool_binop_done;
     }
     __pyx_t_6 = (__pyx_f_7ivshmem_6native_11descriptors_now() >= __pyx_v_deadline);
 
 
     __pyx_t_3 = __pyx_t_6;
 
-    __pyx_L46_bool_binop_done:;
+    __pyx_L38_bool_binop_done:;
     if (__pyx_t_3) {
 
 
@@ -16072,7 +15941,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait(struct __pyx
     }
   }
 
-  /* "ivshmem/channel/membership.pyx":747
+  /* "ivshmem/channel/membership.pyx":753
  *     # Waiting.
  * 
  *     cdef int wait(self, object timeout, object spin) except -2:             # <<<<<<<<<<<<<<
@@ -16234,16 +16103,16 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_arm(struct __pyx_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_7fileno(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_5fileno(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_6fileno, "Return a descriptor for an event loop, which is readable when there may be something.\n\n        After it was readable, call the end\047s method with timeout=0 until that brings nothing:\n        only then is the descriptor quiet, and readable again with the next ring. It stays the\n        end\047s, and `close()` closes it.\n\n        Raises:\n            OSError: EMFILE or ENOMEM, at the first call, which makes the descriptor.\n            ClosedError: it is closed.\n        ");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_7fileno = {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_7fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_6fileno};
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_7fileno(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_4fileno, "Return a descriptor for an event loop, which is readable when there may be something.\n\n        After it was readable, call the end\047s method with timeout=0 until that brings nothing:\n        only then is the descriptor quiet, and readable again with the next ring. It stays the\n        end\047s, and `close()` closes it.\n\n        Raises:\n            OSError: EMFILE or ENOMEM, at the first call, which makes the descriptor.\n            ClosedError: it is closed.\n        ");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_5fileno = {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_5fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_4fileno};
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_5fileno(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -16269,14 +16138,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("fileno", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6fileno(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_4fileno(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6fileno(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_4fileno(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -16570,16 +16439,16 @@ static PyObject *__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_fail(struct
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_9_membership(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_7_membership(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_8_membership, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_9_membership = {"_membership", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_9_membership, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_8_membership};
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_9_membership(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_6_membership, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_7_membership = {"_membership", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_7_membership, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_6_membership};
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_7_membership(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -16605,14 +16474,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("_membership", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_8_membership(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6_membership(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_8_membership(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_6_membership(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("_membership", 0);
@@ -16659,16 +16528,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_8_membersh
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_11_begin_waiting(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_9_begin_waiting(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_10_begin_waiting, "Say in memory that this end sleeps; whether there is something already.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_11_begin_waiting = {"_begin_waiting", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_11_begin_waiting, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_10_begin_waiting};
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_11_begin_waiting(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_8_begin_waiting, "Say in memory that this end sleeps; whether there is something already.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_9_begin_waiting = {"_begin_waiting", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_9_begin_waiting, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_8_begin_waiting};
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_9_begin_waiting(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -16694,14 +16563,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("_begin_waiting", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_10_begin_waiting(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_8_begin_waiting(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_10_begin_waiting(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_8_begin_waiting(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
   int __pyx_v_code;
   struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_sleeper = 0;
   PyObject *__pyx_r = NULL;
@@ -16842,16 +16711,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_10_begin_w
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_13_end_waiting(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_11_end_waiting(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_12_end_waiting, "End what _begin_waiting began.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_13_end_waiting = {"_end_waiting", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_13_end_waiting, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_12_end_waiting};
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_13_end_waiting(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_10_end_waiting, "End what _begin_waiting began.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_11_end_waiting = {"_end_waiting", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_11_end_waiting, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_10_end_waiting};
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_11_end_waiting(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -16877,21 +16746,19 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("_end_waiting", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12_end_waiting(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_10_end_waiting(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12_end_waiting(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_10_end_waiting(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
   struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_sleeper = 0;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   int __pyx_t_2;
-  int __pyx_t_3;
-  int __pyx_t_4;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
@@ -16901,8 +16768,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12_end_wai
  *     def _end_waiting(self):
  *         """End what _begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()             # <<<<<<<<<<<<<<
- *         sleeper.asleep -= 1
  *         sleeper.awaited -= 1
+ *         self.membership.watchers -= 1
 */
   __pyx_t_1 = ((PyObject *)((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->sleeper(__pyx_v_self)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 874, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
@@ -16912,105 +16779,30 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12_end_wai
   /* "ivshmem/channel/membership.pyx":875
  *         """End what _begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()
- *         sleeper.asleep -= 1             # <<<<<<<<<<<<<<
- *         sleeper.awaited -= 1
- *         self.membership.watchers -= 1
-*/
-  __pyx_v_sleeper->asleep = (__pyx_v_sleeper->asleep - 1);
-
-  /* "ivshmem/channel/membership.pyx":876
- *         cdef ChannelEnd sleeper = self.sleeper()
- *         sleeper.asleep -= 1
  *         sleeper.awaited -= 1             # <<<<<<<<<<<<<<
  *         self.membership.watchers -= 1
- *         if sleeper.usable():
+ *         sleeper.one_awake()
 */
   __pyx_v_sleeper->awaited = (__pyx_v_sleeper->awaited - 1);
 
-  /* "ivshmem/channel/membership.pyx":877
- *         sleeper.asleep -= 1
+  /* "ivshmem/channel/membership.pyx":876
+ *         cdef ChannelEnd sleeper = self.sleeper()
  *         sleeper.awaited -= 1
  *         self.membership.watchers -= 1             # <<<<<<<<<<<<<<
- *         if sleeper.usable():
- *             if sleeper.asleep or sleeper.watched:
+ *         sleeper.one_awake()
+ * 
 */
   __pyx_v_self->membership->watchers = (__pyx_v_self->membership->watchers - 1);
 
-  /* "ivshmem/channel/membership.pyx":878
+  /* "ivshmem/channel/membership.pyx":877
  *         sleeper.awaited -= 1
  *         self.membership.watchers -= 1
- *         if sleeper.usable():             # <<<<<<<<<<<<<<
- *             if sleeper.asleep or sleeper.watched:
- *                 sleeper.begin_sleep()
-*/
-  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->usable(__pyx_v_sleeper);
-
-  if (__pyx_t_2) {
-
-
-    /* "ivshmem/channel/membership.pyx":879
- *         self.membership.watchers -= 1
- *         if sleeper.usable():
- *             if sleeper.asleep or sleeper.watched:             # <<<<<<<<<<<<<<
- *                 sleeper.begin_sleep()
- *             else:
-*/
-    __pyx_t_3 = (__pyx_v_sleeper->asleep != 0);
-
-    if (!__pyx_t_3) {
-
-    } else {
-
-      __pyx_t_2 = __pyx_t_3;
-
-      goto __pyx_L5_bool_binop_done;
-    }
-
-    __pyx_t_2 = __pyx_v_sleeper->watched;
-    __pyx_L5_bool_binop_done:;
-    if (__pyx_t_2) {
-
-
-      /* "ivshmem/channel/membership.pyx":880
- *         if sleeper.usable():
- *             if sleeper.asleep or sleeper.watched:
- *                 sleeper.begin_sleep()             # <<<<<<<<<<<<<<
- *             else:
- *                 sleeper.end_sleep()
-*/
-      __pyx_t_4 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->begin_sleep(__pyx_v_sleeper); if (unlikely(__pyx_t_4 == ((int)-2))) __PYX_ERR(0, 880, __pyx_L1_error)
-
-
-      /* "ivshmem/channel/membership.pyx":879
- *         self.membership.watchers -= 1
- *         if sleeper.usable():
- *             if sleeper.asleep or sleeper.watched:             # <<<<<<<<<<<<<<
- *                 sleeper.begin_sleep()
- *             else:
-*/
-      goto __pyx_L4;
-    }
-
-    /* "ivshmem/channel/membership.pyx":882
- *                 sleeper.begin_sleep()
- *             else:
- *                 sleeper.end_sleep()             # <<<<<<<<<<<<<<
+ *         sleeper.one_awake()             # <<<<<<<<<<<<<<
  * 
  *     def close(self):
 */
-    /*else*/ {
-      ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->end_sleep(__pyx_v_sleeper);
-    }
-    __pyx_L4:;
+  __pyx_t_2 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_sleeper->__pyx_vtab)->one_awake(__pyx_v_sleeper); if (unlikely(__pyx_t_2 == ((int)-1))) __PYX_ERR(0, 877, __pyx_L1_error)
 
-    /* "ivshmem/channel/membership.pyx":878
- *         sleeper.awaited -= 1
- *         self.membership.watchers -= 1
- *         if sleeper.usable():             # <<<<<<<<<<<<<<
- *             if sleeper.asleep or sleeper.watched:
- *                 sleeper.begin_sleep()
-*/
-  }
 
   /* "ivshmem/channel/membership.pyx":872
  *         return code != IVSHMEM_AGAIN
@@ -17034,8 +16826,8 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12_end_wai
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":884
- *                 sleeper.end_sleep()
+/* "ivshmem/channel/membership.pyx":879
+ *         sleeper.one_awake()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Free what this end has in the channel; may be called twice."""
@@ -17043,16 +16835,16 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12_end_wai
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_15close(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_13close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_14close, "Free what this end has in the channel; may be called twice.");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_15close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_15close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_14close};
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_15close(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_12close, "Free what this end has in the channel; may be called twice.");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_13close = {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_13close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_12close};
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_13close(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -17078,14 +16870,14 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("close", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12close(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_12close(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
@@ -17099,7 +16891,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "ivshmem/channel/membership.pyx":886
+  /* "ivshmem/channel/membership.pyx":881
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -17111,7 +16903,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":887
+    /* "ivshmem/channel/membership.pyx":882
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:
  *             return             # <<<<<<<<<<<<<<
@@ -17128,7 +16920,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
     }
     goto __pyx_L0;
 
-    /* "ivshmem/channel/membership.pyx":886
+    /* "ivshmem/channel/membership.pyx":881
  *     def close(self):
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:             # <<<<<<<<<<<<<<
@@ -17137,7 +16929,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":888
+  /* "ivshmem/channel/membership.pyx":883
  *         if not self.open:
  *             return
  *         self.open = False             # <<<<<<<<<<<<<<
@@ -17146,7 +16938,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
 */
   __pyx_v_self->open = 0;
 
-  /* "ivshmem/channel/membership.pyx":889
+  /* "ivshmem/channel/membership.pyx":884
  *             return
  *         self.open = False
  *         self.wakeup = None             # <<<<<<<<<<<<<<
@@ -17158,7 +16950,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
   __Pyx_GOTREF((PyObject *)__pyx_v_self->wakeup);
   __Pyx_DECREF_SET(__pyx_v_self->wakeup, ((struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *)Py_None));
 
-  /* "ivshmem/channel/membership.pyx":890
+  /* "ivshmem/channel/membership.pyx":885
  *         self.open = False
  *         self.wakeup = None
  *         if self.watched:             # <<<<<<<<<<<<<<
@@ -17167,7 +16959,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
 */
   if (__pyx_v_self->watched) {
 
-    /* "ivshmem/channel/membership.pyx":891
+    /* "ivshmem/channel/membership.pyx":886
  *         self.wakeup = None
  *         if self.watched:
  *             self.membership.watchers -= 1             # <<<<<<<<<<<<<<
@@ -17176,7 +16968,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
 */
     __pyx_v_self->membership->watchers = (__pyx_v_self->membership->watchers - 1);
 
-    /* "ivshmem/channel/membership.pyx":890
+    /* "ivshmem/channel/membership.pyx":885
  *         self.open = False
  *         self.wakeup = None
  *         if self.watched:             # <<<<<<<<<<<<<<
@@ -17185,7 +16977,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":892
+  /* "ivshmem/channel/membership.pyx":887
  *         if self.watched:
  *             self.membership.watchers -= 1
  *         if self.membership.usable() and not self.copying:             # <<<<<<<<<<<<<<
@@ -17211,27 +17003,27 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":893
+    /* "ivshmem/channel/membership.pyx":888
  *             self.membership.watchers -= 1
  *         if self.membership.usable() and not self.copying:
  *             self.give_up()             # <<<<<<<<<<<<<<
  *             self.membership.flush()
  *         if self.membership.generation == generation:
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 893, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 888, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":894
+    /* "ivshmem/channel/membership.pyx":889
  *         if self.membership.usable() and not self.copying:
  *             self.give_up()
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         if self.membership.generation == generation:
  *             self.membership.kick_all()
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 894, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 889, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":892
+    /* "ivshmem/channel/membership.pyx":887
  *         if self.watched:
  *             self.membership.watchers -= 1
  *         if self.membership.usable() and not self.copying:             # <<<<<<<<<<<<<<
@@ -17240,7 +17032,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":895
+  /* "ivshmem/channel/membership.pyx":890
  *             self.give_up()
  *             self.membership.flush()
  *         if self.membership.generation == generation:             # <<<<<<<<<<<<<<
@@ -17252,17 +17044,17 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":896
+    /* "ivshmem/channel/membership.pyx":891
  *             self.membership.flush()
  *         if self.membership.generation == generation:
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         self.membership.ends.discard(self)
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 896, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->kick_all(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 891, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":895
+    /* "ivshmem/channel/membership.pyx":890
  *             self.give_up()
  *             self.membership.flush()
  *         if self.membership.generation == generation:             # <<<<<<<<<<<<<<
@@ -17271,7 +17063,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":897
+  /* "ivshmem/channel/membership.pyx":892
  *         if self.membership.generation == generation:
  *             self.membership.kick_all()
  *         self.membership.ends.discard(self)             # <<<<<<<<<<<<<<
@@ -17285,13 +17077,13 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
     PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self)};
     __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_discard, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 897, __pyx_L1_error)
+    if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 892, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
   }
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-  /* "ivshmem/channel/membership.pyx":884
- *                 sleeper.end_sleep()
+  /* "ivshmem/channel/membership.pyx":879
+ *         sleeper.one_awake()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Free what this end has in the channel; may be called twice."""
@@ -17312,7 +17104,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":899
+/* "ivshmem/channel/membership.pyx":894
  *         self.membership.ends.discard(self)
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -17321,19 +17113,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14close(st
 */
 
 /* Python wrapper */
-static void __pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_17__del__(PyObject *__pyx_v_self); /*proto*/
-static void __pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_17__del__(PyObject *__pyx_v_self) {
+static void __pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_15__del__(PyObject *__pyx_v_self); /*proto*/
+static void __pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_15__del__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__del__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_16__del__(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
+  __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14__del__(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
 }
 
-static void __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_16__del__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
+static void __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_14__del__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
   PyObject *__pyx_t_2 = NULL;
@@ -17343,7 +17135,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_16__del__(struc
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__del__", 0);
 
-  /* "ivshmem/channel/membership.pyx":900
+  /* "ivshmem/channel/membership.pyx":895
  * 
  *     def __del__(self):
  *         if self.open:             # <<<<<<<<<<<<<<
@@ -17352,7 +17144,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_16__del__(struc
 */
   if (__pyx_v_self->open) {
 
-    /* "ivshmem/channel/membership.pyx":901
+    /* "ivshmem/channel/membership.pyx":896
  *     def __del__(self):
  *         if self.open:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -17366,12 +17158,12 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_16__del__(struc
       PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
       __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 901, __pyx_L1_error)
+      if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 896, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_1);
     }
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-    /* "ivshmem/channel/membership.pyx":900
+    /* "ivshmem/channel/membership.pyx":895
  * 
  *     def __del__(self):
  *         if self.open:             # <<<<<<<<<<<<<<
@@ -17380,7 +17172,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_16__del__(struc
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":899
+  /* "ivshmem/channel/membership.pyx":894
  *         self.membership.ends.discard(self)
  * 
  *     def __del__(self):             # <<<<<<<<<<<<<<
@@ -17399,7 +17191,7 @@ static void __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_16__del__(struc
   __Pyx_RefNannyFinishContext();
 }
 
-/* "ivshmem/channel/membership.pyx":903
+/* "ivshmem/channel/membership.pyx":898
  *             self.close()
  * 
  *     cdef int begin_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -17422,17 +17214,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_copy(struct
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("begin_copy", 0);
 
-  /* "ivshmem/channel/membership.pyx":905
+  /* "ivshmem/channel/membership.pyx":900
  *     cdef int begin_copy(self) except -1:
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         self.membership.mapping.pin()             # <<<<<<<<<<<<<<
  *         try:
  *             self.membership.use_memory()
 */
-  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->pin(__pyx_v_self->membership->mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 905, __pyx_L1_error)
+  __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->pin(__pyx_v_self->membership->mapping); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 900, __pyx_L1_error)
 
 
-  /* "ivshmem/channel/membership.pyx":906
+  /* "ivshmem/channel/membership.pyx":901
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         self.membership.mapping.pin()
  *         try:             # <<<<<<<<<<<<<<
@@ -17448,17 +17240,17 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_copy(struct
     __Pyx_XGOTREF(__pyx_t_4);
     /*try:*/ {
 
-      /* "ivshmem/channel/membership.pyx":907
+      /* "ivshmem/channel/membership.pyx":902
  *         self.membership.mapping.pin()
  *         try:
  *             self.membership.use_memory()             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.membership.mapping.unpin()
 */
-      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->use_memory(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 907, __pyx_L3_error)
+      __pyx_t_1 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->use_memory(__pyx_v_self->membership); if (unlikely(__pyx_t_1 == ((int)-1))) __PYX_ERR(0, 902, __pyx_L3_error)
 
 
-      /* "ivshmem/channel/membership.pyx":906
+      /* "ivshmem/channel/membership.pyx":901
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         self.membership.mapping.pin()
  *         try:             # <<<<<<<<<<<<<<
@@ -17472,7 +17264,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_copy(struct
     goto __pyx_L8_try_end;
     __pyx_L3_error:;
 
-    /* "ivshmem/channel/membership.pyx":908
+    /* "ivshmem/channel/membership.pyx":903
  *         try:
  *             self.membership.use_memory()
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -17482,12 +17274,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_copy(struct
     __pyx_t_1 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_1) {
       __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd.begin_copy", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 908, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_5, &__pyx_t_6, &__pyx_t_7) < 0) __PYX_ERR(0, 903, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_6);
       __Pyx_XGOTREF(__pyx_t_7);
 
-      /* "ivshmem/channel/membership.pyx":909
+      /* "ivshmem/channel/membership.pyx":904
  *             self.membership.use_memory()
  *         except BaseException:
  *             self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -17496,7 +17288,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_copy(struct
 */
       ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->membership->mapping);
 
-      /* "ivshmem/channel/membership.pyx":910
+      /* "ivshmem/channel/membership.pyx":905
  *         except BaseException:
  *             self.membership.mapping.unpin()
  *             raise             # <<<<<<<<<<<<<<
@@ -17508,11 +17300,11 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_copy(struct
       __Pyx_XGIVEREF(__pyx_t_7);
       __Pyx_ErrRestoreWithState(__pyx_t_5, __pyx_t_6, __pyx_t_7);
       __pyx_t_5 = 0;  __pyx_t_6 = 0;  __pyx_t_7 = 0; 
-      __PYX_ERR(0, 910, __pyx_L5_except_error)
+      __PYX_ERR(0, 905, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/membership.pyx":906
+    /* "ivshmem/channel/membership.pyx":901
  *         """Begin to copy without the GIL: what is copied to stays this end's until `end_copy`."""
  *         self.membership.mapping.pin()
  *         try:             # <<<<<<<<<<<<<<
@@ -17528,7 +17320,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_copy(struct
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/membership.pyx":911
+  /* "ivshmem/channel/membership.pyx":906
  *             self.membership.mapping.unpin()
  *             raise
  *         self.copying += 1             # <<<<<<<<<<<<<<
@@ -17537,7 +17329,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_copy(struct
 */
   __pyx_v_self->copying = (__pyx_v_self->copying + 1);
 
-  /* "ivshmem/channel/membership.pyx":912
+  /* "ivshmem/channel/membership.pyx":907
  *             raise
  *         self.copying += 1
  *         return 0             # <<<<<<<<<<<<<<
@@ -17550,7 +17342,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_copy(struct
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":903
+  /* "ivshmem/channel/membership.pyx":898
  *             self.close()
  * 
  *     cdef int begin_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -17571,7 +17363,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_copy(struct
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":914
+/* "ivshmem/channel/membership.pyx":909
  *         return 0
  * 
  *     cdef int end_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -17588,7 +17380,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_end_copy(struct _
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
 
-  /* "ivshmem/channel/membership.pyx":915
+  /* "ivshmem/channel/membership.pyx":910
  * 
  *     cdef int end_copy(self) except -1:
  *         self.copying -= 1             # <<<<<<<<<<<<<<
@@ -17597,7 +17389,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_end_copy(struct _
 */
   __pyx_v_self->copying = (__pyx_v_self->copying - 1);
 
-  /* "ivshmem/channel/membership.pyx":916
+  /* "ivshmem/channel/membership.pyx":911
  *     cdef int end_copy(self) except -1:
  *         self.copying -= 1
  *         if not self.open and not self.copying and self.membership.usable():             # <<<<<<<<<<<<<<
@@ -17633,27 +17425,27 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_end_copy(struct _
   if (__pyx_t_1) {
 
 
-    /* "ivshmem/channel/membership.pyx":917
+    /* "ivshmem/channel/membership.pyx":912
  *         self.copying -= 1
  *         if not self.open and not self.copying and self.membership.usable():
  *             self.give_up()  # another thread closed this end during the copy             # <<<<<<<<<<<<<<
  *             self.membership.flush()
  *         self.membership.mapping.unpin()
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 917, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self->__pyx_vtab)->give_up(__pyx_v_self); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 912, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":918
+    /* "ivshmem/channel/membership.pyx":913
  *         if not self.open and not self.copying and self.membership.usable():
  *             self.give_up()  # another thread closed this end during the copy
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         self.membership.mapping.unpin()
  *         return self.membership.end_use()
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 918, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 913, __pyx_L1_error)
 
 
-    /* "ivshmem/channel/membership.pyx":916
+    /* "ivshmem/channel/membership.pyx":911
  *     cdef int end_copy(self) except -1:
  *         self.copying -= 1
  *         if not self.open and not self.copying and self.membership.usable():             # <<<<<<<<<<<<<<
@@ -17662,7 +17454,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_end_copy(struct _
 */
   }
 
-  /* "ivshmem/channel/membership.pyx":919
+  /* "ivshmem/channel/membership.pyx":914
  *             self.give_up()  # another thread closed this end during the copy
  *             self.membership.flush()
  *         self.membership.mapping.unpin()             # <<<<<<<<<<<<<<
@@ -17671,20 +17463,20 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_end_copy(struct _
 */
   ((struct __pyx_vtabstruct_7ivshmem_6native_7mapping_Mapping *)__pyx_v_self->membership->mapping->__pyx_vtab)->unpin(__pyx_v_self->membership->mapping);
 
-  /* "ivshmem/channel/membership.pyx":920
+  /* "ivshmem/channel/membership.pyx":915
  *             self.membership.flush()
  *         self.membership.mapping.unpin()
  *         return self.membership.end_use()             # <<<<<<<<<<<<<<
  * 
  *     cdef int enlist(self) except -1:
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->end_use(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 920, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->end_use(__pyx_v_self->membership); if (unlikely(__pyx_t_3 == ((int)-1))) __PYX_ERR(0, 915, __pyx_L1_error)
   {
     __pyx_r = __pyx_t_3;
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":914
+  /* "ivshmem/channel/membership.pyx":909
  *         return 0
  * 
  *     cdef int end_copy(self) except -1:             # <<<<<<<<<<<<<<
@@ -17701,7 +17493,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_end_copy(struct _
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":922
+/* "ivshmem/channel/membership.pyx":917
  *         return self.membership.end_use()
  * 
  *     cdef int enlist(self) except -1:             # <<<<<<<<<<<<<<
@@ -17727,7 +17519,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("enlist", 0);
 
-  /* "ivshmem/channel/membership.pyx":924
+  /* "ivshmem/channel/membership.pyx":919
  *     cdef int enlist(self) except -1:
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True             # <<<<<<<<<<<<<<
@@ -17736,7 +17528,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist(struct __p
 */
   __pyx_v_self->open = 1;
 
-  /* "ivshmem/channel/membership.pyx":925
+  /* "ivshmem/channel/membership.pyx":920
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -17752,7 +17544,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist(struct __p
     __Pyx_XGOTREF(__pyx_t_3);
     /*try:*/ {
 
-      /* "ivshmem/channel/membership.pyx":926
+      /* "ivshmem/channel/membership.pyx":921
  *         self.open = True
  *         try:
  *             self.membership.ends.add(self)             # <<<<<<<<<<<<<<
@@ -17766,22 +17558,22 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist(struct __p
         PyObject *__pyx_callargs[2] = {__pyx_t_5, ((PyObject *)__pyx_v_self)};
         __pyx_t_4 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_add, __pyx_callargs+__pyx_t_6, (2-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 926, __pyx_L3_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 921, __pyx_L3_error)
         __Pyx_GOTREF(__pyx_t_4);
       }
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
 
-      /* "ivshmem/channel/membership.pyx":927
+      /* "ivshmem/channel/membership.pyx":922
  *         try:
  *             self.membership.ends.add(self)
  *             self.membership.flush()             # <<<<<<<<<<<<<<
  *         except BaseException:
  *             self.close()
 */
-      __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 927, __pyx_L3_error)
+      __pyx_t_7 = ((struct __pyx_vtabstruct_7ivshmem_7channel_10membership_Membership *)__pyx_v_self->membership->__pyx_vtab)->flush(__pyx_v_self->membership); if (unlikely(__pyx_t_7 == ((int)-1))) __PYX_ERR(0, 922, __pyx_L3_error)
 
 
-      /* "ivshmem/channel/membership.pyx":925
+      /* "ivshmem/channel/membership.pyx":920
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -17797,7 +17589,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist(struct __p
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-    /* "ivshmem/channel/membership.pyx":928
+    /* "ivshmem/channel/membership.pyx":923
  *             self.membership.ends.add(self)
  *             self.membership.flush()
  *         except BaseException:             # <<<<<<<<<<<<<<
@@ -17807,12 +17599,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist(struct __p
     __pyx_t_7 = __Pyx_PyErr_ExceptionMatches(((PyObject *)(((PyTypeObject*)PyExc_BaseException))));
     if (__pyx_t_7) {
       __Pyx_AddTraceback("ivshmem.channel.membership.ChannelEnd.enlist", __pyx_clineno, __pyx_lineno, __pyx_filename);
-      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_5, &__pyx_t_8) < 0) __PYX_ERR(0, 928, __pyx_L5_except_error)
+      if (__Pyx_GetException(&__pyx_t_4, &__pyx_t_5, &__pyx_t_8) < 0) __PYX_ERR(0, 923, __pyx_L5_except_error)
       __Pyx_XGOTREF(__pyx_t_4);
       __Pyx_XGOTREF(__pyx_t_5);
       __Pyx_XGOTREF(__pyx_t_8);
 
-      /* "ivshmem/channel/membership.pyx":929
+      /* "ivshmem/channel/membership.pyx":924
  *             self.membership.flush()
  *         except BaseException:
  *             self.close()             # <<<<<<<<<<<<<<
@@ -17826,12 +17618,12 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist(struct __p
         PyObject *__pyx_callargs[2] = {__pyx_t_10, NULL};
         __pyx_t_9 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_6, (1-__pyx_t_6) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
         __Pyx_XDECREF(__pyx_t_10); __pyx_t_10 = 0;
-        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 929, __pyx_L5_except_error)
+        if (unlikely(!__pyx_t_9)) __PYX_ERR(0, 924, __pyx_L5_except_error)
         __Pyx_GOTREF(__pyx_t_9);
       }
       __Pyx_DECREF(__pyx_t_9); __pyx_t_9 = 0;
 
-      /* "ivshmem/channel/membership.pyx":930
+      /* "ivshmem/channel/membership.pyx":925
  *         except BaseException:
  *             self.close()
  *             raise             # <<<<<<<<<<<<<<
@@ -17843,11 +17635,11 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist(struct __p
       __Pyx_XGIVEREF(__pyx_t_8);
       __Pyx_ErrRestoreWithState(__pyx_t_4, __pyx_t_5, __pyx_t_8);
       __pyx_t_4 = 0;  __pyx_t_5 = 0;  __pyx_t_8 = 0; 
-      __PYX_ERR(0, 930, __pyx_L5_except_error)
+      __PYX_ERR(0, 925, __pyx_L5_except_error)
     }
     goto __pyx_L5_except_error;
 
-    /* "ivshmem/channel/membership.pyx":925
+    /* "ivshmem/channel/membership.pyx":920
  *         """Make the end known to the membership; if that fails, free its slot."""
  *         self.open = True
  *         try:             # <<<<<<<<<<<<<<
@@ -17863,7 +17655,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist(struct __p
     __pyx_L8_try_end:;
   }
 
-  /* "ivshmem/channel/membership.pyx":931
+  /* "ivshmem/channel/membership.pyx":926
  *             self.close()
  *             raise
  *         return 0             # <<<<<<<<<<<<<<
@@ -17876,7 +17668,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist(struct __p
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":922
+  /* "ivshmem/channel/membership.pyx":917
  *         return self.membership.end_use()
  * 
  *     cdef int enlist(self) except -1:             # <<<<<<<<<<<<<<
@@ -17899,7 +17691,7 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist(struct __p
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":933
+/* "ivshmem/channel/membership.pyx":928
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -17908,16 +17700,16 @@ static int __pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_enlist(struct __p
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_19__enter__(PyObject *__pyx_v_self, 
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_17__enter__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_18__enter__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_19__enter__ = {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_19__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_18__enter__};
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_19__enter__(PyObject *__pyx_v_self, 
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_16__enter__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_17__enter__ = {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_17__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_16__enter__};
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_17__enter__(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
 PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 #else
@@ -17943,19 +17735,19 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   const Py_ssize_t __pyx_kwds_len = unlikely(__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
   if (unlikely(__pyx_kwds_len < 0)) return NULL;
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__enter__", __pyx_kwds); return NULL;}
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_18__enter__(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_16__enter__(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_18__enter__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_16__enter__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__enter__", 0);
 
-  /* "ivshmem/channel/membership.pyx":934
+  /* "ivshmem/channel/membership.pyx":929
  * 
  *     def __enter__(self):
  *         return self             # <<<<<<<<<<<<<<
@@ -17973,7 +17765,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_18__enter_
   }
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":933
+  /* "ivshmem/channel/membership.pyx":928
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
@@ -17988,7 +17780,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_18__enter_
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":936
+/* "ivshmem/channel/membership.pyx":931
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
@@ -17997,10 +17789,10 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_18__enter_
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_21__exit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds); /*proto*/
-PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_20__exit__, "None");
-static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_21__exit__ = {"__exit__", (PyCFunction)(void(*)(void))(PyCFunctionWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_21__exit__, METH_VARARGS|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_20__exit__};
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_21__exit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds) {
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_19__exit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds); /*proto*/
+PyDoc_STRVAR(__pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_18__exit__, "None");
+static PyMethodDef __pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_19__exit__ = {"__exit__", (PyCFunction)(void(*)(void))(PyCFunctionWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_19__exit__, METH_VARARGS|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_18__exit__};
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_19__exit__(PyObject *__pyx_v_self, PyObject *__pyx_args, PyObject *__pyx_kwds) {
   CYTHON_UNUSED PyObject *__pyx_v_error = 0;
   CYTHON_UNUSED Py_ssize_t __pyx_nargs;
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
@@ -18018,7 +17810,7 @@ static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_21__exit__
   if (unlikely(__pyx_kwds_len > 0)) {__Pyx_RejectKeywords("__exit__", __pyx_kwds); return NULL;}
   __Pyx_INCREF(__pyx_args);
   __pyx_v_error = __pyx_args;
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_20__exit__(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_error);
+  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_18__exit__(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self), __pyx_v_error);
 
   /* function exit code */
   __Pyx_DECREF(__pyx_v_error);
@@ -18026,7 +17818,7 @@ static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_21__exit__
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_20__exit__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_error) {
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_18__exit__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self, CYTHON_UNUSED PyObject *__pyx_v_error) {
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   PyObject *__pyx_t_1 = NULL;
@@ -18037,7 +17829,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_20__exit__
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__exit__", 0);
 
-  /* "ivshmem/channel/membership.pyx":937
+  /* "ivshmem/channel/membership.pyx":932
  * 
  *     def __exit__(self, *error):
  *         self.close()             # <<<<<<<<<<<<<<
@@ -18051,12 +17843,12 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_20__exit__
     PyObject *__pyx_callargs[2] = {__pyx_t_2, NULL};
     __pyx_t_1 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_close, __pyx_callargs+__pyx_t_3, (1-__pyx_t_3) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 937, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 932, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
   }
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":936
+  /* "ivshmem/channel/membership.pyx":931
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
@@ -18078,7 +17870,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_20__exit__
   return __pyx_r;
 }
 
-/* "ivshmem/channel/membership.pyx":939
+/* "ivshmem/channel/membership.pyx":934
  *         self.close()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -18087,21 +17879,21 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_20__exit__
 */
 
 /* Python wrapper */
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_23__repr__(PyObject *__pyx_v_self); /*proto*/
-static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_23__repr__(PyObject *__pyx_v_self) {
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_21__repr__(PyObject *__pyx_v_self); /*proto*/
+static PyObject *__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_21__repr__(PyObject *__pyx_v_self) {
   CYTHON_UNUSED PyObject *const *__pyx_kwvalues;
   PyObject *__pyx_r = 0;
   __Pyx_RefNannyDeclarations
   __Pyx_RefNannySetupContext("__repr__ (wrapper)", 0);
   __pyx_kwvalues = __Pyx_KwValues_VARARGS(__pyx_args, __pyx_nargs);
-  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_22__repr__(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
+  __pyx_r = __pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_20__repr__(((struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *)__pyx_v_self));
 
   /* function exit code */
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_22__repr__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
+static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_20__repr__(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *__pyx_v_self) {
   PyObject *__pyx_v_state = NULL;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
@@ -18118,7 +17910,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_22__repr__
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__repr__", 0);
 
-  /* "ivshmem/channel/membership.pyx":940
+  /* "ivshmem/channel/membership.pyx":935
  * 
  *     def __repr__(self):
  *         state = ", closed" if not self.open else ""             # <<<<<<<<<<<<<<
@@ -18137,19 +17929,19 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_22__repr__
   __pyx_v_state = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "ivshmem/channel/membership.pyx":941
+  /* "ivshmem/channel/membership.pyx":936
  *     def __repr__(self):
  *         state = ", closed" if not self.open else ""
  *         return f"<ivshmem.channel.{type(self).__name__} of {self.name!r}{state}>"             # <<<<<<<<<<<<<<
 */
-  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name_2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 941, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_GetAttrStr(((PyObject *)Py_TYPE(((PyObject *)__pyx_v_self))), __pyx_mstate_global->__pyx_n_u_name_2); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 936, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 941, __pyx_L1_error)
+  __pyx_t_3 = __Pyx_PyObject_FormatSimple(__pyx_t_1, __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 936, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
-  __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 941, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_FormatSimpleAndDecref(PyObject_Repr(__pyx_v_self->name), __pyx_mstate_global->__pyx_empty_unicode); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 936, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_4 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 941, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyUnicode_Unicode(__pyx_v_state); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 936, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_5[0] = __pyx_mstate_global->__pyx_kp_u_ivshmem_channel;
   __pyx_t_5[1] = __pyx_t_3;
@@ -18166,7 +17958,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_22__repr__
   __pyx_t_7 |= __Pyx_PyUnicode_KIND_04(__pyx_t_5[1]) | __Pyx_PyUnicode_KIND_04(__pyx_t_5[3]) | __Pyx_PyUnicode_KIND_04(__pyx_t_5[4]);
   #endif
   __pyx_t_8 = __Pyx_PyUnicode_Join(__pyx_t_5, 6, __pyx_t_6, __pyx_t_7);
-  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 941, __pyx_L1_error)
+  if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 936, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
@@ -18182,7 +17974,7 @@ static PyObject *__pyx_pf_7ivshmem_7channel_10membership_10ChannelEnd_22__repr__
   __pyx_t_8 = 0;
   goto __pyx_L0;
 
-  /* "ivshmem/channel/membership.pyx":939
+  /* "ivshmem/channel/membership.pyx":934
  *         self.close()
  * 
  *     def __repr__(self):             # <<<<<<<<<<<<<<
@@ -18605,7 +18397,7 @@ static PyObject *__pyx_tp_new_7ivshmem_7channel_10membership_ChannelEnd(PyTypeOb
 static void __pyx_tp_finalize_7ivshmem_7channel_10membership_ChannelEnd(PyObject *o) {
   PyObject *etype, *eval, *etb;
   __Pyx_PyErr_FetchException(&etype, &eval, &etb);
-  __pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_17__del__(o);
+  __pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_15__del__(o);
   __Pyx_PyErr_RestoreException(etype, eval, etb);
 }
 #endif
@@ -18676,14 +18468,13 @@ static PyObject *__pyx_getprop_7ivshmem_7channel_10membership_10ChannelEnd_name(
 
 static PyMethodDef __pyx_methods_7ivshmem_7channel_10membership_ChannelEnd[] = {
   {"__reduce__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_3__reduce__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_2__reduce__},
-  {"wake_others", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_5wake_others, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_4wake_others},
-  {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_7fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_6fileno},
-  {"_membership", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_9_membership, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_8_membership},
-  {"_begin_waiting", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_11_begin_waiting, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_10_begin_waiting},
-  {"_end_waiting", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_13_end_waiting, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_12_end_waiting},
-  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_15close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_14close},
-  {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_19__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_18__enter__},
-  {"__exit__", (PyCFunction)(void(*)(void))(PyCFunctionWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_21__exit__, METH_VARARGS|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_20__exit__},
+  {"fileno", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_5fileno, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_4fileno},
+  {"_membership", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_7_membership, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_6_membership},
+  {"_begin_waiting", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_9_begin_waiting, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_8_begin_waiting},
+  {"_end_waiting", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_11_end_waiting, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_10_end_waiting},
+  {"close", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_13close, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_12close},
+  {"__enter__", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_17__enter__, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_16__enter__},
+  {"__exit__", (PyCFunction)(void(*)(void))(PyCFunctionWithKeywords)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_19__exit__, METH_VARARGS|METH_KEYWORDS, __pyx_doc_7ivshmem_7channel_10membership_10ChannelEnd_18__exit__},
   {0, 0, 0, 0}
 };
 
@@ -18702,7 +18493,7 @@ static PyMemberDef __pyx_type_7ivshmem_7channel_10membership_ChannelEnd_members[
 };
 static PyType_Slot __pyx_type_7ivshmem_7channel_10membership_ChannelEnd_slots[] = {
   {Py_tp_dealloc, (void *)__pyx_tp_dealloc_7ivshmem_7channel_10membership_ChannelEnd},
-  {Py_tp_repr, (void *)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_23__repr__},
+  {Py_tp_repr, (void *)__pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_21__repr__},
   {Py_tp_doc, (void *)PyDoc_STR("One end of a channel: what all kinds of ends have in common.\n\n    Calls may come from several threads and from signal handlers; a forked child may close its copy\n    and do nothing else with it.\n    ")},
   {Py_tp_traverse, (void *)__pyx_tp_traverse_7ivshmem_7channel_10membership_ChannelEnd},
   {Py_tp_methods, (void *)__pyx_methods_7ivshmem_7channel_10membership_ChannelEnd},
@@ -18733,7 +18524,7 @@ static PyTypeObject __pyx_type_7ivshmem_7channel_10membership_ChannelEnd = {
   0, /*tp_getattr*/
   0, /*tp_setattr*/
   0, /*tp_as_async*/
-  __pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_23__repr__, /*tp_repr*/
+  __pyx_pw_7ivshmem_7channel_10membership_10ChannelEnd_21__repr__, /*tp_repr*/
   0, /*tp_as_number*/
   0, /*tp_as_sequence*/
   0, /*tp_as_mapping*/
@@ -19148,14 +18939,14 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Wakeup
   __pyx_vtable_7ivshmem_7channel_10membership_Wakeup.wait = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *, int64_t))__pyx_f_7ivshmem_7channel_10membership_6Wakeup_wait;
   __pyx_vtable_7ivshmem_7channel_10membership_Wakeup.clear = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_Wakeup *))__pyx_f_7ivshmem_7channel_10membership_6Wakeup_clear;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_Wakeup_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup)) __PYX_ERR(0, 609, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_Wakeup_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup)) __PYX_ERR(0, 607, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup = &__pyx_type_7ivshmem_7channel_10membership_Wakeup;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup) < (0)) __PYX_ERR(0, 609, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup) < (0)) __PYX_ERR(0, 607, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup);
@@ -19165,9 +18956,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Wakeup
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, __pyx_vtabptr_7ivshmem_7channel_10membership_Wakeup) < (0)) __PYX_ERR(0, 609, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Wakeup, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup) < (0)) __PYX_ERR(0, 609, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup) < (0)) __PYX_ERR(0, 609, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, __pyx_vtabptr_7ivshmem_7channel_10membership_Wakeup) < (0)) __PYX_ERR(0, 607, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Wakeup, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup) < (0)) __PYX_ERR(0, 607, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup) < (0)) __PYX_ERR(0, 607, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -19192,22 +18983,23 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Channe
   __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.attempt = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_attempt;
   __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_begin_sleep;
   __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_end_sleep;
+  __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.one_awake = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_one_awake;
   __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.sleeper = (struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *(*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_sleeper;
   __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_probe;
   __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.wait = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, PyObject *, PyObject *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_wait;
-  __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.mend = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_mend;
+  __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_restore;
   __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.give_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_give_up;
   __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.arm = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_arm;
   __pyx_vtable_7ivshmem_7channel_10membership_ChannelEnd.fail = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, int))__pyx_f_7ivshmem_7channel_10membership_10ChannelEnd_fail;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_ChannelEnd_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) __PYX_ERR(0, 682, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_7ivshmem_7channel_10membership_ChannelEnd_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd)) __PYX_ERR(0, 680, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd = &__pyx_type_7ivshmem_7channel_10membership_ChannelEnd;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd) < (0)) __PYX_ERR(0, 682, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd) < (0)) __PYX_ERR(0, 680, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd);
@@ -19217,8 +19009,8 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_10membership_Channe
     __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd) < (0)) __PYX_ERR(0, 682, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ChannelEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd) < (0)) __PYX_ERR(0, 682, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_vtabptr_7ivshmem_7channel_10membership_ChannelEnd) < (0)) __PYX_ERR(0, 680, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_ChannelEnd, (PyObject *) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd) < (0)) __PYX_ERR(0, 680, __pyx_L1_error)
   #if CYTHON_USE_TYPE_SLOTS
   if (__pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd->tp_weaklistoffset == 0) __pyx_mstate->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd->tp_weaklistoffset = offsetof(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd, __weakref__);
   #endif
@@ -20047,49 +19839,49 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_run, __pyx_t_2) < (0)) __PYX_ERR(0, 367, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":449
+  /* "ivshmem/channel/membership.pyx":447
  *         return self.flush()
  * 
  *     def places(self):             # <<<<<<<<<<<<<<
  *         """Return a list of (index, epoch, state, id, vector, process, name) of all places."""
  *         cdef ivshmem_memory *memory = &self.member.area.memory
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_5places, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_places, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 449, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_5places, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_places, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 447, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_places, __pyx_t_2) < (0)) __PYX_ERR(0, 449, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_places, __pyx_t_2) < (0)) __PYX_ERR(0, 447, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":483
+  /* "ivshmem/channel/membership.pyx":481
  *         return not self.mapping.fixed and ivshmem_is_silent(&self.member, place)
  * 
  *     def free_place(self, unsigned index):             # <<<<<<<<<<<<<<
  *         """Free a place at a user's word; whether it had an owner."""
  *         cdef uint64_t number
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_7free_place, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_free_place, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 483, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_7free_place, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_free_place, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 481, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_free_place, __pyx_t_2) < (0)) __PYX_ERR(0, 483, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_free_place, __pyx_t_2) < (0)) __PYX_ERR(0, 481, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":500
+  /* "ivshmem/channel/membership.pyx":498
  *     # -- the end ----------------------------------------------------------------------------------
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Close all ends, and leave the area. A forked child only forgets what it has.
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_9close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 500, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10Membership_9close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Membership_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 498, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 500, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Membership, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 498, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -20119,34 +19911,34 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":667
+  /* "ivshmem/channel/membership.pyx":665
  *         return 0
  * 
  *     def fileno(self):             # <<<<<<<<<<<<<<
  *         """Return the epoll object's descriptor, which stays this object's."""
  *         return self.epoll.epfd
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_6Wakeup_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 667, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_6Wakeup_3fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 665, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 667, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, __pyx_mstate_global->__pyx_n_u_fileno, __pyx_t_2) < (0)) __PYX_ERR(0, 665, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":671
+  /* "ivshmem/channel/membership.pyx":669
  *         return self.epoll.epfd
  * 
  *     def clear_rings(self):             # <<<<<<<<<<<<<<
  *         """Do what `clear` does."""
  *         self.clear()
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_6Wakeup_5clear_rings, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup_clear_rings, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 671, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_6Wakeup_5clear_rings, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Wakeup_clear_rings, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 669, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, __pyx_mstate_global->__pyx_n_u_clear_rings, __pyx_t_2) < (0)) __PYX_ERR(0, 671, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_Wakeup, __pyx_mstate_global->__pyx_n_u_clear_rings, __pyx_t_2) < (0)) __PYX_ERR(0, 669, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -20176,34 +19968,19 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(2, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":693
+  /* "ivshmem/channel/membership.pyx":691
  *         self.name = ""
  * 
  *     def __reduce__(self):             # <<<<<<<<<<<<<<
  *         raise TypeError(
  *             f"a {type(self).__name__} cannot be copied or pickled: open another one where it is"
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 693, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_3__reduce__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___reduce, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[11])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 691, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 693, __pyx_L1_error)
-  __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-
-  /* "ivshmem/channel/membership.pyx":738
- *         return 0
- * 
- *     def wake_others(self):             # <<<<<<<<<<<<<<
- *         """Ring the other sleepers of the channel: a place was freed."""
- * 
-*/
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_5wake_others, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_wake_others, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 738, __pyx_L1_error)
-  __Pyx_GOTREF(__pyx_t_2);
-  #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
-  PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
-  #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_wake_others, __pyx_t_2) < (0)) __PYX_ERR(0, 738, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_reduce, __pyx_t_2) < (0)) __PYX_ERR(0, 691, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/membership.pyx":827
@@ -20213,7 +19990,7 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
  *     def fileno(self):
  *         """Return a descriptor for an event loop, which is readable when there may be something.
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_7fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 827, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_5fileno, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_fileno, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[12])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 827, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -20228,7 +20005,7 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
  *         return self.membership
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_9_membership, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__membership, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 856, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_7_membership, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__membership, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[13])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 856, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -20243,7 +20020,7 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
  *         """Say in memory that this end sleeps; whether there is something already."""
  *         cdef int code
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_11_begin_waiting, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__begin_waiting, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 859, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_9_begin_waiting, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__begin_waiting, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[14])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 859, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -20258,7 +20035,7 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
  *         """End what _begin_waiting began."""
  *         cdef ChannelEnd sleeper = self.sleeper()
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_13_end_waiting, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__end_waiting, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 872, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_11_end_waiting, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd__end_waiting, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[15])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 872, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
@@ -20266,49 +20043,49 @@ __Pyx_RefNannySetupContext("PyInit_membership", 0);
   if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_end_waiting, __pyx_t_2) < (0)) __PYX_ERR(0, 872, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":884
- *                 sleeper.end_sleep()
+  /* "ivshmem/channel/membership.pyx":879
+ *         sleeper.one_awake()
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """Free what this end has in the channel; may be called twice."""
  *         if not self.open:
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_15close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 884, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_13close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd_close, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[16])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 879, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 884, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 879, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":933
+  /* "ivshmem/channel/membership.pyx":928
  *         return 0
  * 
  *     def __enter__(self):             # <<<<<<<<<<<<<<
  *         return self
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_19__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 933, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_17__enter__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___enter, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[17])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 928, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 933, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_enter, __pyx_t_2) < (0)) __PYX_ERR(0, 928, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "ivshmem/channel/membership.pyx":936
+  /* "ivshmem/channel/membership.pyx":931
  *         return self
  * 
  *     def __exit__(self, *error):             # <<<<<<<<<<<<<<
  *         self.close()
  * 
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_21__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[19])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 936, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_7ivshmem_7channel_10membership_10ChannelEnd_19__exit__, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_ChannelEnd___exit, NULL, __pyx_mstate_global->__pyx_n_u_ivshmem_channel_membership, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[18])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 931, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 936, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd, __pyx_mstate_global->__pyx_n_u_exit, __pyx_t_2) < (0)) __PYX_ERR(0, 931, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "ivshmem/channel/membership.pyx":1
@@ -20401,8 +20178,8 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
  *             if not (<ChannelEnd>end).usable():
  *                 continue  # another thread has closed it since the list was made
  *             with contextlib.suppress(IvshmemError, OSError):             # <<<<<<<<<<<<<<
- *                 (<ChannelEnd>end).mend()
- *                 if code > 0:
+ *                 (<ChannelEnd>end).restore()
+ *         return self.flush()
 */
   {
     PyObject* __pyx_temp[3] = {Py_None, Py_None, Py_None};
@@ -20461,38 +20238,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{4},{65},{10},{4},{21},{64},{2},{15},{59},{8},{17},{24},{1},{2},{15},{17},{1},{1},{4},{179},{2},{53},{6},{8},{4},{65},{7},{8},{7},{6},{6},{2},{9},{16},{14},{30},{50},{6},{4},{23},{22},{118},{20},{37},{60},{61},{5},{118},{147},{0},{14},{10},{20},{19},{21},{25},{23},{22},{16},{17},{22},{12},{11},{12},{10},{28},{30},{16},{21},{17},{14},{10},{12},{11},{6},{24},{26},{18},{13},{17},{7},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{11},{14},{16},{12},{13},{11},{3},{14},{18},{2},{4},{11},{18},{5},{6},{4},{10},{5},{10},{6},{7},{6},{3},{8},{5},{6},{8},{6},{5},{10},{3},{6},{1},{8},{5},{5},{26},{5},{4},{5},{5},{7},{7},{10},{6},{4},{4},{9},{6},{6},{3},{2},{4},{5},{6},{3},{8},{6},{16},{7},{3},{7},{4},{10},{6},{6},{7},{8},{4},{9},{6},{6},{11},{6},{7}};
-    const struct { const unsigned int length: 9; } bytes_length_index[] = {{31},{32},{28},{10},{9},{2},{9},{22},{7},{9},{114},{9},{11},{70},{276},{137},{79},{263},{97},{109}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{0},{4},{65},{10},{4},{21},{64},{2},{15},{59},{8},{17},{24},{1},{2},{15},{17},{1},{1},{4},{179},{2},{53},{6},{8},{4},{65},{7},{8},{7},{6},{6},{2},{9},{16},{14},{30},{50},{6},{4},{23},{22},{118},{20},{37},{60},{61},{5},{118},{147},{0},{14},{10},{20},{19},{21},{25},{23},{22},{16},{17},{12},{11},{12},{10},{28},{30},{16},{21},{17},{14},{10},{12},{11},{6},{24},{26},{18},{13},{17},{7},{20},{12},{9},{8},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{11},{14},{16},{12},{13},{11},{3},{14},{18},{2},{4},{11},{18},{5},{6},{4},{10},{5},{10},{6},{7},{6},{3},{8},{5},{6},{8},{6},{5},{10},{3},{6},{1},{8},{5},{5},{26},{5},{4},{5},{5},{7},{7},{10},{6},{4},{4},{9},{6},{6},{3},{2},{4},{5},{6},{3},{8},{6},{16},{7},{3},{7},{4},{10},{6},{6},{7},{8},{4},{9},{6},{6},{6},{7}};
+    const struct { const unsigned int length: 9; } bytes_length_index[] = {{31},{32},{28},{10},{9},{9},{22},{7},{9},{114},{9},{11},{34},{276},{137},{79},{263},{97},{109}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2185 bytes) */
-static const char cstring[] = "x\332\215V\317s\324\310\025\306Y~\0300\301\203\315\342TH\252\215Yl\263\266\267\274v\0011\220\304k\263@\250\260\014PY\222JJ\364H=3\035k$\215Z\232\361d\331\nG\037u\324\261\217:\316q\216>r\364q\216\374\t\374\t\371^K\363\303@\252\226\302\243\326\353\356\367\276\367\276\257_\213\361\2101\233{\236\037\261\212`\266\037H\3410?d\201\264\367\\\341l1?\020\036\343\230\257\213\220\371\236`m\014\004\223\021\223\212yB8X\217\221\355\372\212vV\031\375\311\226\2527D\303\262\353p-\334\265:\013\\n\013Esp\304x(8\375\260\210\357\t\357.{]l`\305\006&\275\252\377\232\271RE\21264\026\366\227\242P\010V\ry\255!\274hyy\213)\277!X\020\372\360K\213\220\t\022a\355PF\360\353\2338p\351\207\035V\347\212\251\300\227.a\215V\n\260+\204[6\002_)Yq\005[ZAn\322\256\243\020\256\357\325\0249Q.\n\263\266\305\266F\260\311\331\275\002\357\332 \301?\376\351)j\363\324\247\320\204d\247\023\325}\217\0028\302\225\025\021\362H\270\035\246\242P\332\021\n\211E\036{\366\340\331\352\346\235MT\327a\241\370\267\260\221\254\212+\266\313\225\312kU\211\245\033I\217E\235@\2505\366\270\312:~l\252N\340\002\254\033\337\000\210\036S\"2X\027\r\251<\222\276ga\273\364j\213\314\221!\202\310\226\251\317\367\334Ub\r4\260\252\037\356\301\243]\227\256\303\032\274\003\232\201\325\024\t\025A6 \233\262\006\240\"_\305Y\333\017\035\3568\026\202\010\356\272C\211\014\010\tQ\372\026\341\004\226b\327\n\t\213\336\215\030r-\240B\305\016\304\201\317\275\201\002\034\2518X\021\236\371\rCl\255\331R\345\357\316\307\365\037\274\233\205\252x\373\246\230\375\006cP\240\3522X\013:\373\236\017R\252<v#fY\241pb[X\026sbS\025\317\367VARKr\027\263\266\364ddY9^B>\226\2152\002\316\245Df\3419\220\230\027\215N\003YCQ\003\003\246|\210\033\372~\203\312=\364\261\205z\357\231\323T\351\214N\201\022!8Z]\035Fz\361\370\037\017^\233\362a\331\256a\021\272^\263\241\307H,\r\226\335\247e\313cQ?\207\004\266\006\017\0020C8\340\300\2014\014\343\277h\321\026\245\221\327\203N[\205\216\244\030\017\260\250\216\027\010,s\326B\365\311\2579\033\3247p\252\366<\277\215\302\240\231\030\025\230""\037\nj\"U?>\276\210j\373\215\000\036W\305>\005\250\211\301q\345\254\031\013\260G\307B\025\r\213v;\242%\001S\216\332W\033\332^\n\205\362\343\320\026\337Zm{y\\\200@\236\047\306\0338\376\307\251n\003\202It\205\030\240Q.\212\245\345\202\024\216\360\355\2348j\223c\360\261C\330<V\206e\362\243\320\207\274h\014\350\250^5.\275\235\374m\307\017\3038\210\212\267\007\2363\032\255Y\026\034\210\320\262\216\333\366I\253\307L\003u\217\033+\240\311\263\332\\\242\261\324\306\047 \340\317\231G\207g\314jd5\366^\245\234\3741C\033\262\266L\325\325\300JGs\307\310\321\014\037\347b7\343\277\016c\214F#\370\266i\246\226ul\016}N\241\275}v\326\240\033{\037\3615f\314o\2441C\030{O\007)\250\247\376c*1Q\240\236\033a\033\240?\"\2558\310\177?\0058\264\177\002\256\230\261]\301C+D\205Ua\311\013\367\243\340{ODg\027\227\003\"\361\260C\206\027\002t>\353\354\343\217&\254\247b?z.\252\226Utv\360:\024\302\200}\313\252\306\236M\317\332\000\002\3765 +\363\364\235\3305\026\2177\314\023\355\320*\226\321\260\025Qw\245\211f\314\335\301\242\201\212>\311wh\020\373\364\202\254\207\216\325X\370O\252aY\221P\204\226W\t=\335?\307ei9\276\037\342\032vq\275\220i\\\233\226T\226\355\207~\214\0271\246N\\F\271;\2701W\031W\035\317\226\376\332p1\256\230\n\032\346\030\t\266K>\260!\n!\206\n\267\367\214t\362\246i\373\216\260}\324w?\302\025n\373\261\027\331q\030\242\342\226th\n\237>R\331<t\204G/\3008\270\003\3145\224\337E\242\205\rUG\345DW\341\305\031\311\021$\341\177 \035)\2617\222QG\302\t\230\024\r\365\361\0257\312\024\370\225pE\025\260\0322r}\233\273\r\216\224=Q\364\317\321\322\274\0055\342H\0201\036R\261\250\004^L\013\374j\025\324\340\273\305W\001\256X\203(?\025\201\037\204\370*\251\310H\345]\235~\025\025\227G\206\2560_\210#\203j\241\203\343\373\303%g\305\305\252d\315\303\347\205it\n\327w\0004q\020\240\365**gT/\256\224\026wc\241Z\346:\033\353\030ms6\3328\003\241\250\322\225\272\324\362\245\303n\342\213\315\213nmZ\321\362\t\242\317\"\205\024\026\266\364\254\363C\205\276\241\330\315\345\023\016\334\033j\375\352g\347\025\252\204""\271\267\023\375\223\247\372\047/%\3634:w\360uR~\273\375v\273?9u\360=l\030\374\372@&\315\376\324t2\221\314&\345D\244\353d\275x\320\314\037Q\202\367\367\223\347\0176i\330\237\272@[\037%\306\303_\022\33673f\377\371\364~6\221\277\377\224.\352\031\275\233\235\314v\273\02347\231N\344Kn\351\322`\311\212\266\263Rn\375\2036\376\236$q\372Ho\3532E,\000\2767\030n\245%\032^\323\327u=\343\204\353\247t\236\036o\322\365|\347\317\344\342\374\301\355d1\205\323\213\007\355\244\236\332\372\n\020M_I\336\350\365\367x\374G\033/74\327Qv\273\373U\267\371\341\334\211\263\027(P\177\022\005 O\017\222\313\tO\242\364\266\376J#\255\322Qi^\227\364\274\336\324\355\254\326-\367\247.\047\377\204a)\233\247(?\247\333\351+\375\"\373U\266\220\375\2537\337\273s\270q\310\373\323@0\223\334K\233z2\373\"\3736\303\256R\362\033\0006\217U\335\004\252)P\202\264f\322\207\032U\375}\312\323}\255\262kG+\177><\r\027\330\177_O\350/ux\264|\267\267\321\343\264\367\n\252\010\337\323\227\223r\177\372j\272\253\317e\363\331\275n\263?\375\273\264\234V\365w\032\261\347\322sz5kvOw\355\336L\357;\3544\263.\226\336\351nt+=\370\230M\036\246\353\024\371}N\364\207\323\3032\234?\270\225\314$\273\351\2314FE\201\362\246I\261|t\343no\275\267{x\3460~\267\235S\270O\272\271\224|\r\357\240\244\224\\M\221\350\205\203\227\300y*\375\373\321\215[]\336m\366N\366\036\036\336~7O\221F\325\272\2369\335\371<\355\246>\251\037\202\215\305^)\007\2620 y*GD\374\243\226\377\227t\032\264\020z4\270x\020\047;\t\3455y\342\3545(\321\014\246\000\231\020\224SG\317\033!S\256si)\275\236J\035f\245\314\244\277\205\342N\236\245\304\256\047\016\342A7\315\376\345/\373\263W\323\355\376\354\025HcK\277\314fA\352\334\202^\007\364\215\314\356^\352\256\323\\l\334\013\275\241%\0308\203\354\317\364Z\207\317\017\233\375\271\353\320\365\213\354TVFfX\251\322\205\364\005\370\243B\254\366\232\207\023\207\263\207\257\336=\177gV\356\220\022\314\321\231\373m\272\231F\372N\266\336\277\272\240\357\301\351Dw\026*\234\273\232\376\000\333\364L\262\t@\210=\227\236\007\230\355\367\205&\363""\034\301\363\243\024\247\375\303\324\211\263\245\2448\233o\322\215t\017\370_\302\321\253\336K\304}\371n\356\250\374\234N\342\031r\006]\031\231]\236\327\263\372o\024\345J\362_(\313\024`p\370\251t$G\2221\002\314\215\351\207\204\241H\354\323\311\271\364\006D<\253\313\375Q\003\241\363n\036Sp7l\033\303\3460Eto\232\372\224)\201\047i\207\272\nYo\223\267\377\001\r\201\024\022";
-    PyObject *data = __Pyx_DecompressString(cstring, 2185, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (2149 bytes) */
+static const char cstring[] = "x\332\215V\317s\324\310\025\306\t?\014\230\340\301fq*$\325\203Y\260Y\333[^\273\200\030H\342\265Y TX\006\250,I%%z\244\236\231\2165j\215Z\232\361dw+{\364QG\035u\324q\216s\364\321G\037\347\310\237\260\177\302~\257\245\371a\340\020\n\217Z\257\273\337\373\336\367\276~-\306C\306l\356y*dU\301l\345K\3410\0250_\332{\256p\266\230\362\205\3078\346\033\"`\312\023\254\203\201`2dR3O\010\007\3531\262]\245ig\215\321\237l\353FS4-\273\001\327\302]k0\337\345\266\3204\007G\214\007\202\323\017\013\371\236\360\036\260w\305\006Vl`\322\253\251w\314\225:\324\264\241\271\270\277\024\006B\260Z\300\353M\341\205\313\313[L\253\246`~\240\340\227\026!\023$\302:\201\014\341W\2318p\251\202.kp\315\264\257\244KX\303\225\002\354\n\341\226M_i-\253\256`K+\310M\332\r\020\341*\257\256\311\211vA\314\332\026\333\032\303&g\017\013\274k\303\004\377\364\347\027\340\346\205\242\320\204d\247\0336\224G\001\034\341\312\252\010x(\334.\323a \355\020Db\221\307^>~\271\272y\177\023\354:,\020\377\0216\222\325Q\325v\271\3269W\325H\272\241\364X\330\365\205^c\317j\254\253\"\303:\201\363\261nr\003 zL\213\320`\275m\212\312C\251<\013\333\245W\277\315\034\031 \210l\033~\276\341\256\026k(\003\253\251`\017\036\355\206t\035\326\344]\224\031X\rI`\004\331\240\330\2245\000\025\371j\316:*p\270\343X\010\"\270\353\216$2,H\000\352\333\204\023X\212]+$,z7b\310\265\000\206\212\035\210\003\237{C\0058RsTEx\3467\010\260\265nK\235\277;\037\362?|7\013u\361\366e1\373%\306(\201nH\177\315\357\356{\nE\251\361\310\r\231e\005\302\211laY\314\211\014+\236\362VQ\244\266\344.fm\351\311\320\262r\274\204|\"\033m\004\234K\211\314\302s 1/\034\237\006\262\006\242\216\n\030\372\0207P\252It\217|l\201\357=s\232\252\335\361)\320\"@\215VWG\221^?\373\347\343w\206>,\3335U\204\256\327l\3501\024K\303e\217h\331\362D\324O!\201\255\311}\037\225!\034p\340@\032\246\342\377\327\242-J#\347\203N[\225\216\244\230\014p[\237$\010U\346\254\r\366\311\2579\033\3247p\252\366<\325\0011h&F\005\346\207\202\232H\265\017\217/\242\332\252\351\303\343\252\330\247\000u1<\256\234\265\"\201""\352\321\261\320E\303\242\335\216hK\300\224\343\366\325\201\266\227\002\241U\024\330\342+\253c/O\n\020\310\363\304x\023\307\377d\251;\200`\022]\241\n\320(\027\305\322rQ\024\216\360\235\274p\324&\047\340c\207\260y\244M\225\311\217F\037\362\302\t\240c\276\352\\z;\371\333\216\n\202\310\017\213\267\307\2363\036\255Y\026\034\210\300\262N\332\366I\253\047LCuO\032\253(\223gu\270Dc\251ON@\300\2372\217\017\317\204\325\310j\342\275F9\251\241\201\016\341\216\021\236\031>\313em\306\177\033y\033\217\306@m\3236-\353\304\034:\232F#\373\344\254\3011\361>\256\314\2041\277{&\014A\344\275\030\202\325/\3243\"\223\310\326\257\214\204\r\320\357p.#?\377\375\030\340\310\376\021\270b\306v\005\017\254\000\\\352\302\222S\364\235\340{\317Ew\027\327\000\"\361\240K\206\327\002\205{\331\335\307\037MX/\304~\370J\324,\253\350\341\250\340\250\344\303:[V-\362lz\326\207\020\360\257\t\001\231\247r\"\327X<\3364O4>\253XF\303vH}\224&Z\021w\207\213\206z\371(\337\221A\354\323\013\262\0369\326\023\341?b\303\262B\241\t-\257\021z\272iN\n\320r\224\np\341\272\270H\3104\251BKj\313V\201\212\360\"&t\210k\047w\0077\346\322\342\272\353\331R\255\215\026\3432\251\2425N\024\301v\311\0076\204\001\304P\345\366\236\221N\336\036m\345\010[\201\337\375\020\227\265\255\"/\264\243 \000\343\226th\n\0379R\333<p\204G/\3008\354\366\346\302\311o\035\321\306\206\232\243\363B\327\340\305\031\313\021E\302\177_:Rbo(\303\256\204\023TR4\365\207\227\3318S\340\327\302\0255\300j\312\320U6w\233\034){\242\350\224\343\245y\263iF\241\240\302xH\305\"\n\274\210\026\250Z\r\245\301\027\212\322>.S\203(?\025\276\362\003|\177Te\250\363\376M\277\232\310\345\241)W\220/\304\221\001[\350\325\370\322p\311Yq\205jY\367\360!aZ\232\306E\355\003M\344\373h\262\232\350\014\033\305\345\321\346n$t\333\\\\\035s :\020~ jtc.\265\225t\330\035|\220y\341\335M+\\>E5\263H\026\205\205-\275\354~[\245O$vg\371\224\003\237\246\236\252\366\311y\rj0\367\323\324\340\364\231\301\351+q\231F\027\016\276\210+?m\017\246g\016\276\201\005\203\337\034\310\2705\230\231\215\247\342\371\270""\022\213d\235\254\227\017Z\371#\214\361\376~\372\342\301&\r\0073\227h\353\323\330x\370k\314\007f\306\354\277\230<\312\246\362\367\357\223\333\351\\\272\233\235\316v{S47\235L\345K\356\246\245\341\222\225\324\316J\271\365\217\251\361\367<\216\222\247\351vZ\241\210\005\300\367\006\303\335\244D\303\033\351\315\264\221q\302\365C\262\236o\371158\377\233\257\270\225\3624\314\356\365>\357\265~\276p\352\374%r2\230Fr\264\370q|5\346q\230\334K?O\001\271t\\*\247\245\264\234n\246\235\254\336\253\014f\256\306\377\202a)+\017f.\037\374\230l\047o\323\327\331\257\262\305\354\337\375r\377\376\341\306!\037\314\002\362\\\3740i\245\323\331\257\263\2572\354*\305\277M\312\371c5m\201\203\031\220\r\310s\311\223\024\214\375!\341\311~\252\263\033\307+\1779<\013\027\330\377(\235J?K\203\343\345\007\375\215>\247\275\327\300\020|\317^\215+\203\331\353\311nz!+g\017{\255\301\354\357\223JRK\277N\021{!\271\220\256f\255\336\331\236\335\237\353\177\215\235f\326\305\322\373\275\215^\265\017\037\363\361\223d\235\"\277\317\213\370\363\331\021\r\027\017\356\306s\361nr.\211@\032P\3361)V\216o=\350\257\367w\017\317\035FG\333yy\366I\023W\342/\340\035t\227\342\353\t\022\275t\360\0068\317$\3778\276u\267\307{\255\376\351\376\223\303{Ge\2124f\353f\346\364\312y\332\255\364t\372\004\325\270\335/\345@\026\207\005\234\311\021Qm\301%\r\276O\312\037\327\225\006m\204\036\017.\037D\361NLyM\237:\177\003*3\203\031@&\004\225\304I\313F\244\224\353BRJn&2\r\262Rf\322\337\002\271\323\347)\261\233\261\203x\263\327\220\346\325\317\006\363\327\223\355\301\3745Hc+}\223\315\243\250\013\213\351:\240odv\357Jo\235\346\"\343^\244\033\251D\005\316!\373s\375\366\341\253\303\326`\341&4\373:;\223U\220\031V\352d1y\215\372\021\021\253\375\326\341\324\341\374\341\333\243WGf\345\016)\301\034\213\205\337%\233I\230\336\317\326\007\327\027\323\207p:\325\233\207\n\027\256\047\337\3026;\027o\002\020b/$\027\001f\373}\241\311<G\324\371i\262\r\032fN\235/\305\305\271\373!\331H\366\200\377\r\034\275\355\277A\3347G\013\307\225Wt\312\316\2213\350\312\310\354j""9\235O\377NQ\256\305\377\203\262\014\001\303\203M\324\221\034I\306\010\2600\241\037\022\206&\261\317\306\027\222[\020\361|Z\031\214\233\003\235e\363\230\201\273QK\030\035\374\031*\367\246\341\247B\t<O\272\3241\310z\217\274\375\002\013\230\370\016";
+    PyObject *data = __Pyx_DecompressString(cstring, 2149, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2940 bytes) */
-static const char cstring[] = "\377 at  can\377not be c\377opied or\377 pickled\377: open a\376\035\000her one\373 w\006\000e it \177is need-\000\336\007\000clos6\001f \377 of ivsh\277mem_chX\000e\377l.h plac\373es\030\001the a\367rea\001\001 tak_en; `*\004 *\004\377 info` l\337ists .\000m#\377x(tree f\377ragment)\377): some \207proU\000!\001\307\000\306\000 \377write to\3723\001 \201\000ory h\177as spoi\316\000\326\266\000, \247\003,\276\001im\377possiblew (,\331\000ich\206 \357longv\000o s}l\226 .: : \256\006\352I\001<\332\004.\331\005>?N\326\231 Now\001h\321 Cy\357thon\237!del\377iberatel\377y strict\372\306 t\226  PEP-\367484\333 d re\367jec\352\000subc\357lass\246#bui\377ltin typ\377es. If ySou\361\"\336\001p%\000 &\010\276\327 n set\366\002\047~\320Bation_<\000\377ing\047 dir\366b\000iv\233\"Fals\373e.\204@ fork\376\363@child m\003ay\344@\251\000\315B\353@\237`\352@\370\277!\326@\312Dsa wo\277rdadd_\267`e\347all\232f\211Erem#ov\311`\353A\200d,\325a\373A\260\210b\206c\302`\274DatP\001k\336\372Edisa\223@en\376\001\002rror gcKis\n\003d\360-\210Ee%\001\365s\370d/\370d/mem\376\200@ship.py\377xno defa\377ult __re\377duce__ d\275u\261bnon-\242@v\367ial\033\000ciniGt__\252\003\265\204\001\303\010s\274\204\002\\\362\204\003\320\204\001end\340`n\223\205\002\216\014\007reg\377 \375bu\000rgoom\353!\340\204\005s:\355 \355k\311\205\002by\374\204\007ser\366\241@--\346% SIZ\323E`\272\"$\000D\301Bor_y.cre\325`(\215E\205=#\001)\334\205\001o\004\217\206\006\006\013m\337apped\203\002recad\230`\355B\000\": \274 t\272C\352\205\001b\217\206\001eedk\007\363\047s\324\006\335\206\002of a_ vers\203!t\230\205\001\376\264\207\001ot know\273n \311\207\001thi\342\206\001i-s\372`pp\212\002f\257\206\r\262@\377compare-\333ex\323\207\001ge\247\206\005a \047que\273@\211\210\001s\252\210\004\341\207\001\377device i\376\265\210\007way (re\377source2_\207wc)v\002\275\207\004\267\000\223\204\003a\337mong \336Jwa\377s freed,1 \246@\006\001\217c()\251\211\001\271@?a new \264B\243\211\001|\363\207\010/\000ecaus\257\211\002~D\001sile""nt\236\010~\336FagainC\256\211\003\177Corrupt\007\004\367End\000\007.__e\277nter__\006\013x\360\250\204\001\032\n\326\204\0050\tbegi\377n_waitin\035gI\tend\003\021\263\205\007w\010\324\352\212\002\207\010f\320\001o\230\010wa?ke_oth\366@\273\005*\300\206\001C\242\213\002E\313\206\001I\236\213\003\007\002\251M\230\206\006\000\007.\224\206\006c\310\211\002_\375_\017\nsetsta\007te_\013\020\210\214\002?\010\246GT\010\274\214\214\003e\010runN\273\005sgNoI\337!\377!sR\277\206\002~\260\002Wakeup\000\003\360\217\017\017\006\214\016+\004clea\177r_rings=\004\376\263#WeakKeywDic\254\212\001ary\r\001\377Set__Pyx\374\001\000\025\001_NextR\357ef__\323\212\004e__\370\200f\217`\371B__fun%c\025\001g\230%#\000m\324`)\001\337modul2\002na\245m:\002p\\\000\301#_\007\001vyt\360\211\001T\001qual\035\005X\234\211\005\200N\266\211\006ex\210\001s\256\000\362Q\005st\010\232N__te\233st\274\000af\303\204\001\374\213\001_\376\212\204\n_doorbe_ll_no\246\204\001_\221\204\010\377_is_coro\277utine_\321\212\007a\273ddI\003in_\306\214\002a\177syncio.$\006\177satbeat\372(\373cl@\001in_tr\177aceback\303\220\002\376\307\220\003codecon\375t\364 libcou\377ntcurren\357t_id\027\001ded\377iscarden\216(\001end\374\212\005\202\214\002\206\214\003e\177ventfds\234\205\003\305fC\000d\265\207\007\242@\245@pi\367diiB\000tity\375iB\000xitems\370\323\217\r\273\214\007\302`selef\377tlimitlo\177calmach\214 \316\326\212\001ing\346\214\007\373\220\003mu\313te\356An\277`\346 at\373nu\215\215\001offse\377toneospe\363er\236\222\002\242\222\003popr\177andbits\273\214\003\272\303\214\001s\357\207\001at_\253\217\001r\375e\314\222\002runsec\217rets\216\000I\001\322\215\004s\337ignal\343\210\003sl\377eepersup\357presB\000xtt\375h\361\213\004values?vector\247\207\010\271\207\001\377upweakre\377fint (vo\277id *, \n\0006\2374_t)\000\300\205\001\261`l\375l\013\004 (PyOb\376\300\221\001 *)\000dea\355d\326Bof\013\022spi\377n_of\200\001\330\004\277\005\330\004\022\220!\006\001\n\377\210+\220Q\200A\200A\237\330\010\014\210F\021\000\006""\000\016\377\210i\220q\330\014\020\220\377\001\220\024\220Q\220e\230\3351\033\001\017\210q\001\003t\220~\r\000\340\010\013\2104\210\010\000\267\330\014\r7\001H\220=\002J\347\220a\330\025\002;\002\013\230=\373\250\001\n\003{\230\047\240\023\377\240D\250\004\250D\260\001\366X\001\010\230\002\002\013\2306\240}\021\033\005,\240c\250\021u\001\357\013\2309\240\215\002K\220u_\230H\240A\240\240\000\340\231\005\367\340\010\017v\0006\230\021\200\377A\340\010\"\240$\240h\375\250r\000\017\210{\230!\330\356\030\000|\2301\310\001K\220}~?\001\013\2107\220\047\230R\000\377\017\210w\220h\230c\240\375\027\217\000\020\027\220|\2401\355\340\004\000z\240A\002&\240a\377\240t\2507\260%\260q\337\360\n\000\t\r\206!\330\010\374\376\000\222!E\220\025\220a\220\277t\2307\240%\240\224 \021\377\320\021!\240\021\240!\240\3774\240w\250g\260Q\330\357\014\025\220\\\016\000(\250!\377\330\014\017\210}\230A\230\377X\240S\250\002\250#\250\377]\270!\2708\3003\300\367a\330\020\324\000\023\220<\230\377q\240\010\250\003\2502\250\2563\000\021\220\031\256\000\014\003\001-\353\240q\245 \014\220@\2206\230\377\023\230G\2401\330\014\036\377\230a\230x\240s\250\"\337\320,@\300\006@\000\014\023\377\220=\240\001\240\026\240r\377\320);\2703\270a\330\3629\000\027\303 Y\000\020\025\220Q\377\330\020\034\230D\240\n\250\377!\250<\260q\330\020\035\177\230Q\230f\240B\240y\000\377\030\230\n\240-\250q\260\177\006\260c\270\023\270B7\000\372\031\002l(\0008\2603\260b\377\270\001\330\020\024\220G\230\2611v\001\332!\346@\360\006\376\006\013\377\2106\220\023\220D\230\007\323\230u\222@\243\000*\336\002Q\320\377&;\2701\270D\300\007\257\300u\310A\360Cx\264a\022\363\220+y\000\205`\021\220\034\230\376\234 \r\210T\220\027\230\005\377\230Y\320&6\260a\260\377q\270\004\270G\3007\310\371!\304A\244\047$\250d\260!\276\361\003q\240\004\240G\213@\047\211\270\340@\205\001#\335E\236\204\002\341At\370\310!\352A\340R\014\210K\220v\372x\000\010\000\006\017\210u\220C\375\220\324\001\010\000\t\"\240\023w\240A\360\006\000\014\2104\253B\237Q\230d\240!\304""\204\002\350\001\030\377\230\021\230$\230i\240r{\250\021\320@\010\013\210:\332 w\010\t\330\235@$\220d\342`\376\274`q\330\025\026\330\024\034\337\230A\330\024\027\230`:\240\367T\250\024\322@\030#\2401\376\270\0003\250c\260\022\2601\372\030\001u\214`Q\230e\2403\353\240i\377 \007\373\000\007\270v\377\300R\300q\330\030$\240}A\245`\005\250Q\250aB\001\237s\230#\230S\275@\205!-\377\270q\300\001\300\024\300X\227\310R\310%\002C\206a\266\205\002\030\377\033\2304\230t\2408\250\2771\330\034#\240<\324@\001\377\260\024\260Q\330\030\034\230\375O\021\000\020\023\2204\220t\335\230y\000\030\230\013\212\000A\340\370\215\204\004\336\003\345@H\230A\200A\277\360\014\000\t\021\220\225\206\004|\257\2303\230k\275\000TF\000X\373\270Tu\000T\310\030\320Q\305R\377\206\001\007I\001\325`\240`\021\330\277\025!\240\024\240Vb\001\027s\220\177\327`\374\002\010\014\210\370\206\002\320\243a\213\204\001\303\204\001^\000\030\265h4\210\367x\220s\351\204\001\020\220\n\230\267&\240\001C\000Q\330\267\207\007\020\257\220\013\2301\354\207\001\014\315 \014P\n\001\263\207\001\004\002\231\207\001\014\353\206\0014>\000\375#\313`\020\024\220K\230y\004\322\207\001\201\207\0017J\001";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2940, 4047);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2885 bytes) */
+static const char cstring[] = "\377 at  can\377not be c\377opied or\377 pickled\377: open a\376\035\000her one\373 w\006\000e it \177is need-\000\336\007\000clos6\001f \377 of ivsh\277mem_chX\000e\377l.h plac\373es\030\001the a\367rea\001\001 tak_en; `*\004 *\004\377 info` l\337ists .\000m#\377x(tree f\377ragment)\377): some \207proU\000!\001\307\000\306\000 \377write to\3723\001 \201\000ory h\177as spoi\316\000\326\266\000, \247\003,\276\001im\377possiblew (,\331\000ich\206 \357longv\000o s}l\226 .: : \256\006\352I\001<\332\004.\331\005>?N\326\231 Now\001h\321 Cy\357thon\237!del\377iberatel\377y strict\372\306 t\226  PEP-\367484\333 d re\367jec\352\000subc\357lass\246#bui\377ltin typ\377es. If ySou\361\"\336\001p%\000 &\010\276\327 n set\366\002\047~\320Bation_<\000\377ing\047 dir\366b\000iv\233\"Fals\373e.\204@ fork\376\363@child m\003ay\344@\251\000\315B\353@\237`\352@\370\277!\326@\312Dsa wo\277rdadd_\267`e\347all\232f\211Erem#ov\311`\353A\200d,\325a\373A\260\210b\206c\302`\274DatP\001k\336\372Edisa\223@en\376\001\002rror gcKis\n\003d\360-\210Ee%\001\365s\370d/\370d/mem\376\200@ship.py\377xno defa\377ult __re\377duce__ d\275u\261bnon-\242@v\367ial\033\000ciniGt__\252\003\265\204\001\303\010s\274\204\002\\\362\204\003\320\204\001end\340`n\223\205\002\216\014\007reg\377 \375bu\000rgoom\353!\340\204\005s:\355 \355k\311\205\002by\374\204\007ser\366\241@--\346% SIZ\323E`\272\"$\000D\301Bor_y.cre\325`(\215E\205=#\001)\334\205\001o\004\217\206\006\006\013m\337apped\203\002recad\230`\355B\000\": \274 t\272C\352\205\001b\217\206\001eedk\007\363\047s\324\006\335\206\002of a_ vers\203!t\230\205\001\376\264\207\001ot know\273n \311\207\001thi\342\206\001i-s\372`pp\212\002f\257\206\r\262@\377compare-\333ex\323\207\001ge\247\206\005a \047que\273@\211\210\001s\252\210\004\341\207\001\377device i\376\265\210\007way (re\377source2_\207wc)v\002\275\207\004\267\000\223\204\003a\337mong \336Jwa\377s freed,1 \246@\006\001\217c()\251\211\001\271@?a new \264B\243\211\001|\363\207\010/\000ecaus\257\211\002~D\001sile""nt\236\010~\336FagainC\256\211\003\177Corrupt\007\004\367End\000\007.__e\277nter__\006\013x\360\250\204\001\032\n\326\204\0050\tbegi\377n_waitin\035gI\tend\003\021\263\205\007w\010\224\352\212\002\207\010f\320\001o\245\005\252\206\001CJ\214\213\002E\265\206\001I\210\213\003\007\002M\202\206\006j\000\007.\376\205\006c\262\211\002__\017\n\377setstate\001_\013\020\362\213\002?\010\220GT\010\366\213\003e\010\357runN\245\005sNo\231I\311!\351!sR\251\206\002\260\002W\037akeup\000\003\217\017\017\006\374\214\016+\004clear_\237rings=\004\235#W\377eakKeyDi\335c\226\212\001ary\r\001Se?t__Pyx\001\000\025\001\377_NextRef;__\275\212\004e__\352F\371@~\343B__func\025\001\311g\230%#\000m\276`)\001mowdul2\002nam:\002ip\\\000\301#_\007\001vt\332\211\001\036T\001qual\035\005\206\211\005\200N\226\240\211\006ex\210\001s\256\000Q\005s\374t\010\232N__test\246\274\000af\255\204\001\346\213\001_\364j_\377doorbell\327_no\220\204\001_\373h_i\377s_corout\357ine_\273\212\007add\356I\003in_\260\214\002asy\337ncio.$\006sa\337tbeat\372(cl\376@\001in_trac\237eback\255\220\002\261\220\003c\177odecont\364 \377libcount\377current_\373id\027\001dedis\277carden(\001e\343nd\346\212\005\354\213\002\360\213\003eve_ntfds\206\205\003fC\000\361d\237\207\007\242@\245@pidi}iB\000tityiB\000?xitems\275\217\r\245\214\007\376\302`seleftl\377imitloca\237lmach\214 \300\212\001i\363ng\320\214\007\345\220\003mute\362\356An\277`\346 atnu\376\367\214\001offseto\377neospeer\374\210\222\002\214\222\003popran\237dbits\245\214\003\255\214\001sn\331\207\001at_\225\217\001re\266\222\002\377runsecre\343ts\216\000I\001\274\215\004sig\367nal\315\210\003slee\377persuppr{esB\000xtth\333\213\004\377valuesve\337ctorw\326\205\002we\377akrefint\377 (void *\373, \n\00064_t)\331\000\265\205\001\246`ll\013\004 (\357PyOb\237\221\001 *)\337\000dead\313Bof\376\013\022spin_of\377\200\001\330\004\005\330\004\022\373\220!\006\001\n\210+\220Q\177\200A\330\010\014\210F\017\000\376\006\000\016\210i\220q\330\014\377\020\220\001\220\024\220Q\220we""\2301\033\001\017\210q\001\003\373t\220\r\000\340\010\013\2104\335\210\010\000\330\014\r7\001H\220\236=\002J\220a\330\025\002;\002\013\357\230=\250\001\n\003{\230\047\377\240\023\240D\250\004\250D\333\260\001X\001\010\230\002\002\013\230\3676\240\021\033\005,\240c\250\275\021u\001\013\2309\240\215\002K\177\220u\230H\240A\240\236\000\335\340\231\005\340\010\017v\0006\230\377\021\200A\340\010\"\240$\367\240h\250r\000\017\210|\230\3351\301\001K\220}8\001\017\210\375z\034\003&\240a\240t\250\3777\260%\260q\360\n\000\233\t\r\342\001\330\010\332\000\356\001E\377\220\025\220a\220t\2307\367\240%\240\360\000\021\320\021!\377\240\021\240!\2404\240w\377\250g\260Q\330\014\025\220\375\\\016\000(\250!\330\014\017\377\210}\230A\230X\240S\377\250\002\250#\250]\270!\377\2708\3003\300a\330\020\376\260\000\023\220<\230q\240\010\337\250\003\2502\2503\000\021\220s\031\230/\000\003\001-\240q\201 \375\014\352 \2206\230\023\230G\377\2401\330\014\036\230a\230\377x\240s\250\"\320,@\373\300\006@\000\014\023\220=\240\377\001\240\026\240r\320);\377\2703\270a\330\014\021\220\371\027\237 Y\000\020\025\220Q\330\377\020\034\230D\240\n\250!\377\250<\260q\330\020\035\230\277Q\230f\240B\240y\000\030\377\230\n\240-\250q\260\006?\260c\270\023\270B7\000\031\002\375l(\0008\2603\260b\270\377\001\330\020\024\220G\2301\330v\001\266!\302@\360\006\376\006\013\210\3776\220\023\220D\230\007\230\351u\356 \243\000*\336\002Q\320&\377;\2701\270D\300\007\300\327u\310A\314Cx\220a\022\220y+y\000\341@\021\220\034\230\234 \367\r\210T\245\000\005\230Y\320\377&6\260a\260q\270\004?\270G\3007\310!\240A\244\047\337$\250d\260!\361\003q\2407\004\240G\213@\047\270\274@\205\001\211#\271E\372b\330\327B\311 \005\001{\372\301 \010\310M\014\210K\220v\372x\000\010\000\006\017\210u\220C\275\220\324\001\010\000\t\"\343`A\335\360\006\000\014\2104\253BQ\230\347d\240!\240\204\002\350\001\030\230\021\377\230$\230i\240r\250\021\336\320@\010\013\210:\332 \010\t\335\330\235@$\220d\261@\020\027\377\220q\330\025\026\330\024\034\337\230A\330\024""\027\230`:\240\367T\250\024\322@\030#\2401\376\270\0003\250c\260\022\2601\372\030\001u\214`Q\230e\2403\353\240i\377 \007\373\000\007\270v\377\300R\300q\330\030$\240}A\245`\005\250Q\250aB\001\237s\230#\230S\275@\205!-\377\270q\300\001\300\024\300X\227\310R\310%\002C\206a\222\205\002\030\377\033\2304\230t\2408\250\2771\330\034#\240<\324@\001\377\260\024\260Q\330\030\034\230\375O\021\000\020\023\2204\220t\335\230y\000\030\230\013\212\000A\340\370\215\204\004\336\003\345@H\230A\200A\277\360\014\000\t\021\220\361\205\004|\257\2303\230k\275\000TF\000X\373\270Tu\000T\310\030\320Q\305R\333\206\001\007I\001\325`\240`\021\330\277\025!\240\024\240Vb\001\027s\220\177\327`\374\002\010\014\210\324\206\002\320\243a\213\204\001\303\204\001^\000\030\265h4\210\367x\220s\351\204\001\020\220\n\230\267&\240\001C\000Q\330\223\207\007\020\257\220\013\2301\310\207\001\014\315 \014P\n\001\217\207\001\004\002\365\206\001\014\307\206\0014>\000\375#\313`\020\024\220K\230y\004\256\207\001\335\206\0017J\001";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2885, 3976);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (4047 bytes) */
-static const char bytes[] = " at  cannot be copied or pickled: open another one where it is needed is closed of  of ivshmem_channel.h places of the area are taken; `ivshmem channel info` lists them#x(tree fragment)): some process that can write to the memory has spoiled it, closed, is impossible (, which belongs to slot .: : the area has <ivshmem.channel.>?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a a forked child may only close what it has of channelsa wordadd_noteall another process removed the channel, or the place of this processat workchannel disableenableerror gcisenabledivshmem.channel.ivshmem.errorsivshmem/channel/membership.pyxno default __reduce__ due to non-trivial __cinit__place the the channels are closedthe endpoint is closedthe region has no room for channels: make it by `ivshmem serve --channels SIZE`, or by Directory.create(channels=SIZE)the region is closedthe region is mapped for reading onlythe region is mapped for reading only: no place can be freedthe region\047s channels are of a version that is not known herethis this mapping of the memory has no compare-exchange, which a queue needs: open the device in another way (resource2_wc)this process\047s place among the channels was freed, by free_place() or by a new server on the memory, because it was silent: open the channels againChannelCorruptChannelEndChannelEnd.__enter__ChannelEnd.__exit__ChannelEnd.__reduce__ChannelEnd._begin_waitingChannelEnd._end_waitingChannelEnd._membershipChannelEnd.closeChannelEnd.filenoChannelEnd.wake_othersChannelErrorClosedErrorIvshmemErrorMembershipMembership.__reduce_cython__Membership.__setstate_cython__Membership.closeMembership.free_placeMembership.placesMembership.runNoChannelsNoInterruptsRegionErrorWakeupWakeup.__reduce_cython__Wakeup.__setstate_cython__Wakeup.clear_ringsWakeup.filenoWeakKeyDictionaryWeakSet__Pyx_PyDict_NextRef__annotate____ent""er____exit____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___after_fork_begin_waiting_doorbell_nowait_end_waiting_is_coroutine_membershipaddafter_in_childasyncio.coroutinesatbeatclear_ringscline_in_tracebackcloseclosedcodecontextlibcountcurrent_iddecodediscardencodeendendpointerrorerrorseventfdsfilenofoundfree_placegetgetpidiidentityindexitemsivshmem.channel.membershipleaseleftlimitlocalmachinemappingmembershipmemorymutenamenext_beatnumberoffsetoneospeerplaceplacespoprandbitsregionregister_at_forkreplacerunsecretsselfsetdefaultsignalsilentsleepersuppresstextthreadingvaluesvectorwake_otherswakeupweakrefint (void *, int64_t)\000ring_bellint64_t (PyObject *)\000deadline_ofint64_t (PyObject *)\000spin_of\200\001\330\004\005\330\004\022\220!\200\001\330\004\n\210+\220Q\200A\200A\330\010\014\210F\220!\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\330\010\017\210t\2201\200A\340\010\013\2104\210t\2201\330\014\r\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210q\330\014\020\220\013\230=\250\001\330\010\013\2104\210{\230\047\240\023\240D\250\004\250D\260\001\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\021\330\010\013\2104\210{\230,\240c\250\021\330\014\020\220\013\2309\240A\330\010\014\210K\220u\230H\240A\240Q\200A\340\010\014\210F\220!\200A\340\010\017\210t\2206\230\021\200A\340\010\"\240$\240h\250a\330\010\017\210{\230!\330\010\017\210|\2301\330\010\014\210K\220}\240A\330\010\013\2107\220\047\230\021\330\014\017\210w\220h\230c\240\027\250\001\330\020\027\220|\2401\340\020\027\220z\240\021\200A\340\010&\240a\240t\2507\260%\260q\360\n\000\t\r\210F\220!\330\010\020\220\001\330\010\014\210E\220\025\220a\220t\2307\240%\240q\330\014\021\320\021!\240\021\240!\2404\240w\250g\260Q\330\014\025\220\\\240\021\240(\250!\330\014\017\210}\230A\230X\240S\250\002\250#\250]\270!\2708\3003""\300a\330\020\021\330\014\023\220<\230q\240\010\250\003\2502\250Q\330\014\021\220\031\230!\330\014\021\220\031\230-\240q\250\001\330\014\022\220!\2206\230\023\230G\2401\330\014\036\230a\230x\240s\250\"\320,@\300\006\300a\330\014\023\220=\240\001\240\026\240r\320);\2703\270a\330\014\021\220\027\230\001\330\020\021\330\020\025\220Q\330\020\034\230D\240\n\250!\250<\260q\330\020\035\230Q\230f\240B\240a\330\020\030\230\n\240-\250q\260\006\260c\270\023\270B\270a\330\020\035\230Q\230l\250!\2508\2603\260b\270\001\330\020\024\220G\2301\230G\2401\340\010\017\210q\200A\360\006\000\t\r\210F\220!\330\010\013\2106\220\023\220D\230\007\230u\240A\330\014\022\220*\230A\230X\240Q\320&;\2701\270D\300\007\300u\310A\330\010\013\2104\210x\220q\330\014\022\220+\230Q\230a\330\010\021\220\034\230Q\330\014\r\210T\220\027\230\005\230Y\320&6\260a\260q\270\004\270G\3007\310!\340\010\017\210}\230A\230X\240S\250\002\250$\250d\260!\330\014\036\230a\230q\240\004\240G\2507\260\047\270\021\200A\360\006\000\t#\240$\240h\250a\330\010\014\210F\220!\330\010\017\210t\220<\230q\330\010\017\210{\230!\330\010\017\210|\2301\330\010\014\210K\220}\240A\330\010\014\210K\220v\230Q\330\010\014\210K\220v\230Q\330\010\017\210u\220C\220q\200A\360\010\000\t\"\240\023\240A\360\010\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\013\2106\220\030\230\021\230$\230i\240r\250\021\250!\330\010\013\210:\220Q\330\010\t\330\014\022\220$\220d\230!\330\020\027\220q\330\025\026\330\024\034\230A\330\024\027\220t\230:\240T\250\024\250Q\330\030#\2401\240G\2503\250c\260\022\2601\330\024\027\220u\230A\230Q\230e\2403\240i\250q\260\007\260q\270\007\270v\300R\300q\330\030$\240A\240S\250\005\250Q\250a\330\024\027\220s\230#\230S\240\n\250$\250d\260-\270q\300\001\300\024\300X\310R\310q\330\030$\240C\240s\250\"\250D\260\001\330\030\033\2304\230t\2408\2501\330\034#\240<\250q\260\001\260\024\260Q\330\030\034\230O\2501\330\020\023\2204\220t\2301\330\024\030\230\013\2401\240A\340\014\017\210}\230A\230Q\230d\240!\330\020\024\220H\230A""\200A\360\014\000\t\021\220\001\330\010\013\2104\210|\2303\230k\250\024\250T\260\024\260X\270T\300\024\300T\310\030\320QR\330\014\020\220\007\220t\2301\230D\240\001\330\020\021\330\025!\240\024\240V\2501\330\020\027\220\177\240a\330\024\034\230A\330\010\014\210H\220A\330\010\013\2106\220\027\230\001\330\014\022\220!\200A\360\030\000\t\r\210F\220!\330\010\013\2104\210x\220s\230!\330\014\020\220\n\230&\240\001\240\024\240Q\330\010\013\2104\210t\2201\330\014\020\220\013\2301\330\014\020\220\014\230A\330\014\020\220\013\230=\250\001\330\014\020\220\013\2306\240\021\330\014\017\210t\2204\220s\230#\230Q\330\020\024\220K\230y\250\001\330\010\017\210t\2207\230&\240\001";
+    #else /* compression: none (3976 bytes) */
+static const char bytes[] = " at  cannot be copied or pickled: open another one where it is needed is closed of  of ivshmem_channel.h places of the area are taken; `ivshmem channel info` lists them#x(tree fragment)): some process that can write to the memory has spoiled it, closed, is impossible (, which belongs to slot .: : the area has <ivshmem.channel.>?NoneNote that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.a a forked child may only close what it has of channelsa wordadd_noteall another process removed the channel, or the place of this processat workchannel disableenableerror gcisenabledivshmem.channel.ivshmem.errorsivshmem/channel/membership.pyxno default __reduce__ due to non-trivial __cinit__place the the channels are closedthe endpoint is closedthe region has no room for channels: make it by `ivshmem serve --channels SIZE`, or by Directory.create(channels=SIZE)the region is closedthe region is mapped for reading onlythe region is mapped for reading only: no place can be freedthe region\047s channels are of a version that is not known herethis this mapping of the memory has no compare-exchange, which a queue needs: open the device in another way (resource2_wc)this process\047s place among the channels was freed, by free_place() or by a new server on the memory, because it was silent: open the channels againChannelCorruptChannelEndChannelEnd.__enter__ChannelEnd.__exit__ChannelEnd.__reduce__ChannelEnd._begin_waitingChannelEnd._end_waitingChannelEnd._membershipChannelEnd.closeChannelEnd.filenoChannelErrorClosedErrorIvshmemErrorMembershipMembership.__reduce_cython__Membership.__setstate_cython__Membership.closeMembership.free_placeMembership.placesMembership.runNoChannelsNoInterruptsRegionErrorWakeupWakeup.__reduce_cython__Wakeup.__setstate_cython__Wakeup.clear_ringsWakeup.filenoWeakKeyDictionaryWeakSet__Pyx_PyDict_NextRef__annotate____enter____exit____func____""getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___after_fork_begin_waiting_doorbell_nowait_end_waiting_is_coroutine_membershipaddafter_in_childasyncio.coroutinesatbeatclear_ringscline_in_tracebackcloseclosedcodecontextlibcountcurrent_iddecodediscardencodeendendpointerrorerrorseventfdsfilenofoundfree_placegetgetpidiidentityindexitemsivshmem.channel.membershipleaseleftlimitlocalmachinemappingmembershipmemorymutenamenext_beatnumberoffsetoneospeerplaceplacespoprandbitsregionregister_at_forkreplacerunsecretsselfsetdefaultsignalsilentsleepersuppresstextthreadingvaluesvectorwakeupweakrefint (void *, int64_t)\000ring_bellint64_t (PyObject *)\000deadline_ofint64_t (PyObject *)\000spin_of\200\001\330\004\005\330\004\022\220!\200\001\330\004\n\210+\220Q\200A\330\010\014\210F\220!\200A\330\010\016\210i\220q\330\014\020\220\001\220\024\220Q\220e\2301\200A\330\010\017\210q\200A\330\010\017\210t\2201\200A\340\010\013\2104\210t\2201\330\014\r\330\010\014\210H\220A\330\010\014\210J\220a\330\010\013\2104\210q\330\014\020\220\013\230=\250\001\330\010\013\2104\210{\230\047\240\023\240D\250\004\250D\260\001\330\014\020\220\010\230\001\330\014\020\220\013\2306\240\021\330\010\013\2104\210{\230,\240c\250\021\330\014\020\220\013\2309\240A\330\010\014\210K\220u\230H\240A\240Q\200A\340\010\014\210F\220!\200A\340\010\017\210t\2206\230\021\200A\340\010\"\240$\240h\250a\330\010\017\210|\2301\330\010\014\210K\220}\240A\330\010\017\210z\230\021\200A\340\010&\240a\240t\2507\260%\260q\360\n\000\t\r\210F\220!\330\010\020\220\001\330\010\014\210E\220\025\220a\220t\2307\240%\240q\330\014\021\320\021!\240\021\240!\2404\240w\250g\260Q\330\014\025\220\\\240\021\240(\250!\330\014\017\210}\230A\230X\240S\250\002\250#\250]\270!\2708\3003\300a\330\020\021\330\014\023\220<\230q\240\010\250\003\2502\250Q\330\014\021\220\031\230!\330\014\021\220\031\230-\240q\250\001\330\014\022\220!\2206\230\023""\230G\2401\330\014\036\230a\230x\240s\250\"\320,@\300\006\300a\330\014\023\220=\240\001\240\026\240r\320);\2703\270a\330\014\021\220\027\230\001\330\020\021\330\020\025\220Q\330\020\034\230D\240\n\250!\250<\260q\330\020\035\230Q\230f\240B\240a\330\020\030\230\n\240-\250q\260\006\260c\270\023\270B\270a\330\020\035\230Q\230l\250!\2508\2603\260b\270\001\330\020\024\220G\2301\230G\2401\340\010\017\210q\200A\360\006\000\t\r\210F\220!\330\010\013\2106\220\023\220D\230\007\230u\240A\330\014\022\220*\230A\230X\240Q\320&;\2701\270D\300\007\300u\310A\330\010\013\2104\210x\220q\330\014\022\220+\230Q\230a\330\010\021\220\034\230Q\330\014\r\210T\220\027\230\005\230Y\320&6\260a\260q\270\004\270G\3007\310!\340\010\017\210}\230A\230X\240S\250\002\250$\250d\260!\330\014\036\230a\230q\240\004\240G\2507\260\047\270\021\200A\360\006\000\t#\240$\240h\250a\330\010\014\210F\220!\330\010\017\210t\220<\230q\330\010\017\210{\230!\330\010\017\210|\2301\330\010\014\210K\220}\240A\330\010\014\210K\220v\230Q\330\010\014\210K\220v\230Q\330\010\017\210u\220C\220q\200A\360\010\000\t\"\240\023\240A\360\010\000\t\014\2104\210}\230A\230Q\230d\240!\330\014\r\330\010\013\2106\220\030\230\021\230$\230i\240r\250\021\250!\330\010\013\210:\220Q\330\010\t\330\014\022\220$\220d\230!\330\020\027\220q\330\025\026\330\024\034\230A\330\024\027\220t\230:\240T\250\024\250Q\330\030#\2401\240G\2503\250c\260\022\2601\330\024\027\220u\230A\230Q\230e\2403\240i\250q\260\007\260q\270\007\270v\300R\300q\330\030$\240A\240S\250\005\250Q\250a\330\024\027\220s\230#\230S\240\n\250$\250d\260-\270q\300\001\300\024\300X\310R\310q\330\030$\240C\240s\250\"\250D\260\001\330\030\033\2304\230t\2408\2501\330\034#\240<\250q\260\001\260\024\260Q\330\030\034\230O\2501\330\020\023\2204\220t\2301\330\024\030\230\013\2401\240A\340\014\017\210}\230A\230Q\230d\240!\330\020\024\220H\230A\200A\360\014\000\t\021\220\001\330\010\013\2104\210|\2303\230k\250\024\250T\260\024\260X\270T\300\024\300T\310\030\320QR\330\014\020\220\007\220t\2301\230D\240""\001\330\020\021\330\025!\240\024\240V\2501\330\020\027\220\177\240a\330\024\034\230A\330\010\014\210H\220A\330\010\013\2106\220\027\230\001\330\014\022\220!\200A\360\030\000\t\r\210F\220!\330\010\013\2104\210x\220s\230!\330\014\020\220\n\230&\240\001\240\024\240Q\330\010\013\2104\210t\2201\330\014\020\220\013\2301\330\014\020\220\014\230A\330\014\020\220\013\230=\250\001\330\014\020\220\013\2306\240\021\330\014\017\210t\2204\220s\230#\230Q\330\020\024\220K\230y\250\001\330\010\017\210t\2207\230&\240\001";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 176; i++) {
+    for (int i = 0; i < 174; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 50) PyUnicode_InternInPlace(&string);
@@ -20503,8 +20280,8 @@ static const char bytes[] = " at  cannot be copied or pickled: open another one 
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 176; i < 196; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-176].length;
+    for (int i = 174; i < 193; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-174].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -20514,15 +20291,15 @@ static const char bytes[] = " at  cannot be copied or pickled: open another one 
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 196; i++) {
+    for (Py_ssize_t i = 0; i < 193; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 176;
-      for (Py_ssize_t i=0; i<20; ++i) {
+      PyObject **table = stringtab + 174;
+      for (Py_ssize_t i=0; i<19; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
         #elif CYTHON_COMPILING_IN_CPYTHON_FREETHREADING
@@ -20618,17 +20395,17 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_run, __pyx_mstate->__pyx_kp_b_iso88591_A_A_4_AQd_6_ir_Q_d_q_A_t_T_Q_1G3, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 10, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 449};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 10, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 447};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_memory, __pyx_mstate->__pyx_n_u_at_2, __pyx_mstate->__pyx_n_u_number, __pyx_mstate->__pyx_n_u_peer, __pyx_mstate->__pyx_n_u_place_2, __pyx_mstate->__pyx_n_u_i, __pyx_mstate->__pyx_n_u_text, __pyx_mstate->__pyx_n_u_found, __pyx_mstate->__pyx_n_u_mute};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_places, __pyx_mstate->__pyx_kp_b_iso88591_A_at7_q_F_E_at7_q_4wgQ_AXS_83a_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 483};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 481};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_index, __pyx_mstate->__pyx_n_u_number};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_free_place, __pyx_mstate->__pyx_kp_b_iso88591_A_F_6_D_uA_AXQ_1D_uA_4xq_Qa_Q_T, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 500};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 498};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_error_2, __pyx_mstate->__pyx_n_u_end, __pyx_mstate->__pyx_n_u_one};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4_3k_T_XT_T_QR_t1D_V1_a_A_HA_6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
@@ -20643,12 +20420,12 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 667};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 665};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_t6, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 671};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 669};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_clear_rings, __pyx_mstate->__pyx_kp_b_iso88591_A_F, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
@@ -20663,49 +20440,44 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[10] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[10])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 693};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 691};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[11] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_reduce, __pyx_mstate->__pyx_kp_b_iso88591_A_iq_Qe1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[11])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 738};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_wake_others, __pyx_mstate->__pyx_kp_b_iso88591_A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
-  }
-  {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 827};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_6_t4s_Q_Ky_t7, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[12] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_fileno, __pyx_mstate->__pyx_kp_b_iso88591_A_F_4xs_Q_4t1_1_A_6_t4s_Q_Ky_t7, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[12])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 856};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_membership_2, __pyx_mstate->__pyx_kp_b_iso88591_A_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[13] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_membership_2, __pyx_mstate->__pyx_kp_b_iso88591_A_t1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[13])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 859};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_code, __pyx_mstate->__pyx_n_u_sleeper};
-    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_begin_waiting, __pyx_mstate->__pyx_kp_b_iso88591_A_ha_F_t_q_1_K_A_KvQ_KvQ_uCq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[14] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_begin_waiting, __pyx_mstate->__pyx_kp_b_iso88591_A_ha_F_t_q_1_K_A_KvQ_KvQ_uCq, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[14])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 872};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_sleeper};
-    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_end_waiting, __pyx_mstate->__pyx_kp_b_iso88591_A_ha_1_K_A_7_whc_1_z, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[15] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_end_waiting, __pyx_mstate->__pyx_kp_b_iso88591_A_ha_1_K_A_z, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[15])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 884};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 879};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_4_D_D_6_4_c_9A_Ku, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[16] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_4t1_HA_Ja_4q_4_D_D_6_4_c_9A_Ku, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[16])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 933};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 928};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
-    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[17] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_enter, __pyx_mstate->__pyx_kp_b_iso88591_A_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[17])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 936};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS|CO_VARARGS), 931};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_error_2};
-    __pyx_mstate_global->__pyx_codeobj_tab[19] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_F_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[19])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[18] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_ivshmem_channel_membership_pyx, __pyx_mstate->__pyx_n_u_exit, __pyx_mstate->__pyx_kp_b_iso88591_A_F_2, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[18])) goto bad;
   }
   Py_DECREF(tuple_dedup_map);
   return 0;

@@ -100,10 +100,11 @@ cdef class ChannelEnd:
     cdef int attempt(self) except -2
     cdef int begin_sleep(self) except -2
     cdef void end_sleep(self) noexcept
+    cdef int one_awake(self) except -1
     cdef ChannelEnd sleeper(self)
     cdef int64_t probe(self, void **what, Probe *probe) except -1
     cdef int wait(self, object timeout, object spin) except -2
-    cdef int mend(self) except -1
+    cdef int restore(self) except -1
     cdef int give_up(self) except -1
     cdef int arm(self) except -2
     cdef object fail(self, int code)

@@ -441,9 +441,7 @@ cdef class Membership:
             if not (<ChannelEnd>end).usable():
                 continue  # another thread has closed it since the list was made
             with contextlib.suppress(IvshmemError, OSError):
-                (<ChannelEnd>end).mend()
-                if code > 0:
-                    (<ChannelEnd>end).wake_others()
+                (<ChannelEnd>end).restore()
         return self.flush()
 
     def places(self):
@@ -723,6 +721,17 @@ cdef class ChannelEnd:
     cdef void end_sleep(self) noexcept:
         pass
 
+    cdef int one_awake(self) except -1:
+        """Note that one of those that slept at this end sleeps no more."""
+        self.asleep -= 1
+        if self.usable():
+            # Another thread or task sleeps, or a program watches: it is still to be rung.
+            if self.asleep or self.watched:
+                self.begin_sleep()
+            else:
+                self.end_sleep()
+        return 0
+
     cdef ChannelEnd sleeper(self):
         """Return the end whose word in memory says that this one sleeps."""
         return self
@@ -731,12 +740,9 @@ cdef class ChannelEnd:
         """Set a look that a spin repeats; 0: this end cannot spin."""
         return 0
 
-    cdef int mend(self) except -1:
+    cdef int restore(self) except -1:
         """Once a beat: store again what a late store spoiled; wake who watches the descriptor."""
         return 0
-
-    def wake_others(self):
-        """Ring the other sleepers of the channel: a place was freed."""
 
     cdef int give_up(self) except -1:
         """Free the slot."""
@@ -795,13 +801,7 @@ cdef class ChannelEnd:
                         wakeup.wait(deadline)
                         self.enter()
                 finally:
-                    sleeper.asleep -= 1
-                    if sleeper.usable():
-                        # Another thread sleeps, or watches the descriptor: it is still to be rung.
-                        if sleeper.asleep or sleeper.watched:
-                            sleeper.begin_sleep()
-                        else:
-                            sleeper.end_sleep()
+                    sleeper.one_awake()
                 futile += code == 0
                 if code != 0 and code != IVSHMEM_AGAIN:
                     return code
@@ -872,14 +872,9 @@ cdef class ChannelEnd:
     def _end_waiting(self):
         """End what _begin_waiting began."""
         cdef ChannelEnd sleeper = self.sleeper()
-        sleeper.asleep -= 1
         sleeper.awaited -= 1
         self.membership.watchers -= 1
-        if sleeper.usable():
-            if sleeper.asleep or sleeper.watched:
-                sleeper.begin_sleep()
-            else:
-                sleeper.end_sleep()
+        sleeper.one_awake()
 
     def close(self):
         """Free what this end has in the channel; may be called twice."""

@@ -2912,10 +2912,11 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd {
   int (*attempt)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*begin_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   void (*end_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*one_awake)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *(*sleeper)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int64_t (*probe)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *);
   int (*wait)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, PyObject *, PyObject *);
-  int (*mend)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*restore)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*give_up)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*arm)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, int);
@@ -4483,7 +4484,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_attempt(struct __pyx_obj_
 static int __pyx_f_7ivshmem_7channel_8messages_6Reader_begin_sleep(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self); /* proto*/
 static void __pyx_f_7ivshmem_7channel_8messages_6Reader_end_sleep(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self); /* proto*/
 static int64_t __pyx_f_7ivshmem_7channel_8messages_6Reader_probe(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe); /* proto*/
-static int __pyx_f_7ivshmem_7channel_8messages_6Reader_mend(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_8messages_6Reader_restore(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self, PyObject *__pyx_v_timeout, PyObject *__pyx_v_spin); /* proto*/
 static int __pyx_f_7ivshmem_7channel_8messages_6Reader_take_pending(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_8messages_6Reader_keep(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self); /* proto*/
@@ -4493,7 +4494,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_attempt(struct __py
 static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_begin_sleep(struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader *__pyx_v_self); /* proto*/
 static void __pyx_f_7ivshmem_7channel_8messages_11ValueReader_end_sleep(struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader *__pyx_v_self); /* proto*/
 static int64_t __pyx_f_7ivshmem_7channel_8messages_11ValueReader_probe(struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe); /* proto*/
-static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_mend(struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_restore(struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader *__pyx_v_self); /* proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest(struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader *__pyx_v_self, int __pyx_v_code); /* proto*/
 
 /* Module declarations from "libc.stdint" */
@@ -12131,7 +12132,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_6Reader_probe(struct __pyx_ob
  *         probe[0] = probe_reader
  *         return 1             # <<<<<<<<<<<<<<
  * 
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
 */
   {
 
@@ -12156,12 +12157,12 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_6Reader_probe(struct __pyx_ob
 /* "ivshmem/channel/messages.pyx":390
  *         return 1
  * 
- *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
+ *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
  *         ivshmem_reader_beat(&self.reader)
  *         if self.awaited and (self.pending or probe_reader(&self.reader)):
 */
 
-static int __pyx_f_7ivshmem_7channel_8messages_6Reader_mend(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self) {
+static int __pyx_f_7ivshmem_7channel_8messages_6Reader_restore(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *__pyx_v_self) {
   int __pyx_r;
   int __pyx_t_1;
   int __pyx_t_2;
@@ -12172,7 +12173,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_mend(struct __pyx_obj_7iv
 
   /* "ivshmem/channel/messages.pyx":391
  * 
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
  *         ivshmem_reader_beat(&self.reader)             # <<<<<<<<<<<<<<
  *         if self.awaited and (self.pending or probe_reader(&self.reader)):
  *             self.membership.kick_all()
@@ -12180,7 +12181,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_mend(struct __pyx_obj_7iv
   ivshmem_reader_beat((&__pyx_v_self->__pyx_base.reader));
 
   /* "ivshmem/channel/messages.pyx":392
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
  *         ivshmem_reader_beat(&self.reader)
  *         if self.awaited and (self.pending or probe_reader(&self.reader)):             # <<<<<<<<<<<<<<
  *             self.membership.kick_all()
@@ -12222,7 +12223,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_mend(struct __pyx_obj_7iv
 
 
     /* "ivshmem/channel/messages.pyx":392
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
  *         ivshmem_reader_beat(&self.reader)
  *         if self.awaited and (self.pending or probe_reader(&self.reader)):             # <<<<<<<<<<<<<<
  *             self.membership.kick_all()
@@ -12246,14 +12247,14 @@ static int __pyx_f_7ivshmem_7channel_8messages_6Reader_mend(struct __pyx_obj_7iv
   /* "ivshmem/channel/messages.pyx":390
  *         return 1
  * 
- *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
+ *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
  *         ivshmem_reader_beat(&self.reader)
  *         if self.awaited and (self.pending or probe_reader(&self.reader)):
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.messages.Reader.mend", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.channel.messages.Reader.restore", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
@@ -20349,7 +20350,7 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_11ValueReader_probe(struct __
  *         probe[0] = probe_value
  *         return 1             # <<<<<<<<<<<<<<
  * 
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
 */
   {
 
@@ -20374,12 +20375,12 @@ static int64_t __pyx_f_7ivshmem_7channel_8messages_11ValueReader_probe(struct __
 /* "ivshmem/channel/messages.pyx":859
  *         return 1
  * 
- *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
+ *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
  *         if self.awaited and probe_value(&self.reader):
  *             self.membership.kick_all()
 */
 
-static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_mend(struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader *__pyx_v_self) {
+static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_restore(struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader *__pyx_v_self) {
   int __pyx_r;
   int __pyx_t_1;
   int __pyx_t_2;
@@ -20390,7 +20391,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_mend(struct __pyx_o
 
   /* "ivshmem/channel/messages.pyx":860
  * 
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
  *         if self.awaited and probe_value(&self.reader):             # <<<<<<<<<<<<<<
  *             self.membership.kick_all()
  *         return 0
@@ -20415,7 +20416,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_mend(struct __pyx_o
 
 
     /* "ivshmem/channel/messages.pyx":861
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
  *         if self.awaited and probe_value(&self.reader):
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
@@ -20426,7 +20427,7 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_mend(struct __pyx_o
 
     /* "ivshmem/channel/messages.pyx":860
  * 
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
  *         if self.awaited and probe_value(&self.reader):             # <<<<<<<<<<<<<<
  *             self.membership.kick_all()
  *         return 0
@@ -20449,14 +20450,14 @@ static int __pyx_f_7ivshmem_7channel_8messages_11ValueReader_mend(struct __pyx_o
   /* "ivshmem/channel/messages.pyx":859
  *         return 1
  * 
- *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
+ *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
  *         if self.awaited and probe_value(&self.reader):
  *             self.membership.kick_all()
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.messages.ValueReader.mend", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.channel.messages.ValueReader.restore", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
@@ -23437,7 +23438,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_Reader(__
   __pyx_vtable_7ivshmem_7channel_8messages_Reader.__pyx_base.__pyx_base.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_8messages_6Reader_begin_sleep;
   __pyx_vtable_7ivshmem_7channel_8messages_Reader.__pyx_base.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_8messages_6Reader_end_sleep;
   __pyx_vtable_7ivshmem_7channel_8messages_Reader.__pyx_base.__pyx_base.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_8messages_6Reader_probe;
-  __pyx_vtable_7ivshmem_7channel_8messages_Reader.__pyx_base.__pyx_base.mend = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_8messages_6Reader_mend;
+  __pyx_vtable_7ivshmem_7channel_8messages_Reader.__pyx_base.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_8messages_6Reader_restore;
   __pyx_vtable_7ivshmem_7channel_8messages_Reader.take = (int (*)(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *, PyObject *, PyObject *))__pyx_f_7ivshmem_7channel_8messages_6Reader_take;
   __pyx_vtable_7ivshmem_7channel_8messages_Reader.take_pending = (int (*)(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *))__pyx_f_7ivshmem_7channel_8messages_6Reader_take_pending;
   __pyx_vtable_7ivshmem_7channel_8messages_Reader.keep = (int (*)(struct __pyx_obj_7ivshmem_7channel_8messages_Reader *))__pyx_f_7ivshmem_7channel_8messages_6Reader_keep;
@@ -23540,7 +23541,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_8messages_ValueRead
   __pyx_vtable_7ivshmem_7channel_8messages_ValueReader.__pyx_base.__pyx_base.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_8messages_11ValueReader_begin_sleep;
   __pyx_vtable_7ivshmem_7channel_8messages_ValueReader.__pyx_base.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_8messages_11ValueReader_end_sleep;
   __pyx_vtable_7ivshmem_7channel_8messages_ValueReader.__pyx_base.__pyx_base.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_8messages_11ValueReader_probe;
-  __pyx_vtable_7ivshmem_7channel_8messages_ValueReader.__pyx_base.__pyx_base.mend = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_8messages_11ValueReader_mend;
+  __pyx_vtable_7ivshmem_7channel_8messages_ValueReader.__pyx_base.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_8messages_11ValueReader_restore;
   __pyx_vtable_7ivshmem_7channel_8messages_ValueReader.latest = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_8messages_ValueReader *, int))__pyx_f_7ivshmem_7channel_8messages_11ValueReader_latest;
   #if CYTHON_USE_TYPE_SPECS
   __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_5roles_ReaderEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 830, __pyx_L1_error)

@@ -387,7 +387,7 @@ cdef class Reader(ReaderEnd):
         probe[0] = probe_reader
         return 1
 
-    cdef int mend(self) except -1:
+    cdef int restore(self) except -1:
         ivshmem_reader_beat(&self.reader)
         if self.awaited and (self.pending or probe_reader(&self.reader)):
             self.membership.kick_all()
@@ -856,7 +856,7 @@ cdef class ValueReader(ReaderEnd):
         probe[0] = probe_value
         return 1
 
-    cdef int mend(self) except -1:
+    cdef int restore(self) except -1:
         if self.awaited and probe_value(&self.reader):
             self.membership.kick_all()
         return 0

@@ -2874,10 +2874,11 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd {
   int (*attempt)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*begin_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   void (*end_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*one_awake)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *(*sleeper)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int64_t (*probe)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *);
   int (*wait)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, PyObject *, PyObject *);
-  int (*mend)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*restore)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*give_up)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*arm)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, int);
@@ -4114,7 +4115,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_attempt(struct __pyx_
 static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_begin_sleep(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self); /* proto*/
 static void __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_end_sleep(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self); /* proto*/
 static int64_t __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, void **__pyx_v_what, __pyx_t_7ivshmem_6native_4spin_Probe *__pyx_v_probe); /* proto*/
-static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_mend(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_restore(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim_as(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, enum ivshmem_claim __pyx_v_how, struct ivshmem_taken *__pyx_v_taken); /* proto*/
 static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_undo(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self, struct ivshmem_taken const *__pyx_v_taken); /* proto*/
 static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_after_sleep(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self); /* proto*/
@@ -5578,7 +5579,7 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe(struct __py
  *         probe[0] = probe_queue
  *         return 1             # <<<<<<<<<<<<<<
  * 
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
 */
   {
 
@@ -5603,12 +5604,12 @@ static int64_t __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe(struct __py
 /* "ivshmem/channel/queues.pyx":55
  *         return 1
  * 
- *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
+ *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
  *         if self.awaited and ivshmem_queue_has_more(&self.reader):
  *             self.membership.kick_all()
 */
 
-static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_mend(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self) {
+static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_restore(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *__pyx_v_self) {
   int __pyx_r;
   int __pyx_t_1;
   int __pyx_t_2;
@@ -5619,7 +5620,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_mend(struct __pyx_obj
 
   /* "ivshmem/channel/queues.pyx":56
  * 
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
  *         if self.awaited and ivshmem_queue_has_more(&self.reader):             # <<<<<<<<<<<<<<
  *             self.membership.kick_all()
  *         return 0
@@ -5644,7 +5645,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_mend(struct __pyx_obj
 
 
     /* "ivshmem/channel/queues.pyx":57
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
  *         if self.awaited and ivshmem_queue_has_more(&self.reader):
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
@@ -5655,7 +5656,7 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_mend(struct __pyx_obj
 
     /* "ivshmem/channel/queues.pyx":56
  * 
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
  *         if self.awaited and ivshmem_queue_has_more(&self.reader):             # <<<<<<<<<<<<<<
  *             self.membership.kick_all()
  *         return 0
@@ -5678,14 +5679,14 @@ static int __pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_mend(struct __pyx_obj
   /* "ivshmem/channel/queues.pyx":55
  *         return 1
  * 
- *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
+ *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
  *         if self.awaited and ivshmem_queue_has_more(&self.reader):
  *             self.membership.kick_all()
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.queues.ClaimingEnd.mend", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.channel.queues.ClaimingEnd.restore", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
@@ -12034,7 +12035,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_begin_sleep;
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_end_sleep;
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.probe = (int64_t (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_probe;
-  __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.mend = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_mend;
+  __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.__pyx_base.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_restore;
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.claim = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, enum ivshmem_claim, PyObject *, PyObject *, struct ivshmem_taken *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim;
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.claim_as = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, enum ivshmem_claim, struct ivshmem_taken *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_claim_as;
   __pyx_vtable_7ivshmem_7channel_6queues_ClaimingEnd.undo = (int (*)(struct __pyx_obj_7ivshmem_7channel_6queues_ClaimingEnd *, struct ivshmem_taken const *))__pyx_f_7ivshmem_7channel_6queues_11ClaimingEnd_undo;

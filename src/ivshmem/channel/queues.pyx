@@ -52,7 +52,7 @@ cdef class ClaimingEnd(ReaderEnd):
         probe[0] = probe_queue
         return 1
 
-    cdef int mend(self) except -1:
+    cdef int restore(self) except -1:
         if self.awaited and ivshmem_queue_has_more(&self.reader):
             self.membership.kick_all()
         return 0

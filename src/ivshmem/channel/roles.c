@@ -2828,10 +2828,11 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd {
   int (*attempt)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*begin_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   void (*end_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*one_awake)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *(*sleeper)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int64_t (*probe)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *);
   int (*wait)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, PyObject *, PyObject *);
-  int (*mend)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*restore)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*give_up)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*arm)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, int);
@@ -4011,7 +4012,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready(struct __pyx_obj_7i
 static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto*/
 static void __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_end_sleep(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto*/
-static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_mend(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_give_up(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self); /* proto*/
 static char *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_at(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, uint32_t __pyx_v_cell); /* proto*/
 static PyObject *__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self, PyObject *__pyx_v_timeout); /* proto*/
@@ -6551,7 +6552,7 @@ static void __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_end_sleep(struct __pyx_o
  *     cdef void end_sleep(self) noexcept:
  *         ivshmem_sleep_end(&self.channel, &self.writer.sleep)             # <<<<<<<<<<<<<<
  * 
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
 */
   ivshmem_sleep_end((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->writer.sleep));
 
@@ -6570,12 +6571,12 @@ static void __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_end_sleep(struct __pyx_o
 /* "ivshmem/channel/roles.pyx":134
  *         ivshmem_sleep_end(&self.channel, &self.writer.sleep)
  * 
- *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
+ *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited and self.ready() == 0:
 */
 
-static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_mend(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
+static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *__pyx_v_self) {
   int __pyx_r;
   int __pyx_t_1;
   int __pyx_t_2;
@@ -6586,7 +6587,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_mend(struct __pyx_obj_7iv
 
   /* "ivshmem/channel/roles.pyx":135
  * 
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
  *         ivshmem_writer_beat(&self.writer)             # <<<<<<<<<<<<<<
  *         if self.awaited and self.ready() == 0:
  *             self.membership.kick_all()
@@ -6594,7 +6595,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_mend(struct __pyx_obj_7iv
   ivshmem_writer_beat((&__pyx_v_self->writer));
 
   /* "ivshmem/channel/roles.pyx":136
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited and self.ready() == 0:             # <<<<<<<<<<<<<<
  *             self.membership.kick_all()
@@ -6630,7 +6631,7 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_mend(struct __pyx_obj_7iv
 
 
     /* "ivshmem/channel/roles.pyx":136
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited and self.ready() == 0:             # <<<<<<<<<<<<<<
  *             self.membership.kick_all()
@@ -6654,14 +6655,14 @@ static int __pyx_f_7ivshmem_7channel_5roles_9WriterEnd_mend(struct __pyx_obj_7iv
   /* "ivshmem/channel/roles.pyx":134
  *         ivshmem_sleep_end(&self.channel, &self.writer.sleep)
  * 
- *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
+ *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
  *         ivshmem_writer_beat(&self.writer)
  *         if self.awaited and self.ready() == 0:
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.roles.WriterEnd.mend", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.channel.roles.WriterEnd.restore", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
@@ -11049,7 +11050,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_5roles_WriterEnd(__
   __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.__pyx_base.attempt = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_attempt;
   __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.__pyx_base.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_begin_sleep;
   __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_end_sleep;
-  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.__pyx_base.mend = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_mend;
+  __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_restore;
   __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.__pyx_base.give_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_give_up;
   __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.ready = (int (*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_ready;
   __pyx_vtable_7ivshmem_7channel_5roles_WriterEnd.blocked = (PyObject *(*)(struct __pyx_obj_7ivshmem_7channel_5roles_WriterEnd *, PyObject *))__pyx_f_7ivshmem_7channel_5roles_9WriterEnd_blocked;

@@ -131,7 +131,7 @@ cdef class WriterEnd(ChannelEnd):
     cdef void end_sleep(self) noexcept:
         ivshmem_sleep_end(&self.channel, &self.writer.sleep)
 
-    cdef int mend(self) except -1:
+    cdef int restore(self) except -1:
         ivshmem_writer_beat(&self.writer)
         if self.awaited and self.ready() == 0:
             self.membership.kick_all()

@@ -2902,10 +2902,11 @@ struct __pyx_vtabstruct_7ivshmem_7channel_10membership_ChannelEnd {
   int (*attempt)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*begin_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   void (*end_sleep)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*one_awake)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *(*sleeper)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int64_t (*probe)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, void **, __pyx_t_7ivshmem_6native_4spin_Probe *);
   int (*wait)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, PyObject *, PyObject *);
-  int (*mend)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
+  int (*restore)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*give_up)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   int (*arm)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *);
   PyObject *(*fail)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *, int);
@@ -4274,7 +4275,7 @@ static int __Pyx_State_RemoveModule(void*);
 static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self); /* proto*/
 static void __pyx_f_7ivshmem_7channel_7streams_14StreamListener_end_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self); /* proto*/
-static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_mend(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7streams_4Half_attempt(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7streams_4Half_enter(struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_v_self); /* proto*/
@@ -4288,7 +4289,7 @@ static struct __pyx_obj_7ivshmem_7channel_7streams_Half *__pyx_f_7ivshmem_7chann
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_attempt(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto*/
 static void __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto*/
-static int __pyx_f_7ivshmem_7channel_7streams_6Stream_mend(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto*/
+static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_give_up(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self); /* proto*/
 static int __pyx_f_7ivshmem_7channel_7streams_6Stream_await_half(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, int __pyx_v_direction, PyObject *__pyx_v_timeout, PyObject *__pyx_v_deadline); /* proto*/
 static int64_t __pyx_f_7ivshmem_7channel_7streams_6Stream_push(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self, char const *__pyx_v_data, uint64_t __pyx_v_size, PyObject *__pyx_v_timeout, PyObject *__pyx_v_deadline); /* proto*/
@@ -6031,7 +6032,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_14StreamListener_end_sleep(struct
  *     cdef void end_sleep(self) noexcept:
  *         ivshmem_sleep_end(&self.channel, &self.listener.sleep)             # <<<<<<<<<<<<<<
  * 
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
 */
   ivshmem_sleep_end((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->listener.sleep));
 
@@ -6050,12 +6051,12 @@ static void __pyx_f_7ivshmem_7channel_7streams_14StreamListener_end_sleep(struct
 /* "ivshmem/channel/streams.pyx":63
  *         ivshmem_sleep_end(&self.channel, &self.listener.sleep)
  * 
- *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
+ *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
  *         if self.awaited and self.attempt() == 0:
  *             self.membership.kick_all()
 */
 
-static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_mend(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self) {
+static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore(struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *__pyx_v_self) {
   int __pyx_r;
   int __pyx_t_1;
   int __pyx_t_2;
@@ -6066,7 +6067,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_mend(struct __pyx
 
   /* "ivshmem/channel/streams.pyx":64
  * 
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
  *         if self.awaited and self.attempt() == 0:             # <<<<<<<<<<<<<<
  *             self.membership.kick_all()
  *         return 0
@@ -6093,7 +6094,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_mend(struct __pyx
 
 
     /* "ivshmem/channel/streams.pyx":65
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
  *         if self.awaited and self.attempt() == 0:
  *             self.membership.kick_all()             # <<<<<<<<<<<<<<
  *         return 0
@@ -6104,7 +6105,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_mend(struct __pyx
 
     /* "ivshmem/channel/streams.pyx":64
  * 
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
  *         if self.awaited and self.attempt() == 0:             # <<<<<<<<<<<<<<
  *             self.membership.kick_all()
  *         return 0
@@ -6127,14 +6128,14 @@ static int __pyx_f_7ivshmem_7channel_7streams_14StreamListener_mend(struct __pyx
   /* "ivshmem/channel/streams.pyx":63
  *         ivshmem_sleep_end(&self.channel, &self.listener.sleep)
  * 
- *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
+ *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
  *         if self.awaited and self.attempt() == 0:
  *             self.membership.kick_all()
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.streams.StreamListener.mend", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.channel.streams.StreamListener.restore", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
@@ -9000,7 +9001,7 @@ static void __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(struct __pyx_ob
  *     cdef void end_sleep(self) noexcept:
  *         ivshmem_sleep_end(&self.channel, &self.stream.sleep)             # <<<<<<<<<<<<<<
  * 
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
 */
   ivshmem_sleep_end((&__pyx_v_self->__pyx_base.channel), (&__pyx_v_self->stream.sleep));
 
@@ -9019,12 +9020,12 @@ static void __pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep(struct __pyx_ob
 /* "ivshmem/channel/streams.pyx":246
  *         ivshmem_sleep_end(&self.channel, &self.stream.sleep)
  * 
- *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
+ *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
  *         if self.awaited and (
  *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN
 */
 
-static int __pyx_f_7ivshmem_7channel_7streams_6Stream_mend(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
+static int __pyx_f_7ivshmem_7channel_7streams_6Stream_restore(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *__pyx_v_self) {
   int __pyx_r;
   int __pyx_t_1;
   int __pyx_t_2;
@@ -9035,7 +9036,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_mend(struct __pyx_obj_7ivs
 
   /* "ivshmem/channel/streams.pyx":247
  * 
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
  *         if self.awaited and (             # <<<<<<<<<<<<<<
  *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN
  *             or look(&self.stream, SEND) != IVSHMEM_AGAIN
@@ -9052,7 +9053,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_mend(struct __pyx_obj_7ivs
   }
 
   /* "ivshmem/channel/streams.pyx":248
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
  *         if self.awaited and (
  *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN             # <<<<<<<<<<<<<<
  *             or look(&self.stream, SEND) != IVSHMEM_AGAIN
@@ -9085,7 +9086,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_mend(struct __pyx_obj_7ivs
 
   /* "ivshmem/channel/streams.pyx":247
  * 
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
  *         if self.awaited and (             # <<<<<<<<<<<<<<
  *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN
  *             or look(&self.stream, SEND) != IVSHMEM_AGAIN
@@ -9105,7 +9106,7 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_mend(struct __pyx_obj_7ivs
 
     /* "ivshmem/channel/streams.pyx":247
  * 
- *     cdef int mend(self) except -1:
+ *     cdef int restore(self) except -1:
  *         if self.awaited and (             # <<<<<<<<<<<<<<
  *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN
  *             or look(&self.stream, SEND) != IVSHMEM_AGAIN
@@ -9128,14 +9129,14 @@ static int __pyx_f_7ivshmem_7channel_7streams_6Stream_mend(struct __pyx_obj_7ivs
   /* "ivshmem/channel/streams.pyx":246
  *         ivshmem_sleep_end(&self.channel, &self.stream.sleep)
  * 
- *     cdef int mend(self) except -1:             # <<<<<<<<<<<<<<
+ *     cdef int restore(self) except -1:             # <<<<<<<<<<<<<<
  *         if self.awaited and (
  *             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN
 */
 
   /* function exit code */
   __pyx_L1_error:;
-  __Pyx_AddTraceback("ivshmem.channel.streams.Stream.mend", __pyx_clineno, __pyx_lineno, __pyx_filename);
+  __Pyx_AddTraceback("ivshmem.channel.streams.Stream.restore", __pyx_clineno, __pyx_lineno, __pyx_filename);
   __pyx_r = -1;
   __pyx_L0:;
 
@@ -14469,7 +14470,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_StreamList
   __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base.attempt = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_attempt;
   __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_begin_sleep;
   __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_end_sleep;
-  __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base.mend = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_mend;
+  __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_restore;
   __pyx_vtable_7ivshmem_7channel_7streams_StreamListener.__pyx_base.give_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_14StreamListener_give_up;
   #if CYTHON_USE_TYPE_SPECS
   __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_7ivshmem_7channel_10membership_ChannelEnd); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 33, __pyx_L1_error)
@@ -14576,7 +14577,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_7ivshmem_7channel_7streams_Stream(__p
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.__pyx_base.attempt = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_6Stream_attempt;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.__pyx_base.begin_sleep = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_6Stream_begin_sleep;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.__pyx_base.end_sleep = (void (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_6Stream_end_sleep;
-  __pyx_vtable_7ivshmem_7channel_7streams_Stream.__pyx_base.mend = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_6Stream_mend;
+  __pyx_vtable_7ivshmem_7channel_7streams_Stream.__pyx_base.restore = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_6Stream_restore;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.__pyx_base.give_up = (int (*)(struct __pyx_obj_7ivshmem_7channel_10membership_ChannelEnd *))__pyx_f_7ivshmem_7channel_7streams_6Stream_give_up;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.take_over = (int (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *, struct __pyx_obj_7ivshmem_7channel_7streams_StreamListener *))__pyx_f_7ivshmem_7channel_7streams_6Stream_take_over;
   __pyx_vtable_7ivshmem_7channel_7streams_Stream.begin = (int (*)(struct __pyx_obj_7ivshmem_7channel_7streams_Stream *))__pyx_f_7ivshmem_7channel_7streams_6Stream_begin;

@@ -60,7 +60,7 @@ cdef class StreamListener(ChannelEnd):
     cdef void end_sleep(self) noexcept:
         ivshmem_sleep_end(&self.channel, &self.listener.sleep)
 
-    cdef int mend(self) except -1:
+    cdef int restore(self) except -1:
         if self.awaited and self.attempt() == 0:
             self.membership.kick_all()
         return 0
@@ -243,7 +243,7 @@ cdef class Stream(ChannelEnd):
     cdef void end_sleep(self) noexcept:
         ivshmem_sleep_end(&self.channel, &self.stream.sleep)
 
-    cdef int mend(self) except -1:
+    cdef int restore(self) except -1:
         if self.awaited and (
             look(&self.stream, RECEIVE) != IVSHMEM_AGAIN
             or look(&self.stream, SEND) != IVSHMEM_AGAIN
